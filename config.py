@@ -1,0 +1,338 @@
+"""Typed, validated and frozen configuration: a YAML recipe plus dotted overrides.
+
+`load(recipe, overrides)` is the only way in.  Whatever is unknown or impossible is refused
+before anything starts, naming the key, what was given, what is allowed and the closest key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError
+
+RECIPES = Path(__file__).parent / "configs"
+RESOLUTIONS = (28, 32, 64, 128, 256, 512, 1024)
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors and values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class S3Config(Section):
+    """How s3:// addresses are reached. Keys come from the usual AWS chain, never from here."""
+
+    endpoint_url: str | None = Field(None, description="S3 endpoint; empty means AWS (or AWS_ENDPOINT_URL)")
+    region: str | None = Field(None, description="region name; empty means the AWS chain's")
+    path_style: bool = Field(True, description="address buckets by path (needed by most self-hosted servers)")
+    max_attempts: int = Field(8, ge=1, le=50, description="tries per request, with exponential backoff")
+    timeout_s: Positive = Field(20.0, description="seconds to wait for a connection or for the next bytes")
+
+
+class DataConfig(Section):
+    """The packed data set and how workers read it."""
+
+    url: str = Field(description="folder of a packed data set: a local path or s3://bucket/prefix")
+    source: str | None = Field(
+        None, description="what to pack into `url` if nothing is there yet (a named asset, folder or archive)"
+    )
+    resolution: Literal[28, 32, 64, 128, 256, 512, 1024] = Field(description="side of the square images in pixels")
+    channels: Literal[1, 3] = Field(3, description="1 for grey images, 3 for RGB")
+    max_rows: int | None = Field(None, ge=1, description="train on the first rows only")
+    threads: int = Field(2, ge=1, le=128, description="decoding threads per worker")
+    prefetch: int = Field(4, ge=1, le=64, description="batches decoded ahead per worker")
+    cache_dir: str | None = Field(None, description="where S3 shards are cached; empty means ~/.cache/glann/shards")
+    cache_gb: Positive = Field(20.0, description="bound of the local shard cache per node, in GB")
+    max_bad_fraction: Fraction = Field(0.0, description="share of images that may be corrupt before a run refuses")
+
+
+class GeneratorConfig(Section):
+    """The generator G: latent code -> image."""
+
+    kind: Literal["infogan", "resnet"] = Field(description="infogan: 28-64 px; resnet (Mescheder 2018): 64-1024 px")
+    latent_dim: int = Field(64, ge=1, le=4096, description="dimension d of the latent codes")
+    width: int = Field(64, ge=4, le=1024, description="base number of channels")
+    max_width: int = Field(1024, ge=4, le=4096, description="upper bound of channels (resnet)")
+    upsample: Literal["native", "resize"] = Field(
+        "native", description="native: the published layer; resize: upsample plus convolution (no checkerboard)"
+    )
+    batch_norm: bool = Field(True, description="BatchNorm in infogan (paper: off for CIFAR)")
+
+
+class LossConfig(Section):
+    """The reconstruction loss between G(z_i) and x_i, one number per image."""
+
+    kind: Literal["perceptual", "laplacian", "l1", "l2"] = "perceptual"
+    network: Literal["vgg16", "squeezenet"] = Field("vgg16", description="frozen network of the perceptual loss")
+    weights: str | None = Field(
+        None, description="asset name or safetensors path of the network; empty means the first source that answers"
+    )
+    taps: tuple[str, ...] | None = Field(None, description="feature maps to compare; empty means the paper's choice")
+    levels: int | None = Field(
+        None, ge=1, le=8, description="scales (full size and halvings); empty means the paper's choice"
+    )
+    pixel_weight: float = Field(1.0, ge=0, description="weight of L1 on pixels")
+    feature_weight: float = Field(1.0, ge=0, description="weight of L1 on each feature map")
+    patch: int | None = Field(
+        None, ge=32, description="use random patches of this side at full resolution (whole image at lower scales)"
+    )
+
+
+class ScheduleConfig(Section):
+    """Learning-rate factor over a stage."""
+
+    kind: Literal["constant", "halving", "cosine"] = "constant"
+    every: int = Field(50, ge=1, description="epochs between halvings (halving)")
+    floor: Fraction = Field(0.0, description="final factor (cosine)")
+    warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+
+
+class GloConfig(Section):
+    """Stage 1 (GLO): latent codes and generator."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(128, ge=1, description="global batch, over all workers")
+    latent_lr: Positive = Field(0.01, description="learning rate of the latent codes")
+    generator_lr: Positive = Field(0.001, description="learning rate of the generator")
+    betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's betas, for codes and generator")
+    latent_optimizer: Literal["adam", "adagrad"] = Field("adam", description="adagrad: one number of state per row")
+    constraint: Literal["sphere", "ball"] = Field("sphere", description="projection after each update of a code")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged generator; 0 is off")
+    schedule: ScheduleConfig = ScheduleConfig(kind="halving", every=50)
+    max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
+
+
+class ImleConfig(Section):
+    """Stage 2 (IMLE): the mapping T: noise -> latent code."""
+
+    epochs: int = Field(50, ge=1)
+    batch_size: int = Field(128, ge=1, description="global batch, over all workers")
+    noise_dim: int = Field(32, ge=1, description="dimension of the noise e")
+    hidden_dim: int = Field(128, ge=1, description="width of both hidden layers")
+    lr: Positive = 1e-3
+    weight_decay: float = Field(1e-5, ge=0)
+    candidates: Positive = Field(2.0, description="fresh candidates per row and epoch (M = candidates x N)")
+    schedule: ScheduleConfig = ScheduleConfig()
+    max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
+
+
+class EngineConfig(Section):
+    """How the generator is trained on each worker."""
+
+    kind: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: plain PyTorch, one worker")
+    zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights and optimiser in fp32")
+    accumulation: int = Field(1, ge=1, description="micro-batches per step")
+    clip_norm: float = Field(0.0, ge=0, description="global gradient norm to clip to; 0 is off")
+    activation_checkpointing: bool = Field(False, description="recompute the generator's blocks in backward")
+    compile: bool = Field(False, description="torch.compile the loss network and the generator")
+
+
+class ClusterConfig(Section):
+    """Where the workers run."""
+
+    workers: int = Field(1, ge=1, le=4096, description="number of training workers")
+    address: str | None = Field(None, description="Ray cluster to join; empty means RAY_ADDRESS or a local Ray")
+    gpus_per_worker: float = Field(0.0, ge=0)
+    cpus_per_worker: Positive = 1.0
+    max_failures: int = Field(3, ge=-1, description="restarts after a lost worker or node; -1 is without end")
+    start_timeout_s: Positive = Field(120.0, description="seconds to wait for the workers' resources")
+
+
+class CheckpointConfig(Section):
+    """When and where a run is saved."""
+
+    url: str | None = Field(None, description="folder or s3:// prefix; empty means the run folder (one machine)")
+    every_minutes: Positive = Field(10.0, description="time between checkpoints")
+    every_epochs: int | None = Field(None, ge=1, description="also after every so many epochs")
+    keep: int = Field(3, ge=1, description="how many to keep, besides the best")
+    timeout_s: Positive = Field(600.0, description="how long ranks wait for one another while saving")
+
+
+class PreviewConfig(Section):
+    """Pictures while training."""
+
+    every_epochs: int = Field(5, ge=1)
+    images: int = Field(64, ge=4, le=1024, description="images in a grid")
+
+
+class EvaluationConfig(Section):
+    """What is measured at the end of a run."""
+
+    extractor: Literal["squeezenet", "lite0", "vgg16", "inception"] = Field(
+        "squeezenet", description="feature extractor of the Frechet distance; the metric is named for it"
+    )
+    samples: int = Field(2000, ge=2, description="images drawn for the Frechet distance")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str | None = Field(None, description="tracking server; empty means MLFLOW_TRACKING_URI or sqlite:///mlflow.db")
+    experiment: str = "glann"
+    register_as: str | None = Field(None, description="name in the model registry; empty registers nothing")
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="run name; its folder is runs_dir/name")
+    seed: int = Field(0, ge=0, lt=2**32)
+    runs_dir: str = Field("runs", description="where run folders are made")
+    data: DataConfig
+    s3: S3Config = S3Config()
+    generator: GeneratorConfig
+    loss: LossConfig = LossConfig()
+    glo: GloConfig
+    imle: ImleConfig = ImleConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    preview: PreviewConfig = PreviewConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.generator.kind == "infogan" and self.data.resolution > 64:
+            raise ValueError(
+                f"generator.kind=infogan makes images up to 64 px, data.resolution is {self.data.resolution}; "
+                "use generator.kind=resnet"
+            )
+        if self.generator.kind == "resnet" and self.data.resolution < 64:
+            raise ValueError(
+                f"generator.kind=resnet makes images from 64 px, data.resolution is {self.data.resolution}; "
+                "use generator.kind=infogan"
+            )
+        shares = self.cluster.workers * self.engine.accumulation
+        if self.glo.batch_size % shares:
+            raise ValueError(
+                f"glo.batch_size={self.glo.batch_size} does not divide into cluster.workers={self.cluster.workers} "
+                f"x engine.accumulation={self.engine.accumulation}; use a multiple of {shares}"
+            )
+        if self.engine.kind == "torch" and (self.cluster.workers > 1 or self.engine.zero):
+            raise ValueError("engine.kind=torch is one process without ZeRO; set cluster.workers=1 and engine.zero=0")
+        if self.loss.patch and self.loss.patch > self.data.resolution:
+            raise ValueError(f"loss.patch={self.loss.patch} is larger than data.resolution={self.data.resolution}")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def checkpoint_url(self) -> str:
+        """Folder or s3:// prefix that holds this run's checkpoints."""
+        if self.checkpoint.url is None:
+            return str((self.run_dir / "checkpoints").absolute())
+        return f"{self.checkpoint.url.rstrip('/')}/{self.name}/checkpoints"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration of `recipe` (a YAML file, or the name of a recipe that ships with glann).
+
+    Args:
+        overrides: `dotted.key=value` strings; the value is read as YAML.
+    Raises:
+        UserError: in one line per fault.
+    """
+    path = find_recipe(recipe)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {detail}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(tree, str(path))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: a path, or the bundled recipe of that name."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    bundled = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent.as_posix() in (".", "configs") and bundled.is_file():
+        return bundled
+    names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    close = difflib.get_close_matches(path.stem, names, 1)
+    hint = f"did you mean {close[0]}?" if close else "recipes: " + ", ".join(names)
+    raise UserError(f"no such recipe: {recipe} ({hint})")
+
+
+def validate(tree: dict[str, Any], where: str) -> Config:
+    """A frozen configuration from plain data, or a UserError with one line per fault."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(fault) for fault in error.errors(include_url=False)]
+        raise UserError("\n       ".join([f"{lines[0]}; in {where}", *lines[1:]])) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"cannot read override {override!r}: write section.key=value, e.g. glo.epochs=100")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read the value of override {override!r} as YAML") from error
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the configuration with its field, sections included."""
+    keys: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        keys[prefix + name] = field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys |= known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key}{_suggest(key)}; see `glann config --help`"
+    if fault["type"] == "missing":
+        return f"missing key {key}: {known_keys()[key].description or 'a value is needed'}"
+    if fault["type"] == "value_error" and not key:
+        return str(fault["ctx"]["error"])
+    prefix = f"{key}={fault['input']!r}" if key else repr(fault["input"])
+    allowed = fault["msg"].removeprefix("Value error, ")
+    return f"{prefix} is not possible: {allowed[0].lower()}{allowed[1:]}"
+
+
+def _suggest(key: str) -> str:
+    keys = list(known_keys())
+    close = difflib.get_close_matches(key, keys, 1, cutoff=0.6)
+    if not close:  # the right leaf under the wrong section
+        leaf = key.rsplit(".", 1)[-1]
+        leaves = {full.rsplit(".", 1)[-1]: full for full in keys}
+        close = [leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), 1, cutoff=0.6)]
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,1 @@
+"""Recipes. One YAML file each; `glann config NAME` prints one resolved."""

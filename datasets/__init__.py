@@ -1,0 +1,1 @@
+"""Images: packing into shards, the index, reading, S3, and named assets."""

@@ -1,0 +1,1 @@
+"""Pure torch.nn: generators, mapping, perceptual networks and losses."""
