@@ -1,0 +1,54 @@
+# Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+SPEC   := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-6s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: glann needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1); use make PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "error: could not make $(VENV); on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 2; }
+
+# A stamp is written only after a complete installation, so an interrupted one is done again.
+$(VENV)/.installed-run: $(BIN)/python $(SPEC)
+	@echo "installing glann into $(VENV) (a few minutes, once)"
+	@$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-run
+	@echo "installing the test tools into $(VENV)"
+	@$(PIP) -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	@echo "installing the linter and the type checker into $(VENV)"
+	@$(PIP) -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed-run  ## train on 5,000 digits with two workers, from nothing to report.html
+	@$(BIN)/glann train configs/digits.yaml
+
+test: $(VENV)/.installed-test  ## run the test suite
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## check style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev  ## check types
+	@$(BIN)/mypy
+
+docs: $(VENV)/.installed-run  ## write docs/configuration.md from the configuration models
+	@$(BIN)/python docs/generate.py
+
+clean:  ## remove the environment and the caches (not runs/ and data/)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
