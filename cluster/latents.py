@@ -1,0 +1,321 @@
+"""The latent table: one trainable code per image, with its optimiser state, beside its owner.
+
+`LatentShard` holds the codes of one contiguous range of rows and does all the arithmetic.
+`LatentTable` is what a training worker holds: it keeps its shard in a Ray actor on its own node, so
+that gathers and updates run behind the training step. One epoch visits a row once, so the gather for
+the next batch and the update of this one touch different rows and running them side by side is exact;
+where they do meet (between two epochs) the table gathers again.
+
+Legend: B rows of a batch, D latent dimension, n rows of the shard.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import EnvironmentFault, UserError
+from .noise import Stream, noise
+from .row_optimizers import Constraint, project, row_optimizer, usable_rows
+
+Position = tuple[int, int]  # (epoch, step)
+Arrays = dict[str, np.ndarray]
+START: Position = (-1, -1)
+
+
+class LatentShard:
+    """Codes z_nD, optimiser moments and visit counters of the global rows `rows`."""
+
+    def __init__(
+        self,
+        rows: range,
+        dim: int,
+        seed: int,
+        optimizer: Literal["adam", "adagrad"] = "adam",
+        betas: tuple[float, float] = (0.5, 0.999),
+        constraint: Constraint = "sphere",
+    ):
+        """Start every code at a random point of the unit sphere that depends on (seed, row) alone."""
+        self.rows = rows
+        self.position = START
+        self._optimizer = row_optimizer(optimizer, betas)
+        self._constraint: Constraint = constraint
+        first_nD = noise(seed, 0, torch.arange(rows.start, rows.stop), dim, stream=Stream.LATENTS)
+        self._z_nD = project(first_nD, "sphere", first_nD)
+        self._moments_n = self._optimizer.moments(len(rows), dim)
+        self._visits_n = torch.zeros(len(rows), dtype=torch.int32)
+
+    def gather(self, rows_B: np.ndarray) -> np.ndarray:
+        """Codes z_BD (float32, a copy) of global rows; repeats are allowed."""
+        return self._z_nD[self._local(rows_B)].numpy()
+
+    def codes(self) -> np.ndarray:
+        """All codes z_nD of the shard (float32, a copy)."""
+        return self._z_nD.numpy().copy()
+
+    def visits(self) -> np.ndarray:
+        """How often each row has been visited, int32 [n] (a copy)."""
+        return self._visits_n.numpy().copy()
+
+    def apply(
+        self, epoch: int, step: int, rows_B: np.ndarray, grad_BD: np.ndarray, lr: float, skipped: Sequence[int] = ()
+    ) -> bool:
+        """Visit rows: one optimiser step and projection for each of `rows_B`, none for `skipped`.
+
+        Args:
+            epoch, step: position in the run. Positions only grow; one that is not beyond the last
+                changes nothing, so that a repeated call is harmless.
+            rows_B: distinct global rows; rows that only pad a batch must not be among them.
+            grad_BD: gradient of each row's own loss.
+            skipped: rows that were visited but do not move (a corrupt image, a non-finite step).
+        Returns:
+            Whether anything was done.
+        Raises:
+            IndexError: a row outside the shard. ValueError: a repeated row or a wrong shape.
+            UserError: a gradient that is not finite.
+            In each case the shard is unchanged.
+        """
+        if (epoch, step) <= self.position:
+            return False
+        at_B, skipped_at = self._local(rows_B), self._local(np.asarray(skipped, np.int64))
+        visited_at = torch.cat([at_B, skipped_at])
+        if len(visited_at.unique()) != len(visited_at):
+            raise ValueError(f"a row occurs twice at epoch {epoch}, step {step}")
+        grad_BD = torch.tensor(grad_BD, dtype=torch.float32)  # a copy: arrays from Ray are read-only
+        if grad_BD.shape != (len(at_B), self._z_nD.shape[1]):
+            raise ValueError(f"gradient of shape {tuple(grad_BD.shape)} for {len(at_B)} codes")
+        self._refuse_unusable(grad_BD, at_B)
+        self._visits_n[visited_at] += 1
+        self._move(at_B, grad_BD, lr)
+        self.position = (epoch, step)
+        return True
+
+    def skip(self, epoch: int, step: int, rows_B: np.ndarray) -> bool:
+        """Visit rows without moving them; otherwise as `apply`.
+
+        The visit still counts in the bias correction, since a row has one counter. That weakens the
+        correction of a row whose very first visits were skipped, for as long as the correction matters.
+        """
+        nothing = np.empty((0, self._z_nD.shape[1]), np.float32)
+        return self.apply(epoch, step, np.empty(0, np.int64), nothing, 0.0, rows_B)
+
+    def snapshot(self) -> Arrays:
+        """A consistent copy of the state by name, one row each: z, the moments, steps (visits)."""
+        return {name: tensor.numpy().copy() for name, tensor in self._state().items()}
+
+    def restore(self, arrays: Arrays, position: Position = START) -> None:
+        """Take over a snapshot of exactly these rows, as read back from a checkpoint.
+
+        Raises:
+            UserError: arrays missing, unknown, or of another shape or type; nothing is changed.
+        """
+        state = self._state()
+        if set(arrays) != set(state):
+            raise UserError(
+                f"the saved latent table holds {sorted(arrays)} where {sorted(state)} is needed; "
+                "was it trained with another glo.latent_optimizer?"
+            )
+        for name, tensor in state.items():
+            held, needed = arrays[name], tensor.numpy()
+            if held.shape != needed.shape or held.dtype != needed.dtype:
+                raise UserError(
+                    f"the saved latent table has {name} as {held.dtype}{list(held.shape)} where "
+                    f"{needed.dtype}{list(needed.shape)} is needed; resume with the configuration of the run"
+                )
+        for name, tensor in state.items():
+            tensor.numpy()[...] = arrays[name]
+        self.position = position
+
+    def _state(self) -> dict[str, Tensor]:
+        return {"z": self._z_nD, **self._moments_n, "steps": self._visits_n}
+
+    def _local(self, rows_B: np.ndarray) -> Tensor:
+        at_B = torch.tensor(rows_B, dtype=torch.int64) - self.rows.start
+        if len(at_B) and not (0 <= int(at_B.min()) and int(at_B.max()) < len(self.rows)):
+            raise IndexError(f"a row is outside {self.rows.start}..{self.rows.stop - 1}, which this worker owns")
+        return at_B
+
+    def _refuse_unusable(self, grad_BD: Tensor, at_B: Tensor) -> None:
+        usable_B = usable_rows(grad_BD)
+        if not usable_B.all():
+            rows = (at_B[~usable_B] + self.rows.start).tolist()
+            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            raise UserError(
+                f"the gradient of latent codes is not finite for rows {rows[:8]}{more}; "
+                "lower glo.latent_lr or glo.generator_lr, or look at these images"
+            )
+
+    def _move(self, at_B: Tensor, grad_BD: Tensor, lr: float) -> None:
+        moments_B = {name: moment_n[at_B] for name, moment_n in self._moments_n.items()}
+        before_BD = self._z_nD[at_B]
+        moved_BD = self._optimizer.update(before_BD, grad_BD, moments_B, self._visits_n[at_B], lr)
+        self._z_nD[at_B] = project(moved_BD, self._constraint, before_BD)
+        for name, moment_B in moments_B.items():
+            self._moments_n[name][at_B] = moment_B
+
+
+class LatentTable:
+    """A worker's own latent shard, reached without waiting.
+
+    Calls reach the shard in the order in which they were made, so the codes are those of a
+    synchronous run, bit for bit. An update that failed raises its error at the next call.
+    """
+
+    def __init__(self, shard: _InProcess | _InActor, in_flight: int):
+        self._shard = shard
+        self._in_flight = in_flight
+        self._updates: deque[Any] = deque()
+        self._gathers: dict[bytes, tuple[np.ndarray, Any]] = {}
+
+    @classmethod
+    def spawn(cls, rows: range, dim: int, seed: int, *, in_flight: int = 8, **options: Any) -> LatentTable:
+        """Keep the shard in a new actor on this node; it ends with the worker that owns it.
+
+        Args:
+            in_flight: updates that may be under way before `push` waits for the oldest.
+            options: further arguments of `LatentShard`.
+        """
+        return cls(_InActor(rows, dim, seed, **options), in_flight)
+
+    @classmethod
+    def in_process(cls, rows: range, dim: int, seed: int, **options: Any) -> LatentTable:
+        """Keep the shard in this process, without Ray: every call is done when it returns."""
+        return cls(_InProcess(LatentShard(rows, dim, seed, **options)), 1)
+
+    def prefetch(self, rows_B: np.ndarray) -> None:
+        """Start gathering rows that `take` will ask for."""
+        self._raise_failed()
+        rows_B = np.ascontiguousarray(rows_B, np.int64)
+        self._gathers[rows_B.tobytes()] = (rows_B, self._shard.start("gather", rows_B))
+
+    def take(self, rows_B: np.ndarray) -> Tensor:
+        """Codes z_BD of global rows as a new float32 tensor, after every update pushed so far."""
+        self._raise_failed()
+        rows_B = np.ascontiguousarray(rows_B, np.int64)
+        _, pending = self._gathers.pop(rows_B.tobytes(), (rows_B, None))
+        if pending is None:
+            pending = self._shard.start("gather", rows_B)
+        return torch.tensor(self._shard.finish(pending))  # a copy: arrays from Ray are read-only
+
+    def push(
+        self, epoch: int, step: int, rows_B: np.ndarray, grad_BD: Tensor, lr: float, skipped: Sequence[int] = ()
+    ) -> None:
+        """Start `LatentShard.apply`; the arguments may be changed as soon as this returns."""
+        self._raise_failed()
+        while len(self._updates) >= self._in_flight:
+            self._shard.finish(self._updates.popleft())
+        rows_B, skipped = np.array(rows_B, np.int64), np.array(skipped, np.int64)
+        grad = grad_BD.detach().to("cpu", torch.float32).numpy()
+        self._updates.append(self._shard.start("apply", epoch, step, rows_B, grad, lr, skipped))
+        # What was gathered ahead of this update is out of date where they share a row.
+        stale = [key for key, (ahead_B, _) in self._gathers.items() if np.isin(ahead_B, rows_B).any()]
+        for key in stale:
+            del self._gathers[key]
+
+    def skip(self, epoch: int, step: int, rows_B: np.ndarray) -> None:
+        """Count rows as visited without moving them, such as those of a step that was not finite."""
+        self._raise_failed()
+        self._updates.append(self._shard.start("skip", epoch, step, np.array(rows_B, np.int64)))
+
+    def flush(self) -> None:
+        """Wait for every update, and raise the error of the first that failed."""
+        while self._updates:
+            self._shard.finish(self._updates.popleft())
+
+    def codes(self) -> Tensor:
+        """All codes z_nD of this worker, in the order of its rows, after every update."""
+        self.flush()
+        return torch.tensor(self._shard.finish(self._shard.start("codes")))
+
+    def visits(self) -> np.ndarray:
+        """Visits of each row, int32 [n], after every update: `epoch_plan` takes them after a restart."""
+        self.flush()
+        return self._shard.finish(self._shard.start("visits"))
+
+    def snapshot(self) -> Arrays:
+        """A consistent copy of the whole shard after every update, for `CheckpointWriter.save`."""
+        self.flush()
+        return self._shard.finish(self._shard.start("snapshot"))
+
+    def restore(self, arrays: Arrays, position: Position = START) -> None:
+        """Take over saved rows (`checkpoints.load_rows`); see `LatentShard.restore`."""
+        self.flush()
+        self._gathers.clear()
+        self._shard.finish(self._shard.start("restore", arrays, position))
+
+    def close(self) -> None:
+        """Let go of the shard at once, without waiting for the end of this worker."""
+        self._updates.clear()
+        self._gathers.clear()
+        self._shard.close()
+
+    def _raise_failed(self) -> None:
+        """Surface failures without waiting; updates end in order, so the oldest is looked at first."""
+        while self._updates and self._shard.done(self._updates[0]):
+            self._shard.finish(self._updates.popleft())
+
+
+class _InProcess:
+    """Calls that are done when they are made; a failure is kept for `finish`, as an actor keeps it."""
+
+    def __init__(self, shard: LatentShard):
+        self._target = shard
+
+    def start(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
+        try:
+            return getattr(self._target, method)(*arguments), None
+        except Exception as error:
+            return None, error
+
+    def finish(self, call: tuple[Any, Exception | None]) -> Any:
+        result, error = call
+        if error is not None:
+            raise error
+        return result
+
+    def done(self, call: Any) -> bool:
+        return True
+
+    def close(self) -> None:
+        del self._target
+
+
+class _InActor:
+    """Calls to a `LatentShard` actor on this node. One caller and one thread: they run in order."""
+
+    def __init__(self, rows: range, dim: int, seed: int, **options: Any):
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray = ray
+        self._rows = rows
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # It takes no CPU slot of its own, or a worker that fills its node could not have one.
+        actor_class = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(LatentShard)
+        self.actor = actor_class.remote(rows, dim, seed, **options)
+
+    def start(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.actor, method).remote(*arguments)
+
+    def finish(self, call: Any) -> Any:
+        try:
+            return self._ray.get(call)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except self._ray.exceptions.ActorDiedError as error:
+            raise EnvironmentFault(
+                f"the process that holds latent rows {self._rows.start}..{self._rows.stop - 1} was lost; "
+                "the run can go on from its last checkpoint"
+            ) from error
+
+    def done(self, call: Any) -> bool:
+        ready, _ = self._ray.wait([call], timeout=0)
+        return bool(ready)
+
+    def close(self) -> None:
+        self._ray.kill(self.actor)

@@ -1,0 +1,105 @@
+"""Counter-based Gaussian noise: row i is a function of (seed, stream, epoch, i) and of nothing else.
+
+Any worker makes any row again from its index, so noise is never sent or stored. The generator is
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), in torch
+integer arithmetic, followed by the Box-Muller transform in float64.
+
+Legend: B rows asked for, E noise dimension, K blocks of four 32-bit words.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_CHUNK_BLOCKS = 1 << 14  # the two dozen int64 temporaries of a chunk stay in the cache
+
+
+class Stream(IntEnum):
+    """Separate uses of noise; equal indices in different streams are independent."""
+
+    LATENTS = 0
+    CANDIDATES = 1
+    SAMPLES = 2
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four words of 32 random bits for each counter.
+
+    Args:
+        counter: four int64 tensors of one shape, with values in [0, 2**32).
+        key: two words in [0, 2**32).
+    Returns:
+        Four int64 tensors with values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        hi0, lo0 = _multiply(c0, _MULTIPLIERS[0])
+        hi1, lo1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def noise(
+    seed: int,
+    epoch: int,
+    index_B: Tensor | np.ndarray,
+    dim: int,
+    device: str | torch.device = "cpu",
+    stream: Stream = Stream.CANDIDATES,
+) -> Tensor:
+    """Standard normal noise e_BE, float32, one row per index.
+
+    Args:
+        seed, epoch: in [0, 2**32).
+        index_B: row indices, any order, repeats allowed, in [0, 2**63).
+        dim: E.
+        stream: which use the noise is for.
+    Returns:
+        [B, E] float32 on `device`. The words are the same everywhere; the last bit of a float may
+        differ between kinds of processor, whose log and cos round differently.
+    Raises:
+        ValueError: an argument out of its range.
+    """
+    index_B = torch.as_tensor(index_B, dtype=torch.int64, device=device)
+    if not 0 <= seed <= _MASK or not 0 <= epoch <= _MASK:
+        raise ValueError(f"seed {seed} and epoch {epoch} must be in [0, 2**32)")
+    if index_B.numel() and int(index_B.min()) < 0:
+        raise ValueError("indices of noise rows must not be negative")
+    blocks = -(-dim // 4)
+    e_BE = torch.empty(len(index_B), dim, dtype=torch.float32, device=index_B.device)
+    block_K = torch.arange(blocks, dtype=torch.int64, device=index_B.device)
+    # Large accelerators want few launches, a CPU wants a chunk that fits its cache.
+    rows = max(1, (_CHUNK_BLOCKS if index_B.device.type == "cpu" else 64 * _CHUNK_BLOCKS) // blocks)
+    for at in range(0, len(index_B), rows):
+        index_C1 = index_B[at : at + rows, None].expand(-1, blocks)
+        counter = (index_C1 & _MASK, index_C1 >> 32, block_K.expand_as(index_C1), torch.full_like(index_C1, epoch))
+        words = philox4x32(counter, (seed, int(stream)))
+        normal_CE = torch.stack([*_box_muller(*words[:2]), *_box_muller(*words[2:])], dim=2).flatten(1)
+        e_BE[at : at + rows] = normal_CE[:, :dim]
+    return e_BE
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 x 32 bit product.
+
+    int64 wraps modulo 2**64, which leaves all 64 bits of the unsigned product in place.
+    """
+    product = a * b
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def _box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent normals from two words; the half keeps the uniform away from zero."""
+    radius = word_a.double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = word_b.double().mul_(2.0 * math.pi * 2.0**-32)
+    return radius * angle.cos(), radius * angle.sin()

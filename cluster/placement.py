@@ -1,0 +1,101 @@
+"""Which worker owns which rows and in which order it visits them: pure functions, nothing to save.
+
+Legend: B rows of a local batch, N rows of the data set, n rows of one worker, W workers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..datasets.loader import PlannedBatch
+
+_LOCAL, _GLOBAL = 1, 2  # keeps the permutations of stage 1 and stage 2 apart for equal seeds
+
+
+def ranges(rows: int, world: int) -> list[range]:
+    """The contiguous rows of every worker, equal to within one row; the first ones hold the extra row."""
+    share, extra = divmod(rows, world)
+    starts = [rank * share + min(rank, extra) for rank in range(world + 1)]
+    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+
+
+def steps_per_epoch(rows: int, world: int, batch: int) -> int:
+    """Steps that every worker takes in a whole epoch: ceil(largest range / local batch)."""
+    return _ceil(_ceil(rows, world), batch)
+
+
+def steps_left(epoch: int, batch: int, visited_n: np.ndarray) -> int:
+    """Steps that one worker still needs in `epoch`; all workers take the largest of these.
+
+    Args:
+        visited_n: how often each row of the worker has been visited since the start of the run.
+    """
+    return _ceil(int(np.count_nonzero(visited_n <= epoch)), batch)
+
+
+def epoch_plan(
+    seed: int,
+    epoch: int,
+    rows_of_worker: range,
+    batch: int,
+    steps: int,
+    visited_n: np.ndarray | None = None,
+    first_step: int = 0,
+) -> list[PlannedBatch]:
+    """The batches of one worker in one epoch, a pure function of its arguments.
+
+    Args:
+        epoch: counted from 0.
+        batch: rows of a local batch.
+        steps: number of batches to return, the same on every worker (`steps_per_epoch`, or after a
+            restart within an epoch the largest `steps_left` of all workers).
+        visited_n: visits of each row since the start of the run; rows visited more than `epoch`
+            times have had their turn and are left out. None: nobody has.
+        first_step: number of the first batch, so that a continued epoch counts on.
+    Returns:
+        `steps` batches, numbered from `first_step`. A short or empty batch is padded to `batch` rows
+        with a real row of the range at weight zero. The order of the rows depends on (seed, epoch,
+        range) alone: leaving out visited rows does not change the order of the others.
+    Raises:
+        ValueError: an empty range (it has no row to pad with), or more rows than `steps` batches hold.
+    """
+    if not rows_of_worker:
+        raise ValueError("a worker needs at least one row: there are more workers than rows")
+    order_n = _permutation(len(rows_of_worker), _LOCAL, seed, epoch, rows_of_worker.start, rows_of_worker.stop)
+    if visited_n is not None:
+        if visited_n.shape != order_n.shape:
+            raise ValueError(f"visited_n has shape {visited_n.shape} for a range of {len(rows_of_worker)} rows")
+        order_n = order_n[visited_n[order_n] <= epoch]
+    if len(order_n) > steps * batch:
+        raise ValueError(f"{len(order_n)} rows do not fit {steps} batches of {batch}")
+    rows = np.full(steps * batch, rows_of_worker.start, np.int64)
+    weight = np.zeros(steps * batch, np.float32)
+    rows[: len(order_n)] = order_n + rows_of_worker.start
+    weight[: len(order_n)] = 1.0
+    return [
+        PlannedBatch(first_step + step, rows[at : at + batch], weight[at : at + batch])
+        for step, at in enumerate(range(0, steps * batch, batch))
+    ]
+
+
+def global_batches(seed: int, epoch: int, rows: int, batch: int) -> list[np.ndarray]:
+    """Stage 2: a permutation of all N rows cut in global batches; the last may be short.
+
+    It does not depend on the number of workers, so neither does the path of the mapping.
+    """
+    order_N = _permutation(rows, _GLOBAL, seed, epoch)
+    return [order_N[at : at + batch] for at in range(0, rows, batch)]
+
+
+def _permutation(n: int, *key: int) -> np.ndarray:
+    """A permutation of 0..n-1 that is the same on every machine and numpy version.
+
+    Only raw bit generators promise a stable stream (NEP 19), `Generator.permutation` does not: so
+    raw words of Philox are ranked. 64-bit words practically never tie; a stable sort settles it.
+    """
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,93 @@
+"""Optimisers whose state belongs to single rows: a row that is not visited does not move.
+
+Pure arithmetic on the rows of one batch, gathered by the caller. The moments of a row and its step
+counter travel with the row, so its path depends on its own visits only, never on the batch it came in.
+
+Legend: B rows of a batch, D latent dimension, n rows held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Constraint = Literal["sphere", "ball"]
+Moments = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RowAdam:
+    """Adam (Kingma & Ba 2015, Algorithm 1) with every row's own bias correction. State: 2 D numbers a row."""
+
+    betas: tuple[float, float] = (0.5, 0.999)
+    eps: float = 1e-8
+
+    def moments(self, n: int, dim: int) -> Moments:
+        """Fresh state of n rows."""
+        return {"exp_avg": torch.zeros(n, dim), "exp_avg_sq": torch.zeros(n, dim)}
+
+    def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, lr: float) -> Tensor:
+        """One step of the rows of a batch.
+
+        Args:
+            z_BD, grad_BD: float32 codes and the gradient of each row's own loss.
+            moments_B: the state of these rows, changed in place.
+            visits_B: how often each row has been visited, this visit included.
+        Returns:
+            The moved codes, not yet projected.
+        """
+        beta1, beta2 = self.betas
+        mean, square = moments_B["exp_avg"], moments_B["exp_avg_sq"]
+        mean.lerp_(grad_BD, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad_BD, grad_BD, value=1 - beta2)
+        # 1 - beta**t cancels badly in float32 while t is small.
+        visits_B1 = visits_B.double()[:, None]
+        rate_B1 = (lr / (1 - beta1**visits_B1)).float()
+        scale_B1 = (1 - beta2**visits_B1).rsqrt().float()
+        return z_BD - rate_B1 * mean / ((square.sqrt() * scale_B1).add_(self.eps))
+
+
+@dataclass(frozen=True)
+class RowAdagrad:
+    """Row-wise Adagrad (Duchi et al. 2011): one accumulator of the mean squared gradient a row."""
+
+    eps: float = 1e-10
+
+    def moments(self, n: int, dim: int) -> Moments:
+        """Fresh state of n rows; one number each, whatever the dimension."""
+        return {"accumulator": torch.zeros(n)}
+
+    def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, lr: float) -> Tensor:
+        """One step of the rows of a batch; arguments as in `RowAdam.update`."""
+        accumulator_B = moments_B["accumulator"]
+        accumulator_B.add_(grad_BD.square().mean(dim=1))
+        return z_BD - (lr / (accumulator_B.sqrt() + self.eps))[:, None] * grad_BD
+
+
+RowOptimizer = RowAdam | RowAdagrad
+
+
+def row_optimizer(name: Literal["adam", "adagrad"], betas: tuple[float, float]) -> RowOptimizer:
+    """The optimiser that the configuration names; `betas` are Adam's."""
+    return RowAdam(betas) if name == "adam" else RowAdagrad()
+
+
+def project(z_BD: Tensor, constraint: Constraint, previous_BD: Tensor) -> Tensor:
+    """The nearest point of the unit sphere, or of the unit ball, to each code.
+
+    The norm is taken in float64, where the square of no float32 overflows. A code without a nearest
+    point (zero, on the sphere) or without a value stays at `previous_BD`.
+    """
+    norm_B1 = torch.linalg.vector_norm(z_BD, dim=1, keepdim=True, dtype=torch.float64)
+    unit_BD = (z_BD / norm_B1).float()
+    projected_BD = unit_BD if constraint == "sphere" else torch.where(norm_B1 > 1, unit_BD, z_BD)
+    possible_B1 = norm_B1.isfinite() & (norm_B1 > 0) if constraint == "sphere" else norm_B1.isfinite()
+    return torch.where(possible_B1, projected_BD, previous_BD)
+
+
+def usable_rows(grad_BD: Tensor) -> Tensor:
+    """bool_B: the rows whose gradient and its square are finite, so that their state stays finite too."""
+    return grad_BD.square().isfinite().all(dim=1)
