@@ -7,8 +7,10 @@ before anything starts, naming the key, what was given, what is allowed and the 
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -71,7 +73,7 @@ class GeneratorConfig(Section):
 class LossConfig(Section):
     """The reconstruction loss between G(z_i) and x_i, one number per image."""
 
-    kind: Literal["perceptual", "laplacian", "l1", "l2"] = "perceptual"
+    kind: Literal["perceptual", "laplacian", "l1", "l2"] = Field("perceptual", description="what is compared")
     network: Literal["vgg16", "squeezenet"] = Field("vgg16", description="frozen network of the perceptual loss")
     weights: str | None = Field(
         None, description="asset name or safetensors path of the network; empty means the first source that answers"
@@ -90,16 +92,22 @@ class LossConfig(Section):
 class ScheduleConfig(Section):
     """Learning-rate factor over a stage."""
 
-    kind: Literal["constant", "halving", "cosine"] = "constant"
+    kind: Literal["constant", "halving", "cosine"] = Field("constant", description="shape of the factor over epochs")
     every: int = Field(50, ge=1, description="epochs between halvings (halving)")
     floor: Fraction = Field(0.0, description="final factor (cosine)")
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
 
 
+class GloScheduleConfig(ScheduleConfig):
+    """As published: halved. A class of its own, so that giving one key does not undo the others' defaults."""
+
+    kind: Literal["constant", "halving", "cosine"] = Field("halving", description="shape of the factor over epochs")
+
+
 class GloConfig(Section):
     """Stage 1 (GLO): latent codes and generator."""
 
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=1, description="visits of each image")
     batch_size: int = Field(128, ge=1, description="global batch, over all workers")
     latent_lr: Positive = Field(0.01, description="learning rate of the latent codes")
     generator_lr: Positive = Field(0.001, description="learning rate of the generator")
@@ -107,19 +115,19 @@ class GloConfig(Section):
     latent_optimizer: Literal["adam", "adagrad"] = Field("adam", description="adagrad: one number of state per row")
     constraint: Literal["sphere", "ball"] = Field("sphere", description="projection after each update of a code")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged generator; 0 is off")
-    schedule: ScheduleConfig = ScheduleConfig(kind="halving", every=50)
+    schedule: GloScheduleConfig = GloScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
 
 
 class ImleConfig(Section):
     """Stage 2 (IMLE): the mapping T: noise -> latent code."""
 
-    epochs: int = Field(50, ge=1)
+    epochs: int = Field(50, ge=1, description="rounds of fresh candidates and matches")
     batch_size: int = Field(128, ge=1, description="global batch, over all workers")
     noise_dim: int = Field(32, ge=1, description="dimension of the noise e")
     hidden_dim: int = Field(128, ge=1, description="width of both hidden layers")
-    lr: Positive = 1e-3
-    weight_decay: float = Field(1e-5, ge=0)
+    lr: Positive = Field(1e-3, description="learning rate of the mapping (Adam)")
+    weight_decay: float = Field(1e-5, ge=0, description="weight decay of the mapping")
     candidates: Positive = Field(2.0, description="fresh candidates per row and epoch (M = candidates x N)")
     schedule: ScheduleConfig = ScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
@@ -142,8 +150,8 @@ class ClusterConfig(Section):
 
     workers: int = Field(1, ge=1, le=4096, description="number of training workers")
     address: str | None = Field(None, description="Ray cluster to join; empty means RAY_ADDRESS or a local Ray")
-    gpus_per_worker: float = Field(0.0, ge=0)
-    cpus_per_worker: Positive = 1.0
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker; 0 trains on CPUs")
+    cpus_per_worker: Positive = Field(1.0, description="CPU cores of each worker")
     max_failures: int = Field(3, ge=-1, description="restarts after a lost worker or node; -1 is without end")
     start_timeout_s: Positive = Field(120.0, description="seconds to wait for the workers' resources")
 
@@ -161,7 +169,7 @@ class CheckpointConfig(Section):
 class PreviewConfig(Section):
     """Pictures while training."""
 
-    every_epochs: int = Field(5, ge=1)
+    every_epochs: int = Field(5, ge=1, description="epochs between previews")
     images: int = Field(64, ge=4, le=1024, description="images in a grid")
 
 
@@ -177,9 +185,9 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="log the run to MLflow")
     uri: str | None = Field(None, description="tracking server; empty means MLFLOW_TRACKING_URI or sqlite:///mlflow.db")
-    experiment: str = "glann"
+    experiment: str = Field("glann", description="MLflow experiment")
     register_as: str | None = Field(None, description="name in the model registry; empty registers nothing")
 
 
@@ -187,7 +195,7 @@ class Config(Section):
     """One run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="run name; its folder is runs_dir/name")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything that is random in the run")
     runs_dir: str = Field("runs", description="where run folders are made")
     data: DataConfig
     s3: S3Config = S3Config()
@@ -313,6 +321,50 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str,
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys |= known_keys(field.annotation, f"{prefix}{name}.")
     return keys
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configurable value, in words: dotted name, what it may be, its default and its meaning."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def describe_keys() -> list[Key]:
+    """Every key that holds a value (not the sections), in the order of the models."""
+    described = []
+    for name, field in known_keys().items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue
+        bounds = [
+            f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in _BOUNDS if hasattr(rule, key)
+        ]
+        kind = " ".join([_kind(field.annotation), *bounds])
+        described.append(Key(name, kind, _default(field), field.description or ""))
+    return described
+
+
+_BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    return "empty" if field.default is None else yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return "list of " + _kind(get_args(annotation)[0])
+    parts = [part for part in get_args(annotation) if part is not NoneType]
+    return " | ".join(_kind(part) for part in parts) if parts else annotation.__name__
 
 
 def _explain(fault: Any) -> str:
