@@ -353,7 +353,9 @@ _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 def _default(field: Any) -> str:
     if field.is_required():
         return "required"
-    return "empty" if field.default is None else yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
+    if field.default is None:
+        return "empty"
+    return yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
 
 
 def _kind(annotation: Any) -> str:
