@@ -1,0 +1,134 @@
+"""Image bytes <-> uint8 arrays: decoding what users bring, fitting it to a square, encoding it.
+
+Legend: H height, W width, C channels (1 grey, 3 RGB).
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Literal, get_args
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+Crop = Literal["center", "pad", "none"]
+ImageFormat = Literal["jpeg", "png", "webp"]
+CROPS: tuple[str, ...] = get_args(Crop)
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # as webdataset's decoders know them
+
+# Formats that Pillow decodes itself; others would start foreign programs (EPS) or stubs.
+_READABLE = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+MAX_PIXELS = 80_000_000  # a larger picture is refused before it is decompressed
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+class BadImage(ValueError):
+    """These bytes are not an image that can be used; the message says why."""
+
+
+def decode_any(data: bytes) -> Image.Image:
+    """The picture in `data` as an RGB or L (grey) image, turned upright as its EXIF tag says.
+
+    16-bit grey keeps its upper 8 bits, transparent pictures are laid on white.
+    Raises:
+        BadImage: for anything but a complete JPEG, PNG, WebP, BMP, PPM/PGM, TIFF or GIF of bounded size.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_READABLE)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(f"{image.width} x {image.height} pixels is more than an image may have")
+        image.load()
+        return _plain(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except Exception as error:  # a damaged file can raise almost anything from within a decoder
+        raise BadImage(f"not a readable image ({_first_line(error)})") from error
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGB", "L"):
+        return image
+    if image.mode in _SIXTEEN_BIT:
+        return Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise BadImage(f"pixels of mode {image.mode} have no known range; convert the image to 8 bits")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def fit(image: Image.Image, resolution: int, channels: int, crop: str) -> np.ndarray:
+    """A uint8 array [resolution, resolution, C] made of `image`; Lanczos with antialiasing.
+
+    crop: `center` cuts the largest central square and resizes it; `pad` shrinks (never enlarges)
+    the whole image to fit and centres it on black; `none` takes square images only.
+    """
+    image = image.convert("L" if channels == 1 else "RGB")
+    width, height = image.size
+    if crop == "none" and width != height:
+        raise BadImage(f"{width} x {height} is not square and crop=none; use crop=center or crop=pad")
+    if crop == "pad":
+        scale = min(1.0, resolution / max(width, height))
+        image = _resize(image, max(1, round(width * scale)), max(1, round(height * scale)))
+        canvas = Image.new(image.mode, (resolution, resolution))
+        canvas.paste(image, ((resolution - image.width) // 2, (resolution - image.height) // 2))
+        image = canvas
+    else:
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side)) if width != height else image
+        image = _resize(image, resolution, resolution)
+    return np.asarray(image).reshape(resolution, resolution, channels)
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def encode(img_HWC: np.ndarray, image_format: str, quality: int) -> bytes:
+    """`img_HWC` (uint8) as JPEG with full-resolution colour, as PNG, or as lossy WebP."""
+    channels = img_HWC.shape[2]
+    if image_format == "jpeg":
+        colour, sampling = ("GRAY", "Gray") if channels == 1 else ("RGB", "444")
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(img_HWC), quality, colour, sampling)
+    buffer = io.BytesIO()
+    image = Image.fromarray(img_HWC[:, :, 0] if channels == 1 else img_HWC)
+    if image_format == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "WEBP", quality=quality, method=4)
+    return buffer.getvalue()
+
+
+def decode_packed(data: bytes, resolution: int, channels: int, image_format: str) -> np.ndarray:
+    """A packed image as uint8 [C, H, W], contiguous; its size, colours and format must be as packed.
+
+    Raises:
+        BadImage: for bytes that are anything else.
+    """
+    try:
+        if image_format == "jpeg":
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(width, height, resolution)
+            img_HWC = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
+        else:
+            image = Image.open(io.BytesIO(data), formats=(image_format.upper(),))
+            _check_size(*image.size, resolution)
+            mode = "L" if channels == 1 else "RGB"
+            img_HWC = np.asarray(image.convert(mode)).reshape(resolution, resolution, channels)
+    except BadImage:
+        raise
+    except Exception as error:  # as above: whatever the decoder says, the image is bad
+        raise BadImage(f"not a readable {image_format} image ({_first_line(error)})") from error
+    return np.ascontiguousarray(img_HWC.transpose(2, 0, 1))
+
+
+def _check_size(width: int, height: int, resolution: int) -> None:
+    if (width, height) != (resolution, resolution):
+        raise BadImage(f"the image is {width} x {height}, not {resolution} x {resolution}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

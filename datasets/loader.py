@@ -1,0 +1,130 @@
+"""Batches of images in exactly the order of a plan, decoded ahead by threads.
+
+Legend: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .reader import CorruptImage, ImageRows
+
+log = logging.getLogger(__name__)
+
+
+class PlannedBatch(NamedTuple):
+    """What a step is to train on; rows of weight 0 only pad the batch and are never read."""
+
+    step: int
+    rows_B: np.ndarray  # int64 global row ids
+    weight_B: np.ndarray  # float32, 1 for real rows
+
+
+class Batch(NamedTuple):
+    """The images of a planned batch; a row of weight 0 has an all-black image."""
+
+    step: int
+    rows_B: Tensor  # int64
+    img_BCHW: Tensor  # uint8
+    weight_B: Tensor  # float32
+
+
+class BadRows:
+    """Counts the distinct rows that could not be read, and refuses to go on beyond a share of the data set.
+
+    Args:
+        max_fraction: share of `rows` that may be bad (`data.max_bad_fraction`).
+        rows: rows of the data set that are in use.
+    """
+
+    def __init__(self, max_fraction: float, rows: int):
+        self._max_fraction, self._limit = max_fraction, max_fraction * rows
+        self._faults: dict[int, str] = {}
+
+    @property
+    def rows(self) -> list[int]:
+        """The bad rows so far, sorted."""
+        return sorted(self._faults)
+
+    def add(self, fault: CorruptImage) -> None:
+        """Note a bad row. Raises UserError once there are too many."""
+        if fault.row in self._faults:
+            return
+        self._faults[fault.row] = str(fault)
+        if len(self._faults) > self._limit:
+            raise UserError(
+                f"{fault} ({len(self._faults)} bad images, data.max_bad_fraction={self._max_fraction:g} allows "
+                f"{int(self._limit)}; check the data set with `glann data verify` or raise data.max_bad_fraction)"
+            ) from fault
+        log.warning("%s; skipped", fault)
+
+
+def batches(
+    images: ImageRows, plan: Iterable[PlannedBatch], *, threads: int, prefetch: int, max_bad: BadRows
+) -> Iterator[Batch]:
+    """The batches of `plan`, in its order, `prefetch` of them being decoded while the caller works.
+
+    An image that cannot be read gets weight 0 and is counted by `max_bad`.  Errors of the decoding
+    threads are raised here, at the batch they belong to.  When the iterator is closed or dropped
+    before its end, the threads stop and are gone before `close()` returns.
+
+    Raises:
+        UserError: more bad images than `max_bad` allows.
+        EnvironmentFault: storage failed for good.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="glann-decode")
+    upcoming = iter(plan)
+    try:
+        ahead = deque(_start(pool, images, planned, threads) for planned in islice(upcoming, prefetch))
+        while ahead:
+            batch = _collect(*ahead.popleft(), max_bad)
+            ahead.extend(_start(pool, images, planned, threads) for planned in islice(upcoming, 1))
+            yield batch
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_Faults = list[CorruptImage]
+
+
+def _start(
+    pool: ThreadPoolExecutor, images: ImageRows, planned: PlannedBatch, threads: int
+) -> tuple[PlannedBatch, np.ndarray, list[Future[_Faults]]]:
+    """Begin to decode a batch, split evenly over the threads."""
+    index = images.index
+    img_BCHW = np.zeros((len(planned.rows_B), index.channels, index.resolution, index.resolution), np.uint8)
+    places = np.flatnonzero(planned.weight_B)
+    parts = [part for part in np.array_split(places, threads) if len(part)]
+    return planned, img_BCHW, [pool.submit(_decode, images, planned.rows_B, img_BCHW, part) for part in parts]
+
+
+def _decode(images: ImageRows, rows_B: np.ndarray, img_BCHW: np.ndarray, places: np.ndarray) -> _Faults:
+    """Fill in the images at `places` of a batch; returns the rows that could not be."""
+    faults = []
+    for place in places:
+        try:
+            img_BCHW[place] = images.decode(int(rows_B[place]))
+        except CorruptImage as fault:
+            faults.append(fault)
+    return faults
+
+
+def _collect(planned: PlannedBatch, img_BCHW: np.ndarray, parts: list[Future[_Faults]], max_bad: BadRows) -> Batch:
+    """Wait for a batch and take the bad rows out of it."""
+    weight_B = np.array(planned.weight_B, np.float32)
+    for part in parts:
+        for fault in part.result():
+            max_bad.add(fault)
+            weight_B[planned.rows_B == fault.row] = 0
+    rows_B = np.array(planned.rows_B, np.int64)
+    return Batch(planned.step, torch.from_numpy(rows_B), torch.from_numpy(img_BCHW), torch.from_numpy(weight_B))

@@ -1,0 +1,210 @@
+"""Packing: any source of images -> webdataset shards and their index.
+
+Threads decode, fit and encode (the codecs release the interpreter lock); one writer puts the
+results in order into `name-000000.tar`, so the bytes depend on the source and the options alone.
+`packing.json` lists the shards that are finished; `index.json` is written last.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pydantic import ValidationError
+
+from ..config import S3Config
+from ..errors import UserError
+from .codec import CROPS, EXTENSIONS, BadImage, decode_any, encode, fit
+from .index import INDEX_FILE, PACKING_FILE, Index, parse
+from .shards import Packing, ShardWriter
+from .sources import Item, Source, identity, open_source
+from .storage import Store, open_store, os_fault
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # images done, images in all
+MAX_NAMED_FAULTS = 20
+LOSSLESS_UP_TO = 64  # px; below it PNG costs little and JPEG artefacts are large
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the bytes of a packed data set depend on besides its source."""
+
+    name: str
+    resolution: int
+    channels: int
+    crop: str
+    image_format: str
+    quality: int
+    shard_bytes: int
+
+    def recipe(self, source: Source) -> str:
+        return identity(source.identity, [vars(self)])
+
+
+def pack(
+    source: str,
+    destination: str,
+    *,
+    resolution: int,
+    channels: int = 3,
+    crop: str = "center",
+    image_format: str | None = None,
+    quality: int = 95,
+    shard_size_mb: float = 256.0,
+    workers: int = 2,
+    name: str | None = None,
+    skip_corrupt: bool = False,
+    s3: S3Config | None = None,
+    progress: Progress | None = None,
+) -> Index:
+    """Pack the images of `source` into shards at `destination`; the same command goes on after an interruption.
+
+    Args:
+        source: named asset, folder, zip, tar, npz, idx or parquet; local or s3://.
+        destination: folder or s3:// prefix, empty or with this very data set, finished or not.
+        resolution: side of the packed images in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        crop: `center`, `pad` or `none`; see `codec.fit`.
+        image_format: `jpeg`, `png` or `webp`; empty means png up to 64 px and jpeg above.
+        quality: of jpeg and webp, 1 to 100.
+        shard_size_mb: megabytes after which a shard is closed.
+        workers: encoding threads.
+        name: prefix of the shard files; empty means the last name of the destination.
+        skip_corrupt: leave out images that cannot be read (each is logged) instead of refusing.
+        progress: called from this thread with images done and images in all.
+    Raises:
+        UserError: in one line; corrupt images are named.
+    """
+    options = _options(destination, resolution, channels, crop, image_format, quality, shard_size_mb, name)
+    if workers < 1:
+        raise UserError(f"workers={workers} is not possible: at least one is needed")
+    store = open_store(destination, s3)
+    images = open_source(source, s3)
+    recipe = options.recipe(images)
+    if store.exists(INDEX_FILE):
+        return _same_data_set(Index.load(destination, s3), recipe, destination)
+    packing = _begin(store, recipe, destination)
+    report = progress or (lambda done, total: None)
+    try:
+        with tempfile.TemporaryDirectory(prefix="glann-pack-") as folder:
+            writer = ShardWriter(store, packing, Path(folder), options.name, options.image_format, options.shard_bytes)
+            with closing(writer):
+                _encode_all(images, options, writer, workers, skip_corrupt, report)
+                if not writer.position:
+                    raise UserError(f"{source}: not one of {images.count} images can be read")
+                header = {key: getattr(options, key) for key in ("name", "resolution", "channels", "image_format")}
+                return parse(*writer.finish(**header), destination)
+    except OSError as error:  # the store explains its own faults; this is the folder for temporary files
+        raise os_fault(error, error.filename or tempfile.gettempdir()) from error
+
+
+def _options(destination, resolution, channels, crop, image_format, quality, shard_size_mb, name) -> Options:
+    image_format = image_format or ("png" if resolution <= LOSSLESS_UP_TO else "jpeg")
+    name = name or re.sub(r"[^A-Za-z0-9._-]", "-", destination.rstrip("/").rsplit("/", 1)[-1]).lstrip(".-") or "images"
+    checks = (
+        (1 <= resolution <= 1 << 14, f"resolution={resolution}", "a side of 1 to 16384 pixels"),
+        (channels in (1, 3), f"channels={channels}", "1 (grey) or 3 (RGB)"),
+        (crop in CROPS, f"crop={crop}", "one of " + ", ".join(CROPS)),
+        (image_format in EXTENSIONS, f"format={image_format}", "one of " + ", ".join(EXTENSIONS)),
+        (1 <= quality <= 100, f"quality={quality}", "1 to 100"),
+        (0 < shard_size_mb <= 1 << 20, f"shard size {shard_size_mb} MB", "more than 0 MB, at most 1 TB"),
+        (re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,150}", name), f"name={name}", "letters, digits and . _ -"),
+    )
+    for possible, given, allowed in checks:
+        if not possible:
+            raise UserError(f"{given} is not possible; use {allowed}")
+    return Options(name, resolution, channels, crop, image_format, quality, int(shard_size_mb * 1_000_000))
+
+
+def _same_data_set(index: Index, recipe: str, destination: str) -> Index:
+    if index.header.recipe != recipe:
+        raise UserError(
+            f"{destination} already holds the data set {index.name} ({index.rows} images, {index.resolution} px), "
+            "made from another source or with other options; choose another destination or delete it"
+        )
+    return index
+
+
+def _begin(store: Store, recipe: str, destination: str) -> Packing:
+    """The state of the unfinished pack at the destination, or a new one."""
+    present = store.list()
+    if PACKING_FILE not in present:
+        if present:
+            raise UserError(f"{destination} is not empty (it holds {present[0]}); choose an empty destination")
+        packing = Packing(recipe=recipe)
+        store.write(PACKING_FILE, packing.model_dump_json().encode(), only_if_absent=True)
+        return packing
+    try:
+        packing = Packing.model_validate_json(store.read(PACKING_FILE))
+    except ValidationError as error:
+        raise UserError(
+            f"{destination}/{PACKING_FILE} cannot be read; delete the destination and pack again"
+        ) from error
+    if packing.recipe != recipe:
+        raise UserError(
+            f"{destination} holds an unfinished pack of another source or with other options; "
+            "run that command again, choose another destination or delete it"
+        )
+    return packing
+
+
+def _encode_all(
+    source: Source, options: Options, writer: ShardWriter, workers: int, skip_corrupt: bool, progress: Progress
+) -> None:
+    """Encode from where the writer stands to the end of the source, in order."""
+    faults: list[str] = []
+    position = writer.position
+    with ThreadPoolExecutor(workers, thread_name_prefix="glann-pack") as pool:
+        try:
+            for item, future in _ahead(pool, source.items(position), options, 4 * workers):
+                position += 1
+                try:
+                    data = future.result()
+                except BadImage as error:
+                    faults.append(f"{item.name}: {error}")
+                    log.warning("corrupt image %s", faults[-1])
+                    if len(faults) >= MAX_NAMED_FAULTS and not skip_corrupt:
+                        break
+                else:
+                    if skip_corrupt or not faults:  # after a fault the rest is only looked at, to name all faults
+                        writer.add(data, position)
+                progress(position, source.count)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    if faults and not skip_corrupt:
+        named = "; ".join(faults[:MAX_NAMED_FAULTS])
+        more = " (and perhaps more)" if len(faults) >= MAX_NAMED_FAULTS else ""
+        raise UserError(
+            f"{len(faults)} corrupt images{more}: {named}; mend or remove them, or pack with --skip-corrupt"
+        )
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, items: Iterator[Item], options: Options, depth: int
+) -> Iterator[tuple[Item, Future[bytes]]]:
+    """Every item with its encoding under way, `depth` of them ahead of the consumer."""
+    pending = deque((item, pool.submit(_encode_one, item, options)) for item in islice(items, depth))
+    while pending:
+        yield pending.popleft()
+        pending.extend((item, pool.submit(_encode_one, item, options)) for item in islice(items, 1))
+
+
+def _encode_one(item: Item, options: Options) -> bytes:
+    data = item.read()
+    if isinstance(data, np.ndarray):
+        image = Image.fromarray(data[:, :, 0] if data.ndim == 3 and data.shape[2] == 1 else data)
+    else:
+        image = decode_any(data)
+    return encode(fit(image, options.resolution, options.channels, options.crop), options.image_format, options.quality)

@@ -1,0 +1,107 @@
+"""Reading single images of a packed data set, from a folder or from S3 through a bounded local cache.
+
+Every image is checked against the SHA-256 in the index before it is decoded, wherever it came from.
+Legend: N rows, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from ..config import S3Config
+from ..errors import EnvironmentFault, UserError
+from .cache import ShardCache
+from .codec import BadImage, decode_packed
+from .index import Index, Shard
+from .storage import LocalStore, MissingObject, TruncatedObject, open_store
+
+
+class CorruptImage(EnvironmentFault):
+    """The image of a row is not what was packed; the message names the shard and the key."""
+
+    def __init__(self, row: int, place: str, reason: str):
+        super().__init__(f"corrupt image: row {row}, {place}: {reason}")
+        self.row = row
+
+
+class ImageRows:
+    """Random access to the images of a packed data set by global row id. Safe for use by many threads.
+
+    Args:
+        url: folder or s3:// prefix of the data set.
+        cache_dir: where shards from S3 are kept; empty means ~/.cache/glann/shards.
+        cache_gb: bound of that folder in gigabytes, over all processes of the node.
+        max_rows: use the first rows only.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        s3: S3Config | None = None,
+        *,
+        cache_dir: str | None = None,
+        cache_gb: float = 20.0,
+        max_rows: int | None = None,
+    ):
+        self.index = Index.load(url, s3)
+        self._rows = min(self.index.rows, max_rows or self.index.rows)
+        self._store = open_store(url, s3)
+        self._cache: ShardCache | None = None
+        if not isinstance(self._store, LocalStore):
+            self._cache = ShardCache(self._store, _cache_folder(cache_dir), int(cache_gb * 1e9))
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def read(self, row: int) -> bytes:
+        """The encoded image of `row`, verified against the index.
+
+        Raises:
+            CorruptImage: when its bytes are not those that were packed.
+        """
+        if not 0 <= row < self._rows:
+            raise IndexError(f"row {row} of {self._rows}")
+        shard = self.index.shards[self.index.shard_of(row)]
+        record = self.index.records_N[row]
+        sha256 = record["sha256"].tobytes()
+        try:
+            data = self._read_range(shard, int(record["offset"]), int(record["length"]), sha256)
+        except TruncatedObject as error:
+            raise self._corrupt(row, f"the shard is truncated ({error})") from error
+        except MissingObject as error:
+            raise UserError(f"{self._store.url} lacks {shard.file}; copy or pack the data set again") from error
+        if hashlib.sha256(data).digest() != sha256:
+            raise self._corrupt(row, "its bytes do not have the SHA-256 of the index")
+        return data
+
+    def _read_range(self, shard: Shard, offset: int, length: int, sha256: bytes) -> bytes:
+        if self._cache is None:
+            return self._store.read_range(shard.file, offset, length)
+        return self._cache.read(shard, offset, length, sha256)
+
+    def _corrupt(self, row: int, reason: str) -> CorruptImage:
+        shard = self.index.shards[self.index.shard_of(row)]
+        return CorruptImage(row, f"{self._store.url}/{shard.file}: {self.index.key(row)}", reason)
+
+    def decode(self, row: int) -> np.ndarray:
+        """The image of `row` as uint8 [C, H, W].
+
+        Raises:
+            CorruptImage: when it cannot be read as what was packed.
+        """
+        data = self.read(row)
+        try:
+            return decode_packed(data, self.index.resolution, self.index.channels, self.index.image_format)
+        except BadImage as error:
+            raise self._corrupt(row, str(error)) from error
+
+
+def _cache_folder(cache_dir: str | None) -> Path:
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    from .assets import cache_dir as default  # the registry is not needed where the folder is given
+
+    return default() / "shards"

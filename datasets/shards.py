@@ -1,0 +1,160 @@
+"""Writing shards one after the other, and reading back what a shard holds."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tarfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import UserError
+from .index import IMAGES_FILE, INDEX_FILE, PACKING_FILE, RECORD, Sha256, Shard, build, image_key
+from .storage import LocalStore, Store
+
+log = logging.getLogger(__name__)
+
+
+class FinishedShard(BaseModel):
+    """A shard that needs no more work, and the position in the source after its last image."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    shard: Shard
+    position: int = Field(ge=1)
+
+
+class Packing(BaseModel):
+    """The contents of `packing.json`, the state of an unfinished pack."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    recipe: Sha256
+    finished: tuple[FinishedShard, ...] = ()
+
+
+class ShardWriter:
+    """Puts encoded images into shards of bounded size, in order, and stores each as it fills.
+
+    A shard is built in `folder`, then stored by a background thread while the next one fills.
+    `position` is the place in the source from which packing has to go on.
+    """
+
+    def __init__(self, store: Store, packing: Packing, folder: Path, name: str, image_format: str, shard_bytes: int):
+        self._store, self._packing, self._folder = store, packing, folder
+        self._name, self._image_format, self._shard_bytes = name, image_format, shard_bytes
+        self._records = finished_records(store, packing, folder)
+        self._row = sum(finished.shard.rows for finished in packing.finished)
+        self._number = len(packing.finished)
+        self.position = packing.finished[-1].position if packing.finished else 0
+        self._uploader = ThreadPoolExecutor(1, thread_name_prefix="glann-shard")
+        self._upload: Future[None] | None = None
+        self._file: IO[bytes] | None = None
+        self._tar: Any = None
+
+    def add(self, data: bytes, position: int) -> None:
+        """Append one image; `position` is the place in the source after it."""
+        if self._file is not None and self._file.tell() + len(data) > self._shard_bytes:
+            self._close_shard()
+        if self._file is None:
+            from webdataset import TarWriter  # a second to import; only packing needs it
+
+            self._file = open(self._path(self._number), "wb")  # noqa: SIM115 - closed with the shard
+            self._tar = TarWriter(self._file, encoder=False, mtime=0)
+        key, _, extension = image_key(self._row, self._image_format).partition(".")
+        self._tar.write({"__key__": key, extension: data})
+        self._row += 1
+        self.position = position
+
+    def finish(self, **header: Any) -> tuple[bytes, bytes]:
+        """Store the last shard, then the index, last of all `index.json`; returns the bytes of both files."""
+        if self._file is not None:
+            self._close_shard()
+        self._await_upload()
+        shards = [finished.shard for finished in self._packing.finished]
+        index, images = build(shards=shards, records=b"".join(self._records), recipe=self._packing.recipe, **header)
+        self._store.write(IMAGES_FILE, images)
+        self._store.write(INDEX_FILE, index)
+        self._store.delete(PACKING_FILE)
+        return index, images
+
+    def close(self) -> None:
+        """Let the running upload end and drop the shard that is not full; stored shards stay."""
+        self._uploader.shutdown(wait=True)
+        self._close_files()
+
+    def _close_files(self) -> None:
+        if self._file is not None:
+            self._tar.close()
+            self._file.close()
+        self._file = self._tar = None
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{self._name}-{number:06d}.tar"
+
+    def _close_shard(self) -> None:
+        self._close_files()
+        self._await_upload()
+        self._upload = self._uploader.submit(self._store_shard, self._path(self._number), self.position)
+        self._number += 1
+
+    def _await_upload(self) -> None:
+        if self._upload is not None:
+            self._upload.result()
+            self._upload = None
+
+    def _store_shard(self, path: Path, position: int) -> None:
+        shard, records = scan(path, path.name)
+        self._store.write(path.name, path)
+        path.unlink()
+        self._records.append(records)
+        finished = (*self._packing.finished, FinishedShard(shard=shard, position=position))
+        self._packing = Packing(recipe=self._packing.recipe, finished=finished)
+        self._store.write(PACKING_FILE, self._packing.model_dump_json().encode())
+
+
+def finished_records(store: Store, packing: Packing, folder: Path) -> list[bytes]:
+    """The index records of the finished shards, read from the shards themselves, which are verified so."""
+    records = []
+    for finished in packing.finished:
+        file_name = finished.shard.file
+        if isinstance(store, LocalStore):
+            path = store.path(file_name)
+        else:
+            path = folder / file_name
+            store.download(file_name, path)
+        shard, record = scan(path, file_name)
+        if shard != finished.shard:
+            raise UserError(
+                f"{store.url}/{file_name} is damaged or of another pack; delete the destination, pack again"
+            )
+        if not isinstance(store, LocalStore):
+            path.unlink()
+        log.info("%s of an earlier run is complete", file_name)
+        records.append(record)
+    return records
+
+
+def scan(path: Path, file_name: str) -> tuple[Shard, bytes]:
+    """A shard's entry in the index and the records of its images, from the tar file itself."""
+    digest = hashlib.sha256()
+    records = []
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        size = file.tell()
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    file.seek(member.offset_data)
+                    image_hash = hashlib.sha256(file.read(member.size)).digest()
+                    records.append((member.offset_data, member.size, np.frombuffer(image_hash, np.uint8)))
+        except tarfile.TarError as error:
+            raise UserError(f"{path} is not a complete tar file ({error})") from error
+    if not records:
+        raise UserError(f"{path} holds no images")
+    shard = Shard(file=file_name, rows=len(records), bytes=size, sha256=digest.hexdigest())
+    return shard, np.array(records, RECORD).tobytes()

@@ -1,0 +1,269 @@
+"""Files at a url: a local folder or an `s3://bucket/prefix`, behind one small interface.
+
+Everything that outlives a process (shards, indices, checkpoints) is written through a `Store`.
+Its promises: an object is either there as a whole or not at all, a read of the wrong length is
+never returned, a missing object is `MissingObject`, and no message holds a credential.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from ..config import S3Config
+from ..errors import EnvironmentFault, GlannError, UserError
+
+_TEMPORARY = ".glann-tmp-"  # prefix of files that are still being written; never listed, never read
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+class MissingObject(UserError):
+    """There is no object of that key."""
+
+
+class TruncatedObject(EnvironmentFault):
+    """The object ends before the bytes that were asked for."""
+
+
+class ObjectExists(UserError):
+    """`write(..., only_if_absent=True)` found the key taken; what is stored was left alone."""
+
+
+class Store(Protocol):
+    """Objects below one url. Keys are relative, with forward slashes, and never leave the url."""
+
+    url: str
+
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises MissingObject."""
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`. Raises MissingObject, or TruncatedObject when it is shorter."""
+
+    def write(self, key: str, data: bytes | Path, *, only_if_absent: bool = False) -> None:
+        """Store bytes, or the contents of a local file, atomically. Raises ObjectExists."""
+
+    def download(self, key: str, path: Path) -> None:
+        """Copy the object to the local file `path`, which appears only once it is complete."""
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of every object whose key starts with `prefix`, in the order of the keys."""
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Sorted keys that start with `prefix`; empty where nothing is stored."""
+
+    def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+
+    def size(self, key: str) -> int:
+        """Bytes of the object. Raises MissingObject."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; one that is already gone is not an error."""
+
+
+def open_store(url: str, s3: S3Config | None = None) -> Store:
+    """The store at a local folder (which need not exist yet) or at `s3://bucket/prefix`.
+
+    Nothing is contacted here. `s3` says how S3 is reached; without it the defaults hold.
+    """
+    if not url or "\0" in url:
+        raise UserError(f"{url!r} is not a place for files; give a folder or s3://bucket/prefix")
+    if url.startswith("s3://"):
+        from .s3 import S3Store  # boto3 takes half a second to import; local runs never pay it
+
+        return S3Store(url, s3 or S3Config())
+    if match := _SCHEME.match(url):
+        if match[1].lower() != "file":
+            raise UserError(f"{match[1]}:// addresses are not supported ({url}); use a folder or s3://bucket/prefix")
+        url = url[len("file://") :]
+    return LocalStore(url)
+
+
+def check_key(key: str) -> str:
+    """The key itself, if it is relative and stays inside its store; else a UserError."""
+    parts = key.split("/")
+    if not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f"{key!r} is not a usable file name: it must be relative and stay inside its folder")
+    return key
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """The parent url and the last name of a url that points at one file."""
+    trimmed = url.rstrip("/")
+    parent, _, name = trimmed.rpartition("/")
+    if trimmed.startswith("s3://"):
+        if parent in ("s3:/", ""):
+            raise UserError(f"{url} names a bucket, not a file in it")
+        return parent, name
+    path = Path(trimmed)
+    return str(path.parent), path.name
+
+
+class LocalStore:
+    """A folder. Writes go to a temporary file beside the target, are synced, then renamed."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser()
+        self.url = str(self.root)
+
+    def path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def read(self, key: str) -> bytes:
+        with self._faults(key):
+            return self.path(key).read_bytes()
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        with self._faults(key), open(self.path(key), "rb") as file:
+            data = read_at(file.fileno(), offset, length)
+        if len(data) != length:
+            raise TruncatedObject(f"{self.path(key)} ends before byte {offset + length}")
+        return data
+
+    def write(self, key: str, data: bytes | Path, *, only_if_absent: bool = False) -> None:
+        target = self.path(key)
+        with self._faults(key):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary_beside(target) as temporary:
+                _fill(temporary, data)
+                if only_if_absent:
+                    _link(temporary, target)
+                else:
+                    os.replace(temporary, target)
+            _sync_folder(target.parent)
+
+    def download(self, key: str, path: Path) -> None:
+        with self._faults(key), temporary_beside(path) as temporary:
+            _fill(temporary, self.path(key))
+            os.replace(temporary, path)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        if not self.root.exists():
+            return {}
+        if not self.root.is_dir():
+            raise UserError(f"{self.root} is a file, not a folder")
+        with self._faults(prefix):
+            found = {
+                os.path.relpath(path, self.root).replace(os.sep, "/"): size for path, size in _walk(str(self.root))
+            }
+        return {key: found[key] for key in sorted(found) if key.startswith(prefix)}
+
+    def list(self, prefix: str = "") -> list[str]:
+        return list(self.sizes(prefix))
+
+    def exists(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def size(self, key: str) -> int:
+        with self._faults(key):
+            return self.path(key).stat().st_size
+
+    def delete(self, key: str) -> None:
+        with self._faults(key):
+            self.path(key).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _faults(self, key: str) -> Iterator[None]:
+        """Explain what the operating system reports."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingObject(f"no such file: {self.root / key}") from error
+        except IsADirectoryError as error:
+            raise UserError(f"{self.root / key} is a folder, not a file") from error
+        except OSError as error:
+            raise os_fault(error, self.root / key) from error
+
+
+def os_fault(error: OSError, path: Path | str) -> GlannError:
+    """The one-line error for what the operating system reported about `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EnvironmentFault(f"disk full while writing {path}; free some space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"no permission for {path}: {error.strerror}")
+    if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
+        return UserError(f"{path} cannot be used: {error.strerror}")
+    return EnvironmentFault(f"{path}: {error.strerror or error}")
+
+
+def read_at(descriptor: int, offset: int, length: int) -> bytes:
+    """Up to `length` bytes from `offset`; fewer only where the file ends. Safe for concurrent use."""
+    chunks, missing = [], length
+    while missing > 0:
+        chunk = os.pread(descriptor, missing, offset + length - missing)
+        if not chunk:
+            break
+        chunks.append(chunk)
+        missing -= len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+@contextlib.contextmanager
+def temporary_beside(target: Path) -> Iterator[Path]:
+    """A free name in the folder of `target`; whatever is left under it at the end is removed."""
+    path = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _fill(path: Path, data: bytes | Path) -> None:
+    with open(path, "xb") as file:
+        if isinstance(data, Path):
+            with open(data, "rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+        else:
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Give a complete file its name unless that is taken; a rename would overwrite."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError as error:
+        raise ObjectExists(f"{target} exists already") from error
+
+
+def _walk(root: str) -> Iterator[tuple[str, int]]:
+    """Path and size of every finished file below `root`, each folder once however it is linked."""
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        subfolders.sort()
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                if not name.startswith(_TEMPORARY):
+                    yield path, os.stat(path).st_size
+            except FileNotFoundError:
+                if os.path.lexists(path):  # a dangling link is a fault; a file deleted meanwhile is not
+                    raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; file systems that cannot sync a folder do it on their own."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _raise(error: OSError) -> None:
+    raise error
