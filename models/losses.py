@@ -1,0 +1,231 @@
+"""Reconstruction losses between a generated and a real image: one float32 number per image.
+
+Every term is a mean over the values of one image (pixels or one feature map), so terms of different
+size weigh the same and an image's loss does not depend on its batch mates.  No graph is built for the
+real image.
+
+Shapes: B batch, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import LossConfig
+from ..errors import UserError
+from .patches import crop
+from .perceptual import FeatureNet
+
+SMALLEST_LEVEL = 4  # px; below this a copy says nothing about the image
+
+
+class ReconstructionLoss(nn.Module):
+    """loss(fake_BCHW, real_BCHW) -> loss_B, float32."""
+
+    patch: int | None = None
+
+    def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor, patch_seed_B: Tensor | None = None) -> Tensor:
+        """Loss of each image; `real_BCHW` is a constant.
+
+        Args:
+            fake_BCHW, real_BCHW: in [0, 1].
+            patch_seed_B: int64, where each image's patch lies (see `patches.patch_seeds`); needed in
+                train mode if the loss was built with `patch`, unused otherwise.
+        """
+        raise NotImplementedError
+
+
+class PixelLoss(ReconstructionLoss):
+    """Mean absolute (`l1`) or squared (`l2`) difference of pixels, summed over the scales."""
+
+    def __init__(self, squared: bool, weight: float, levels: int) -> None:
+        super().__init__()
+        self.squared, self.weight, self.levels = squared, weight, levels
+
+    def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor, patch_seed_B: Tensor | None = None) -> Tensor:
+        distance = l2_per_image if self.squared else l1_per_image
+        loss_B = fake_BCHW.new_zeros(len(fake_BCHW), dtype=torch.float32)
+        for fake, real in scales(fake_BCHW, real_BCHW.detach(), self.levels):
+            loss_B = loss_B + self.weight * distance(fake, real)
+        return loss_B
+
+
+class PerceptualLoss(ReconstructionLoss):
+    """L1 on pixels plus L1 on feature maps of a frozen network, at several scales (Hoshen et al. 2019, Eq. 2).
+
+    Scale k is the image sub-sampled bilinearly k times by two.  With `patch`, the feature maps of the
+    full-size image are those of one random square of that side in train mode (all of it in eval mode);
+    pixels, and the smaller scales, always see the whole image.
+    """
+
+    def __init__(
+        self,
+        features: FeatureNet,
+        taps: Sequence[str],
+        levels: int,
+        *,
+        pixel_weight: float,
+        feature_weight: float,
+        patch: int | None,
+    ) -> None:
+        super().__init__()
+        features.check_taps(taps)
+        self.features, self.taps, self.levels = features, tuple(taps), levels
+        self.pixel_weight, self.feature_weight, self.patch = pixel_weight, feature_weight, patch
+
+    def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor, patch_seed_B: Tensor | None = None) -> Tensor:
+        loss_B = fake_BCHW.new_zeros(len(fake_BCHW), dtype=torch.float32)
+        for level, (fake, real) in enumerate(scales(fake_BCHW, real_BCHW.detach(), self.levels)):
+            if self.pixel_weight:
+                loss_B = loss_B + self.pixel_weight * l1_per_image(fake, real)
+            if level == 0 and self.patch and self.training:
+                if patch_seed_B is None:
+                    raise ValueError("a loss with patches needs patch_seed_B in train mode")
+                fake, real = crop(fake, self.patch, patch_seed_B), crop(real, self.patch, patch_seed_B)
+            if self.feature_weight:
+                loss_B = loss_B + self.feature_weight * self._features(fake, real)
+        return loss_B
+
+    def _features(self, fake: Tensor, real: Tensor) -> Tensor:
+        with torch.no_grad():
+            real_maps = self.features(real, self.taps)
+        fake_maps = self.features(fake, self.taps)
+        terms = [l1_per_image(*maps) for maps in zip(fake_maps, real_maps, strict=True)]
+        return torch.stack(terms).sum(0)
+
+
+class LaplacianLoss(ReconstructionLoss):
+    """Laplacian pyramid loss of Bojanowski et al. 2018 (GLO), Eq. 4: sum_j 2^(2j) |L^j(x) - L^j(x')|_1.
+
+    Level j has 4^j times fewer values than the image, so divided by the image's size each term is the
+    *mean* absolute difference of its level; it is computed as that, which also holds for odd sides.
+    The last level is the low-pass residue.  The pyramid is linear: one pyramid of the difference does.
+    """
+
+    binomial: Tensor
+
+    def __init__(self, levels: int, weight: float) -> None:
+        super().__init__()
+        self.levels, self.weight = levels, weight
+        row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+        self.register_buffer("binomial", torch.outer(row, row)[None, None], persistent=False)
+
+    def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor, patch_seed_B: Tensor | None = None) -> Tensor:
+        rest = fake_BCHW.float() - real_BCHW.detach().float()
+        loss_B = rest.new_zeros(len(rest))
+        for _ in range(self.levels - 1):
+            smaller = self._blur(rest)[..., ::2, ::2]
+            band = rest - F.interpolate(smaller, size=rest.shape[-2:], mode="bilinear", align_corners=False)
+            loss_B = loss_B + band.abs().mean((1, 2, 3))
+            rest = smaller
+        return self.weight * (loss_B + rest.abs().mean((1, 2, 3)))
+
+    def _blur(self, img_BCHW: Tensor) -> Tensor:
+        channels = img_BCHW.shape[1]
+        padded = F.pad(img_BCHW, (2, 2, 2, 2), mode="reflect")
+        return F.conv2d(padded, self.binomial.expand(channels, 1, 5, 5), groups=channels)
+
+
+def build_loss(config: LossConfig, resolution: int, features: FeatureNet | None = None) -> ReconstructionLoss:
+    """The configured loss; `features` (see `perceptual.build_features`) only for kind=perceptual.
+
+    Raises:
+        UserError: taps or levels that this network or resolution does not have, or options of another kind.
+    """
+    levels = default_levels(config, resolution) if config.levels is None else config.levels
+    if resolution >> (levels - 1) < SMALLEST_LEVEL:
+        most = max(k for k in range(1, 9) if resolution >> (k - 1) >= SMALLEST_LEVEL)
+        raise UserError(f"loss.levels={levels} leaves nothing of {resolution} px images; use at most {most}")
+    if config.kind == "perceptual":
+        if features is None:
+            raise ValueError("kind=perceptual needs a feature network")
+        if config.patch and levels < 2:
+            raise UserError("loss.patch needs loss.levels of 2 or more: the whole image is seen at lower scales")
+        return PerceptualLoss(
+            features,
+            config.taps or default_taps(config.network, resolution),
+            levels,
+            pixel_weight=config.pixel_weight,
+            feature_weight=config.feature_weight,
+            patch=config.patch,
+        )
+    for option in ("patch", "taps"):
+        if getattr(config, option) is not None:
+            raise UserError(f"loss.{option} belongs to loss.kind=perceptual, not {config.kind}; remove it")
+    if config.kind == "laplacian":
+        return LaplacianLoss(levels, config.pixel_weight)
+    return PixelLoss(config.kind == "l2", config.pixel_weight, levels)
+
+
+def default_taps(network: str, resolution: int) -> tuple[str, ...]:
+    """Feature maps compared at a resolution: the paper's for VGG-16, ours for SqueezeNet (not in the paper)."""
+    if network == "squeezenet":
+        return ("conv1", "fire3", "fire5") if resolution <= 64 else ("conv1", "fire3", "fire5", "fire9")
+    taps = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
+    return taps[:3] if resolution < 64 else taps[:4] if resolution == 64 else taps
+
+
+def default_levels(config: LossConfig, resolution: int) -> int:
+    """Scales of the loss.
+
+    Perceptual: one up to 64 px and two above (the paper); three at 512 and four at 1024 are ours, where
+    the paper only says "more".  Patches need one more than a single scale.  Laplacian: down to 4 or 8 px.
+    Pixels: one.
+    """
+    if config.kind == "laplacian":
+        return min(8, (resolution - 1).bit_length() - 2)
+    if config.kind != "perceptual":
+        return 1
+    levels = 1 if resolution <= 64 else 2 if resolution <= 256 else 3 if resolution <= 512 else 4
+    return max(levels, 2) if config.patch else levels
+
+
+def scales(fake_BCHW: Tensor, real_BCHW: Tensor, levels: int) -> list[tuple[Tensor, Tensor]]:
+    """Both images at full size and sub-sampled bilinearly by two, again and again.
+
+    For even sides bilinear interpolation at half size is the mean of 2 x 2 pixels, so nothing aliases.
+    """
+    pairs = [(fake_BCHW, real_BCHW)]
+    for _ in range(levels - 1):
+        fake, real = pairs[-1]
+        half = (fake.shape[-2] // 2, fake.shape[-1] // 2)
+        pairs.append((_resize(fake, half), _resize(real, half)))
+    return pairs
+
+
+def _resize(img_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(img_BCHW, size=size, mode="bilinear", align_corners=False)
+
+
+def l2_per_image(fake: Tensor, real: Tensor) -> Tensor:
+    """Mean squared difference of each image, [B] float32."""
+    return (fake.float() - real.float()).square().flatten(1).mean(1)
+
+
+def l1_per_image(fake: Tensor, real: Tensor) -> Tensor:
+    """Mean absolute difference of each image, [B] float32, with no gradient to `real`.
+
+    Keeps one byte per value for the backward pass (the sign) and neither the difference nor `real`.
+    """
+    return _L1PerImage.apply(fake, real)
+
+
+class _L1PerImage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fake, real):  # type: ignore[no-untyped-def]
+        difference = fake - real
+        ctx.save_for_backward(difference.sign().to(torch.int8))
+        ctx.fake_dtype = fake.dtype
+        # Accumulated in float32 at least: a bf16 sum over a million values would be worthless.
+        wide = torch.float64 if fake.dtype == torch.float64 else torch.float32
+        return difference.abs_().flatten(1).mean(1, dtype=wide)
+
+    @staticmethod
+    def backward(ctx, grad_B):  # type: ignore[no-untyped-def]
+        (sign,) = ctx.saved_tensors
+        each_B = grad_B / max(sign[0].numel(), 1) if len(sign) else grad_B
+        return sign.to(ctx.fake_dtype) * each_B.to(ctx.fake_dtype).view(-1, *[1] * (sign.dim() - 1)), None

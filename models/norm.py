@@ -1,0 +1,167 @@
+"""Batch normalisation whose statistics are those of the real rows of all workers.
+
+Shapes: B batch of this worker, C channels, S spatial positions, W workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class SharedBatchNorm(nn.Module):
+    """Batch normalisation over the real rows of the global batch, for [B, C] and [B, C, ...].
+
+    In train mode mean and variance are taken over every row with weight 1 on every worker (the
+    default process group, or this process alone), so the numbers do not depend on how a batch was
+    cut, and padding rows count for nothing.  A worker may hold no real row, or no row at all, but
+    every worker must make the call.  In eval mode the running statistics are used and nothing is sent.
+
+    Parameters, buffers, `eps`, `momentum` and their state dict names are those of `nn.BatchNorm2d`.
+    As in any data-parallel layer, `weight.grad` and `bias.grad` hold this worker's share; the engine adds them up.
+    Source: Ioffe & Szegedy 2015; merging of partial moments: Chan, Golub & LeVeque 1979.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.channels, self.eps, self.momentum = channels, eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        self.frozen_statistics = False
+
+    def forward(self, x: Tensor, weight_B: Tensor | None = None) -> Tensor:
+        """Normalise `x` [B, C, ...]; `weight_B` is 1 for real rows and 0 for padding (None: all real)."""
+        if not self.training:
+            return _normalise(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        out, mean_C, var_C, count = _shared_batch_norm(x, weight_B, self.weight, self.bias, self.eps)
+        if not self.frozen_statistics:
+            self._track(mean_C, var_C, count)
+        return out
+
+    @torch.no_grad()
+    def _track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
+        # No branch on `count`: reading it would stall the device. A global batch without rows has rate 0.
+        rate = self.momentum * (count > 0)
+        unbiased_C = var_C * (count / (count - 1).clamp(min=1))
+        self.running_mean += (rate * (mean_C - self.running_mean)).to(self.running_mean.dtype)
+        self.running_var += (rate * (unbiased_C - self.running_var)).to(self.running_var.dtype)
+        self.num_batches_tracked += (count > 0).to(torch.long)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, eps={self.eps}, momentum={self.momentum}"
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Leave running statistics alone: activation checkpointing runs a forward pass a second time."""
+    layers = [layer for layer in module.modules() if isinstance(layer, SharedBatchNorm)]
+    before = [layer.frozen_statistics for layer in layers]
+    for layer in layers:
+        layer.frozen_statistics = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer.frozen_statistics = flag
+
+
+def _normalise(x: Tensor, mean_C: Tensor, var_C: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    scale_C = weight_C * torch.rsqrt(var_C + eps)
+    shift_C = bias_C - mean_C * scale_C
+    return (x * _over_channels(scale_C, x) + _over_channels(shift_C, x)).to(x.dtype)
+
+
+def _over_channels(value_C: Tensor, like: Tensor) -> Tensor:
+    return value_C.view(1, -1, *[1] * (like.dim() - 2))
+
+
+# Collectives inside a compiled graph gain nothing here and have broken compilers before.
+@torch.compiler.disable
+def _shared_batch_norm(
+    x: Tensor, weight_B: Tensor | None, weight_C: Tensor, bias_C: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _SharedBatchNorm.apply(x, weight_B, weight_C, bias_C, eps)
+
+
+class _SharedBatchNorm(torch.autograd.Function):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and var of all real rows of all workers."""
+
+    @staticmethod
+    def forward(ctx, x, weight_B, weight_C, bias_C, eps):  # type: ignore[no-untyped-def]
+        # Half-precision activations: moments and the normalisation in float32.
+        work = x if x.dtype == torch.float64 else x.float()
+        mask = None if weight_B is None else weight_B.to(work.dtype).view(-1, *[1] * (x.dim() - 1))
+        dims = [0, *range(2, x.dim())]
+        spatial = x[0].numel() // x.shape[1] if len(x) else 1
+        rows = torch.full((), len(x), dtype=torch.float64, device=x.device) if mask is None else mask.sum().double()
+        count_local = rows * spatial
+        divisor = count_local.clamp(min=1).to(work.dtype)
+        mean_local_C = (work if mask is None else work * mask).sum(dims) / divisor
+        deviation = work - _over_channels(mean_local_C, x)
+        spread = deviation.square() if mask is None else deviation.square() * mask
+        mean_C, var_C, count = _merge(count_local, mean_local_C, spread.sum(dims))
+        invstd_C = torch.rsqrt(var_C + eps).to(work.dtype)
+        mean_work_C = mean_C.to(work.dtype)
+        ctx.save_for_backward(x, mask, weight_C, mean_work_C, invstd_C, count)
+        normal = (work - _over_channels(mean_work_C, x)) * _over_channels(invstd_C, x)
+        out = (normal * _over_channels(weight_C, x) + _over_channels(bias_C, x)).to(x.dtype)
+        ctx.mark_non_differentiable(mean_C, var_C, count)
+        return out, mean_C, var_C, count
+
+    @staticmethod
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        x, mask, weight_C, mean_C, invstd_C, count = ctx.saved_tensors
+        dims = [0, *range(2, x.dim())]
+        work = grad.to(invstd_C.dtype)
+        normal = (x.to(invstd_C.dtype) - _over_channels(mean_C, x)) * _over_channels(invstd_C, x)
+        grad_bias_C, grad_weight_C = work.sum(dims), (work * normal).sum(dims)
+        # Every row of every worker depends on the shared moments: their gradient is summed over all of
+        # them, and flows back to the real rows alone.
+        total_2C = torch.stack([grad_bias_C, grad_weight_C]).contiguous()
+        if _world() > 1:
+            dist.all_reduce(total_2C)
+        total_2C = total_2C / count.clamp(min=1).to(total_2C.dtype)
+        through = _over_channels(total_2C[0], x) + normal * _over_channels(total_2C[1], x)
+        if mask is not None:
+            through = through * mask
+        grad_x = (work - through) * _over_channels(weight_C * invstd_C, x)
+        dtype = weight_C.dtype
+        return grad_x.to(x.dtype), None, grad_weight_C.to(dtype), grad_bias_C.to(dtype), None
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _merge(count: Tensor, mean_C: Tensor, spread_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and row count of the union of all workers' rows, equal bit for bit on all of them.
+
+    Moments are gathered rather than summed: E[x^2] - E[x]^2 would cancel, and an all-reduce may add in
+    another order on another rank.
+    """
+    partial = torch.cat([count.view(1), mean_C.double(), spread_C.double()])
+    world = _world()
+    if world == 1:
+        gathered_WK = partial[None]
+    else:
+        parts = [torch.empty_like(partial) for _ in range(world)]
+        dist.all_gather(parts, partial)
+        gathered_WK = torch.stack(parts)
+    channels = len(mean_C)
+    count_W1, mean_WC, spread_WC = gathered_WK.split([1, channels, channels], dim=1)
+    total = count_W1.sum()
+    divisor = total.clamp(min=1)
+    mean_all_C = (count_W1 * mean_WC).sum(0) / divisor
+    var_C = (spread_WC + count_W1 * (mean_WC - mean_all_C).square()).sum(0) / divisor
+    return mean_all_C, var_C, total
