@@ -1,0 +1,117 @@
+"""EfficientNet-Lite0 up to its pooled features (Tan & Le 2019; the Lite variant has ReLU6 and no squeeze-and-excite).
+
+Legend: B batch, F = 1280 features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# (repeats, kernel, stride of the first, expansion, output channels) of each stage: Tan & Le, Table 1.
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+STEM, HEAD = 32, 1280
+BATCH_NORM_EPS = 1e-3  # TensorFlow's, in which the network was trained
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding: where it is odd, the extra pixel goes right and below."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride in zip(reversed(x_BCHW.shape[2:]), self.kernel_size, self.stride, strict=True):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(x_BCHW, pads))
+
+
+def _unit(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = [
+        SameConv2d(inputs, outputs, kernel, stride, groups),
+        nn.BatchNorm2d(outputs, eps=BATCH_NORM_EPS),
+    ]
+    return nn.Sequential(*layers, nn.ReLU6()) if act else nn.Sequential(*layers)
+
+
+class Block(nn.Module):
+    """Inverted residual: expand, filter depth-wise, project (linear); a skip where shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        self.expand = _unit(inputs, hidden, 1) if expansion > 1 else nn.Identity()
+        self.depthwise = _unit(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = _unit(hidden, outputs, 1, act=False)
+        self.skip = stride == 1 and inputs == outputs
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = self.project(self.depthwise(self.expand(x_BCHW)))
+        return x_BCHW + y_BCHW if self.skip else y_BCHW
+
+
+class EfficientNetLite0(nn.Module):
+    """Images in (rgb255 - 127) / 128, [B, 3, H, W] -> pooled features [B, 1280]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _unit(3, STEM, 3, stride=2)
+        blocks: list[nn.Module] = []
+        inputs = STEM
+        for repeats, kernel, stride, expansion, outputs in STAGES:
+            for repeat in range(repeats):
+                blocks.append(Block(inputs, outputs, kernel, stride if repeat == 0 else 1, expansion))
+                inputs = outputs
+        self.blocks = nn.ModuleList(blocks)
+        self.head = _unit(inputs, HEAD, 1)
+
+    def forward(self, img_B3HW: Tensor) -> Tensor:
+        x_BCHW = self.stem(img_B3HW)
+        for block in self.blocks:
+            x_BCHW = block(x_BCHW)
+        return self.head(x_BCHW).mean((2, 3))
+
+
+def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published checkpoint under this module's names; the classifier `_fc` is left out."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if name.startswith("_fc."):
+            continue
+        parts = name.split(".")
+        if parts[0] == "_blocks":
+            block = int(parts[1])
+            renamed[f"blocks.{block}.{_BLOCK_LAYERS[parts[2]]}.{parts[3]}"] = tensor
+        else:
+            renamed[f"{_OUTER_LAYERS[parts[0]]}.{parts[1]}"] = tensor
+    return renamed
+
+
+_OUTER_LAYERS = {"_conv_stem": "stem.0", "_bn0": "stem.1", "_conv_head": "head.0", "_bn1": "head.1"}
+_BLOCK_LAYERS = {
+    "_expand_conv": "expand.0",
+    "_bn0": "expand.1",
+    "_depthwise_conv": "depthwise.0",
+    "_bn1": "depthwise.1",
+    "_project_conv": "project.0",
+    "_bn2": "project.1",
+}
+
+
+def build(weights: dict[str, Tensor]) -> EfficientNetLite0:
+    """The network with the published weights, frozen and in eval mode."""
+    with torch.device("meta"):
+        network = EfficientNetLite0()
+    network.load_state_dict(rename(weights), assign=True)
+    return network.eval().requires_grad_(False)

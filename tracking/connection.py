@@ -1,0 +1,152 @@
+"""The address of the tracking server, and reaching it within a bounded time.
+
+MLflow retries a dead server for minutes and its database layer for another two.  A user who mistyped
+an address should hear of it at once, so MLflow's patience is shortened, unless the environment
+already says how long it should be.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..config import Config
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+T = TypeVar("T")
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+START_TIMEOUT_S = 30.0
+# Making the tables of a new database took 12 s on two busy cores.
+SQLITE_START_TIMEOUT_S = 120.0
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]*@")
+
+
+def default_uri(configured: str | None) -> str:
+    """The tracking address in force: the configuration, else the environment, else a file in the working folder."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def registry_uri(tracking_uri: str) -> str:
+    """The registry's address: the environment's, else the tracking server."""
+    return os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri
+
+
+def redact(text: str) -> str:
+    """The text with `user:password@` of every address in it replaced by `***@`."""
+    return _CREDENTIALS.sub("***@", text)
+
+
+def shorten_patience() -> None:
+    """Have MLflow give up on a dead server in seconds, unless the environment says otherwise."""
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+
+
+def make_client(uri: str) -> MlflowClient:
+    """A client of the server at `uri`; no call has been made yet."""
+    from mlflow import MlflowClient
+
+    shorten_patience()
+    return MlflowClient(tracking_uri=uri, registry_uri=registry_uri(uri))
+
+
+def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
+    """The result of `action(client)`: the first calls to a server, which say whether it is there.
+
+    Raises:
+        UserError: the server does not answer in time, or refuses.
+    """
+    _check_sqlite(uri)
+    outcome: list[T] = []
+    failure: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            outcome.append(action(make_client(uri)))
+        except Exception as error:  # whatever MLflow's client, its HTTP or its database layer raises
+            failure.append(error)
+
+    # A thread, since there is no other way to bound what MLflow's database layer does on connecting.
+    thread = threading.Thread(target=attempt, name="glann-mlflow-connect", daemon=True)
+    thread.start()
+    limit_s = SQLITE_START_TIMEOUT_S if uri.startswith("sqlite") else START_TIMEOUT_S
+    thread.join(limit_s)
+    if outcome:
+        return outcome[0]
+    if failure and isinstance(failure[0], UserError):
+        raise failure[0]
+    reason = _reason(failure[0]) if failure else f"no answer in {limit_s:.0f} s"
+    raise UserError(
+        f"the MLflow tracking server {redact(uri)} cannot be used: {reason}; "
+        "start it, correct tracking.uri (or MLFLOW_TRACKING_URI), or set tracking.enabled=false"
+    ) from (failure[0] if failure else None)
+
+
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """The id of the experiment of that name, made if need be.
+
+    Raises:
+        UserError: it was deleted on the server.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another run made it in between
+    if found is None or found.lifecycle_stage != "active":
+        raise UserError(f"the MLflow experiment {name!r} was deleted; restore it or set tracking.experiment to another")
+    return found.experiment_id
+
+
+def redacted_config(config: Config) -> Config:
+    """The configuration as it may be shown to others: addresses without credentials."""
+    return Config.model_validate_json(redact(config.model_dump_json()))
+
+
+def _check_sqlite(uri: str) -> None:
+    """What is wrong with a database file, said at once; MLflow would try for two minutes."""
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    remedy = "correct tracking.uri (or MLFLOW_TRACKING_URI), or set tracking.enabled=false"
+    if path.name == ":memory:":
+        raise UserError(f"{uri} forgets everything when the run ends; {remedy}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"the folder of the MLflow database {path} does not exist; make it, {remedy}")
+    if not path.exists():
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise UserError(f"the MLflow database {path} cannot be made in its folder; {remedy}")
+        return
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise UserError(f"the MLflow database {path} cannot be read: {error.strerror}; {remedy}") from error
+    if head and head != b"SQLite format 3\x00":
+        raise UserError(f"{path} is not an SQLite database; {remedy}")
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in a few words: MLflow wraps urllib3, which wraps the one that says something."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    text = redact(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

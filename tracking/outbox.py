@@ -1,0 +1,195 @@
+"""What goes to the tracking server, sent from a thread of its own.
+
+The journal (metrics.jsonl) is the queue of metrics: the outbox remembers up to which byte it was sent.
+Files and the model wait in a list beside it.  Both are kept in `tracking.json` in the run folder, so
+that whatever a slow or dead server did not take goes out when it is back, or when the run is next
+opened.  Training never waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from ..config import Section
+from ..datasets.storage import os_fault
+from ..errors import UserError
+from . import journal
+from .connection import redact
+from .registry import PublishedModel, publish
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+log = logging.getLogger("glann.tracking")
+
+STATE = "tracking.json"
+POLL_S = 2.0
+MAX_DELAY_S = 60.0
+MAX_METRICS = 1000  # per request, MLflow's limit
+_NOT_METRICS = ("stage", "step", "time")
+_FORBIDDEN = re.compile(r"[^A-Za-z0-9_.\- :/]")
+
+
+class Parcel(Section):
+    """A file (or the model folder) to be sent; `path` is relative to the run folder where it lies in it."""
+
+    kind: Literal["artifact", "model"]
+    path: str
+    target: str | None = None
+
+
+class State(Section):
+    """tracking.json: which run this folder is on which server, and what of it has been sent."""
+
+    key: str = Field(description="value of the tag glann.run_id, made before the run is")
+    uri: str = Field(description="tracking server, without credentials")
+    run_id: str | None = None
+    sent_bytes: int = Field(0, ge=0, description="how much of metrics.jsonl the server has")
+    parcels: tuple[Parcel, ...] = ()
+
+    @classmethod
+    def load(cls, run_dir: Path) -> State | None:
+        path = run_dir / STATE
+        if not path.exists():
+            return None
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (ValidationError, ValueError, OSError) as error:
+            raise UserError(f"{path} is damaged; remove it (the run will appear once more in MLflow)") from error
+
+    def save(self, run_dir: Path) -> None:
+        path, temporary = run_dir / STATE, run_dir / f".{STATE}.tmp"
+        try:
+            temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise os_fault(error, path) from error
+
+
+class Outbox:
+    """The sending thread of one run."""
+
+    def __init__(self, client: MlflowClient, run_id: str, run_dir: Path, state: State, register_as: str | None) -> None:
+        self._client, self._run_dir, self._register_as = client, run_dir, register_as
+        self.run_id = run_id
+        self._state = state
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._failing_since: float | None = None
+        self.model: PublishedModel | None = None
+        self._thread = threading.Thread(target=self._loop, name="glann-mlflow", daemon=True)
+        self._thread.start()
+
+    def put(self, parcel: Parcel) -> None:
+        """Have a file sent; one that is waiting already (a grid drawn anew) is sent once."""
+        with self._lock:
+            others = tuple(waiting for waiting in self._state.parcels if waiting != parcel)
+            self._update(parcels=(*others, parcel))
+
+    def close(self, timeout_s: float) -> bool:
+        """Send what is left, for at most so many seconds.  False: some of it is still here, and kept."""
+        self._closing.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive() and not self.waiting()
+
+    def waiting(self) -> str:
+        """What has not been sent, in words; empty if nothing."""
+        path = self._run_dir / journal.FILE
+        behind = (path.stat().st_size if path.exists() else 0) - self._state.sent_bytes
+        parts = [f"{behind / 1024:.1f} KiB of metrics"] if behind > 0 else []
+        parts += [f"{len(self._state.parcels)} files"] if self._state.parcels else []
+        return " and ".join(parts)
+
+    def _loop(self) -> None:
+        delay_s = POLL_S
+        while True:
+            closing = self._closing.wait(delay_s)
+            try:
+                self._send_metrics()
+                self._send_parcels()
+            except Exception as error:  # of MLflow's client, HTTP, database or disk: training must not notice
+                self._say_failing(error)
+                if closing:
+                    return
+                delay_s = min(2 * delay_s, MAX_DELAY_S)
+                continue
+            self._say_working()
+            if closing and not self.waiting():
+                return
+            delay_s = POLL_S
+
+    def _send_metrics(self) -> None:
+        batch: list[Metric] = []
+        end = self._state.sent_bytes
+        for offset, entry in journal.read(self._run_dir / journal.FILE, end):
+            metrics = to_metrics(entry)
+            if batch and len(batch) + len(metrics) > MAX_METRICS:
+                self._send_batch(batch, end)
+                batch = []
+            batch += metrics
+            end = offset
+        if end > self._state.sent_bytes:
+            self._send_batch(batch, end)
+
+    def _send_batch(self, batch: list[Metric], end: int) -> None:
+        if batch:
+            self._client.log_batch(self.run_id, metrics=batch)
+        with self._lock:
+            self._update(sent_bytes=end)
+
+    def _send_parcels(self) -> None:
+        for parcel in self._state.parcels:
+            path = self._run_dir / parcel.path
+            if not path.exists():
+                log.warning("%s is gone and cannot be sent to MLflow", path)
+            elif parcel.kind == "model":
+                self.model = publish(self._client, self.run_id, path, self._register_as)
+            else:
+                self._client.log_artifact(self.run_id, str(path), parcel.target)
+            with self._lock:
+                self._update(parcels=tuple(waiting for waiting in self._state.parcels if waiting != parcel))
+
+    def _update(self, **changes: Any) -> None:
+        self._state = self._state.model_copy(update=changes)
+        self._state.save(self._run_dir)
+
+    def _say_failing(self, error: Exception) -> None:
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+            detail = redact(" ".join(str(error).split()))[:200] or type(error).__name__
+            log.warning(
+                "the MLflow server %s does not take metrics (%s); training goes on, they are kept in %s and sent later",
+                self._state.uri,
+                detail,
+                self._run_dir / journal.FILE,
+            )
+
+    def _say_working(self) -> None:
+        if self._failing_since is not None:
+            away_s = time.monotonic() - self._failing_since
+            log.info("the MLflow server %s is back after %.0f s; everything was sent", self._state.uri, away_s)
+            self._failing_since = None
+
+
+def to_metrics(entry: journal.Entry) -> list[Metric]:
+    """The numbers of a journal entry as MLflow metrics, named `stage/name`."""
+    from mlflow.entities import Metric
+
+    prefix = f"{entry['stage']}/" if entry.get("stage") else ""
+    timestamp_ms = int(float(entry.get("time") or 0) * 1000)
+    step = int(entry.get("step") or 0)
+    return [
+        Metric(_FORBIDDEN.sub("_", prefix + name)[:250], float(value), timestamp_ms, step)
+        for name, value in entry.items()
+        if name not in _NOT_METRICS and isinstance(value, int | float) and not isinstance(value, bool)
+    ][:MAX_METRICS]
