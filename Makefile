@@ -44,6 +44,7 @@ lint: $(VENV)/.installed-dev  ## check style
 	@$(BIN)/ruff format --check .
 
 types: $(VENV)/.installed-dev  ## check types
+	@mkdir -p .mypy_cache/root && ln -sfn ../.. .mypy_cache/root/glann
 	@$(BIN)/mypy
 
 docs: $(VENV)/.installed-run  ## write docs/configuration.md from the configuration models

@@ -1,0 +1,5 @@
+"""`python -m glann` is the `glann` command."""
+
+from .cli import main
+
+main()
