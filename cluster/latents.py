@@ -136,7 +136,7 @@ class LatentShard:
 
     def _local(self, rows_B: np.ndarray) -> Tensor:
         at_B = torch.tensor(rows_B, dtype=torch.int64) - self.rows.start
-        if len(at_B) and not (0 <= int(at_B.min()) and int(at_B.max()) < len(self.rows)):
+        if len(at_B) and not (int(at_B.min()) >= 0 and int(at_B.max()) < len(self.rows)):
             raise IndexError(f"a row is outside {self.rows.start}..{self.rows.stop - 1}, which this worker owns")
         return at_B
 

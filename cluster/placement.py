@@ -5,6 +5,8 @@ Legend: B rows of a local batch, N rows of the data set, n rows of one worker, W
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from ..datasets.loader import PlannedBatch
@@ -16,7 +18,7 @@ def ranges(rows: int, world: int) -> list[range]:
     """The contiguous rows of every worker, equal to within one row; the first ones hold the extra row."""
     share, extra = divmod(rows, world)
     starts = [rank * share + min(rank, extra) for rank in range(world + 1)]
-    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 def steps_per_epoch(rows: int, world: int, batch: int) -> int:
