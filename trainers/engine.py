@@ -1,0 +1,374 @@
+"""One optimiser step of the generator, through DeepSpeed or through plain PyTorch.
+
+The only file that knows DeepSpeed.  Both engines keep fp32 weights and run the network under
+autocast when `precision` is bf16; both give the same numbers (a test holds them side by side).
+
+Shapes: B rows of this worker's batch, D latent dimension, W workers, R real rows of all workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import Config
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one global step did.
+
+    loss: mean over the real rows of all workers.  grad_BD: gradient of each row's own loss, not
+    divided by anything.  applied: False if the loss or a gradient was not finite, in which case
+    nothing moved.  votes: sum over workers of the `vote` they passed in.
+    """
+
+    loss: float
+    grad_BD: Tensor
+    applied: bool
+    votes: float
+
+
+class GuardedAdam(torch.optim.Adam):
+    """Adam whose next update can be withheld, whatever wraps it (DeepSpeed calls `step` itself)."""
+
+    withhold = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.withhold else super().step(closure)
+
+
+class Precision(nn.Module):
+    """Runs a network under autocast from inside, since DeepSpeed switches outer autocast off."""
+
+    def __init__(self, network: nn.Module, device: torch.device, bf16: bool) -> None:
+        super().__init__()
+        self.network, self.device, self.bf16 = network, device, bf16
+
+    def forward(self, z_BD: Tensor, weight_B: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.network(z_BD, weight_B)
+
+
+class Engine:
+    """Plain PyTorch, one process: the reference, and the base of `DeepSpeedEngine`.
+
+    Args:
+        state: what `state()` returned, to go on from; its tensors are copied.
+    """
+
+    def __init__(self, network: nn.Module, config: Config, device: torch.device, state: Mapping | None = None) -> None:
+        self.network = network.to(device).train()
+        self.device = device
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.accumulation = config.engine.accumulation
+        self.clip_norm = config.engine.clip_norm
+        if state is not None:
+            network.load_state_dict(state["weights"])
+        self.names = [name for name, _ in network.named_parameters()]
+        self.ema = None
+        forward = Precision(network, device, config.engine.precision == "bf16")
+        self.optimizer = GuardedAdam(
+            network.parameters(),
+            lr=config.glo.generator_lr,
+            betas=config.glo.betas,
+            fused=device.type == "cuda",
+        )
+        self.forward: nn.Module = self._wrap(forward, config)
+        updates = 0.0 if state is None else float(state["updates"])
+        prime(self.optimizer, self._stored_parameters(), updates)
+        if state is not None:
+            self._restore_moments(state)
+        if config.glo.ema:
+            weights = None if state is None else state.get("ema")
+            self.ema = MovingAverage(config.glo.ema, self.shards(), self._as_shards(weights))
+
+    # What DeepSpeed does in another way ------------------------------------------------------
+
+    def _wrap(self, forward: nn.Module, config: Config) -> nn.Module:
+        return forward
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def _update(self) -> bool:
+        """Clip, update and clear the gradients; True if the update was applied."""
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm or float("inf"))
+        self.optimizer.withhold |= not bool(torch.isfinite(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return not self.optimizer.withhold
+
+    def _stored_parameters(self) -> list[Tensor]:
+        """The tensors that the optimiser updates."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def shards(self) -> list[Tensor]:
+        """The part of each parameter that this process stores (here: all of it)."""
+        return [parameter.data for parameter in self.network.parameters()]
+
+    @contextmanager
+    def gathered(self):
+        """Inside, every parameter of the network is whole on every worker."""
+        yield
+
+    def _as_shards(self, weights: Mapping[str, Tensor] | None) -> list[Tensor] | None:
+        if weights is None:
+            return None
+        return [weights[name].to(self.device) for name in self.names]
+
+    def _moment(self, parameter: Tensor, key: str) -> Tensor:
+        return self.optimizer.state[parameter][key]
+
+    def _set_moment(self, parameter: Tensor, key: str, value: Tensor) -> None:
+        self.optimizer.state[parameter][key].copy_(value)
+
+    # What is the same ------------------------------------------------------------------------
+
+    def step(
+        self,
+        z_BD: Tensor,
+        weight_B: Tensor,
+        loss_of: Callable[[Tensor, slice], Tensor],
+        lr: float,
+        vote: float = 0.0,
+    ) -> StepResult:
+        """One update from the mean loss over the real rows of all workers.
+
+        Args:
+            z_BD: latent codes of this worker's batch, cut into `accumulation` micro-batches.
+            weight_B: 1 for a real row, 0 for padding.
+            loss_of: (images of a slice of the batch, the slice) -> loss per row.
+            vote: any number; the sum over workers comes back, free of a further exchange.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        real_rows = float(self._sum(weight_B.sum()))
+        scale = self.world / max(real_rows, 1.0)  # gradients are averaged over workers
+        micro = -(-len(z_BD) // self.accumulation)
+        grads, total = [], torch.zeros((), device=self.device)
+        for start in range(0, len(z_BD), micro):
+            part = slice(start, start + micro)
+            z_part_BD = z_BD[part].detach().requires_grad_()
+            fake_BCHW = self.forward(z_part_BD, weight_B[part])
+            # where() and not a product: a padding row may be non-finite, and 0 x inf is not 0
+            loss_B = torch.where(weight_B[part] > 0, loss_of(fake_BCHW, part), 0.0)
+            last = start + micro >= len(z_BD)
+            self._backward(loss_B.sum() * scale, last)
+            grads.append(z_part_BD.grad / scale)
+            total += loss_B.detach().sum()
+        grad_BD = torch.cat(grads)
+        seen = torch.stack([total, grad_BD.sum(), torch.tensor(vote, device=self.device)])
+        loss_sum, grad_sum, votes = self._sum(seen).tolist()
+        # a NaN or infinity on any worker makes the sum non-finite on all: every worker agrees
+        self.optimizer.withhold = not (_finite(loss_sum) and _finite(grad_sum))
+        applied = self._update()
+        if applied and self.ema:
+            self.ema.update(self.shards())
+        return StepResult(loss_sum / max(real_rows, 1.0), grad_BD, applied, votes)
+
+    def weights(self, averaged: bool = True) -> dict[str, Tensor]:
+        """Whole fp32 weights and buffers by name on CPU, of the moving average where there is one. Collective."""
+        with self.ema.applied(self.shards()) if averaged and self.ema else nothing(), self.gathered():
+            return {name: tensor.detach().float().cpu().clone() for name, tensor in self.network.state_dict().items()}
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on, by parameter name and independent of W. Collective.
+
+        `weights`, `ema` (if on), `exp_avg`, `exp_avg_sq`: dictionaries of CPU tensors; `updates`: Adam's count.
+        """
+        parameters = list(self.network.parameters())
+        state: dict[str, Any] = {"weights": self.weights(averaged=False)}
+        if self.ema:
+            averaged = self.weights()
+            state["ema"] = {name: averaged[name] for name in self.names}
+        for key in MOMENTS:
+            moments = [self._moment(parameter, key).detach().cpu().clone() for parameter in parameters]
+            state[key] = dict(zip(self.names, moments, strict=True))
+        steps = {float(slot["step"]) for slot in self.optimizer.state.values()}
+        state["updates"] = max(steps)
+        return state
+
+    def _restore_moments(self, state: Mapping) -> None:
+        for key in MOMENTS:
+            for name, parameter in zip(self.names, self.network.parameters(), strict=True):
+                self._set_moment(parameter, key, state[key][name].to(self.device))
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+class DeepSpeedEngine(Engine):
+    """The same step with DeepSpeed under it: ZeRO 0-3 over all workers.
+
+    The process group must exist already (Ray Train makes it).
+    """
+
+    def _wrap(self, forward: nn.Module, config: Config) -> nn.Module:
+        deepspeed = import_deepspeed(self.device)
+        self.zero = config.engine.zero
+        micro = config.glo.batch_size // (self.world * self.accumulation)
+        settings = {
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.clip_norm,
+            "zero_optimization": {"stage": self.zero},
+            "zero_allow_untested_optimizer": True,  # GuardedAdam is torch's Adam
+            "steps_per_print": None,
+        }
+        self.runtime, *_ = deepspeed.initialize(
+            model=forward, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        return self.runtime
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        # our scale already is the mean over the whole step: not divided by the accumulation again
+        self.runtime.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.runtime.step()  # counts the micro-batch
+
+    def _update(self) -> bool:
+        if self.zero == 0:  # ZeRO 1-3 look at their gradients themselves
+            norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters()])
+            self.optimizer.withhold |= not bool(torch.isfinite(norm))
+        self.runtime.step()
+        return not self.optimizer.withhold and self.runtime.was_step_applied()
+
+    def _stored_parameters(self) -> list[Tensor]:
+        if self.zero == 3:  # taken out of the parameter groups between steps
+            return list(self.runtime.optimizer.fp32_partitioned_groups_flat)
+        return super()._stored_parameters()
+
+    def shards(self) -> list[Tensor]:
+        if self.zero == 3:
+            return [parameter.ds_tensor.data for parameter in self.network.parameters()]
+        return super().shards()
+
+    @contextmanager
+    def gathered(self):
+        if self.zero == 3:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(self.network.parameters())):
+                yield
+        else:
+            yield
+
+    def _as_shards(self, weights: Mapping[str, Tensor] | None) -> list[Tensor] | None:
+        whole = super()._as_shards(weights)
+        if whole is None or self.zero < 3:
+            return whole
+        return [self._cut(value, shard.numel()) for value, shard in zip(whole, self.shards(), strict=True)]
+
+    def _moment(self, parameter: Tensor, key: str) -> Tensor:
+        if self.zero == 0:
+            return super()._moment(parameter, key)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, key).reshape(full_shape(parameter))
+
+    def _set_moment(self, parameter: Any, key: str, value: Tensor) -> None:
+        if self.zero == 0:
+            super()._set_moment(parameter, key, value)
+        elif self.zero == 3:
+            # DeepSpeed's own setter runs over the end of a parameter that W does not divide
+            stored, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, False, key)
+            stored.copy_(self._cut(value, stored.numel()))
+        else:
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _restore_moments(self, state: Mapping) -> None:
+        if self.zero in (1, 2):
+            self.runtime.optimizer._lazy_init_hp_params_optimizer_state()  # needs the primed state
+        super()._restore_moments(state)
+
+    def state(self) -> dict[str, Any]:
+        if self.zero in (1, 2):
+            self.runtime.optimizer._lazy_init_hp_params_optimizer_state()
+        return super().state()
+
+    def _cut(self, value: Tensor, numel: int) -> Tensor:
+        """This worker's partition of a whole tensor, zero-padded as ZeRO 3 pads."""
+        padded = torch.zeros(numel * self.world, device=value.device, dtype=value.dtype)
+        padded[: value.numel()] = value.flatten()
+        return padded[dist.get_rank() * numel :][:numel]
+
+
+class MovingAverage:
+    """Exponential moving average of the stored shards of the weights."""
+
+    def __init__(self, decay: float, shards: list[Tensor], start: list[Tensor] | None = None) -> None:
+        self.decay = decay
+        self.shards = [shard.detach().clone() for shard in (shards if start is None else start)]
+
+    @torch.no_grad()
+    def update(self, shards: list[Tensor]) -> None:
+        torch._foreach_lerp_(self.shards, shards, 1 - self.decay)
+
+    @contextmanager
+    def applied(self, shards: list[Tensor]):
+        """Inside, the network holds the averaged weights."""
+        kept = [shard.clone() for shard in shards]
+        for shard, averaged in zip(shards, self.shards, strict=True):
+            shard.copy_(averaged)
+        try:
+            yield
+        finally:
+            for shard, original in zip(shards, kept, strict=True):
+                shard.copy_(original)
+
+
+def build_engine(network: nn.Module, config: Config, device: torch.device, state: Mapping | None = None) -> Engine:
+    """The engine that `config.engine.kind` names."""
+    kind = {"deepspeed": DeepSpeedEngine, "torch": Engine}[config.engine.kind]
+    return kind(network, config, device, state)
+
+
+def prime(optimizer: torch.optim.Optimizer, parameters: list[Tensor], updates: float) -> None:
+    """Make Adam's state now and not at the first step, so that it can always be saved and restored."""
+    for parameter in parameters:
+        on = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+        optimizer.state[parameter] = {
+            "step": torch.tensor(updates, dtype=torch.float32, device=on),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told not to compile anything at run time."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of a minute
+    return deepspeed
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextmanager
+def nothing():
+    yield
+
+
+def _finite(number: float) -> bool:
+    return number - number == 0.0

@@ -1,0 +1,158 @@
+"""Stage 2 (IMLE): the mapping T from noise to latent codes, by nearest neighbours.
+
+Shapes: B own rows of a global batch, D latent dimension, E noise dimension, N rows, n own rows,
+M candidates, m own candidates, W workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..cluster.neighbours import ring_nearest
+from ..cluster.noise import noise
+from ..cluster.placement import global_batches, ranges
+from ..config import Config
+from ..errors import UserError
+from .schedules import factor
+
+CHUNK = 16384  # candidates mapped at once
+
+
+@dataclass(frozen=True)
+class ImleEpoch:
+    """What one epoch did: losses are means over all N rows; `distance` is that of the matches, before training."""
+
+    epoch: int
+    loss: float
+    distance: float
+    search_seconds: float
+    votes: float
+
+
+class MappingTrainer:
+    """T, its Adam and where they stand; replicated on every worker and equal on all of them."""
+
+    def __init__(self, mapping: nn.Module, config: Config, device: torch.device, state: dict | None = None) -> None:
+        self.mapping = mapping.to(device)
+        self.device = device
+        self.optimizer = torch.optim.Adam(mapping.parameters(), lr=config.imle.lr, weight_decay=config.imle.weight_decay)
+        if state is not None:
+            mapping.load_state_dict(state["weights"])
+            for name, parameter in mapping.named_parameters():
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state["updates"])),
+                    "exp_avg": state["exp_avg"][name].to(device),
+                    "exp_avg_sq": state["exp_avg_sq"][name].to(device),
+                }
+
+    def update(self, e_BE: Tensor, z_BD: Tensor, batch_rows: int, lr: float) -> tuple[Tensor, bool]:
+        """One step on a global batch of which this worker holds B rows (maybe none).
+
+        Returns:
+            Sum of the squared distances over this worker's rows, and whether the step was applied
+            (not if any gradient of any worker was not finite).
+        """
+        error_B = (self.mapping(e_BE) - z_BD).square().sum(1)
+        self.optimizer.zero_grad()
+        (error_B.sum() / batch_rows).backward()
+        grads = [parameter.grad for parameter in self.mapping.parameters()]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        if world_size() > 1:
+            dist.all_reduce(flat)  # a sum: each worker divided by the whole batch already
+        applied = bool(torch.isfinite(flat.sum()))
+        if applied:
+            for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(summed.view_as(grad))
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.step()
+        return error_B.detach().sum(), applied
+
+    def state(self) -> dict[str, Any]:
+        """Weights, Adam's moments by parameter name and the number of updates, on CPU."""
+        state: dict[str, Any] = {
+            "weights": {name: tensor.detach().cpu().clone() for name, tensor in self.mapping.state_dict().items()},
+            "exp_avg": {},
+            "exp_avg_sq": {},
+            "updates": 0.0,
+        }
+        for name, parameter in self.mapping.named_parameters():
+            slot = self.optimizer.state.get(parameter)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key][name] = slot[key].cpu().clone() if slot else torch.zeros_like(parameter, device="cpu")
+            state["updates"] = float(slot["step"]) if slot else 0.0
+        return state
+
+
+def train_imle(
+    config: Config, z_nD: Tensor, rows: range, total_rows: int, trainer: MappingTrainer, first_epoch: int, vote: Any
+) -> Iterator[ImleEpoch]:
+    """Stage 2, Eqs. 5 and 6 of the paper: pull the nearest mapped noise of every code towards it.
+
+    Yields after every epoch. A match is kept as an index; its noise is made again where it is needed.
+
+    Args:
+        z_nD: codes of this worker's rows. vote: asked once an epoch, see `StepResult`.
+    Raises:
+        UserError: `imle.max_bad_steps` steps in a row were not finite.
+    """
+    z_nD = z_nD.to(trainer.device)
+    bad_in_a_row = 0
+    for epoch in range(first_epoch, config.imle.epochs):
+        match_n, distance_n, seconds = match(config, epoch, z_nD, total_rows, trainer.mapping)
+        lr = config.imle.lr * factor(config.imle.schedule, epoch, config.imle.epochs)
+        loss = torch.zeros((), device=trainer.device)
+        trainer.mapping.train()
+        for batch in global_batches(config.seed, epoch, total_rows, config.imle.batch_size):
+            own = torch.as_tensor(batch[(batch >= rows.start) & (batch < rows.stop)] - rows.start)
+            e_BE = noise(config.seed, epoch, match_n[own], config.imle.noise_dim, trainer.device)
+            error, applied = trainer.update(e_BE, z_nD[own.to(trainer.device)], len(batch), lr)
+            loss += error
+            bad_in_a_row = 0 if applied else bad_in_a_row + 1
+            if bad_in_a_row >= config.imle.max_bad_steps:
+                raise UserError(
+                    f"stage 2 was not finite for {bad_in_a_row} steps in a row in epoch {epoch}; lower imle.lr"
+                )
+        sums = torch.stack([loss.double(), distance_n.sum().to(loss.device), torch.tensor(vote(), device=loss.device)])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        loss_sum, distance_sum, votes = sums.tolist()
+        yield ImleEpoch(epoch, loss_sum / total_rows, distance_sum / total_rows, seconds, votes)
+
+
+@torch.no_grad()
+def match(
+    config: Config, epoch: int, z_nD: Tensor, total_rows: int, mapping: nn.Module
+) -> tuple[Tensor, Tensor, float]:
+    """For each own code the index of its nearest candidate T(e_m) among all M, and the squared distance (Eq. 5).
+
+    T is in eval mode, so that a candidate does not depend on its batch mates. Also returns the seconds.
+    """
+    from time import perf_counter
+
+    began = perf_counter()
+    mapping.eval()
+    blocks = ranges(candidates(config, total_rows), world_size())
+    mine = blocks[dist.get_rank() if world_size() > 1 else 0]
+    block_mD = torch.empty(len(mine), z_nD.shape[1], device=z_nD.device)
+    for start in range(0, len(mine), CHUNK):
+        index_B = torch.arange(mine.start + start, min(mine.start + start + CHUNK, mine.stop))
+        block_mD[start : start + CHUNK] = mapping(
+            noise(config.seed, epoch, index_B, config.imle.noise_dim, z_nD.device)
+        )
+    match_n, distance_n = ring_nearest(z_nD, block_mD)
+    return match_n.cpu(), distance_n, perf_counter() - began
+
+
+def candidates(config: Config, total_rows: int) -> int:
+    """M, the number of candidates of an epoch."""
+    return max(1, round(config.imle.candidates * total_rows))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

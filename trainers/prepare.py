@@ -1,0 +1,142 @@
+"""Everything that is checked and fetched before a run starts, so that it cannot fail at night for want of it."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..config import Config, validate
+from ..datasets.assets import PERCEPTUAL, load_weights
+from ..datasets.index import Index
+from ..errors import UserError
+from ..models.losses import build_loss
+from ..models.perceptual import build_features
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What may change when a run goes on: where and how it runs, not what it computes.
+FREE = (
+    "runs_dir",
+    "s3",
+    "data.source",
+    "data.threads",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.max_bad_fraction",
+    "engine",
+    "cluster",
+    "checkpoint",
+    "preview",
+    "evaluation",
+    "tracking",
+)
+
+
+def open_data(config: Config, console: Console) -> Index:
+    """The index of the data set, packed first if `data.source` is set and nothing is there yet.
+
+    Raises:
+        UserError: no such data, or not of the configured resolution, channels or number.
+    """
+    data = config.data
+    if data.source and not is_packed(config):
+        from ..datasets.pack import pack
+
+        console.print(f"packing {data.source} into {data.url}")
+        pack(
+            data.source,
+            data.url,
+            resolution=data.resolution,
+            channels=data.channels,
+            workers=data.threads,
+            s3=config.s3,
+        )
+    index = Index.load(data.url, config.s3)
+    for key, wanted, found in (
+        ("resolution", data.resolution, index.resolution),
+        ("channels", data.channels, index.channels),
+    ):
+        if wanted != found:
+            raise UserError(
+                f"data.{key} is {wanted} but {data.url} holds images of {found}; set data.{key}={found}, or pack it "
+                f"again with `glann data pack ... --resolution {data.resolution} --channels {data.channels}`"
+            )
+    rows = min(index.rows, data.max_rows or index.rows)
+    if rows < config.cluster.workers:
+        raise UserError(f"{rows} images are fewer than cluster.workers={config.cluster.workers}; use fewer workers")
+    return index
+
+
+def is_packed(config: Config) -> bool:
+    """Whether a complete data set lies at `data.url`."""
+    from ..datasets.storage import open_store
+
+    return open_store(config.data.url, config.s3).exists("index.json")
+
+
+def fetch_loss(config: Config) -> None:
+    """Fetch the weights of the loss and build it once, so that a wrong tap or file is found here."""
+    features = None
+    if config.loss.kind == "perceptual":
+        features = build_features(config.loss.network, *loss_weights(config))
+    build_loss(config.loss, config.data.resolution, features)
+
+
+def loss_weights(config: Config) -> tuple[Any, str]:
+    """Weights of the perceptual network and their input convention."""
+    return load_weights(config.loss.weights or PERCEPTUAL[config.loss.network][0])
+
+
+def refuse_other_configuration(config: Config) -> None:
+    """A run folder belongs to one configuration, but for what only says where and how it runs (`FREE`).
+
+    Raises:
+        UserError: naming the first keys that differ.
+    """
+    path = config.run_dir / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        saved = validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged; restore it, or start a new run with name=...") from error
+    there, here = flat(saved.model_dump(mode="json")), flat(config.model_dump(mode="json"))
+    differing = [key for key in here if here[key] != there.get(key) and not is_free(key)]
+    if differing:
+        told = ", ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing[:3])
+        more = f" and {len(differing) - 3} more differ" if len(differing) > 3 else ""
+        raise UserError(
+            f"{config.run_dir} holds a run of another configuration: {told}{more}; start a new one with name=..."
+        )
+
+
+def is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+@contextmanager
+def sole_driver(config: Config) -> Iterator[None]:
+    """Refuse a second command on the same run folder while this one works on it."""
+    path = config.run_dir / ".lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another `glann train` is working on {config.run_dir}; wait for it, or use another name=..."
+            ) from error
+        yield
