@@ -191,6 +191,8 @@ def os_fault(error: OSError, path: Path | str) -> GlannError:
         return UserError(f"no permission for {path}: {error.strerror}")
     if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
         return UserError(f"{path} cannot be used: {error.strerror}")
+    if error.errno == errno.EEXIST:
+        return UserError(f"{path} cannot be made: a file is where a folder is needed")
     return EnvironmentFault(f"{path}: {error.strerror or error}")
 
 

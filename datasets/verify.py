@@ -1,0 +1,138 @@
+"""What a packed data set is, and whether it is what it says: `glann data info` and `glann data verify`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import S3Config
+from ..errors import GlannError
+from .codec import BadImage, decode_packed
+from .index import Index, Shard
+from .storage import LocalStore, Store, open_store, read_at
+
+Progress = Callable[[int, int], None]  # images checked, images in all
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a data set."""
+
+    shard: str
+    key: str  # member name, or "" when the shard as a whole is meant
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}" if self.key else f"{self.shard}: {self.reason}"
+
+
+def describe(url: str, s3: S3Config | None = None) -> dict[str, Any]:
+    """What the index at `url` says, ready to be printed or written as JSON. Only the index is read."""
+    index = Index.load(url, s3)
+    length_N = index.records_N["length"]
+    return {
+        "name": index.name,
+        "url": url,
+        "images": index.rows,
+        "resolution": index.resolution,
+        "channels": index.channels,
+        "format": index.image_format,
+        "shards": len(index.shards),
+        "bytes": sum(shard.bytes for shard in index.shards),
+        "largest_shard_bytes": max(shard.bytes for shard in index.shards),
+        "image_bytes_mean": float(length_N.mean(dtype=np.float64)),
+        "image_bytes_max": int(length_N.max()),
+        "fingerprint": index.fingerprint,
+    }
+
+
+def verify(url: str, s3: S3Config | None = None, progress: Progress | None = None) -> list[Fault]:
+    """Read everything: the hash and the member names of each shard, the hash and the pixels of each image.
+
+    Args:
+        progress: called with images checked and images in all, after each shard.
+    Returns:
+        Every fault found; an empty list means that the data set is whole.
+    Raises:
+        UserError: when the index itself cannot be used.
+    """
+    index = Index.load(url, s3)
+    store = open_store(url, s3)
+    faults: list[Fault] = []
+    for number, shard in enumerate(index.shards):
+        first = int(index.first_S[number])
+        with tempfile.TemporaryDirectory(prefix="glann-verify-") as folder:
+            try:
+                path = _local(store, shard.file, Path(folder))
+            except GlannError as error:
+                faults.append(Fault(shard.file, "", str(error)))
+            else:
+                faults += _check_shard(index, shard, first, path)
+        if progress:
+            progress(first + shard.rows, index.rows)
+    return faults
+
+
+def _local(store: Store, file_name: str, folder: Path) -> Path:
+    """The shard as a local file: itself, or a copy in `folder`."""
+    if isinstance(store, LocalStore):
+        store.size(file_name)
+        return store.path(file_name)
+    store.download(file_name, folder / file_name)
+    return folder / file_name
+
+
+def _check_shard(index: Index, shard: Shard, first: int, path: Path) -> list[Fault]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.seek(0, io.SEEK_END)
+        faults = []
+        if size != shard.bytes:
+            faults.append(Fault(shard.file, "", f"{size} bytes long, not {shard.bytes}"))
+        elif digest != shard.sha256:
+            faults.append(Fault(shard.file, "", "wrong SHA-256"))
+        for row in range(first, first + shard.rows):
+            if reason := _check_image(index, row, file.fileno()):
+                faults.append(Fault(shard.file, index.key(row), reason))
+    return faults + _check_names(index, shard, first, path)
+
+
+def _check_image(index: Index, row: int, descriptor: int) -> str:
+    """What is wrong with the image of `row`, or nothing."""
+    record = index.records_N[row]
+    data = read_at(descriptor, int(record["offset"]), int(record["length"]))
+    if len(data) != record["length"]:
+        return "beyond the end of the shard"
+    if hashlib.sha256(data).digest() != record["sha256"].tobytes():
+        return "wrong SHA-256"
+    try:
+        decode_packed(data, index.resolution, index.channels, index.image_format)
+    except BadImage as error:
+        return str(error)
+    return ""
+
+
+def _check_names(index: Index, shard: Shard, first: int, path: Path) -> list[Fault]:
+    """Members must be the plain files the index says, in its order: other readers go by their names."""
+    names = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                names.append((member.name, member.isreg()))
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        return [Fault(shard.file, "", f"not a complete tar file ({error})")]
+    expected = [(index.key(row), True) for row in range(first, first + shard.rows)]
+    if names == expected:
+        return []
+    strange = [name for name in names if name not in set(expected)]
+    if strange:
+        return [Fault(shard.file, name, "a member that the index does not know; it is refused") for name, _ in strange]
+    return [Fault(shard.file, "", f"{len(names)} members in another order or number than the {shard.rows} indexed")]

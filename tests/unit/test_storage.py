@@ -1,0 +1,155 @@
+"""Local storage: an object is there as a whole or not at all, keys never leave the folder, faults are one line."""
+
+import errno
+import os
+import threading
+
+import pytest
+from glann.datasets import storage
+from glann.datasets.storage import LocalStore, MissingObject, ObjectExists, TruncatedObject, open_store
+from glann.errors import EnvironmentFault, UserError
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def test_what_is_written_is_read(tmp_path):
+    store = open_store(str(tmp_path / "not" / "yet"))
+    assert store.list() == []
+    store.write("a/b.bin", b"0123456789")
+    (tmp_path / "c").write_bytes(b"from a file")
+    store.write("c.bin", tmp_path / "c")
+    assert store.read("a/b.bin") == b"0123456789"
+    assert store.read_range("a/b.bin", 3, 4) == b"3456"
+    assert store.sizes() == {"a/b.bin": 10, "c.bin": 11}
+    assert store.list("a/") == ["a/b.bin"]
+    assert store.size("c.bin") == 11
+    store.download("c.bin", tmp_path / "d")
+    assert (tmp_path / "d").read_bytes() == b"from a file"
+    store.delete("c.bin")
+    store.delete("c.bin")
+    assert not store.exists("c.bin")
+
+
+def test_a_file_url_is_a_folder(tmp_path):
+    open_store(f"file://{tmp_path}").write("x", b"1")
+    assert (tmp_path / "x").read_bytes() == b"1"
+
+
+def test_a_missing_object_is_said_so(tmp_path):
+    store = LocalStore(tmp_path)
+    for attempt in (
+        lambda: store.read("none"),
+        lambda: store.read_range("none", 0, 1),
+        lambda: store.size("none"),
+        lambda: store.download("none", tmp_path / "copy"),
+    ):
+        with pytest.raises(MissingObject, match="no such file"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_range_beyond_the_end_is_never_short(tmp_path):
+    store = LocalStore(tmp_path)
+    store.write("x", b"0123")
+    with pytest.raises(TruncatedObject):
+        store.read_range("x", 2, 3)
+
+
+def test_a_conditional_write_never_overwrites(tmp_path):
+    store = LocalStore(tmp_path)
+    store.write("x", b"first", only_if_absent=True)
+    with pytest.raises(ObjectExists):
+        store.write("x", b"second", only_if_absent=True)
+    assert store.read("x") == b"first"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_of_many_conditional_writers_one_wins(tmp_path):
+    store, won = LocalStore(tmp_path), []
+
+    def write(number):
+        try:
+            store.write("x", str(number).encode(), only_if_absent=True)
+            won.append(number)
+        except ObjectExists:
+            pass
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.read("x") == str(won[0]).encode()
+
+
+def test_an_interrupted_write_leaves_the_old_object_and_nothing_else(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    store.write("x", b"old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.write("x", b"new")
+    assert store.read("x") == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, EnvironmentFault), (errno.EACCES, UserError)])
+def test_what_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, number, kind):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage.os, "fsync", refuse)
+    with pytest.raises(kind, match="disk full" if number == errno.ENOSPC else "no permission") as error:
+        LocalStore(tmp_path).write("x", b"new")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_that_are_still_written_are_not_listed(tmp_path):
+    store = LocalStore(tmp_path)
+    with storage.temporary_beside(tmp_path / "x") as temporary:
+        temporary.write_bytes(b"half")
+        assert store.list() == []
+    assert not temporary.exists()
+
+
+def test_folders_that_link_to_themselves_are_listed_once(tmp_path):
+    LocalStore(tmp_path).write("a/x", b"1")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert LocalStore(tmp_path).list() == ["a/x"]
+
+
+@pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", ".", "a\\..\\b", "x\0", "a/./b"])
+def test_hostile_keys_are_refused(tmp_path, key):
+    store = LocalStore(tmp_path / "in")
+    for attempt in (store.read, store.size, store.delete, store.exists, lambda key: store.write(key, b"")):
+        with pytest.raises(UserError, match="not a usable file name"):
+            attempt(key)
+    assert not list(tmp_path.iterdir())
+
+
+@given(key=st.text())
+def test_no_key_leaves_the_folder(key):
+    try:
+        path = LocalStore("/some/folder").path(key)
+    except UserError:
+        return
+    assert os.path.normpath(path).startswith("/some/folder/")
+
+
+@pytest.mark.parametrize("url", ["", "gs://bucket/x", "http://host/x", "x\0y"])
+def test_places_that_are_none_are_refused(url):
+    with pytest.raises(UserError):
+        open_store(url)
+
+
+def test_a_file_where_a_folder_should_be_is_said_so(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    store = LocalStore(tmp_path / "file")
+    for attempt in (store.list, lambda: store.read("x"), lambda: store.write("x", b"")):
+        with pytest.raises(UserError):
+            attempt()
