@@ -31,7 +31,7 @@ PATIENCE = {
 START_TIMEOUT_S = 30.0
 # Making the tables of a new database took 12 s on two busy cores.
 SQLITE_START_TIMEOUT_S = 120.0
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]*@")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
 
 
 def default_uri(configured: str | None) -> str:

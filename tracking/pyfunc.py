@@ -26,7 +26,8 @@ class GlannModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         self.model = load_model(context.artifacts["model"])
 
-    def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    # No type hints: MLflow would read them as the schema, in place of the signature that is logged.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """uint8 images [n, H, W, C], those of all rows one after the other.
 
         Args:
