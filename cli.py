@@ -17,6 +17,10 @@ from .cli_data import Endpoint, data_app, s3_at
 from .errors import GlannError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy import uint8
+    from numpy.typing import NDArray
     from rich.console import Console
 
     from .config import Config
@@ -132,10 +136,10 @@ def sample(
     glann sample s3://bucket/runs/celebahq-1024/model --n 16 --truncation 0.8 --out folder
     """
     from .tracking.packaged import load_model
-    from .tracking.pictures import save_images
 
+    _check_out(out)
     model = load_model(source, s3=s3_at(endpoint), device=device)
-    save_images(model.stream(n, seed, truncation, method.value), n, out)
+    _save_images(model.stream(n, seed, truncation, method.value), out)
     typer.echo(f"{n} images of {model.resolution} px: {out}")
 
 
@@ -159,12 +163,12 @@ def interpolate(
     glann interpolate runs/faces-64 --pairs 6 --steps 10 --out faces.png
     """
     from .tracking.packaged import load_model
-    from .tracking.pictures import save_images
 
+    _check_out(out)
     model = load_model(source, s3=s3_at(endpoint), device=device)
     ends = [(2 * pair, 2 * pair + 1) for pair in range(pairs)]
-    images = model.interpolate(ends, steps, seed, truncation, method.value)
-    save_images(iter(images), pairs * steps, out, columns=steps)
+    images_PSHWC = model.interpolate(ends, steps, seed, truncation, method.value)
+    _save_images(iter(images_PSHWC), out, columns=steps)
     typer.echo(f"{pairs} interpolations of {steps} images: {out}")
 
 
@@ -314,6 +318,36 @@ def _load(config: str, overrides: list[str] | None) -> Config:
     from .config import load
 
     return load(config, overrides or [])
+
+
+def _check_out(out: Path) -> None:
+    """Refuse, before anything is computed, a place that images cannot be saved to."""
+    if out.suffix.lower() not in ("", ".png", ".npz"):
+        raise UserError(f"--out {out}: use x.png for one grid, x.npz for an array, or a folder without a suffix")
+    if out.suffix == "" and out.is_file():
+        raise UserError(f"--out {out} is a file; name a folder, x.png or x.npz")
+    if out.suffix and out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file in it")
+
+
+def _save_images(batches: Iterable[NDArray[uint8]], out: Path, columns: int | None = None) -> None:
+    """Save batches [B, H, W, C] as one grid (x.png), one array (x.npz) or a folder of PNGs, by the name of `out`."""
+    import numpy as np
+    from PIL import Image
+
+    from .tracking.pictures import grid
+
+    (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    if out.suffix.lower() == ".png":
+        grid(np.concatenate(list(batches)), columns).save(out)
+    elif out.suffix.lower() == ".npz":
+        np.savez_compressed(out, images=np.concatenate(list(batches)))
+    else:
+        numbered = enumerate(image_HWC for batch in batches for image_HWC in batch)
+        for number, image_HWC in numbered:
+            Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC).save(
+                out / f"{number:06d}.png"
+            )
 
 
 def _run_config(run: Path) -> Path:

@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ..config import Config
+from ..datasets.fit import require_fit
 from ..datasets.index import Index
 from ..datasets.storage import MissingObject, open_store
 from ..errors import GlannError, UserError
@@ -291,11 +292,7 @@ def _read_data(config: Config) -> str:
         if data.source is not None and isinstance(error.__cause__, MissingObject):
             return f"nothing at {data.url} yet; training will pack {data.source} into it"
         raise
-    if (index.resolution, index.channels) != (data.resolution, data.channels):
-        raise UserError(
-            f"{data.url} holds {index.resolution} px images with {index.channels} channels, the recipe says "
-            f"{data.resolution} px and {data.channels}; pack it again or correct data.resolution and data.channels"
-        )
+    require_fit(index, data, config.cluster.workers)
     store = open_store(data.url, config.s3)
     first_shard_end = int(index.first_S[1]) - 1 if len(index.first_S) > 1 else index.rows - 1
     for row in sorted({first_shard_end, index.rows - 1}):

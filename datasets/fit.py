@@ -1,0 +1,28 @@
+"""Whether a packed data set is the one that a configuration means."""
+
+from __future__ import annotations
+
+from ..config import DataConfig
+from ..errors import UserError
+from .index import Index
+
+
+def require_fit(index: Index, data: DataConfig, workers: int) -> int:
+    """The number of rows to train on.
+
+    Raises:
+        UserError: other resolution or channels than configured, or fewer images than workers.
+    """
+    for key, wanted, found in (
+        ("resolution", data.resolution, index.resolution),
+        ("channels", data.channels, index.channels),
+    ):
+        if wanted != found:
+            raise UserError(
+                f"data.{key} is {wanted} but {data.url} holds images of {found}; set data.{key}={found}, or pack it "
+                f"again with `glann data pack ... --resolution {data.resolution} --channels {data.channels}`"
+            )
+    rows = min(index.rows, data.max_rows or index.rows)
+    if rows < workers:
+        raise UserError(f"{rows} images are fewer than cluster.workers={workers}; use fewer workers")
+    return rows
