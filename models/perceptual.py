@@ -38,6 +38,8 @@ class FeatureNet(nn.Module):
     """
 
     names: tuple[str, ...] = ()
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, convention: str) -> None:
         super().__init__()
@@ -106,7 +108,7 @@ class FeatureNet(nn.Module):
                 raise UserError(f"the weights hold {name} with shape {found}, expected {expected}")
         self.load_state_dict({name: weights[name] for name in own})
         self.requires_grad_(False)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.eval()
 
 
