@@ -1,7 +1,7 @@
 """The `glann` command: thin; each subcommand imports what it needs when it runs, so `--help` is instant.
 
 Exit status: 0 done, 1 the world failed (storage, a server, a node), 2 the input was wrong,
-70 a bug of ours, 130 interrupted.
+70 a bug of ours, 75 stopped by a signal and saved, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .config import Config
 
-BUG, INTERRUPTED = 70, 130
+BUG, STOPPED, INTERRUPTED = 70, 75, 130
 
 app = typer.Typer(
     name="glann",
@@ -179,34 +179,37 @@ def evaluate(
         str | None, typer.Option(help="squeezenet, lite0, vgg16 or inception; empty means the run's own choice")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="images drawn; empty means the run's own choice")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """Measure a finished run: reconstruction error and Frechet distance with a named extractor.
 
     \b
     glann evaluate runs/digits --extractor lite0 --samples 5000
     """
-    from .config import load, validate
+    from .config import validate
     from .trainers.evaluation import evaluate as measure
+    from .trainers.evaluation import run_config
 
-    settings = load(_run_config(run))
-    tree = settings.model_dump(mode="json")
+    tree = run_config(run).model_dump(mode="json")
     given = {"extractor": extractor, "samples": samples}
     tree["evaluation"] |= {key: value for key, value in given.items() if value is not None}
     evaluation = validate(tree, "the options given").evaluation
-    for name, value in measure(run, evaluation.extractor, evaluation.samples).items():
+    for name, value in measure(run, evaluation.extractor, evaluation.samples, seed, device).items():
         typer.echo(f"{name:32} {value:.6g}")
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/digits")]) -> None:
-    """Write report.html of a run again: one file with losses, images and timings.
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/digits")],
+) -> None:
+    """Write report.html of a run, finished or not: one file with losses, images and timings.
 
     \b
     glann report runs/digits
     """
     from .tracking.report import write_report
 
-    _run_config(run)
     typer.echo(write_report(run))
 
 
@@ -296,7 +299,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def explain(error: Exception) -> tuple[str, int]:
     """The line to print for an error, and the exit status."""
     if isinstance(error, GlannError):
-        return f"error: {error}", error.exit_status
+        return f"{'stopped' if error.exit_status == STOPPED else 'error'}: {error}", error.exit_status
     if isinstance(error, OSError) and error.strerror:
         return f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), 1
     text = " ".join(str(error).split())[:300]
@@ -348,11 +351,3 @@ def _save_images(batches: Iterable[NDArray[uint8]], out: Path, columns: int | No
             Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC).save(
                 out / f"{number:06d}.png"
             )
-
-
-def _run_config(run: Path) -> Path:
-    """config.yaml of a run folder."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run} is not a run folder (it has no config.yaml); runs are made by `glann train`")
-    return path

@@ -1,0 +1,60 @@
+"""Writes docs/configuration.md from the configuration models: `make docs`. A test checks that it is current."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glann.config import Config, Key, describe_keys
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+INTRODUCTION = """\
+<!-- Written by docs/generate.py from config.py; change it there and run `make docs`. -->
+# Configuration
+
+A run is one YAML recipe plus overrides on the command line:
+
+```sh
+glann train configs/celebahq-1024.yaml glo.epochs=100 data.url=s3://bucket/celebahq-1024
+glann config celebahq-1024 glo.epochs=100    # the same, resolved and printed, nothing started
+glann config --keys                          # this page in the terminal
+glann config --schema                        # JSON schema, for editors
+```
+
+An override is `section.key=value`, its value read as YAML: `loss.taps='[relu1_2, relu2_2]'`, `data.max_rows=null`.
+Unknown keys and impossible values are refused before anything starts, with the closest known key.
+Nothing here is ever a password: S3 keys come from the usual AWS chain (environment, `~/.aws`, instance role).
+
+The resolved configuration is saved in the run folder as `config.yaml`. Running the same command again continues the
+run; changing what is computed needs another `name`, changing where or how it runs (`cluster`, `engine`, `s3`,
+`checkpoint`, ...) does not.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    keys = describe_keys()
+    sections = [key.name.split(".")[0] for key in keys if "." in key.name]
+    parts = [INTRODUCTION, "## Top level\n", table([key for key in keys if "." not in key.name])]
+    for section in dict.fromkeys(sections):
+        model = Config.model_fields[section].annotation
+        summary = (getattr(model, "__doc__", None) or "").strip().splitlines()[0]
+        parts += [f"## {section}\n", f"{summary}\n", table([k for k in keys if k.name.startswith(f"{section}.")])]
+    return "\n".join(parts)
+
+
+def table(keys: list[Key]) -> str:
+    """A Markdown table of keys."""
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    rows += [f"| `{k.name}` | {escape(k.kind)} | {escape(k.default)} | {escape(k.meaning)} |" for k in keys]
+    return "\n".join(rows) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text that stands in a table cell as it is."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
