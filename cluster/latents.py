@@ -25,6 +25,7 @@ from .row_optimizers import Constraint, project, row_optimizer, usable_rows
 
 Position = tuple[int, int]  # (epoch, step)
 Arrays = dict[str, np.ndarray]
+Rows = np.ndarray | Sequence[int]  # global row ids
 START: Position = (-1, -1)
 
 
@@ -50,7 +51,7 @@ class LatentShard:
         self._moments_n = self._optimizer.moments(len(rows), dim)
         self._visits_n = torch.zeros(len(rows), dtype=torch.int32)
 
-    def gather(self, rows_B: np.ndarray) -> np.ndarray:
+    def gather(self, rows_B: Rows) -> np.ndarray:
         """Codes z_BD (float32, a copy) of global rows; repeats are allowed."""
         return self._z_nD[self._local(rows_B)].numpy()
 
@@ -62,9 +63,7 @@ class LatentShard:
         """How often each row has been visited, int32 [n] (a copy)."""
         return self._visits_n.numpy().copy()
 
-    def apply(
-        self, epoch: int, step: int, rows_B: np.ndarray, grad_BD: np.ndarray, lr: float, skipped: Sequence[int] = ()
-    ) -> bool:
+    def apply(self, epoch: int, step: int, rows_B: Rows, grad_BD: np.ndarray, lr: float, skipped: Rows = ()) -> bool:
         """Visit rows: one optimiser step and projection for each of `rows_B`, none for `skipped`.
 
         Args:
@@ -86,16 +85,16 @@ class LatentShard:
         visited_at = torch.cat([at_B, skipped_at])
         if len(visited_at.unique()) != len(visited_at):
             raise ValueError(f"a row occurs twice at epoch {epoch}, step {step}")
-        grad_BD = torch.tensor(grad_BD, dtype=torch.float32)  # a copy: arrays from Ray are read-only
         if grad_BD.shape != (len(at_B), self._z_nD.shape[1]):
-            raise ValueError(f"gradient of shape {tuple(grad_BD.shape)} for {len(at_B)} codes")
-        self._refuse_unusable(grad_BD, at_B)
+            raise ValueError(f"gradient of shape {grad_BD.shape} for {len(at_B)} codes")
+        gradient_BD = torch.tensor(grad_BD, dtype=torch.float32)  # a copy: arrays from Ray are read-only
+        self._refuse_unusable(gradient_BD, at_B)
         self._visits_n[visited_at] += 1
-        self._move(at_B, grad_BD, lr)
+        self._move(at_B, gradient_BD, lr)
         self.position = (epoch, step)
         return True
 
-    def skip(self, epoch: int, step: int, rows_B: np.ndarray) -> bool:
+    def skip(self, epoch: int, step: int, rows_B: Rows) -> bool:
         """Visit rows without moving them; otherwise as `apply`.
 
         The visit still counts in the bias correction, since a row has one counter. That weakens the
@@ -134,7 +133,7 @@ class LatentShard:
     def _state(self) -> dict[str, Tensor]:
         return {"z": self._z_nD, **self._moments_n, "steps": self._visits_n}
 
-    def _local(self, rows_B: np.ndarray) -> Tensor:
+    def _local(self, rows_B: Rows) -> Tensor:
         at_B = torch.tensor(rows_B, dtype=torch.int64) - self.rows.start
         if len(at_B) and not (int(at_B.min()) >= 0 and int(at_B.max()) < len(self.rows)):
             raise IndexError(f"a row is outside {self.rows.start}..{self.rows.stop - 1}, which this worker owns")
@@ -166,7 +165,8 @@ class LatentTable:
     synchronous run, bit for bit. An update that failed raises its error at the next call.
     """
 
-    def __init__(self, shard: _InProcess | _InActor, in_flight: int):
+    def __init__(self, rows: range, shard: _InProcess | _InActor, in_flight: int):
+        self.rows = rows
         self._shard = shard
         self._in_flight = in_flight
         self._updates: deque[Any] = deque()
@@ -180,20 +180,20 @@ class LatentTable:
             in_flight: updates that may be under way before `push` waits for the oldest.
             options: further arguments of `LatentShard`.
         """
-        return cls(_InActor(rows, dim, seed, **options), in_flight)
+        return cls(rows, _InActor(rows, dim, seed, **options), in_flight)
 
     @classmethod
     def in_process(cls, rows: range, dim: int, seed: int, **options: Any) -> LatentTable:
         """Keep the shard in this process, without Ray: every call is done when it returns."""
-        return cls(_InProcess(LatentShard(rows, dim, seed, **options)), 1)
+        return cls(rows, _InProcess(LatentShard(rows, dim, seed, **options)), 1)
 
-    def prefetch(self, rows_B: np.ndarray) -> None:
+    def prefetch(self, rows_B: Rows) -> None:
         """Start gathering rows that `take` will ask for."""
         self._raise_failed()
         rows_B = np.ascontiguousarray(rows_B, np.int64)
         self._gathers[rows_B.tobytes()] = (rows_B, self._shard.start("gather", rows_B))
 
-    def take(self, rows_B: np.ndarray) -> Tensor:
+    def take(self, rows_B: Rows) -> Tensor:
         """Codes z_BD of global rows as a new float32 tensor, after every update pushed so far."""
         self._raise_failed()
         rows_B = np.ascontiguousarray(rows_B, np.int64)
@@ -202,22 +202,20 @@ class LatentTable:
             pending = self._shard.start("gather", rows_B)
         return torch.tensor(self._shard.finish(pending))  # a copy: arrays from Ray are read-only
 
-    def push(
-        self, epoch: int, step: int, rows_B: np.ndarray, grad_BD: Tensor, lr: float, skipped: Sequence[int] = ()
-    ) -> None:
+    def push(self, epoch: int, step: int, rows_B: Rows, grad_BD: Tensor, lr: float, skipped: Rows = ()) -> None:
         """Start `LatentShard.apply`; the arguments may be changed as soon as this returns."""
         self._raise_failed()
         while len(self._updates) >= self._in_flight:
             self._shard.finish(self._updates.popleft())
-        rows_B, skipped = np.array(rows_B, np.int64), np.array(skipped, np.int64)
+        rows_B, unmoved = np.array(rows_B, np.int64), np.array(skipped, np.int64)
         grad = grad_BD.detach().to("cpu", torch.float32).numpy()
-        self._updates.append(self._shard.start("apply", epoch, step, rows_B, grad, lr, skipped))
+        self._updates.append(self._shard.start("apply", epoch, step, rows_B, grad, lr, unmoved))
         # What was gathered ahead of this update is out of date where they share a row.
         stale = [key for key, (ahead_B, _) in self._gathers.items() if np.isin(ahead_B, rows_B).any()]
         for key in stale:
             del self._gathers[key]
 
-    def skip(self, epoch: int, step: int, rows_B: np.ndarray) -> None:
+    def skip(self, epoch: int, step: int, rows_B: Rows) -> None:
         """Count rows as visited without moving them, such as those of a step that was not finite."""
         self._raise_failed()
         self._updates.append(self._shard.start("skip", epoch, step, np.array(rows_B, np.int64)))
@@ -296,8 +294,8 @@ class _InActor:
         self._rows = rows
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # It takes no CPU slot of its own, or a worker that fills its node could not have one.
-        actor_class = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(LatentShard)
-        self.actor = actor_class.remote(rows, dim, seed, **options)
+        actor_class = ray.remote(LatentShard).options(num_cpus=0, max_restarts=0, scheduling_strategy=here)
+        self.actor: Any = actor_class.remote(rows, dim, seed, **options)
 
     def start(self, method: str, *arguments: Any) -> Any:
         return getattr(self.actor, method).remote(*arguments)

@@ -236,7 +236,11 @@ def _pass_on(
     held_mD: Tensor, coming_mD: Tensor, rank: int, world: int, group: dist.ProcessGroup | None
 ) -> list[dist.Work]:
     """Start sending the held block to the next rank and receiving another; empty blocks do not travel."""
-    peers = [dist.get_global_rank(group or dist.group.WORLD, peer % world) for peer in (rank + 1, rank - 1)]
+    peers = [(rank + 1) % world, (rank - 1) % world]
+    if group is not None:
+        peers = [dist.get_global_rank(group, peer) for peer in peers]
+        peer % world if group is None else dist.get_global_rank(group, peer % world) for peer in (rank + 1, rank - 1)
+    ]
     transfers = []
     if len(held_mD):
         transfers.append(dist.P2POp(dist.isend, held_mD, peers[0], group))
