@@ -239,8 +239,6 @@ def _pass_on(
     peers = [(rank + 1) % world, (rank - 1) % world]
     if group is not None:
         peers = [dist.get_global_rank(group, peer) for peer in peers]
-        peer % world if group is None else dist.get_global_rank(group, peer % world) for peer in (rank + 1, rank - 1)
-    ]
     transfers = []
     if len(held_mD):
         transfers.append(dist.P2POp(dist.isend, held_mD, peers[0], group))
