@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 
 from ..errors import UserError
 from .codec import BadImage
@@ -33,7 +34,7 @@ def open_zip(store: Store, key: str) -> Source:
 
     def items(start: int) -> Iterator[Item]:
         for member in images[start:]:
-            yield Item(f"{where}: {member.filename}", lambda member=member: _read_member(store, key, member))
+            yield Item(f"{where}: {member.filename}", partial(_read_member, store, key, member))
 
     contents = [(member.filename, member.file_size, member.CRC) for member in images]
     return _source(where, key, identity("zip", contents), len(images), items)
@@ -56,7 +57,7 @@ def open_tar(store: Store, key: str) -> Source:
     def items(start: int) -> Iterator[Item]:
         for member in images[start:]:
             place, size = member.offset_data, member.size
-            yield Item(f"{where}: {member.name}", lambda place=place, size=size: store.read_range(key, place, size))
+            yield Item(f"{where}: {member.name}", partial(store.read_range, key, place, size))
 
     contents = [(member.name, member.size, member.offset_data) for member in images]
     return _source(where, key, identity("tar", [store.size(key), contents]), len(images), items)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ..errors import UserError
@@ -94,7 +95,7 @@ def _rows(store: Store, key: str, column: str, start: int) -> Iterator[Item]:
                     values = values.field("bytes") if pyarrow.types.is_struct(values.type) else values
                     for value in values:
                         if row >= start:
-                            yield Item(f"{store.url}/{key}: row {row}", lambda value=value: _bytes(value))
+                            yield Item(f"{store.url}/{key}: row {row}", partial(_bytes, value))
                         row += 1
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{store.url}/{key} is damaged in row group {group} ({_first_line(error)})") from error

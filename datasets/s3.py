@@ -36,7 +36,7 @@ from botocore.exceptions import (
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from ..config import S3Config
-from ..errors import EnvironmentFault, UserError
+from ..errors import EnvironmentFault, GlannError, UserError
 from .storage import MissingObject, ObjectExists, TruncatedObject, check_key, os_fault, temporary_beside
 
 MULTIPART_BYTES = 64 << 20
@@ -92,14 +92,20 @@ class S3Store:
                 self._client.put_object(**place, Body=data)
 
     def download(self, key: str, path: Path) -> None:
+        place = self._place(key)
         with self._faults(key), temporary_beside(path) as temporary:
             size = self.size(key)
-            self._again(lambda: self._client.download_file(
-                self._bucket, self._prefix + check_key(key), str(temporary), Config=self._transfer
-            ))
-            if temporary.stat().st_size != size:
-                raise TruncatedObject(f"{self.url}/{key}: {temporary.stat().st_size} of {size} bytes arrived")
-            os.replace(temporary, path)
+
+            def once() -> None:
+                temporary.seek(0)
+                temporary.truncate()
+                self._client.download_fileobj(place["Bucket"], place["Key"], temporary, Config=self._transfer)
+                temporary.flush()
+                if os.fstat(temporary.fileno()).st_size != size:
+                    raise TruncatedObject(f"{self.url}/{key}: not all of its {size} bytes arrived")
+
+            self._again(once)
+            os.replace(temporary.name, path)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         found: dict[str, int] = {}
@@ -168,7 +174,7 @@ class S3Store:
     def _check_endpoint(self) -> None:
         parts = urlsplit(self._endpoint or "https://aws")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("the S3 endpoint must look like https://host:port; see s3.endpoint_url and AWS_ENDPOINT_URL")
+            raise UserError("the S3 endpoint (s3.endpoint_url or AWS_ENDPOINT_URL) must look like https://host:port")
         if parts.username or parts.password:
             raise UserError("the S3 endpoint holds a user name or password; give keys by the AWS_* variables instead")
 
@@ -185,9 +191,9 @@ class S3Store:
             raise UserError(
                 f"no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             ) from error
+        except GlannError:  # told already
+            raise
         except (ConnectionError, HTTPClientError, *_BROKEN_BODY) as error:
-            if isinstance(error, TruncatedObject):
-                raise
             raise EnvironmentFault(
                 f"{where}: cannot reach S3 at {server} after {self._s3.max_attempts} tries "
                 f"({type(error).__name__}); check the network and s3.endpoint_url"
@@ -212,7 +218,9 @@ def _explain(error: ClientError, where: str, bucket: str, server: str) -> UserEr
     if code in ("InvalidRange", "416"):
         return TruncatedObject(f"{where} ends before the bytes that were asked for")
     if code in _REFUSED or status in (401, 403):
-        return UserError(f"S3 at {server} refuses access to {where} ({code}); check the AWS_* keys and their permissions")
+        return UserError(
+            f"S3 at {server} refuses access to {where} ({code}); check the AWS_* keys and what they permit"
+        )
     if status in (301, 400) or code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "InvalidBucketName"):
         return UserError(f"S3 at {server} does not take requests for {where} ({code}); check s3.region and the address")
     return EnvironmentFault(f"S3 at {server} failed for {where} after the allowed tries ({code}, status {status})")

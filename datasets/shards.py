@@ -53,18 +53,21 @@ class ShardWriter:
         self._upload: Future[None] | None = None
         self._file: IO[bytes] | None = None
         self._tar: Any = None
+        self._filled = 0
 
     def add(self, data: bytes, position: int) -> None:
         """Append one image; `position` is the place in the source after it."""
-        if self._file is not None and self._file.tell() + len(data) > self._shard_bytes:
+        if self._file is not None and self._filled + _member_bytes(data) > self._shard_bytes:
             self._close_shard()
         if self._file is None:
             from webdataset import TarWriter  # a second to import; only packing needs it
 
             self._file = open(self._path(self._number), "wb")  # noqa: SIM115 - closed with the shard
             self._tar = TarWriter(self._file, encoder=False, mtime=0)
+            self._filled = 0
         key, _, extension = image_key(self._row, self._image_format).partition(".")
         self._tar.write({"__key__": key, extension: data})
+        self._filled += _member_bytes(data)
         self._row += 1
         self.position = position
 
@@ -113,6 +116,11 @@ class ShardWriter:
         finished = (*self._packing.finished, FinishedShard(shard=shard, position=position))
         self._packing = Packing(recipe=self._packing.recipe, finished=finished)
         self._store.write(PACKING_FILE, self._packing.model_dump_json().encode())
+
+
+def _member_bytes(data: bytes) -> int:
+    """What an image takes in a tar file: a header block and whole blocks of data."""
+    return tarfile.BLOCKSIZE * (1 - -len(data) // tarfile.BLOCKSIZE)
 
 
 def finished_records(store: Store, packing: Packing, folder: Path) -> list[bytes]:

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def _open_folder(source: str, s3: S3Config | None) -> Source:
 
     def items(start: int) -> Iterator[Item]:
         for key in images[start:]:
-            yield Item(f"{source.rstrip('/')}/{key}", lambda key=key: store.read(key))
+            yield Item(f"{source.rstrip('/')}/{key}", partial(store.read, key))
 
     return Source(name, len(images), identity("folder", [(key, sizes[key]) for key in images]), items)
 
@@ -163,10 +164,10 @@ def _packed_source(store: Store, index) -> Source:
 def _array_source(name: str, images: np.ndarray) -> Source:
     def items(start: int) -> Iterator[Item]:
         for row in range(start, len(images)):
-            yield Item(f"{name}[{row}]", lambda row=row: images[row])
+            yield Item(f"{name}[{row}]", partial(images.__getitem__, row))
 
     shape = [str(images.dtype), list(images.shape)]
-    content = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+    content = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
     return Source(name.split(".")[0], len(images), identity("array", [shape, content]), items)
 
 

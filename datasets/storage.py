@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from ..config import S3Config
 from ..errors import EnvironmentFault, GlannError, UserError
@@ -113,6 +114,7 @@ class LocalStore:
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
         self.url = str(self.root)
+        self._swept: set[Path] = set()
 
     def path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -132,18 +134,21 @@ class LocalStore:
         target = self.path(key)
         with self._faults(key):
             target.parent.mkdir(parents=True, exist_ok=True)
+            if target.parent not in self._swept:
+                sweep(target.parent)
+                self._swept.add(target.parent)
             with temporary_beside(target) as temporary:
                 _fill(temporary, data)
                 if only_if_absent:
-                    _link(temporary, target)
+                    _link(temporary.name, target)
                 else:
-                    os.replace(temporary, target)
+                    os.replace(temporary.name, target)
             _sync_folder(target.parent)
 
     def download(self, key: str, path: Path) -> None:
         with self._faults(key), temporary_beside(path) as temporary:
             _fill(temporary, self.path(key))
-            os.replace(temporary, path)
+            os.replace(temporary.name, path)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         if not self.root.exists():
@@ -209,27 +214,44 @@ def read_at(descriptor: int, offset: int, length: int) -> bytes:
 
 
 @contextlib.contextmanager
-def temporary_beside(target: Path) -> Iterator[Path]:
-    """A free name in the folder of `target`; whatever is left under it at the end is removed."""
-    path = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+def temporary_beside(target: Path) -> Iterator[IO[bytes]]:
+    """A new file in the folder of `target`, open for writing; what is left under its name at the end is removed.
+
+    The file is locked as long as it is open.  A process that is killed loses its lock, and so the
+    next writer can tell its remains (`sweep`) from a file that is still being written.
+    """
+    while True:
+        with open(target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}", "xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.fstat(file.fileno()).st_nlink:  # swept between its creation and its lock
+                continue
+            try:
+                yield file
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+            return
 
 
-def _fill(path: Path, data: bytes | Path) -> None:
-    with open(path, "xb") as file:
-        if isinstance(data, Path):
-            with open(data, "rb") as source:
-                shutil.copyfileobj(source, file, 1 << 20)
-        else:
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed have left in `folder`."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith(_TEMPORARY):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), open(entry.path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(entry.path)
 
 
-def _link(temporary: Path, target: Path) -> None:
+def _fill(file: IO[bytes], data: bytes | Path) -> None:
+    if isinstance(data, Path):
+        with open(data, "rb") as source:
+            shutil.copyfileobj(source, file, 1 << 20)
+    else:
+        file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _link(temporary: str, target: Path) -> None:
     """Give a complete file its name unless that is taken; a rename would overwrite."""
     try:
         os.link(temporary, target)

@@ -99,9 +99,8 @@ def _check_shard(index: Index, shard: Shard, first: int, path: Path) -> list[Fau
             faults.append(Fault(shard.file, "", f"{size} bytes long, not {shard.bytes}"))
         elif digest != shard.sha256:
             faults.append(Fault(shard.file, "", "wrong SHA-256"))
-        for row in range(first, first + shard.rows):
-            if reason := _check_image(index, row, file.fileno()):
-                faults.append(Fault(shard.file, index.key(row), reason))
+        reasons = ((row, _check_image(index, row, file.fileno())) for row in range(first, first + shard.rows))
+        faults += [Fault(shard.file, index.key(row), reason) for row, reason in reasons if reason]
     return faults + _check_names(index, shard, first, path)
 
 
@@ -122,11 +121,9 @@ def _check_image(index: Index, row: int, descriptor: int) -> str:
 
 def _check_names(index: Index, shard: Shard, first: int, path: Path) -> list[Fault]:
     """Members must be the plain files the index says, in its order: other readers go by their names."""
-    names = []
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                names.append((member.name, member.isreg()))
+            names = [(member.name, member.isreg()) for member in tar]
     except (tarfile.TarError, ValueError, OverflowError) as error:
         return [Fault(shard.file, "", f"not a complete tar file ({error})")]
     expected = [(index.key(row), True) for row in range(first, first + shard.rows)]

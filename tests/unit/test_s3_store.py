@@ -1,4 +1,4 @@
-"""S3 through an in-process server: what is stored comes back whole, and every failure is one clear line without keys."""
+"""S3 through an in-process server: what is stored comes back whole, every failure is one line without keys."""
 
 import http.server
 import threading

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -109,12 +111,28 @@ def test_what_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path, monkey
     assert os.listdir(tmp_path) == []
 
 
-def test_files_that_are_still_written_are_not_listed(tmp_path):
-    store = LocalStore(tmp_path)
+def test_files_that_are_still_written_are_neither_listed_nor_swept(tmp_path):
     with storage.temporary_beside(tmp_path / "x") as temporary:
-        temporary.write_bytes(b"half")
-        assert store.list() == []
-    assert not temporary.exists()
+        temporary.write(b"half")
+        LocalStore(tmp_path).write("y", b"")
+        assert LocalStore(tmp_path).list() == ["y"]
+        assert os.path.exists(temporary.name)
+    assert os.listdir(tmp_path) == ["y"]
+
+
+def test_what_a_killed_writer_left_is_swept_by_the_next(tmp_path):
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from glann.datasets.storage import temporary_beside\n"
+        "with temporary_beside(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], check=False)
+    assert len(os.listdir(tmp_path)) == 1
+    LocalStore(tmp_path).write("y", b"")
+    assert os.listdir(tmp_path) == ["y"]
 
 
 def test_folders_that_link_to_themselves_are_listed_once(tmp_path):
