@@ -229,7 +229,8 @@ def show_config(
     """
     import json
 
-    from .config import Config, describe_keys
+    from .config import Config
+    from .reference import describe_keys
 
     if schema + keys + (config is not None) != 1:
         raise UserError("give one of: a CONFIG, --keys or --schema; see `glann config --help`")

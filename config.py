@@ -7,10 +7,8 @@ before anything starts, naming the key, what was given, what is allowed and the 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -245,8 +243,25 @@ class Config(Section):
             return str((self.run_dir / "checkpoints").absolute())
         return f"{self.checkpoint.url.rstrip('/')}/{self.name}/checkpoints"
 
+    def with_absolute_paths(self) -> Self:
+        """The same run for processes with another working folder, such as workers."""
+        data = {"url": absolute(self.data.url), "cache_dir": self.data.cache_dir and absolute(self.data.cache_dir)}
+        checkpoint = {"url": self.checkpoint.url and absolute(self.checkpoint.url)}
+        return self.model_copy(
+            update={
+                "runs_dir": absolute(self.runs_dir),
+                "data": self.data.model_copy(update=data),
+                "checkpoint": self.checkpoint.model_copy(update=checkpoint),
+            }
+        )
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute; an address such as s3://bucket/prefix as it is."""
+    return url if "://" in url else str(Path(url).expanduser().absolute())
 
 
 def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -323,52 +338,6 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str,
     return keys
 
 
-@dataclass(frozen=True)
-class Key:
-    """One configurable value, in words: dotted name, what it may be, its default and its meaning."""
-
-    name: str
-    kind: str
-    default: str
-    meaning: str
-
-
-def describe_keys() -> list[Key]:
-    """Every key that holds a value (not the sections), in the order of the models."""
-    described = []
-    for name, field in known_keys().items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            continue
-        bounds = [
-            f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in _BOUNDS if hasattr(rule, key)
-        ]
-        kind = " ".join([_kind(field.annotation), *bounds])
-        described.append(Key(name, kind, _default(field), field.description or ""))
-    return described
-
-
-_BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-
-
-def _default(field: Any) -> str:
-    if field.is_required():
-        return "required"
-    if field.default is None:
-        return "empty"
-    return yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
-
-
-def _kind(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return " | ".join(str(value) for value in get_args(annotation))
-    if get_origin(annotation) is Annotated:
-        return _kind(get_args(annotation)[0])
-    if get_origin(annotation) is tuple:
-        return "list of " + _kind(get_args(annotation)[0])
-    parts = [part for part in get_args(annotation) if part is not NoneType]
-    return " | ".join(_kind(part) for part in parts) if parts else annotation.__name__
-
-
 def _explain(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
@@ -383,10 +352,12 @@ def _explain(fault: Any) -> str:
 
 
 def _suggest(key: str) -> str:
-    keys = list(known_keys())
-    close = difflib.get_close_matches(key, keys, 1, cutoff=0.6)
-    if not close:  # the right leaf under the wrong section
-        leaf = key.rsplit(".", 1)[-1]
-        leaves = {full.rsplit(".", 1)[-1]: full for full in keys}
-        close = [leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), 1, cutoff=0.6)]
-    return f" (did you mean {close[0]}?)" if close else ""
+    """The known key most like `key`: as a whole, or by its last part where only the section is wrong."""
+
+    def likeness(known: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, known).ratio()
+        last = difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1]).ratio()
+        return max(whole, 0.99 * last)
+
+    best = max(known_keys(), key=likeness)
+    return f" (did you mean {best}?)" if likeness(best) >= 0.6 else ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from glann.config import Config, Key, describe_keys
+from glann.config import Config
+from glann.reference import Key, describe_keys
 
 PAGE = Path(__file__).with_name("configuration.md")
 
