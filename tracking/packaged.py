@@ -209,7 +209,7 @@ def _open(folder: Path, source: str, device: torch.device) -> SamplingModel:
     for required in (GENERATOR, LATENTS):
         if required not in manifest.files:
             raise UserError(f"the model of {source} is incomplete: {MANIFEST} does not name {required}")
-    states = {file: _read(folder / file, entry) for file, entry in manifest.files.items()}
+    states: dict[str, dict[str, Tensor]] = {file: _read(folder / file, entry) for file, entry in manifest.files.items()}
     dim = manifest.generator.latent_dim
     expected = {"mean": (dim,), "root": (dim, dim)}
     if {name: tuple(tensor.shape) for name, tensor in states[LATENTS].items()} != expected:

@@ -53,7 +53,7 @@ def publish(client: MlflowClient, run_id: str, folder: Path, register_as: str | 
     return PublishedModel(f"models:/{register_as}@{ALIAS}", register_as, number)
 
 
-def save_pyfunc(folder: Path, path: Path, **identity: str) -> None:
+def save_pyfunc(folder: Path, path: Path, **identity: Any) -> None:
     """Write an MLflow model: the packaged model as an artifact, and the code that opens it, unpickled.
 
     The environment it names is glann and MLflow of these versions; `mlflow models serve` needs an image
@@ -83,7 +83,7 @@ def signature() -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
-    inputs = [
+    inputs: list[ColSpec | TensorSpec] = [
         ColSpec(DataType.long, "n"),
         ColSpec(DataType.long, "seed", required=False),
         ColSpec(DataType.double, "truncation", required=False),

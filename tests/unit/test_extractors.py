@@ -8,11 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
-
 from glann.errors import UserError
 from glann.metrics import efficientnet_lite, inception
 from glann.metrics.extractors import EXTRACTORS, build_extractor
+from torch.nn import functional as F
 
 
 def random_lite0():
@@ -74,7 +73,7 @@ def test_the_metric_is_named_for_its_extractor(lite0):
 def test_wrong_names_weights_and_images_are_one_line(lite0):
     with pytest.raises(UserError, match="no feature extractor 'resnet'; there are inception, lite0"):
         build_extractor("resnet", lambda name: ({}, ""))
-    with pytest.raises(UserError, match="weights x.safetensors do not fit extractor inception"):
+    with pytest.raises(UserError, match=r"weights x\.safetensors do not fit extractor inception"):
         build_extractor("inception", lambda name: ({"a": torch.zeros(1)}, ""), weights="x.safetensors")
     with pytest.raises(UserError, match="do not fit extractor lite0"):
         build_extractor("lite0", lambda name: ({"layer.weight": torch.zeros(1)}, ""))

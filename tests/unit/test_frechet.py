@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-
 from glann.errors import UserError
 from glann.metrics.frechet import Moments, frechet_distance
 

@@ -2,13 +2,13 @@
 
 import json
 import os
+import shutil
 
 import mlflow
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-
 from glann.config import Config
 from glann.errors import UserError
 from glann.models.generators import build_generator
@@ -47,13 +47,18 @@ def config():
     return make_config()
 
 
-@pytest.fixture
-def folder(tmp_path, config):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    config = make_config()
     generator, mapping = make_networks(config)
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, 6), dim=1)
-    return export_model(
-        tmp_path / "run" / "model", config, generator.state_dict(), mapping.state_dict(), z_ND, "f" * 64
-    )
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    return export_model(folder, config, generator.state_dict(), mapping.state_dict(), z_ND, "f" * 64)
+
+
+@pytest.fixture
+def folder(tmp_path, exported):
+    return shutil.copytree(exported, tmp_path / "run" / "model")
 
 
 def test_images_are_those_of_the_networks_that_were_exported(folder, config):
@@ -103,7 +108,7 @@ def test_glo_codes_have_the_moments_of_the_training_codes(tmp_path):
     drawn = model.codes(model.noise(torch.arange(20000), 0, "glo"), "glo")
     torch.testing.assert_close(drawn.mean(0), z_ND.mean(0), atol=6e-3, rtol=0)
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(z_ND.T), atol=4e-3, rtol=0)
-    with pytest.raises(UserError, match="no mapping.*method=glo"):
+    with pytest.raises(UserError, match=r"no mapping.*method=glo"):
         model.sample(1)
 
 
@@ -193,7 +198,10 @@ def test_a_file_that_is_not_safetensors_is_refused_though_its_hash_fits(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tree: tree["files"].update({"../../etc/passwd": tree["files"][LATENTS]}), "not a packaged model: files"),
+        (
+            lambda tree: tree["files"].update({"../../etc/passwd": tree["files"][LATENTS]}),
+            "not a packaged model: files",
+        ),
         (lambda tree: tree.update(format=FORMAT + 1), "format 2; this glann reads format 1"),
         (lambda tree: tree.update(extra=1), "not a packaged model: extra"),
         (lambda tree: tree["generator"].update(width=10**9), "not a packaged model: generator.width"),

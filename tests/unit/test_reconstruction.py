@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from glann.errors import UserError
 from glann.metrics.reconstruction import PSNR_LIMIT, ReconstructionError, l1, psnr
 

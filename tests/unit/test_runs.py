@@ -11,8 +11,6 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
-
 from glann.config import Config
 from glann.errors import UserError
 from glann.models.generators import build_generator
@@ -22,6 +20,7 @@ from glann.tracking.connection import redact
 from glann.tracking.journal import Journal, entries
 from glann.tracking.packaged import export_model, load_model
 from glann.tracking.runs import RUN_TAG, TrackedRun, flatten
+from mlflow import MlflowClient
 
 
 def make_config(uri, **tracking):

@@ -1,0 +1,44 @@
+"""MODEL_CARD.md: what a trained model is, how good it is and what it is not for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .. import __version__
+from ..datasets.storage import os_fault
+from .connection import redact
+from .facts import RunFacts
+from .report import commands, environment, headline, metric_rows
+
+FILE = "MODEL_CARD.md"
+
+
+def write_card(run_dir: Path) -> Path:
+    """Write the model card of a run folder.
+
+    Raises:
+        UserError: the folder is not a run, or one of its files is damaged.
+    """
+    facts = RunFacts.read(run_dir)
+    text = (
+        environment()
+        .get_template("card.md")
+        .render(
+            facts=facts,
+            config=facts.config,
+            data_url=redact(facts.config.data.url),
+            version=__version__,
+            headline=headline(facts),
+            metrics=metric_rows(facts.metrics),
+            commands=commands(facts),
+            samples="images/samples.png" if facts.picture("samples") else None,
+        )
+    )
+    path, temporary = run_dir / FILE, run_dir / f".{FILE}.tmp"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise os_fault(error, path) from error
+    return path
