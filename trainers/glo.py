@@ -110,9 +110,7 @@ def train_glo(
         latents.flush()  # the next epoch may begin with rows of this one's last step
 
 
-def plan_epoch(
-    config: Config, epoch: int, first_step: int, latents: LatentTable, engine: Engine
-) -> list[PlannedBatch]:
+def plan_epoch(config: Config, epoch: int, first_step: int, latents: LatentTable, engine: Engine) -> list[PlannedBatch]:
     """What is left of `epoch` for this worker, in as many steps as the busiest worker needs."""
     visited_n = latents.visits()
     batch = config.glo.batch_size // engine.world

@@ -41,7 +41,9 @@ class MappingTrainer:
     def __init__(self, mapping: nn.Module, config: Config, device: torch.device, state: dict | None = None) -> None:
         self.mapping = mapping.to(device)
         self.device = device
-        self.optimizer = torch.optim.Adam(mapping.parameters(), lr=config.imle.lr, weight_decay=config.imle.weight_decay)
+        self.optimizer = torch.optim.Adam(
+            mapping.parameters(), lr=config.imle.lr, weight_decay=config.imle.weight_decay
+        )
         if state is not None:
             mapping.load_state_dict(state["weights"])
             for name, parameter in mapping.named_parameters():

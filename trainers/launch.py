@@ -74,8 +74,9 @@ def run_workers(config: Config, on_event: Callable[[dict[str, Any]], None]) -> N
     """Train on the workers until the run is done, handing every event to `on_event`.
 
     Raises:
-        UserError: a worker found the input wrong. EnvironmentFault: workers were lost more often than
-            `cluster.max_failures` allows. RunStopped: after SIGINT or SIGTERM, saved.
+        UserError, or a bug's own error: a worker met what trying again does not help.
+        EnvironmentFault: workers were lost more often than `cluster.max_failures` allows.
+        RunStopped: after SIGINT or SIGTERM, saved.
     """
     import ray
 
@@ -85,7 +86,7 @@ def run_workers(config: Config, on_event: Callable[[dict[str, Any]], None]) -> N
     def hand_over() -> None:
         for event in ray.get(mailbox.drain.remote()):
             if event["kind"] == "fatal":
-                raise (UserError if event["status"] == 2 else EnvironmentFault)(event["message"])
+                raise event["error"]
             outcome["stopped"] |= event["kind"] == "stopped"
             on_event(event)
 
@@ -122,7 +123,7 @@ def fit_workers(config: Config, mailbox: Any) -> Any:
         resources["GPU"] = cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "mailbox": mailbox},
+        train_loop_config={"config": config.with_absolute_paths().model_dump(mode="json"), "mailbox": mailbox},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources

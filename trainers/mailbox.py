@@ -6,8 +6,6 @@ from collections import deque
 from time import monotonic
 from typing import Any
 
-from ..errors import GlannError
-
 PROGRESS_EVERY = 0.5  # seconds; a bar needs no more
 
 
@@ -63,9 +61,8 @@ class Reporter:
                 self.answer = None
         return self.stopping
 
-    def fatal(self, error: GlannError) -> None:
-        """Tell the driver, and wait until it has been told."""
+    def fatal(self, error: Exception) -> None:
+        """Tell the driver to end the run with this error, and wait until it has been told."""
         import ray
 
-        event = {"kind": "fatal", "rank": self.rank, "message": str(error), "status": error.exit_status}
-        ray.get(self.mailbox.send.remote(event))
+        ray.get(self.mailbox.send.remote({"kind": "fatal", "rank": self.rank, "error": error}))

@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..config import Config, validate
-from ..datasets.assets import PERCEPTUAL, load_weights
 from ..datasets.index import Index
 from ..errors import UserError
-from ..models.losses import build_loss
-from ..models.perceptual import build_features
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,19 +75,6 @@ def is_packed(config: Config) -> bool:
     from ..datasets.storage import open_store
 
     return open_store(config.data.url, config.s3).exists("index.json")
-
-
-def fetch_loss(config: Config) -> None:
-    """Fetch the weights of the loss and build it once, so that a wrong tap or file is found here."""
-    features = None
-    if config.loss.kind == "perceptual":
-        features = build_features(config.loss.network, *loss_weights(config))
-    build_loss(config.loss, config.data.resolution, features)
-
-
-def loss_weights(config: Config) -> tuple[Any, str]:
-    """Weights of the perceptual network and their input convention."""
-    return load_weights(config.loss.weights or PERCEPTUAL[config.loss.network][0])
 
 
 def refuse_other_configuration(config: Config) -> None:

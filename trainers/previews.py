@@ -27,7 +27,9 @@ class Previews:
 
     def __init__(self, config: Config, images: ImageRows, rows: range, device: torch.device) -> None:
         self.config, self.images, self.device = config, images, device
-        self.rows = rows[: config.preview.images // 2]
+        wanted = min(config.preview.images // 2, len(rows))
+        self.rows = [rows[number * len(rows) // wanted] for number in range(wanted)]  # evenly over this worker's
+        self.first = rows.start
 
     def glo(self, weights: dict[str, Tensor], latents: LatentTable) -> dict[str, np.ndarray]:
         """Reconstructions (pairs [P, 2, H, W, C]: image, G(z)) and samples from the Gaussian of this worker's codes."""
@@ -39,7 +41,7 @@ class Previews:
                 real = self.images.decode(row).transpose(1, 2, 0)
             except CorruptImage:  # the loader has counted and named it
                 continue
-            pairs.append([real, model.decode(codes_nD[row - self.rows.start][None])[0]])
+            pairs.append([real, model.decode(codes_nD[row - self.first][None])[0]])
         samples = model.sample(self.config.preview.images, PREVIEW_SEED, method="glo")
         return {"reconstructions": np.array(pairs), "samples": samples}
 

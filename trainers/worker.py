@@ -5,45 +5,31 @@ Shapes: B rows of a batch, D latent dimension, n rows of this worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
 from time import monotonic
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..cluster import checkpoints
 from ..cluster.latents import LatentTable
 from ..cluster.placement import ranges
 from ..config import Config
-from ..datasets.assets import PERCEPTUAL, load_weights
 from ..datasets.reader import ImageRows
 from ..datasets.storage import open_store
-from ..errors import UserError
+from ..errors import EnvironmentFault
 from ..models.generators import build_generator
-from ..models.losses import build_loss
 from ..models.mapping import build_mapping
-from ..models.perceptual import build_features
 from .engine import Engine, build_engine
 from .glo import GloStep, train_glo
 from .imle import MappingTrainer, train_imle
 from .mailbox import Reporter
+from .objective import build_objective
 from .previews import Previews
+from .resume import Position, Saved, final_weights, load, restore_rows
 
 SAVE, STOP = 1.0, 1000.0  # what a worker may vote for; the votes of all are added
-
-
-@dataclass
-class Position:
-    """Where a run stands: the next thing to do is `step` of `epoch` of `stage`; `serial` counts work done."""
-
-    stage: str = "glo"
-    epoch: int = 0
-    step: int = 0
-    serial: int = 0
 
 
 class Stopped(Exception):
@@ -59,11 +45,13 @@ def train_worker(task: dict[str, Any]) -> None:
     reporter = Reporter(task["mailbox"], ray.train.get_context().get_world_rank())
     try:
         Worker(config, reporter, get_device()).run()
-    except UserError as error:
-        reporter.fatal(error)  # trying again would not help: the driver ends the run
-        raise
     except Stopped:
         reporter.send("stopped")
+    except (EnvironmentFault, RuntimeError, OSError):
+        raise  # a lost peer, node or store: Ray Train starts the workers again, up to cluster.max_failures times
+    except Exception as error:
+        reporter.fatal(error)  # wrong input or a bug of ours: trying again would not help
+        raise
 
 
 class Worker:
@@ -83,7 +71,11 @@ class Worker:
         self.rows = ranges(len(self.images), self.world)[self.rank]
         self.store = open_store(config.checkpoint_url, config.s3)
         self.writer = checkpoints.CheckpointWriter(
-            self.store, self.rank, self.world, keep=config.checkpoint.keep, timeout=config.checkpoint.timeout_s
+            self.store,
+            self.rank,
+            self.world,
+            keep=config.checkpoint.keep,
+            timeout=config.checkpoint.timeout_s,
         )
         self.latents = LatentTable.spawn(
             self.rows,
@@ -98,10 +90,10 @@ class Worker:
 
     def run(self) -> None:
         """Do what is left of the run."""
-        self.resume()
-        if self.position.stage == "glo":
+        self.saved = self.resume()
+        if self.saved.position.stage == "glo":
             self.stage_one()
-        if self.position.stage == "imle":
+        if self.saved.position.stage == "imle":
             self.stage_two()
         self.writer.wait()
 
@@ -109,13 +101,13 @@ class Worker:
 
     def stage_one(self) -> None:
         """GLO: codes and generator."""
-        config, position = self.config, self.position
+        config, saved, position = self.config, self.saved, self.saved.position
         torch.manual_seed(config.seed)
         network = build_generator(config.generator, config.data.resolution, config.data.channels)
         network.checkpoint_activations = config.engine.activation_checkpointing
-        engine = build_engine(network, config, self.device, self.generator_state)
-        loss = perceptual_loss(config, self.device)
-        meter = Meter(len(self.images))
+        engine = build_engine(network, config, self.device, saved.generator)
+        loss = build_objective(config, self.device)
+        meter = Meter()
         start = (position.epoch, position.step)
         for step in train_glo(config, self.images, self.latents, engine, loss, start, self.vote):
             position.epoch, position.step, position.serial = step.epoch, step.step + 1, position.serial + 1
@@ -124,11 +116,11 @@ class Worker:
             if step.step + 1 == step.steps:
                 position.epoch, position.step = step.epoch + 1, 0
                 self.end_of_glo_epoch(step, engine, meter)
-                meter = Meter(len(self.images))
+                meter = Meter()
             if step.votes >= SAVE or self.due(position):
-                self.generator_state = engine.state()
-                self.save(wait=step.votes >= STOP)
-        self.generator_state = engine.state()
+                saved.generator = engine.state()
+                self.save(stop=step.votes >= STOP)
+        saved.generator = engine.state()
         position.stage, position.epoch, position.step = "imle", 0, 0
         self.save()
 
@@ -152,7 +144,7 @@ class Worker:
                 "epoch",
                 stage="glo",
                 epoch=step.epoch + 1,
-                step=self.position.serial,
+                step=self.saved.position.serial,
                 loss=meter.loss(),
                 images_per_s=meter.rate(),
                 seconds=meter.seconds(),
@@ -169,15 +161,15 @@ class Worker:
 
     def stage_two(self) -> None:
         """IMLE: the mapping from noise to codes. The generator is done and only travels along."""
-        config, position = self.config, self.position
+        config, saved, position = self.config, self.saved, self.saved.position
         torch.manual_seed(config.seed + 1)
         mapping = build_mapping(config.imle, config.generator.latent_dim)
-        trainer = MappingTrainer(mapping, config, self.device, self.mapping_state)
+        trainer = MappingTrainer(mapping, config, self.device, saved.mapping)
         z_nD = self.latents.codes()
         began = monotonic()
         for epoch in train_imle(config, z_nD, self.rows, len(self.images), trainer, position.epoch, self.vote):
             position.epoch, position.serial = epoch.epoch + 1, position.serial + 1
-            self.mapping_state = trainer.state()
+            saved.mapping = trainer.state()
             last = position.epoch == config.imle.epochs
             if self.rank == 0:
                 self.reporter.send(
@@ -191,15 +183,13 @@ class Worker:
                     seconds=monotonic() - began,
                 )
                 if last or position.epoch % (2 * config.preview.every_epochs) == 0:
-                    weights = self.generator_state.get("ema") or {}
-                    weights = self.generator_state["weights"] | weights
-                    pictures = self.previews.imle(weights, self.mapping_state["weights"])
+                    pictures = self.previews.imle(final_weights(saved.generator), saved.mapping["weights"])
                     self.reporter.send("preview", stage="imle", epoch=position.epoch, pictures=pictures)
             began = monotonic()
             if last:
                 position.stage = "done"
             if last or epoch.votes >= SAVE or self.due(position):
-                self.save(wait=epoch.votes >= STOP and not last)
+                self.save(stop=epoch.votes >= STOP and not last)
 
     # Saving and going on ---------------------------------------------------------------------
 
@@ -214,64 +204,51 @@ class Worker:
         every = self.config.checkpoint.every_epochs
         return every is not None and position.step == 0 and position.epoch % every == 0
 
-    def save(self, wait: bool = False) -> None:
-        """Begin a checkpoint of where the run stands; with `wait`, finish it and stop."""
+    def save(self, stop: bool = False) -> None:
+        """Begin a checkpoint of where the run stands, on every worker; with `stop`, finish it and stop."""
         began = monotonic()
-        tensors = networks(self.generator_state, self.mapping_state) if self.rank == 0 else None
-        state = {
-            "position": vars(self.position),
-            "generator_updates": self.generator_state["updates"],
-            "mapping_updates": self.mapping_state["updates"] if self.mapping_state else None,
-            "rows": len(self.images),
-            "fingerprint": self.images.index.fingerprint,
-            "seed": self.config.seed,
-        }
         self.writer.save(
-            self.position.serial,
-            tensors=tensors,
+            self.saved.position.serial,
+            tensors=self.saved.files(),
             latents=(self.rows.start, self.latents.snapshot()),
-            state=state if self.rank == 0 else None,
+            state=self.saved.state(self.images.index, len(self.images)),
         )
-        if wait:
+        if stop:
             self.writer.wait()
             raise Stopped
         self.saved_at = monotonic()
         if self.rank == 0:
-            self.reporter.send("checkpoint", step=self.position.serial, stall_seconds=self.saved_at - began)
+            self.reporter.send("checkpoint", stall_seconds=self.saved_at - began)
 
-    def resume(self) -> None:
-        """Take over the newest complete checkpoint, or start."""
-        self.position, self.generator_state, self.mapping_state = Position(), None, None
-        serial = self.agreed(checkpoints.latest(self.store) if self.rank == 0 else None)
-        if serial is None:
-            return
-        state = checkpoints.load_state(self.store, serial)
-        refuse_other_data(state, self.images)
-        self.position = Position(**state["position"])
-        self.generator_state, self.mapping_state = load_networks(self.store, serial, state)
-        latents = checkpoints.load_rows(self.store, serial, self.rows)
-        self.latents.restore(latents, (self.position.epoch, self.position.step - 1))
+    def resume(self) -> Saved:
+        """What the newest complete checkpoint holds, or the start."""
+        newest = checkpoints.latest(self.store) if self.rank == 0 else None
+        serial = self.agreed(-1 if newest is None else newest)
+        if serial < 0:
+            return Saved(Position())
+        saved = load(self.store, serial, self.images.index, len(self.images))
+        restore_rows(self.store, serial, self.latents, self.rows, saved.position)
         if self.rank == 0:
-            self.reporter.send("resumed", **vars(self.position))
+            self.reporter.send("resumed", **vars(saved.position))
+        return saved
 
-    def agreed(self, serial: int | None) -> int | None:
-        """Rank 0's answer, on every worker."""
+    def agreed(self, number: int) -> int:
+        """Rank 0's number, on every worker."""
         if self.world == 1:
-            return serial
-        number = torch.tensor(-1 if serial is None else serial, device=self.device)
-        dist.broadcast(number, 0)
-        return None if number < 0 else int(number)
+            return number
+        told = torch.tensor(number, device=self.device)
+        dist.broadcast(told, 0)
+        return int(told)
 
 
 class Meter:
     """Mean loss and throughput since it was made."""
 
-    def __init__(self, rows: int) -> None:
-        self.began, self.losses, self.images = monotonic(), 0.0, 0
-        self.steps = 0
+    def __init__(self) -> None:
+        self.began, self.losses, self.steps, self.images = monotonic(), 0.0, 0, 0
 
     def add(self, loss: float, images: int) -> None:
-        if np.isfinite(loss):
+        if math.isfinite(loss):
             self.losses += loss
             self.steps += 1
         self.images += images
@@ -285,57 +262,3 @@ class Meter:
     def rate(self) -> float:
         """Images per second of all workers."""
         return self.images / max(self.seconds(), 1e-9)
-
-
-def perceptual_loss(config: Config, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The configured loss on `device`, as a function of (fake, real, patch seeds)."""
-    features = None
-    if config.loss.kind == "perceptual":
-        names = [config.loss.weights] if config.loss.weights else PERCEPTUAL[config.loss.network]
-        weights, convention = load_weights(*names)
-        features = build_features(config.loss.network, weights, convention)
-    loss = build_loss(config.loss, config.data.resolution, features).to(device)
-    bf16 = config.engine.precision == "bf16"
-
-    def loss_of(fake_BCHW: Tensor, real_BCHW: Tensor, seed_B: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return loss(fake_BCHW, real_BCHW, seed_B).float()
-
-    return torch.compile(loss_of) if config.engine.compile else loss_of
-
-
-def networks(generator: dict[str, Any], mapping: dict[str, Any] | None) -> dict[str, dict[str, Tensor]]:
-    """The tensor files of a checkpoint, by name."""
-    files = {"generator": generator["weights"]}
-    files |= {f"generator-{key}": generator[key] for key in ("ema", "exp_avg", "exp_avg_sq") if key in generator}
-    if mapping is not None:
-        files["mapping"] = mapping["weights"]
-        files |= {f"mapping-{key}": mapping[key] for key in ("exp_avg", "exp_avg_sq")}
-    return files
-
-
-def load_networks(store: Any, serial: int, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The other way round: states of the generator's engine and of the mapping's trainer."""
-
-    def load(name: str) -> dict[str, Tensor]:
-        return checkpoints.load_tensors(store, serial, name)
-
-    generator: dict[str, Any] = {"weights": load("generator"), "updates": state["generator_updates"]}
-    files = checkpoints.names(store, serial)
-    for key in ("ema", "exp_avg", "exp_avg_sq"):
-        if f"generator-{key}" in files:
-            generator[key] = load(f"generator-{key}")
-    if state["mapping_updates"] is None:
-        return generator, None
-    mapping = {"weights": load("mapping"), "updates": state["mapping_updates"]}
-    mapping |= {key: load(f"mapping-{key}") for key in ("exp_avg", "exp_avg_sq")}
-    return generator, mapping
-
-
-def refuse_other_data(state: dict[str, Any], images: ImageRows) -> None:
-    """A code belongs to its image: a run cannot go on with other data."""
-    if state["rows"] != len(images) or state["fingerprint"] != images.index.fingerprint:
-        raise UserError(
-            f"the checkpoint was made with other data ({state['rows']} rows, fingerprint {state['fingerprint'][:12]}) "
-            f"than data.url holds ({len(images)} rows, {images.index.fingerprint[:12]}); use another run name"
-        )

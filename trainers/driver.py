@@ -1,0 +1,70 @@
+"""`glann train`: from a configuration to a finished run, the same command also after an interruption."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..cluster import checkpoints
+from ..config import Config
+from ..datasets.index import Index
+from ..datasets.storage import open_store
+from ..errors import GlannError, UserError
+from ..tracking.runs import TrackedRun
+from . import finish
+from .launch import RunStopped, ray_cluster, run_workers
+from .objective import build_objective
+from .prepare import open_data, refuse_other_configuration, sole_driver
+from .runlog import RunLog
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def train(config: Config, console: Console) -> Table:
+    """Train both stages, or go on where an interrupted run stopped, and say what came out.
+
+    Raises:
+        UserError: something given is wrong; a run that had not begun leaves nothing behind.
+        EnvironmentFault: workers, storage or a server failed for longer than the configured patience.
+        RunStopped: SIGINT or SIGTERM; saved.
+    """
+    refuse_other_configuration(config)
+    if finish.is_finished(config):
+        console.print(f"{config.run_dir} is finished already; nothing to do")
+        return finish.summary_table(config)
+    index = open_data(config, console)
+    build_objective(config, torch.device("cpu"))  # fetches the weights, and finds a wrong tap or file now
+    fresh = not config.run_dir.exists()
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        with sole_driver(config):
+            tracked = TrackedRun.open(config, config.run_dir, {"glann.fingerprint": index.fingerprint})
+            run(config, index, tracked, console)
+    except UserError:
+        if fresh and not (config.run_dir / "checkpoints").exists():
+            shutil.rmtree(config.run_dir, ignore_errors=True)
+        raise
+    return finish.summary_table(config)
+
+
+def run(config: Config, index: Index, tracked: TrackedRun, console: Console) -> None:
+    """Train on the workers, then package, measure and report, telling MLflow how it ended."""
+    status = "FAILED"
+    try:
+        (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        checkpoints.remove_torn(open_store(config.checkpoint_url, config.s3))
+        with ray_cluster(config), RunLog(config, tracked, console) as log:
+            run_workers(config, log)
+        finish.finish(config, index, tracked, console, log.timings())
+        status = "FINISHED"
+    except (RunStopped, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    except GlannError:
+        raise
+    finally:
+        tracked.finish(status)

@@ -1,0 +1,117 @@
+"""After the last epoch: package the model, measure it, draw it and write the report."""
+
+from __future__ import annotations
+
+import json
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..cluster import checkpoints
+from ..config import Config
+from ..datasets.index import Index
+from ..datasets.storage import open_store
+from ..errors import EnvironmentFault
+from ..tracking import pictures
+from ..tracking.card import write_card
+from ..tracking.packaged import export_model, load_model
+from ..tracking.report import write_report
+from ..tracking.runs import TrackedRun
+from .evaluation import evaluate, open_images
+from .resume import final_weights, load
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SUMMARY = "summary.json"
+PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples between which is interpolated
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run is trained, packaged and reported."""
+    return (config.run_dir / SUMMARY).exists()
+
+
+def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, timings: dict[str, float]) -> None:
+    """Everything that a finished run folder holds, written and tracked; `summary.json` comes last.
+
+    Args:
+        timings: seconds and rates of the training, by name.
+    """
+    began = monotonic()
+    console.print("packaging, measuring and drawing")
+    images = open_images(config)
+    package(config, index, len(images))
+    draw(config, tracked)
+    metrics = evaluate(config.run_dir, config.evaluation.extractor, config.evaluation.samples)
+    tracked.log_metrics({"stage": "evaluation"} | metrics, config.glo.epochs + config.imle.epochs)
+    summary = {
+        "metrics": metrics,
+        "timings": timings | {"finish_seconds": monotonic() - began},
+        "rows": len(images),
+        "fingerprint": index.fingerprint,
+    }
+    partial = config.run_dir / f".{SUMMARY}"
+    partial.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_card(config.run_dir, summary)
+    write_report(config.run_dir, summary, images)
+    for name in ("report.html", "MODEL_CARD.md"):
+        tracked.log_artifact(config.run_dir / name)
+    tracked.log_model(config.run_dir / "model")
+    partial.replace(config.run_dir / SUMMARY)
+
+
+def package(config: Config, index: Index, rows: int) -> None:
+    """Write `model/` from the last checkpoint."""
+    store = open_store(config.checkpoint_url, config.s3)
+    step = checkpoints.latest(store)
+    saved = load(store, step, index, rows) if step is not None else None
+    if saved is None or step is None or saved.generator is None or saved.mapping is None:
+        raise EnvironmentFault(f"{store.url} holds no finished checkpoint; run the same command again to go on")
+    z_ND = torch.from_numpy(checkpoints.load_rows(store, step, range(rows))["z"])
+    weights = final_weights(saved.generator)
+    export_model(config.run_dir / "model", config, weights, saved.mapping["weights"], z_ND, index.fingerprint)
+
+
+def draw(config: Config, tracked: TrackedRun) -> None:
+    """Samples and interpolations of the packaged model, as a user would get them."""
+    model = load_model(config.run_dir)
+    folder = config.run_dir / "images"
+    folder.mkdir(exist_ok=True)
+    pictures.grid(model.sample(config.preview.images)).save(folder / "samples.png")
+    pictures.strips(model.interpolate(PAIRS, steps=9)).save(folder / "interpolations.png")
+    for name in ("samples.png", "interpolations.png"):
+        tracked.log_image(folder / name)
+
+
+def read_summary(config: Config) -> dict[str, Any]:
+    """What `finish` wrote last."""
+    return json.loads((config.run_dir / SUMMARY).read_text(encoding="utf-8"))
+
+
+def summary_table(config: Config) -> Table:
+    """What was trained, how good it is, where to look, and what to try next."""
+    from rich.table import Table
+
+    summary = read_summary(config)
+    run = config.run_dir
+    metrics, timings = summary["metrics"], summary["timings"]
+    table = Table(title=f"{config.name}: done", show_header=False, title_justify="left", pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row(
+        "trained",
+        f"{summary['rows']:,} images of {config.data.resolution} px, {config.generator.kind}, "
+        f"d={config.generator.latent_dim}; "
+        f"{config.glo.epochs} + {config.imle.epochs} epochs, {config.cluster.workers} workers, "
+        f"{timings.get('train_seconds', 0) / 60:.1f} min",
+    )
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    table.add_row("look at", f"{run}/report.html and {run}/images/samples.png")
+    table.add_row("compare", f"mlflow ui --backend-store-uri {config.tracking.uri or 'sqlite:///mlflow.db'}")
+    table.add_row("try next", f"glann sample {run} --n 100 --seed 1 --out more.png")
+    table.add_row("", f"glann interpolate {run} --out between.png")
+    return table

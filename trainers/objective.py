@@ -1,0 +1,40 @@
+"""The configured reconstruction loss, with its weights, on a device.
+
+Shapes: B rows of a batch, C channels, H, W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..datasets.assets import PERCEPTUAL, load_weights
+from ..models.losses import build_loss
+from ..models.perceptual import build_features
+
+
+def build_objective(config: Config, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(fake [B, C, H, W], real [B, C, H, W], patch seeds [B]) -> loss_B, float32.
+
+    Fetches the weights of the perceptual network if they are not in the cache yet.
+
+    Raises:
+        UserError: weights, taps or levels that do not fit. EnvironmentFault: no source has the weights.
+    """
+    features = None
+    if config.loss.kind == "perceptual":
+        name = config.loss.weights or PERCEPTUAL[config.loss.network][0]
+        features = build_features(config.loss.network, *load_weights(name))
+    loss = build_loss(config.loss, config.data.resolution, features).to(device)
+    if device.type == "cuda":
+        loss = loss.to(memory_format=torch.channels_last)
+    bf16 = config.engine.precision == "bf16"
+
+    def objective(fake_BCHW: Tensor, real_BCHW: Tensor, seed_B: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return loss(fake_BCHW, real_BCHW, seed_B).float()
+
+    return torch.compile(objective) if config.engine.compile else objective

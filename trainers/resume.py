@@ -1,0 +1,106 @@
+"""What a run's checkpoint holds, and how a worker goes on from one.
+
+Shapes: n rows of a worker. A checkpoint knows no number of workers (`cluster.checkpoints`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..cluster import checkpoints
+from ..cluster.latents import LatentTable
+from ..datasets.index import Index
+from ..datasets.storage import Store
+from ..errors import UserError
+
+NETWORKS = {
+    "generator": ("weights", "ema", "exp_avg", "exp_avg_sq"),
+    "mapping": ("weights", "exp_avg", "exp_avg_sq"),
+}
+
+
+@dataclass
+class Position:
+    """Where a run stands: the next thing to do is `step` of `epoch` of `stage`.
+
+    `serial` counts the steps of stage 1 and the epochs of stage 2; it names checkpoints and never goes back.
+    """
+
+    stage: str = "glo"
+    epoch: int = 0
+    step: int = 0
+    serial: int = 0
+
+
+@dataclass
+class Saved:
+    """What is trained, as it is saved: states of `Engine` and `MappingTrainer`, None where there is none yet."""
+
+    position: Position
+    generator: dict[str, Any] | None = None
+    mapping: dict[str, Any] | None = None
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """Groups of tensors by file name."""
+        return {
+            file_name(network, key): state[key]
+            for network, state in (("generator", self.generator), ("mapping", self.mapping))
+            if state is not None
+            for key in NETWORKS[network]
+            if key in state
+        }
+
+    def state(self, index: Index, rows: int) -> dict[str, Any]:
+        """Counters and what they belong to."""
+        return {
+            "position": asdict(self.position),
+            "updates": {
+                "generator": self.generator and self.generator["updates"],
+                "mapping": self.mapping and self.mapping["updates"],
+            },
+            "rows": rows,
+            "fingerprint": index.fingerprint,
+        }
+
+
+def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
+    """The networks and counters of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint was made with other data, or is not what was written.
+    """
+    state = checkpoints.load_state(store, serial)
+    if (state["rows"], state["fingerprint"]) != (rows, index.fingerprint):
+        raise UserError(
+            f"{store.url} was trained on other data ({state['rows']} rows, fingerprint "
+            f"{str(state['fingerprint'])[:12]}) than data.url holds ({rows} rows, {index.fingerprint[:12]}); "
+            "start a new run with name=..."
+        )
+    present = checkpoints.load_manifest(store, serial).files
+
+    def network(name: str) -> dict[str, Any] | None:
+        if state["updates"][name] is None:
+            return None
+        groups = [key for key in NETWORKS[name] if f"{file_name(name, key)}.safetensors" in present]
+        tensors = {key: checkpoints.load_tensors(store, serial, file_name(name, key)) for key in groups}
+        return {"updates": state["updates"][name]} | tensors
+
+    return Saved(Position(**state["position"]), network("generator"), network("mapping"))
+
+
+def restore_rows(store: Store, serial: int, latents: LatentTable, rows: range, position: Position) -> None:
+    """Fill a worker's latent table with its rows of a checkpoint, whatever workers wrote them."""
+    done = (position.epoch, position.step - 1)  # the last update that the rows have seen
+    latents.restore(checkpoints.load_rows(store, serial, rows), done)
+
+
+def final_weights(generator: dict[str, Any]) -> dict[str, Tensor]:
+    """What images are made with: the moving average where there is one, buffers as they are."""
+    return generator["weights"] | generator.get("ema", {})
+
+
+def file_name(network: str, key: str) -> str:
+    return network if key == "weights" else f"{network}_{key}"

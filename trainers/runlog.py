@@ -1,0 +1,124 @@
+"""What a run says while it goes on: one bar or plain lines, the journal and MLflow, and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..config import Config
+from ..tracking import pictures
+from ..tracking.runs import TrackedRun
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STAGES = {"glo": "stage 1 (GLO)", "imle": "stage 2 (IMLE)"}
+
+
+class RunLog:
+    """Takes the events of the workers, in the driver. Use as a context manager."""
+
+    def __init__(self, config: Config, tracked: TrackedRun, console: Console) -> None:
+        self.config, self.tracked, self.console = config, tracked, console
+        self.epochs = {"glo": config.glo.epochs, "imle": config.imle.epochs}
+        self.began, self.stalled = monotonic(), 0.0
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.images_per_s = 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting the workers", total=None, note="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Handle one event; kinds are the methods below."""
+        getattr(self, f"on_{event['kind']}")(event)
+
+    def on_progress(self, event: dict[str, Any]) -> None:
+        share = event["epoch"] + event["step"] / max(event["steps"], 1)
+        note = f"epoch {event['epoch'] + 1}/{self.epochs['glo']}  loss {event['loss']:.4f}"
+        self.advance("glo", share, f"{note}  {event['images_per_s']:,.0f} img/s")
+
+    def on_epoch(self, event: dict[str, Any]) -> None:
+        numbers = {key: value for key, value in event.items() if key not in ("kind", "rank", "step")}
+        self.tracked.log_metrics(numbers, event["step"])
+        stage, epoch = event["stage"], event["epoch"]
+        self.seconds[stage] += event["seconds"]
+        self.images_per_s = event.get("images_per_s", self.images_per_s)
+        note = f"epoch {epoch}/{self.epochs[stage]}  loss {event['loss']:.4f}"
+        if "images_per_s" in event:
+            note += f"  {event['images_per_s']:,.0f} img/s"
+        self.advance(stage, epoch, note)
+        every = max(1, self.epochs[stage] // 10)
+        if not self.console.is_terminal and (epoch % every == 0 or epoch == self.epochs[stage]):
+            self.console.print(f"{STAGES[stage]}  {note}  {event['seconds']:.1f} s")
+
+    def on_preview(self, event: dict[str, Any]) -> None:
+        for kind, images in event["pictures"].items():
+            if not len(images):
+                continue
+            path = self.config.run_dir / "images" / f"{event['stage']}-epoch-{event['epoch']:03d}-{kind}.png"
+            self.save_picture(path, kind, images)
+
+    def save_picture(self, path: Path, kind: str, images: np.ndarray) -> None:
+        """Draw a grid of samples [P, H, W, C] or of pairs [P, 2, H, W, C] into `path`, and have it tracked."""
+        path.parent.mkdir(exist_ok=True)
+        picture = pictures.grid(images) if kind == "samples" else pictures.reconstructions(images[:, 0], images[:, 1])
+        picture.save(path)
+        self.tracked.log_image(path)
+
+    def on_checkpoint(self, event: dict[str, Any]) -> None:
+        self.stalled += event["stall_seconds"]
+
+    def on_resumed(self, event: dict[str, Any]) -> None:
+        done = "finished" if event["stage"] == "done" else f"epoch {event['epoch']}, step {event['step']}"
+        stage = STAGES.get(event["stage"], "both stages")
+        self.say(f"going on from the checkpoint at {stage}, {done}")
+
+    def on_bad_step(self, event: dict[str, Any]) -> None:
+        rows = ", ".join(str(row) for row in event["rows"][:8]) + (" ..." if len(event["rows"]) > 8 else "")
+        self.say(
+            f"[yellow]not finite[/] at epoch {event['epoch'] + 1}, step {event['step']}, worker {event['rank']}: "
+            f"the step was not applied (rows {rows})"
+        )
+
+    def on_stopping(self, event: dict[str, Any]) -> None:
+        self.say("saving, then stopping (press Ctrl-C again to stop at once, without saving)")
+
+    def on_stopped(self, event: dict[str, Any]) -> None:
+        """Told by the driver, in its last line."""
+
+    def timings(self) -> dict[str, float]:
+        """Seconds of this start of the run: as a whole, by stage, and lost to checkpoints; last rate."""
+        return {
+            "train_seconds": monotonic() - self.began,
+            "glo_seconds": self.seconds["glo"],
+            "imle_seconds": self.seconds["imle"],
+            "checkpoint_stall_seconds": self.stalled,
+            "images_per_s": self.images_per_s,
+        }
+
+    def advance(self, stage: str, epochs_done: float, note: str) -> None:
+        self.bar.update(
+            self.task, description=STAGES[stage], total=self.epochs[stage], completed=epochs_done, note=note
+        )
+
+    def say(self, line: str) -> None:
+        self.console.print(line)
