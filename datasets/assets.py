@@ -300,8 +300,6 @@ def _fetch_into(name: str, asset: Asset, cache: Path) -> None:
         finished = Path(scratch) / asset.product
         origin = {"asset": name, "sha256": asset.sha256, "licence": asset.licence, "credit": asset.credit}
         asset.convert(raw, finished, {"convention": asset.convention, **origin})
-        if finished.is_file():  # private by default in some writers; a cache may be shared
-            finished.chmod(0o644)
         finished.replace(cache / asset.product)
 
 

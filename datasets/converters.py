@@ -134,6 +134,7 @@ def _single(raw: Path) -> Path:
 
 
 def _save(weights: dict[str, np.ndarray], product: Path, metadata: dict[str, str]) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, product, metadata)
+    # Written by Python: a full disk is then an OSError like any other.
+    product.write_bytes(save({name: np.ascontiguousarray(value) for name, value in weights.items()}, metadata))

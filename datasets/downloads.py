@@ -23,8 +23,9 @@ import zlib
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO, cast
 
 CONNECT_S = 15  # seconds without a byte before a connection counts as dead
 COMMAND_S = 900  # seconds for one package manager, download included
@@ -182,17 +183,14 @@ def download(url: str, folder: Path, name: str) -> None:
     """Fetch one address into `folder`; a `.gz` file is unpacked under its name without `.gz`."""
     request = urllib.request.Request(url, headers={"User-Agent": "glann"})
     try:
-        with urllib.request.urlopen(request, timeout=CONNECT_S) as response:
-            _store(response, name.endswith(".gz"), folder / name.removesuffix(".gz"))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise SourceError(f"damaged ({error})") from error
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
-        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            raise  # the local disk, not the network
+        response = urllib.request.urlopen(request, timeout=CONNECT_S)
+    except (OSError, ValueError, HTTPException) as error:  # URLError and timeouts are OSErrors
         raise SourceError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+    with response:
+        _store(response, name.endswith(".gz"), folder / name.removesuffix(".gz"))
 
 
-def run(command: Sequence[str], folder: Path, stdout: BinaryIO | None = None) -> None:
+def run(command: Sequence[str], folder: Path, stdout: IO[bytes] | None = None) -> None:
     """Run a package manager in `folder`; it and what it started are ended after COMMAND_S seconds."""
     try:
         process = subprocess.Popen(
@@ -224,7 +222,7 @@ def _last_line(complaint: str) -> str:
     return re.sub(r"(\w+://)[^\s/@]*@", r"\1", line)[:300]  # an index address may carry a password
 
 
-def _members(archive: Path) -> Generator[tuple[str, BinaryIO | None], None, None]:
+def _members(archive: Path) -> Generator[tuple[str, IO[bytes] | None], None, None]:
     """(name, content) of every file in a zip or tar, after all names were checked; links have no content."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as bundle:
@@ -232,13 +230,13 @@ def _members(archive: Path) -> Generator[tuple[str, BinaryIO | None], None, None
             for info in bundle.infolist():
                 if not info.is_dir():
                     with bundle.open(info) as member:
-                        yield info.filename, member  # type: ignore[misc]
+                        yield info.filename, member
         return
     with tarfile.open(archive) as bundle:
         _refuse_hostile(archive, bundle.getnames())
         for entry in bundle:
             if not entry.isdir():
-                yield entry.name, bundle.extractfile(entry) if entry.isreg() else None  # type: ignore[misc]
+                yield entry.name, bundle.extractfile(entry) if entry.isreg() else None
 
 
 def _refuse_hostile(archive: Path, names: Iterable[str]) -> None:
@@ -262,16 +260,25 @@ def _wanted(relative: str, files: Sequence[str]) -> str | None:
     return None
 
 
-def _store(stream: BinaryIO, gzipped: bool, target: Path) -> None:
+def _store(stream: IO[bytes], gzipped: bool, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    content = gzip.GzipFile(fileobj=stream) if gzipped else stream
+    content: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=stream)) if gzipped else stream
     written = 0
-    with target.open("wb") as out:
-        while chunk := content.read(1 << 20):
+    with target.open("wb") as out:  # a fault of our own disk passes through as OSError
+        while chunk := _read(content):
             written += len(chunk)
             if written > LARGEST_FILE:
                 raise SourceError(f"{target.name} is larger than {LARGEST_FILE >> 30} GiB")
             out.write(chunk)
+
+
+def _read(content: IO[bytes]) -> bytes:
+    try:
+        return content.read(1 << 20)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceError(f"damaged ({error})") from error
+    except (OSError, HTTPException) as error:
+        raise SourceError(f"broke off ({error or type(error).__name__})") from error
 
 
 def _fresh(folder: Path) -> Path:
