@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..config import S3Config
-from ..errors import GlannError
 from .codec import BadImage, decode_packed
 from .index import Index, Shard
-from .storage import LocalStore, Store, open_store, read_at
+from .storage import LocalStore, MissingObject, Store, TruncatedObject, open_store, read_at
 
 Progress = Callable[[int, int], None]  # images checked, images in all
 
@@ -72,7 +71,7 @@ def verify(url: str, s3: S3Config | None = None, progress: Progress | None = Non
         with tempfile.TemporaryDirectory(prefix="glann-verify-") as folder:
             try:
                 path = _local(store, shard.file, Path(folder))
-            except GlannError as error:
+            except (MissingObject, TruncatedObject) as error:
                 faults.append(Fault(shard.file, "", str(error)))
             else:
                 faults += _check_shard(index, shard, first, path)

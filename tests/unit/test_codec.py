@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from glann.datasets import codec
 from glann.datasets.codec import BadImage, decode_any, decode_packed, encode, fit
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -111,6 +111,7 @@ def test_what_is_not_a_complete_image_is_bad(data):
         decode_any(data)
 
 
+@settings(deadline=None)
 @given(data=st.binary())
 def test_arbitrary_bytes_are_bad_and_nothing_else(data):
     for attempt in (decode_any, *(lambda d, f=f: decode_packed(d, 8, 3, f) for f in ("jpeg", "png", "webp"))):

