@@ -1,0 +1,79 @@
+"""The documents say what the program does: pages are current, links lead somewhere, commands and keys exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import glann
+import pytest
+from glann.cli import app
+from glann.config import RECIPES, known_keys
+from typer.main import get_command
+
+ROOT = Path(glann.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELL_TEXTS = [*PAGES, ROOT / "ray_cluster.yaml", ROOT / "Makefile", *sorted(RECIPES.glob("*.yaml"))]
+MADE_BY_THE_DEMO = {"docs/images/demo-samples.png"}
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_the_configuration_reference_is_current():
+    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "configuration.md").read_text() == module.page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page: Path):
+    for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        if "://" not in link and link not in MADE_BY_THE_DEMO:
+            assert (page.parent / link).exists(), f"{named(page)} links to {link}"
+
+
+@pytest.mark.parametrize("page", SHELL_TEXTS, ids=named)
+def test_commands_and_their_options_exist(page: Path):
+    commands = known_commands()
+    for line in re.findall(r"(?:^|[`'&|] ?|# |bin/)(glann [a-z][^`'#\n]*)", page.read_text(), re.MULTILINE):
+        words = line.split()[1:]
+        name = " ".join(words[:2]) if words[0] == "data" else words[0]
+        assert name in commands, f"{named(page)} says `{line}`"
+        unknown = {word.split("=")[0] for word in words if word.startswith("--")} - commands[name]
+        assert not unknown, f"{named(page)}: `glann {name}` has no {unknown}"
+
+
+@pytest.mark.parametrize("page", SHELL_TEXTS, ids=named)
+def test_configuration_keys_exist(page: Path):
+    sections = {key.split(".")[0] for key in known_keys() if "." in key}
+    for key in re.findall(r"(?<![\w./-])([a-z_0-9]+(?:\.[a-z_]+)+)(?==)", page.read_text()):
+        if key.split(".")[0] in sections:
+            assert key in known_keys(), f"{named(page)} sets {key}"
+
+
+@pytest.mark.parametrize("page", SHELL_TEXTS, ids=named)
+def test_recipes_that_are_named_exist(page: Path):
+    recipes = {path.stem for path in RECIPES.glob("*.yaml")}
+    for name in re.findall(r"glann (?:train|config|doctor) +(?:configs/)?([a-z0-9-]+)", page.read_text()):
+        assert name in recipes or name.startswith("-"), f"{named(page)} uses the recipe {name}"
+
+
+def test_the_demo_is_the_digits_recipe():
+    assert "glann train configs/digits.yaml" in (ROOT / "Makefile").read_text()
+
+
+def known_commands() -> dict[str, set[str]]:
+    """Options of every command, by its name ("train", "data pack")."""
+    everywhere = {"--help", "--traceback"}
+    found: dict[str, set[str]] = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        subcommands = getattr(command, "commands", {})
+        for full, each in {f"{name} {sub}": c for sub, c in subcommands.items()}.items() or [(name, command)]:
+            found[full] = everywhere | {option for parameter in each.params for option in parameter.opts}
+    return found
