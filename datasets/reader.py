@@ -7,6 +7,7 @@ Legend: N rows, C channels, H height, W width.
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ class ImageRows:
         cache_dir: where shards from S3 are kept; empty means ~/.cache/glann/shards.
         cache_gb: bound of that folder in gigabytes, over all processes of the node.
         max_rows: use the first rows only.
+        memory_mb: a data set whose pixels fit into this much memory is decoded once per process; 0 turns that off.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ImageRows:
         cache_dir: str | None = None,
         cache_gb: float = 20.0,
         max_rows: int | None = None,
+        memory_mb: float = 256.0,
     ):
         self.index = Index.load(url, s3)
         self._rows = min(self.index.rows, max_rows or self.index.rows)
@@ -52,6 +55,12 @@ class ImageRows:
         self._cache: ShardCache | None = None
         if not isinstance(self._store, LocalStore):
             self._cache = ShardCache(self._store, _cache_folder(cache_dir), int(cache_gb * 1e9))
+
+        shape = (self._rows, self.index.channels, self.index.resolution, self.index.resolution)
+        # Decoding a tiny PNG is mostly Python, which threads cannot share. Pages are taken as rows are read.
+        fits = math.prod(shape) <= memory_mb * 1e6
+        self._pixels_NCHW = np.zeros(shape if fits else (0, 0, 0, 0), np.uint8)
+        self._decoded_N = np.zeros(self._rows if fits else 0, bool)
 
     def __len__(self) -> int:
         return self._rows
@@ -87,16 +96,23 @@ class ImageRows:
         return CorruptImage(row, f"{self._store.url}/{shard.file}: {self.index.key(row)}", reason)
 
     def decode(self, row: int) -> np.ndarray:
-        """The image of `row` as uint8 [C, H, W].
+        """The image of `row` as uint8 [C, H, W], not to be written to.
 
         Raises:
             CorruptImage: when it cannot be read as what was packed.
         """
+        in_memory = 0 <= row < len(self._decoded_N)
+        if in_memory and self._decoded_N[row]:
+            return self._pixels_NCHW[row]
         data = self.read(row)
         try:
-            return decode_packed(data, self.index.resolution, self.index.channels, self.index.image_format)
+            img_CHW = decode_packed(data, self.index.resolution, self.index.channels, self.index.image_format)
         except BadImage as error:
             raise self._corrupt(row, str(error)) from error
+        if in_memory:
+            self._pixels_NCHW[row] = img_CHW
+            self._decoded_N[row] = True  # last: another thread may look at any moment
+        return img_CHW
 
 
 def _cache_folder(cache_dir: str | None) -> Path:

@@ -21,7 +21,7 @@ def packed(tmp_path):
     img_NHWC = np.random.default_rng(6).integers(0, 256, (ROWS, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "source.npz", images=img_NHWC)
     pack(str(tmp_path / "source.npz"), str(tmp_path / "set"), resolution=16, shard_size_mb=0.02)
-    return ImageRows(str(tmp_path / "set")), img_NHWC.transpose(0, 3, 1, 2)
+    return ImageRows(str(tmp_path / "set"), memory_mb=0), img_NHWC.transpose(0, 3, 1, 2)
 
 
 def plan_of(rows, batch):

@@ -40,7 +40,7 @@ class Remote(LocalStore):
 
 def cached(place, folder, limit=1 << 30):
     """A reader of `place` through a cache, as for S3, and its store."""
-    images, store = ImageRows(str(place)), Remote(place)
+    images, store = ImageRows(str(place), memory_mb=0), Remote(place)
     images._cache = ShardCache(store, folder, limit)
     return images, store
 
@@ -62,6 +62,24 @@ def test_only_the_first_rows_are_used(packed):
     with pytest.raises(IndexError):
         images.decode(7)
     assert len(ImageRows(str(packed[0]), max_rows=10**6)) == ROWS
+
+
+def test_a_small_data_set_is_decoded_once(packed, monkeypatch):
+    place, img_NHW = packed
+    images, again = ImageRows(str(place)), ImageRows(str(place), memory_mb=0)
+    read = []
+    for reader in (images, again):
+        monkeypatch.setattr(reader, "read", lambda row, plain=reader.read: read.append(row) or plain(row))
+        for row in (4, 2, 4, 4):
+            np.testing.assert_array_equal(reader.decode(row)[0], img_NHW[row])
+    assert read == [4, 2] + [4, 2, 4, 4]
+
+
+def test_a_row_that_does_not_exist_is_refused(packed):
+    for memory_mb in (0, 256):
+        for row in (-1, ROWS):
+            with pytest.raises(IndexError):
+                ImageRows(str(packed[0]), memory_mb=memory_mb).decode(row)
 
 
 def test_a_flipped_bit_is_named(packed):
@@ -198,7 +216,7 @@ def test_several_processes_share_one_cache(packed, tmp_path):
         "from glann.datasets.cache import ShardCache\n"
         "from glann.datasets.reader import ImageRows\n"
         "from glann.datasets.storage import LocalStore\n"
-        "images = ImageRows(sys.argv[1])\n"
+        "images = ImageRows(sys.argv[1], memory_mb=0)\n"
         "images._cache = ShardCache(LocalStore(sys.argv[1]), Path(sys.argv[2]), 40_000)\n"
         "want = np.load(sys.argv[3])['images']\n"
         "for row in np.random.default_rng(int(sys.argv[4])).permutation(len(images)):\n"

@@ -222,7 +222,7 @@ def packed(s3, tmp_path):
 
 
 def test_images_come_back_from_s3_and_then_from_the_cache(s3, packed, tmp_path, monkeypatch):
-    images = ImageRows("s3://images/set", s3, cache_dir=str(tmp_path / "cache"), cache_gb=0.01)
+    images = ImageRows("s3://images/set", s3, cache_dir=str(tmp_path / "cache"), cache_gb=0.01, memory_mb=0)
     assert len(images.index.shards) > 1
     np.testing.assert_array_equal(np.stack([images.decode(row) for row in range(40)])[:, 0], packed)
 
