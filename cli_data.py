@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +19,7 @@ Endpoint = Annotated[
 ]
 
 
-class Crop(StrEnum):
+class Crop(Enum):
     """How an image becomes a square."""
 
     center = "center"

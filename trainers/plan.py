@@ -250,7 +250,7 @@ def seconds_per_image(config: Config, flops_per_image: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(_threads(config))
     try:
-        times = []
+        times: list[float] = []
         while len(times) < 3 and sum(times) < TIMED_SECONDS:  # the first one also warms up
             start = perf_counter()
             loss(generator(z_BD), real_BCHW, **seeds).sum().backward()
