@@ -2,7 +2,7 @@
 
 `index.json` is small: the shape of the images and one line per shard.  The numbers of every image
 are in `images.bin` beside it, 44 bytes a row (offset u64, length u32, SHA-256; little-endian,
-in the order of the global row ids), so that a million images load in a tenth of a second.
+in the order of the global row ids), so that a million images load in less than a second.
 `index.json` holds the hash of `images.bin` and is written last: no index, no data set.
 
 Legend: N rows, S shards.

@@ -85,7 +85,7 @@ def _suffix(source: str) -> str:
     for suffix in (".zip", ".npz", ".tar", ".parquet"):
         if name.endswith(suffix):
             return suffix
-    return ".idx" if re.search(r"([.-]idx[1-4]?)?[.-]ubyte(\.gz)?$", name) else ""
+    return ".idx" if re.search(r"[.-]ubyte(\.gz)?$", name) else ""
 
 
 def _refuse_missing(source: str) -> None:
@@ -174,13 +174,12 @@ def _array_source(name: str, images: np.ndarray) -> Source:
 def _read_npz(store: Store, key: str) -> np.ndarray:
     """The uint8 images [N, H, W] or [N, H, W, C] of an npz file: its `images`, or its only array of that kind."""
     where = f"{store.url}/{key}"
+    data = store.read(key)
     try:
-        with np.load(io.BytesIO(store.read(key)), allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             names = ["images"] if "images" in arrays.files else arrays.files
             found = [array for array in map(arrays.__getitem__, names) if array.ndim in (3, 4)]
     except Exception as error:  # zipfile and numpy raise many kinds for damaged files
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{where} is not a readable npz file of plain arrays ({_first_line(error)})") from error
     if len(found) != 1:
         raise UserError(f"{where} must hold one array of images, named `images`, of shape [N, H, W] or [N, H, W, C]")

@@ -72,7 +72,7 @@ def test_a_small_data_set_is_decoded_once(packed, monkeypatch):
         monkeypatch.setattr(reader, "read", lambda row, plain=reader.read: read.append(row) or plain(row))
         for row in (4, 2, 4, 4):
             np.testing.assert_array_equal(reader.decode(row)[0], img_NHW[row])
-    assert read == [4, 2] + [4, 2, 4, 4]
+    assert read == [4, 2, 4, 2, 4, 4]
 
 
 def test_a_row_that_does_not_exist_is_refused(packed):
