@@ -7,6 +7,7 @@ already says how long it should be.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_URI = "sqlite:///mlflow.db"
-PATIENCE = {
+SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # there is one bar, and it is the training's
 }
 START_TIMEOUT_S = 30.0
 # Making the tables of a new database took 12 s on two busy cores.
@@ -49,17 +51,19 @@ def redact(text: str) -> str:
     return _CREDENTIALS.sub("***@", text)
 
 
-def shorten_patience() -> None:
-    """Have MLflow give up on a dead server in seconds, unless the environment says otherwise."""
-    for name, value in PATIENCE.items():
+def tame_mlflow() -> None:
+    """Have MLflow give up on a dead server in seconds, unless the environment says otherwise, and chat less."""
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    for name in ("mlflow.store.db.utils", "mlflow.pyfunc"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def make_client(uri: str) -> MlflowClient:
     """A client of the server at `uri`; no call has been made yet."""
     from mlflow import MlflowClient
 
-    shorten_patience()
+    tame_mlflow()
     return MlflowClient(tracking_uri=uri, registry_uri=registry_uri(uri))
 
 

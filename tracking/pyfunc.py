@@ -11,23 +11,27 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from glann.errors import UserError
 from glann.tracking.packaged import load_model
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
+from numpy.typing import NDArray
 
 DEFAULTS: dict[str, float] = {"n": 16, "seed": 0, "truncation": 1.0}
 MAX_IMAGES = 4096  # of one request: a server must not be made to run out of memory
 
 
 class GlannModel(PythonModel):
-    """Draws images.  Also as served by MLflow, where a request of several rows draws each of them in turn."""
+    """Draws images, also as served by MLflow: a request of several rows draws each of them in turn."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self.model = load_model(context.artifacts["model"])
 
-    # No type hints: MLflow would read them as the schema, in place of the signature that is logged.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    # MLflow reads the hint of model_input; DataFrame is what its servers send and leaves the signature alone.
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> NDArray[np.uint8]:
         """uint8 images [n, H, W, C], those of all rows one after the other.
 
         Args:

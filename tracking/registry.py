@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import EnvironmentFault, UserError
-from .connection import default_uri, redact, registry_uri, shorten_patience
+from .connection import default_uri, redact, registry_uri, tame_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,17 +61,15 @@ def save_pyfunc(folder: Path, path: Path, **identity: Any) -> None:
     import mlflow.pyfunc
     from mlflow.models import Model
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Add type hints", category=UserWarning)  # the signature is given
-        mlflow.pyfunc.save_model(
-            path=str(path),
-            python_model=str(Path(__file__).with_name("pyfunc.py")),
-            artifacts={"model": str(folder)},
-            signature=signature(),
-            input_example=INPUT_EXAMPLE,
-            pip_requirements=[f"glann=={__version__}", f"mlflow=={version('mlflow')}", f"torch=={_public('torch')}"],
-            mlflow_model=Model(**identity),
-        )
+    mlflow.pyfunc.save_model(
+        path=str(path),
+        python_model=str(Path(__file__).with_name("pyfunc.py")),
+        artifacts={"model": str(folder)},
+        signature=signature(),
+        input_example=INPUT_EXAMPLE,
+        pip_requirements=[f"glann=={__version__}", f"mlflow=={version('mlflow')}", f"torch=={_public('torch')}"],
+        mlflow_model=Model(**identity),
+    )
     for cache in path.rglob("__pycache__"):
         shutil.rmtree(cache)
 
@@ -102,7 +99,7 @@ def download(uri: str, scratch: Path) -> Path:
     from mlflow.exceptions import MlflowException
 
     address = default_uri(None)
-    shorten_patience()
+    tame_mlflow()
     try:
         return Path(
             download_artifacts(

@@ -128,7 +128,7 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
             continue
         if name.startswith("fd_"):
             extractor = name.removeprefix("fd_")
-            rows.append((f"Fréchet distance ({extractor})", f"{value:.2f}", FRECHET.format(extractor)))
+            rows.append((f"Fréchet distance ({extractor})", f"{value:.4g}", FRECHET.format(extractor)))
         elif name in METRICS:
             title, meaning, form = METRICS[name]
             rows.append((title, form.format(value), meaning))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from glann.config import Config
+from glann.config import Config, S3Config
 from glann.errors import UserError
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
@@ -287,3 +287,41 @@ def test_the_mlflow_model_predicts_the_same_images_and_runs_no_pickle(tmp_path, 
     assert model.predict({"n": 2}).shape == (2, 28, 28, 1)
     with pytest.raises(Exception, match="at most 4096"):
         model.predict({"n": 10**9})
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3 server with one empty bucket `models`, and how to reach it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="models")
+    yield client, S3Config(endpoint_url=endpoint, max_attempts=1, timeout_s=5)
+    server.stop()
+
+
+def test_a_model_is_loaded_from_s3_and_only_what_it_names_is_fetched(bucket, folder):
+    client, s3 = bucket
+    for path in folder.iterdir():
+        client.upload_file(str(path), "models", f"runs/tiny/model/{path.name}")
+    client.put_object(Bucket="models", Key="runs/tiny/model/evil.pkl", Body=b"never fetched")
+    expected = load_model(folder).sample(3)
+    for address in ("s3://models/runs/tiny", "s3://models/runs/tiny/model"):
+        np.testing.assert_array_equal(load_model(address, s3=s3).sample(3), expected)
+    with pytest.raises(UserError, match="holds no packaged model"):
+        load_model("s3://models/runs", s3=s3)
+    client.delete_object(Bucket="models", Key=f"runs/tiny/model/{LATENTS}")
+    with pytest.raises(UserError, match=r"incomplete: latents\.safetensors is missing"):
+        load_model("s3://models/runs/tiny", s3=s3)
