@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import GeneratorConfig
 from ..errors import UserError
@@ -41,10 +41,21 @@ class Generator(nn.Module):
     def _stage(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return function(*inputs)
-        # BatchNorm counts a batch once, though the stage runs twice. (torch.compile knows only the default.)
-        has_statistics = any(isinstance(layer, SharedBatchNorm) for layer in self.modules())
-        context_fn = (lambda: (nullcontext(), frozen_statistics(self))) if has_statistics else noop_context_fn
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+        if any(isinstance(layer, SharedBatchNorm) for layer in self.modules()):
+            return _checkpoint_with_statistics(self, function, *inputs)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+@torch.compiler.disable  # the compiler knows checkpoints, but none with contexts
+def _checkpoint_with_statistics(net: Generator, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """Although the stage runs twice, BatchNorm counts its batch once."""
+    return checkpoint(
+        function,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), frozen_statistics(net)),
+    )
 
 
 class InfoGanGenerator(Generator):

@@ -178,3 +178,16 @@ def test_resize_draws_no_checkerboard_out_of_a_flat_map():
 def test_impossible_generators_are_refused(config, resolution, named):
     with pytest.raises(UserError, match=named):
         build_generator(config, resolution, 3)
+
+
+@pytest.mark.parametrize("kind", ["infogan", "resnet"])
+@pytest.mark.parametrize("thrifty", [False, True])
+def test_a_compiled_generator_makes_the_same_images(kind, thrifty):
+    net = build_generator(small(kind), 8 if kind == "infogan" else 16, 1)
+    net.checkpoint_activations = thrifty
+    z_BD = codes(3)
+    expected = net(z_BD)
+    compiled = torch.compile(net, backend="aot_eager")(z_BD.requires_grad_())
+    torch.testing.assert_close(compiled, expected)
+    compiled.sum().backward()
+    assert torch.isfinite(z_BD.grad).all()

@@ -225,3 +225,16 @@ def test_without_a_seed_patches_are_refused_in_training_and_the_whole_image_is_u
         loss(fake, real)
     whole = build_loss(config.model_copy(update={"patch": None, "levels": 2}), 64, squeezenet)
     torch.testing.assert_close(loss.eval()(fake, real), whole(fake, real))
+
+
+def test_a_compiled_loss_gives_the_same_numbers_and_gradients(squeezenet):
+    fake, real = pair(2, 3, 64, 64)
+    seeds = patch_seeds(0, 0, torch.arange(2))
+    loss = build_loss(LossConfig(network="squeezenet", patch=32), 64, squeezenet)
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager")):
+        image = fake.clone().requires_grad_()
+        loss_B = function(image, real, seeds)
+        loss_B.sum().backward()
+        results.append((loss_B, image.grad))
+    torch.testing.assert_close(results[0], results[1])
