@@ -127,7 +127,7 @@ class NearestSearch:
         self._z_ND = z_ND.detach()
         self.index_N = torch.full((len(z_ND),), _NOBODY, dtype=torch.int64, device=z_ND.device)
         self.distance_N = torch.full((len(z_ND),), math.inf, dtype=torch.float64, device=z_ND.device)
-        self.largest = float(z_ND.abs().max()) if z_ND.numel() else 0.0
+        self.largest = float(self._z_ND.abs().max()) if z_ND.numel() else 0.0
         self.kappa = _gamma(z_ND.shape[1] + 12)
         self._eta = z_ND.shape[1] * 2.0**-118
 

@@ -1,0 +1,121 @@
+"""Updating the codes of one batch among N: the row-sparse table against dense Adam and torch.optim.SparseAdam.
+
+    python benchmarks/latents.py [--rows N --dim D --batch B --threads T --repeats R]
+
+Every side updates the same number of random rows from a gradient that is there already; the median of the repeats
+counts, taken in turns. Ours also projects to the sphere and checks the gradient, the others do neither. The last
+lines show what a training step notices when the table is an actor on the same node.
+Legend: N rows, B rows of a batch, D dimension.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from glann.cluster.latents import LatentShard, LatentTable
+from torch import Tensor
+
+
+def ours(options: argparse.Namespace, optimizer: str) -> Callable[[np.ndarray, Tensor], None]:
+    shard = LatentShard(range(options.rows), options.dim, 0, optimizer)
+    steps = iter(range(1 << 40))
+    return lambda rows_B, grad_BD: shard.apply(0, next(steps), rows_B, grad_BD.numpy(), 0.01) and None
+
+
+def sparse_adam(options: argparse.Namespace) -> Callable[[np.ndarray, Tensor], None]:
+    z_ND = torch.randn(options.rows, options.dim)
+    optimizer = torch.optim.SparseAdam([z_ND], lr=0.01, betas=(0.5, 0.999))
+
+    def update(rows_B: np.ndarray, grad_BD: Tensor) -> None:
+        at_1B = torch.from_numpy(rows_B)[None]
+        z_ND.grad = torch.sparse_coo_tensor(at_1B, grad_BD, z_ND.shape, check_invariants=False)
+        optimizer.step()
+
+    return update
+
+
+def dense_adam(options: argparse.Namespace) -> Callable[[np.ndarray, Tensor], None]:
+    z_ND = torch.randn(options.rows, options.dim)
+    z_ND.grad = torch.zeros_like(z_ND)
+    optimizer = torch.optim.Adam([z_ND], lr=0.01, betas=(0.5, 0.999))
+
+    def update(rows_B: np.ndarray, grad_BD: Tensor) -> None:
+        at_B = torch.from_numpy(rows_B)
+        z_ND.grad[at_B] = grad_BD
+        optimizer.step()
+        z_ND.grad[at_B] = 0
+
+    return update
+
+
+def batches(options: argparse.Namespace, count: int) -> Iterator[tuple[np.ndarray, Tensor]]:
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        rows_B = rng.choice(options.rows, options.batch, replace=False)
+        yield rows_B, torch.randn(options.batch, options.dim)
+
+
+def in_turns(options: argparse.Namespace) -> None:
+    updates = {
+        "ours, Adam": ours(options, "adam"),
+        "ours, Adagrad": ours(options, "adagrad"),
+        "torch SparseAdam": sparse_adam(options),
+        "torch dense Adam": dense_adam(options),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in updates}
+    for rows_B, grad_BD in batches(options, options.repeats + 2):
+        for name, update in updates.items():
+            start = time.perf_counter()
+            update(rows_B, grad_BD)
+            taken[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times[2:]) for name, times in taken.items()}
+    print(f"N={options.rows} D={options.dim} B={options.batch}, {options.threads} threads")
+    for name, median in medians.items():
+        print(f"  {name:18s} {1e3 * median:9.3f} ms   {median / medians['ours, Adam']:7.2f} x ours")
+
+
+def behind_a_step(options: argparse.Namespace) -> None:
+    """What take, prefetch and push cost a worker whose step lasts 50 ms."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    table = LatentTable.spawn(range(options.rows), options.dim, 0)
+    plan = list(batches(options, options.repeats + 2))
+    waits = []
+    for step, (rows_B, grad_BD) in enumerate(plan[:-1]):
+        start = time.perf_counter()
+        table.take(rows_B)
+        table.prefetch(plan[step + 1][0])
+        waited = time.perf_counter() - start
+        time.sleep(0.05)  # the training step, which computes elsewhere
+        start = time.perf_counter()
+        table.push(0, step, rows_B, grad_BD, 0.01)
+        waits.append(waited + time.perf_counter() - start)
+    table.flush()
+    wait = statistics.median(waits[2:])
+    print(f"  as an actor, behind a 50 ms step: the step waits {1e3 * wait:.2f} ms, {100 * wait / 0.05:.1f}% of it")
+    ray.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    in_turns(options)
+    behind_a_step(options)
+
+
+if __name__ == "__main__":
+    main()

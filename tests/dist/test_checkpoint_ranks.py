@@ -1,0 +1,35 @@
+"""Protects saving by real processes: they agree on an attempt and commit together."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.distributed as dist
+from glann.cluster.checkpoints import CheckpointWriter, latest, load_rows
+from glann.cluster.placement import ranges
+from glann.datasets.storage import open_store
+
+ROWS = 31
+
+
+def save(url: str, step: int):
+    """Start like a worker of a run, and save."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    writer = CheckpointWriter(open_store(url), rank, world, 2, 60.0)
+    own = ranges(ROWS, world)[rank]
+    z = np.arange(own.start, own.stop, dtype=np.float32)[:, None]
+    writer.save(step, latents=(own.start, {"z": z}), state={"step": step})
+    return writer._attempt, writer.wait().step
+
+
+def test_ranks_agree_on_an_attempt_and_commit_together(local_ray, gloo_group, tmp_path):
+    store = open_store(str(tmp_path))
+    store.write("step-000001/part-1.json", b'{"attempt":"killed","world":3,"files":{}}')
+    attempts = []
+    with gloo_group(3) as members:
+        for step in (1, 2):
+            answers = local_ray.get([member.run.remote(save, str(tmp_path), step) for member in members], timeout=120)
+            assert len(set(answers)) == 1
+            attempts.append(answers[0])
+    assert attempts[0][0] != attempts[1][0]
+    assert latest(store) == 2
+    np.testing.assert_array_equal(load_rows(store, 2, range(5, 25))["z"][:, 0], np.arange(5, 25))

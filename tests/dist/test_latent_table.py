@@ -1,0 +1,129 @@
+"""Protects the latent table as an actor: what runs behind the step gives what running in line gives."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from glann.cluster.latents import LatentTable
+from glann.cluster.placement import epoch_plan, steps_per_epoch
+from glann.errors import EnvironmentFault, UserError
+
+ROWS, DIM, BATCH, LR = range(40, 103), 8, 10, 0.05
+
+
+@pytest.fixture
+def table(local_ray):
+    table = LatentTable.spawn(ROWS, DIM, seed=3)
+    yield table
+    table.close()
+
+
+def until(seconds: float, call) -> None:
+    """Call again and again, until it raises or time is up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        call()
+        time.sleep(0.1)
+
+
+def train(table, prefetch: bool, epochs=4) -> list[torch.Tensor]:
+    """A stand-in for training, in which the gradient depends on the code that was gathered."""
+    seen = []
+    steps = steps_per_epoch(len(ROWS), 1, BATCH)
+    plan = [(e, p) for e in range(epochs) for p in epoch_plan(0, e, ROWS, BATCH, steps)]
+    for number, (epoch, planned) in enumerate(plan):
+        z_BD = table.take(planned.rows_B)
+        if prefetch and number + 1 < len(plan):
+            table.prefetch(plan[number + 1][1].rows_B)
+        real_B = planned.weight_B > 0
+        seen.append(z_BD)
+        grad_BD = torch.sin(7 * z_BD + number)[torch.from_numpy(real_B)]
+        table.push(epoch, planned.step, planned.rows_B[real_B], grad_BD, LR)
+        grad_BD.zero_()  # the caller may reuse its memory at once
+    return seen
+
+
+@pytest.mark.parametrize("in_flight", [1, 8])
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+def test_running_behind_the_step_gives_the_synchronous_result_bit_for_bit(local_ray, optimizer, in_flight):
+    behind = LatentTable.spawn(ROWS, DIM, seed=3, optimizer=optimizer, in_flight=in_flight)
+    in_line = LatentTable.in_process(ROWS, DIM, seed=3, optimizer=optimizer)
+    for a, b in zip(train(behind, prefetch=True), train(in_line, prefetch=False), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(behind.codes(), in_line.codes())
+    expected = in_line.snapshot()
+    for name, array in behind.snapshot().items():
+        np.testing.assert_array_equal(array, expected[name])
+    assert (behind.visits() == 4).all()
+    behind.close()
+
+
+def test_the_same_position_twice_is_applied_once(table):
+    grad = torch.randn(2, DIM)
+    table.push(0, 0, [50, 51], grad, LR)
+    once = table.codes()
+    table.push(0, 0, [50, 51], grad, LR)
+    table.skip(0, 0, [52])
+    assert torch.equal(table.codes(), once)
+    assert table.visits().sum() == 2
+
+
+def test_the_shard_lives_on_the_node_of_its_owner(table, local_ray):
+    here = local_ray.get_runtime_context().get_node_id()
+    actor = table._shard.actor
+    there = actor.__ray_call__.remote(lambda shard: __import__("ray").get_runtime_context().get_node_id())
+    assert local_ray.get(there) == here
+
+
+def test_a_failed_update_is_raised_by_a_later_call_and_changes_nothing(table):
+    before = table.codes()
+    table.push(0, 0, [60], torch.full((1, DIM), float("inf")), LR)
+    with pytest.raises(UserError, match=r"rows \[60\]"):
+        table.flush()
+    assert torch.equal(table.codes(), before)
+    table.push(0, 1, [999], torch.zeros(1, DIM), LR)
+    with pytest.raises(IndexError, match=r"40\.\.102"):
+        until(30, lambda: table.prefetch([60]))
+
+
+def test_a_shard_whose_process_died_is_an_environment_fault(local_ray):
+    table = LatentTable.spawn(ROWS, DIM, seed=3)
+    table.flush()
+    local_ray.kill(table._shard.actor)
+    with pytest.raises(EnvironmentFault, match=r"latent rows 40\.\.102"):
+        table.codes()
+
+
+def test_a_snapshot_is_taken_between_updates_and_restores_elsewhere(table, local_ray):
+    train(table, prefetch=True, epochs=1)
+    saved, codes = table.snapshot(), table.codes()
+    train_more = torch.randn(len(ROWS), DIM)
+    table.push(1, 0, list(ROWS), train_more, LR)
+    other = LatentTable.spawn(ROWS, DIM, seed=99)
+    other.restore(saved, (0, 6))
+    assert torch.equal(other.codes(), codes)
+    assert not torch.equal(table.codes(), codes)
+    other.push(0, 6, list(ROWS), train_more, LR)  # a position that the snapshot covers
+    assert torch.equal(other.codes(), codes)
+    other.push(1, 0, list(ROWS), train_more, LR)
+    assert torch.equal(other.codes(), table.codes())
+    other.close()
+
+
+def test_the_shard_ends_with_the_worker_that_owns_it(local_ray):
+    @local_ray.remote(num_cpus=1)
+    class Worker:
+        def start(self):
+            self.table = LatentTable.spawn(ROWS, DIM, seed=3)
+            self.table.flush()
+            return [self.table._shard.actor]
+
+    worker = Worker.remote()
+    (shard,) = local_ray.get(worker.start.remote())
+    local_ray.get(shard.visits.remote())
+    local_ray.kill(worker)
+    with pytest.raises(local_ray.exceptions.RayActorError):
+        until(60, lambda: local_ray.get(shard.visits.remote()))
