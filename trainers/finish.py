@@ -11,10 +11,12 @@ import torch
 from ..cluster import checkpoints
 from ..config import Config
 from ..datasets.index import Index
+from ..datasets.reader import ImageRows
 from ..datasets.storage import open_store
 from ..errors import EnvironmentFault
 from ..tracking import pictures
 from ..tracking.card import write_card
+from ..tracking.nearest import nearest_images
 from ..tracking.packaged import export_model, load_model
 from ..tracking.report import write_report
 from ..tracking.runs import TrackedRun
@@ -25,17 +27,17 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SUMMARY = "summary.json"
+SUMMARY, REPORT = "summary.json", "report.html"
 PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples between which is interpolated
 
 
 def is_finished(config: Config) -> bool:
     """Whether the run is trained, packaged and reported."""
-    return (config.run_dir / SUMMARY).exists()
+    return (config.run_dir / SUMMARY).exists() and (config.run_dir / REPORT).exists()
 
 
 def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, timings: dict[str, float]) -> None:
-    """Everything that a finished run folder holds, written and tracked; `summary.json` comes last.
+    """Everything that a finished run folder holds, written and tracked; the report comes last.
 
     Args:
         timings: seconds and rates of the training, by name.
@@ -44,7 +46,7 @@ def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, 
     console.print("packaging, measuring and drawing")
     images = open_images(config)
     package(config, index, len(images))
-    draw(config, tracked)
+    draw(config, images, tracked)
     metrics = evaluate(config.run_dir, config.evaluation.extractor, config.evaluation.samples)
     tracked.log_metrics({"stage": "evaluation"} | metrics, config.glo.epochs + config.imle.epochs)
     summary = {
@@ -53,14 +55,11 @@ def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, 
         "rows": len(images),
         "fingerprint": index.fingerprint,
     }
-    partial = config.run_dir / f".{SUMMARY}"
-    partial.write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    write_card(config.run_dir, summary)
-    write_report(config.run_dir, summary, images)
-    for name in ("report.html", "MODEL_CARD.md"):
-        tracked.log_artifact(config.run_dir / name)
+    (config.run_dir / REPORT).unlink(missing_ok=True)
+    (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    tracked.log_artifact(write_card(config.run_dir))
     tracked.log_model(config.run_dir / "model")
-    partial.replace(config.run_dir / SUMMARY)
+    tracked.log_artifact(write_report(config.run_dir))  # last: a run with a report is finished
 
 
 def package(config: Config, index: Index, rows: int) -> None:
@@ -75,15 +74,21 @@ def package(config: Config, index: Index, rows: int) -> None:
     export_model(config.run_dir / "model", config, weights, saved.mapping["weights"], z_ND, index.fingerprint)
 
 
-def draw(config: Config, tracked: TrackedRun) -> None:
-    """Samples and interpolations of the packaged model, as a user would get them."""
+def draw(config: Config, images: ImageRows, tracked: TrackedRun) -> None:
+    """Samples, their nearest training images, and interpolations of the packaged model, as a user gets them."""
     model = load_model(config.run_dir)
     folder = config.run_dir / "images"
     folder.mkdir(exist_ok=True)
-    pictures.grid(model.sample(config.preview.images)).save(folder / "samples.png")
-    pictures.strips(model.interpolate(PAIRS, steps=9)).save(folder / "interpolations.png")
-    for name in ("samples.png", "interpolations.png"):
-        tracked.log_image(folder / name)
+    samples = model.sample(config.preview.images)
+    compared = samples[: 2 * len(PAIRS)]
+    drawn = {
+        "samples": pictures.grid(samples),
+        "interpolations": pictures.strips(model.interpolate(PAIRS, steps=9)),
+        "nearest": pictures.nearest(compared, nearest_images(compared, images).img_NHWC),
+    }
+    for name, picture in drawn.items():
+        picture.save(folder / f"{name}.png")
+        tracked.log_image(folder / f"{name}.png")
 
 
 def read_summary(config: Config) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""Stage 2: every mode is covered, and the path of T does not depend on how rows are placed."""
+
+import math
+
+import torch
+from glann.config import validate
+from glann.models.mapping import build_mapping
+from glann.trainers.imle import MappingTrainer, candidates, match, train_imle
+
+
+def config(**imle):
+    tree = {
+        "name": "t",
+        "seed": imle.pop("seed", 0),
+        "data": {"url": "x", "resolution": 32},
+        "generator": {"kind": "infogan", "latent_dim": 3},
+        "glo": {"epochs": 1},
+        "imle": {"noise_dim": 4, "batch_size": 50} | imle,
+    }
+    return validate(tree, "test")
+
+
+def eight_clusters(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes around the corners of a cube on the unit sphere, and the corners."""
+    corners = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) / math.sqrt(3)
+    z_ND = corners[torch.arange(rows) % 8] + 0.03 * torch.randn(rows, 3)
+    return torch.nn.functional.normalize(z_ND, dim=1), corners
+
+
+def test_every_mode_of_a_mixture_of_eight_clusters_is_covered():
+    seed = int(torch.randint(2**31, ()))
+    print("seed", seed)
+    torch.manual_seed(seed)
+    z_ND, corners_8D = eight_clusters(403)
+    settings = config(epochs=40, lr=5e-3, seed=seed)
+    trainer = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    epochs = list(train_imle(settings, z_ND, range(403), 403, trainer, 0, lambda: 0.0))
+    assert epochs[-1].loss < 0.25 * epochs[0].loss
+    trainer.mapping.eval()
+    with torch.no_grad():
+        drawn = trainer.mapping(torch.randn(4000, 4))
+    share_8 = torch.bincount(torch.cdist(drawn, corners_8D).argmin(1), minlength=8) / 4000
+    assert share_8.min() > 0.04, share_8  # an eighth each would be 0.125
+    near = (torch.cdist(drawn, corners_8D).min(1).values < 0.35).float().mean()
+    assert near > 0.6, near
+
+
+def test_a_match_is_the_nearest_mapped_noise():
+    torch.manual_seed(0)
+    settings = config(candidates=1.7)
+    z_ND, _ = eight_clusters(41)
+    mapping = build_mapping(settings.imle, 3)
+    index_N, distance_N, _ = match(settings, 5, z_ND, 41, mapping)
+    from glann.cluster.noise import noise
+
+    with torch.no_grad():
+        mapped_MD = mapping.eval()(noise(settings.seed, 5, torch.arange(candidates(settings, 41)), 4))
+    brute_NM = (z_ND.double()[:, None] - mapped_MD.double()[None]).square().sum(2)
+    assert torch.equal(index_N, brute_NM.argmin(1))
+    torch.testing.assert_close(distance_N.double(), brute_NM.min(1).values)
+
+
+def test_going_on_at_an_epoch_is_bit_for_bit_the_same():
+    torch.manual_seed(0)
+    settings = config(epochs=6)
+    z_ND, _ = eight_clusters(123)
+    torch.manual_seed(1)
+    straight = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    torch.manual_seed(1)
+    first = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    list(train_imle(settings, z_ND, range(123), 123, straight, 0, lambda: 0.0))
+    run = train_imle(settings, z_ND, range(123), 123, first, 0, lambda: 0.0)
+    for _ in range(3):
+        next(run)
+    state = first.state()
+    second = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"), state)
+    list(train_imle(settings, z_ND, range(123), 123, second, 3, lambda: 0.0))
+    a, b = straight.state(), second.state()
+    assert a["updates"] == b["updates"]
+    for key in ("weights", "exp_avg", "exp_avg_sq"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+def test_a_step_that_is_not_finite_moves_nothing():
+    torch.manual_seed(0)
+    settings = config()
+    trainer = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    trainer.mapping.train()
+    before = {name: parameter.detach().clone() for name, parameter in trainer.mapping.named_parameters()}
+    _, applied = trainer.update(torch.randn(5, 4), torch.full((5, 3), float("nan")), 5, 1e-3)
+    assert not applied
+    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.mapping.named_parameters())
