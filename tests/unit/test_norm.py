@@ -1,7 +1,7 @@
 """Protects SharedBatchNorm: however a batch is cut over workers, its numbers are those of plain BatchNorm
 over all real rows (float64), forwards and backwards, and every worker ends with the same running statistics.
 
-The file is also the program of the workers that `test_uneven_workers...` starts.
+The file is also the program of the workers that the fixture `trained` starts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from glann.models.norm import SharedBatchNorm, frozen_statistics
 from torch import nn
 
 CHANNELS = 3
+SPATIAL = ((), (3, 5))
 # Real rows of each worker, and padding rows after them; the second worker has nothing but padding, the
 # third nothing at all in its second batch.
 REAL = ((5, 0, 4), (3, 2, 0))
@@ -45,9 +46,15 @@ def layer_and_reference(spatial: tuple[int, ...]) -> tuple[SharedBatchNorm, nn.M
     return shared, plain
 
 
-def worker(rank: int, folder: Path, seed: int, spatial: tuple[int, ...]) -> None:
-    """One of three workers: its rows of each batch, padding of garbage after them; results into a file."""
+def worker(rank: int, folder: Path, seed: int) -> None:
+    """One of three workers: its rows of each batch, padding of garbage after them; results into files."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    for spatial in SPATIAL:
+        np.savez(folder / f"{rank}-{len(spatial)}.npz", **train(rank, seed, spatial))
+    dist.destroy_process_group()
+
+
+def train(rank: int, seed: int, spatial: tuple[int, ...]) -> dict[str, np.ndarray]:
     layer, _ = layer_and_reference(spatial)
     results = {}
     for step, (x_all, coefficients_all) in enumerate(fresh_batches(seed, spatial)):
@@ -60,20 +67,24 @@ def worker(rank: int, folder: Path, seed: int, spatial: tuple[int, ...]) -> None
         results |= {f"out{step}": out[:real].detach().numpy(), f"grad{step}": x.grad[:real].numpy()}
         results |= {f"padding_grad{step}": x.grad[real:].numpy()}
     results |= {name: value.numpy() for name, value in layer.state_dict().items()}
-    results |= {"weight_grad": layer.weight.grad.numpy(), "bias_grad": layer.bias.grad.numpy()}
-    np.savez(folder / f"{rank}.npz", **results)
-    dist.destroy_process_group()
+    return results | {"weight_grad": layer.weight.grad.numpy(), "bias_grad": layer.bias.grad.numpy()}
 
 
-@pytest.mark.parametrize("spatial", [(), (3, 5)])
-def test_uneven_workers_equal_plain_batchnorm_over_all_rows(tmp_path, spatial):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[int, Path]:
+    """The seed of the batches and the folder of what three real workers made of them."""
+    folder = tmp_path_factory.mktemp("workers")
     seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    arguments = [str(tmp_path), str(seed), *map(str, spatial)]
-    workers = [subprocess.Popen([sys.executable, __file__, str(rank), *arguments]) for rank in range(3)]
-    assert [process.wait(timeout=120) for process in workers] == [0, 0, 0]
-    results = [np.load(tmp_path / f"{rank}.npz") for rank in range(3)]
+    workers = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder), str(seed)]) for rank in range(3)]
+    assert [process.wait(timeout=300) for process in workers] == [0, 0, 0]
+    return seed, folder
 
+
+@pytest.mark.parametrize("spatial", SPATIAL)
+def test_uneven_workers_equal_plain_batchnorm_over_all_rows(trained, spatial):
+    seed, folder = trained
+    print("seed", seed)
+    results = [np.load(folder / f"{rank}-{len(spatial)}.npz") for rank in range(3)]
     _, plain = layer_and_reference(spatial)
     for step, (x, coefficients) in enumerate(fresh_batches(seed, spatial)):
         x.requires_grad_()
@@ -88,7 +99,7 @@ def test_uneven_workers_equal_plain_batchnorm_over_all_rows(tmp_path, spatial):
             np.testing.assert_array_equal(other[name], results[0][name])  # bit for bit on every worker
     for name in ("weight", "bias"):
         share = sum(result[f"{name}_grad"] for result in results)
-        np.testing.assert_allclose(share, plain.get_parameter(name).grad, rtol=1e-10)
+        np.testing.assert_allclose(share, plain.get_parameter(name).grad, rtol=1e-10, atol=1e-12)
 
 
 def joined(results: list, name: str) -> np.ndarray:
@@ -107,7 +118,7 @@ def test_gradients_are_those_of_finite_differences_with_padding_in_the_batch():
         assert torch.autograd.gradcheck(normalise, (x, layer.weight, layer.bias))
 
 
-@pytest.mark.parametrize("spatial", [(), (4, 4)])
+@pytest.mark.parametrize("spatial", SPATIAL)
 def test_state_dict_and_eval_mode_are_those_of_batchnorm(spatial):
     shared, plain = layer_and_reference(spatial)
     for _ in range(3):
@@ -151,4 +162,4 @@ def test_half_precision_keeps_its_type_and_measures_in_float32():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worker(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), tuple(map(int, sys.argv[4:])))
+    worker(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
