@@ -15,6 +15,7 @@ from torch import Tensor
 from ..cluster import checkpoints
 from ..cluster.placement import ranges
 from ..config import Config, validate
+from ..datasets.assets import load_weights
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..datasets.storage import open_store
@@ -43,7 +44,7 @@ def evaluate(run_dir: Path, extractor: str, samples: int, seed: int = 0, device:
     config = run_config(run_dir)
     model = load_model(run_dir, s3=config.s3, device=device)
     images = open_images(config)
-    extract = build_extractor(extractor, device=torch.device(device))
+    extract = build_extractor(extractor, load_weights, device)
     real = list(training_images(images, len(images), config))
     metrics = reconstruction(config, model, images)
     for method, suffix in (("imle", ""), ("glo", "_glo")):

@@ -51,7 +51,7 @@ def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, 
     tracked.log_metrics({"stage": "evaluation"} | metrics, config.glo.epochs + config.imle.epochs)
     summary = {
         "metrics": metrics,
-        "timings": timings | {"finish_seconds": monotonic() - began},
+        "timings": timings | {"finish_s": monotonic() - began},
         "rows": len(images),
         "fingerprint": index.fingerprint,
     }
@@ -111,7 +111,7 @@ def summary_table(config: Config) -> Table:
         f"{summary['rows']:,} images of {config.data.resolution} px, {config.generator.kind}, "
         f"d={config.generator.latent_dim}; "
         f"{config.glo.epochs} + {config.imle.epochs} epochs, {config.cluster.workers} workers, "
-        f"{timings.get('train_seconds', 0) / 60:.1f} min",
+        f"{timings['train_s'] / 60:.1f} min",
     )
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4g}")

@@ -26,7 +26,8 @@ class RunLog:
     def __init__(self, config: Config, tracked: TrackedRun, console: Console) -> None:
         self.config, self.tracked, self.console = config, tracked, console
         self.epochs = {"glo": config.glo.epochs, "imle": config.imle.epochs}
-        self.began, self.stalled = monotonic(), 0.0
+        self.began = monotonic()
+        self.stalled = self.stalled_before = 0.0
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.images_per_s = 0.0
         self.bar = Progress(
@@ -58,7 +59,8 @@ class RunLog:
 
     def on_epoch(self, event: dict[str, Any]) -> None:
         numbers = {key: value for key, value in event.items() if key not in ("kind", "rank", "step")}
-        self.tracked.log_metrics(numbers, event["step"])
+        self.tracked.log_metrics(numbers | {"checkpoint_stall_s": self.stalled - self.stalled_before}, event["step"])
+        self.stalled_before = self.stalled
         stage, epoch = event["stage"], event["epoch"]
         self.seconds[stage] += event["seconds"]
         self.images_per_s = event.get("images_per_s", self.images_per_s)
@@ -85,7 +87,7 @@ class RunLog:
         self.tracked.log_image(path)
 
     def on_checkpoint(self, event: dict[str, Any]) -> None:
-        self.stalled += event["stall_seconds"]
+        self.stalled += event["stall_s"]
 
     def on_resumed(self, event: dict[str, Any]) -> None:
         done = "finished" if event["stage"] == "done" else f"epoch {event['epoch']}, step {event['step']}"
@@ -108,10 +110,10 @@ class RunLog:
     def timings(self) -> dict[str, float]:
         """Seconds of this start of the run: as a whole, by stage, and lost to checkpoints; last rate."""
         return {
-            "train_seconds": monotonic() - self.began,
-            "glo_seconds": self.seconds["glo"],
-            "imle_seconds": self.seconds["imle"],
-            "checkpoint_stall_seconds": self.stalled,
+            "train_s": monotonic() - self.began,
+            "stage_1_s": self.seconds["glo"],
+            "stage_2_s": self.seconds["imle"],
+            "checkpoint_stall_s": self.stalled,
             "images_per_s": self.images_per_s,
         }
 

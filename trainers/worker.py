@@ -218,7 +218,7 @@ class Worker:
             raise Stopped
         self.saved_at = monotonic()
         if self.rank == 0:
-            self.reporter.send("checkpoint", stall_seconds=self.saved_at - began)
+            self.reporter.send("checkpoint", stall_s=self.saved_at - began)
 
     def resume(self) -> Saved:
         """What the newest complete checkpoint holds, or the start."""

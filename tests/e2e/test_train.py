@@ -126,7 +126,9 @@ def test_interrupted_and_killed_it_ends_bit_for_bit_like_an_undisturbed_run(glan
     different = [name for name in a[0] if not np.array_equal(a[0][name], b[0][name])]
     assert not different
     assert a[1]["position"] == b[1]["position"]
-    packaged = [load_file(glann.folder / "runs" / run / "model" / "mapping.safetensors") for run in ("undisturbed", "disturbed")]
+    packaged = [
+        load_file(glann.folder / "runs" / run / "model" / "mapping.safetensors") for run in ("undisturbed", "disturbed")
+    ]
     assert all(np.array_equal(packaged[0][name], packaged[1][name]) for name in packaged[0])
 
 
