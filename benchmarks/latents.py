@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,10 +23,14 @@ from glann.cluster.latents import LatentShard, LatentTable
 from torch import Tensor
 
 
-def ours(options: argparse.Namespace, optimizer: str) -> Callable[[np.ndarray, Tensor], None]:
+def ours(options: argparse.Namespace, optimizer: Literal["adam", "adagrad"]) -> Callable[[np.ndarray, Tensor], None]:
     shard = LatentShard(range(options.rows), options.dim, 0, optimizer)
     steps = iter(range(1 << 40))
-    return lambda rows_B, grad_BD: shard.apply(0, next(steps), rows_B, grad_BD.numpy(), 0.01) and None
+
+    def update(rows_B: np.ndarray, grad_BD: Tensor) -> None:
+        shard.apply(0, next(steps), rows_B, grad_BD.numpy(), 0.01)
+
+    return update
 
 
 def sparse_adam(options: argparse.Namespace) -> Callable[[np.ndarray, Tensor], None]:
@@ -42,14 +47,15 @@ def sparse_adam(options: argparse.Namespace) -> Callable[[np.ndarray, Tensor], N
 
 def dense_adam(options: argparse.Namespace) -> Callable[[np.ndarray, Tensor], None]:
     z_ND = torch.randn(options.rows, options.dim)
-    z_ND.grad = torch.zeros_like(z_ND)
+    dense_ND = torch.zeros_like(z_ND)
+    z_ND.grad = dense_ND
     optimizer = torch.optim.Adam([z_ND], lr=0.01, betas=(0.5, 0.999))
 
     def update(rows_B: np.ndarray, grad_BD: Tensor) -> None:
         at_B = torch.from_numpy(rows_B)
-        z_ND.grad[at_B] = grad_BD
+        dense_ND[at_B] = grad_BD
         optimizer.step()
-        z_ND.grad[at_B] = 0
+        dense_ND[at_B] = 0
 
     return update
 

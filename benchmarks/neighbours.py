@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import faiss
 import torch
@@ -31,6 +32,10 @@ def torch_search(z_ND: Tensor, c_MD: Tensor, tile: int = 4096) -> Tensor:
         best_N = torch.where(nearer_N, value_N, best_N)
         index_N = torch.where(nearer_N, at_N + start, index_N)
     return index_N
+
+
+def our_search(z_ND: Tensor, c_MD: Tensor) -> Tensor:
+    return nearest(z_ND, c_MD)[0]
 
 
 def faiss_search(z_ND: Tensor, c_MD: Tensor) -> Tensor:
@@ -60,9 +65,9 @@ def main() -> None:
         z_ND = torch.nn.functional.normalize(torch.randn(options.queries, d), dim=1)
         c_MD = torch.nn.functional.normalize(torch.randn(options.candidates, d), dim=1)
         searches: dict[str, Callable[[], Tensor]] = {
-            "ours": lambda z=z_ND, c=c_MD: nearest(z, c)[0],
-            "faiss flat": lambda z=z_ND, c=c_MD: faiss_search(z, c),
-            "torch addmm+min": lambda z=z_ND, c=c_MD: torch_search(z, c),
+            "ours": partial(our_search, z_ND, c_MD),
+            "faiss flat": partial(faiss_search, z_ND, c_MD),
+            "torch addmm+min": partial(torch_search, z_ND, c_MD),
         }
         best = dict.fromkeys(searches, torch.inf)
         found: dict[str, Tensor] = {}

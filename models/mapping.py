@@ -5,22 +5,27 @@ Shapes: B batch, E noise dimension, H hidden width, D latent dimension.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ImleConfig
 from .norm import SharedBatchNorm
 
+Constraint = Literal["sphere", "ball"]
+
 
 class Mapping(nn.Module):
     """T: e -> z with two hidden layers, Linear without bias, BatchNorm and ReLU (Hoshen et al. 2019, Sec. 4.1).
 
-    The published T is not normalised.  Its targets z_i have unit norm, so here T(e) is projected to
-    the unit sphere: nothing is lost, and G never sees a code of a norm it was not trained on.
+    The published T is not normalised.  Its targets z_i lie on the unit sphere (or in the unit ball), so
+    here T(e) is projected there: nothing is lost, and G never sees a code of a norm it was not trained on.
     """
 
-    def __init__(self, noise_dim: int, hidden_dim: int, latent_dim: int) -> None:
+    def __init__(self, noise_dim: int, hidden_dim: int, latent_dim: int, constraint: Constraint = "sphere") -> None:
         super().__init__()
+        self.constraint = constraint
         self.noise_dim, self.hidden_dim, self.latent_dim = noise_dim, hidden_dim, latent_dim
         self.fc1 = nn.Linear(noise_dim, hidden_dim, bias=False)
         self.norm1 = SharedBatchNorm(hidden_dim)
@@ -29,12 +34,15 @@ class Mapping(nn.Module):
         self.fc3 = nn.Linear(hidden_dim, latent_dim, bias=False)
 
     def forward(self, e_BE: Tensor, weight_B: Tensor | None = None) -> Tensor:
-        """Codes z_BD of unit norm; `weight_B` is 0 for padding rows, which then leave BatchNorm alone."""
+        """Codes z_BD on the sphere or in the ball; `weight_B` is 0 for padding, which BatchNorm leaves out."""
         h_BH = F.relu(self.norm1(self.fc1(e_BE), weight_B))
         h_BH = F.relu(self.norm2(self.fc2(h_BH), weight_B))
-        return F.normalize(self.fc3(h_BH), dim=1)
+        z_BD = self.fc3(h_BH)
+        if self.constraint == "sphere":
+            return F.normalize(z_BD, dim=1)
+        return z_BD / z_BD.norm(dim=1, keepdim=True).clamp(min=1.0)
 
 
-def build_mapping(config: ImleConfig, latent_dim: int) -> Mapping:
+def build_mapping(config: ImleConfig, latent_dim: int, constraint: Constraint = "sphere") -> Mapping:
     """T for the given stage-2 configuration, noise [B, config.noise_dim] -> codes [B, latent_dim]."""
-    return Mapping(config.noise_dim, config.hidden_dim, latent_dim)
+    return Mapping(config.noise_dim, config.hidden_dim, latent_dim, constraint)

@@ -216,7 +216,7 @@ def _open(folder: Path, source: str, device: torch.device) -> SamplingModel:
         raise UserError(f"{LATENTS} of {source} does not hold the mean and root of {dim}-dimensional codes")
     with torch.device("meta"):  # no memory is taken until the shapes are known to agree
         generator = build_generator(manifest.generator, manifest.resolution, manifest.channels)
-        mapping = build_mapping(manifest.imle, dim) if MAPPING in manifest.files else None
+        mapping = build_mapping(manifest.imle, dim, manifest.constraint) if MAPPING in manifest.files else None
     _assign(generator, states[GENERATOR], GENERATOR, source)
     if mapping is not None:
         _assign(mapping, states[MAPPING], MAPPING, source)

@@ -9,10 +9,12 @@ import torch
 
 from ..cluster import checkpoints
 from ..config import Config
+from ..datasets.assets import load_weights
 from ..datasets.index import Index
 from ..datasets.storage import open_store
 from ..errors import GlannError, UserError
-from ..tracking.runs import TrackedRun
+from ..metrics.extractors import build_extractor
+from ..tracking.runs import Status, TrackedRun
 from . import finish
 from .launch import RunStopped, ray_cluster, run_workers
 from .objective import build_objective
@@ -37,7 +39,8 @@ def train(config: Config, console: Console) -> Table:
         console.print(f"{config.run_dir} is finished already; nothing to do")
         return finish.summary_table(config)
     index = open_data(config, console)
-    build_objective(config, torch.device("cpu"))  # fetches the weights, and finds a wrong tap or file now
+    build_objective(config, torch.device("cpu"))  # fetches weights, and finds a wrong tap or file, now and not at night
+    build_extractor(config.evaluation.extractor, load_weights)
     fresh = not config.run_dir.exists()
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def train(config: Config, console: Console) -> Table:
 
 def run(config: Config, index: Index, tracked: TrackedRun, console: Console) -> None:
     """Train on the workers, then package, measure and report, telling MLflow how it ended."""
-    status = "FAILED"
+    status: Status = "FAILED"
     try:
         (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         checkpoints.remove_torn(open_store(config.checkpoint_url, config.s3))

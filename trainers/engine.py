@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -155,7 +155,8 @@ class Engine:
         real_rows = float(self._sum(weight_B.sum()))
         scale = self.world / max(real_rows, 1.0)  # gradients are averaged over workers
         micro = -(-len(z_BD) // self.accumulation)
-        grads, total = [], torch.zeros((), device=self.device)
+        grads: list[Tensor] = []
+        total = torch.zeros((), device=self.device)
         for start in range(0, len(z_BD), micro):
             part = slice(start, start + micro)
             z_part_BD = z_BD[part].detach().requires_grad_()
@@ -164,7 +165,7 @@ class Engine:
             loss_B = torch.where(weight_B[part] > 0, loss_of(fake_BCHW, part), 0.0)
             last = start + micro >= len(z_BD)
             self._backward(loss_B.sum() * scale, last)
-            grads.append(z_part_BD.grad / scale)
+            grads.append(cast(Tensor, z_part_BD.grad) / scale)
             total += loss_B.detach().sum()
         grad_BD = torch.cat(grads)
         seen = torch.stack([total, grad_BD.sum(), torch.tensor(vote, device=self.device)])
@@ -240,7 +241,8 @@ class DeepSpeedEngine(Engine):
 
     def _update(self) -> bool:
         if self.zero == 0:  # ZeRO 1-3 look at their gradients themselves
-            norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters()])
+            grads = [p.grad for p in self.network.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
             self.optimizer.withhold |= not bool(torch.isfinite(norm))
         self.runtime.step()
         return not self.optimizer.withhold and self.runtime.was_step_applied()
@@ -252,7 +254,7 @@ class DeepSpeedEngine(Engine):
 
     def shards(self) -> list[Tensor]:
         if self.zero == 3:
-            return [parameter.ds_tensor.data for parameter in self.network.parameters()]
+            return [cast(Any, parameter).ds_tensor.data for parameter in self.network.parameters()]
         return super().shards()
 
     @contextmanager

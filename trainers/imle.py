@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from time import perf_counter
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,7 @@ class MappingTrainer:
         error_B = (self.mapping(e_BE) - z_BD).square().sum(1)
         self.optimizer.zero_grad()
         (error_B.sum() / batch_rows).backward()
-        grads = [parameter.grad for parameter in self.mapping.parameters()]
+        grads = [cast(Tensor, parameter.grad) for parameter in self.mapping.parameters()]
         flat = torch.cat([grad.flatten() for grad in grads])
         if world_size() > 1:
             dist.all_reduce(flat)  # a sum: each worker divided by the whole batch already
@@ -135,8 +136,6 @@ def match(
 
     T is in eval mode, so that a candidate does not depend on its batch mates. Also returns the seconds.
     """
-    from time import perf_counter
-
     began = perf_counter()
     mapping.eval()
     blocks = ranges(candidates(config, total_rows), world_size())

@@ -80,7 +80,7 @@ def run_workers(config: Config, on_event: Callable[[dict[str, Any]], None]) -> N
     """
     import ray
 
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     outcome = {"stopped": False}
 
     def hand_over() -> None:
@@ -152,7 +152,7 @@ def stop_on_signal(stop: Callable[[], Any], on_event: Callable[[dict[str, Any]],
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = []
+    asked: list[int] = []
 
     def handle(number: int, _: Any) -> None:
         if asked:

@@ -6,6 +6,7 @@ Shapes: B rows of a batch, C channels, H, W height and width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def build_objective(config: Config, device: torch.device) -> Callable[[Tensor, T
         features = build_features(config.loss.network, *load_weights(name))
     loss = build_loss(config.loss, config.data.resolution, features).to(device)
     if device.type == "cuda":
-        loss = loss.to(memory_format=torch.channels_last)
+        loss = cast(Any, loss).to(memory_format=torch.channels_last)
     bf16 = config.engine.precision == "bf16"
 
     def objective(fake_BCHW: Tensor, real_BCHW: Tensor, seed_B: Tensor) -> Tensor:

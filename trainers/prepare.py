@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..config import Config, validate
+from ..datasets.fit import require_fit
 from ..datasets.index import Index
 from ..errors import UserError
 
@@ -55,18 +56,7 @@ def open_data(config: Config, console: Console) -> Index:
             s3=config.s3,
         )
     index = Index.load(data.url, config.s3)
-    for key, wanted, found in (
-        ("resolution", data.resolution, index.resolution),
-        ("channels", data.channels, index.channels),
-    ):
-        if wanted != found:
-            raise UserError(
-                f"data.{key} is {wanted} but {data.url} holds images of {found}; set data.{key}={found}, or pack it "
-                f"again with `glann data pack ... --resolution {data.resolution} --channels {data.channels}`"
-            )
-    rows = min(index.rows, data.max_rows or index.rows)
-    if rows < config.cluster.workers:
-        raise UserError(f"{rows} images are fewer than cluster.workers={config.cluster.workers}; use fewer workers")
+    require_fit(index, data, config.cluster.workers)
     return index
 
 

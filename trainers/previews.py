@@ -59,7 +59,7 @@ class Previews:
         generator.load_state_dict(weights)
         network: Any = None
         if mapping is not None:
-            network = build_mapping(config.imle, config.generator.latent_dim)
+            network = build_mapping(config.imle, config.generator.latent_dim, config.glo.constraint)
             network.load_state_dict(mapping)
             network.to(self.device)
         return SamplingModel(

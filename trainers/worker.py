@@ -23,7 +23,7 @@ from ..models.generators import build_generator
 from ..models.mapping import build_mapping
 from .engine import Engine, build_engine
 from .glo import GloStep, train_glo
-from .imle import MappingTrainer, train_imle
+from .imle import ImleEpoch, MappingTrainer, train_imle
 from .mailbox import Reporter
 from .objective import build_objective
 from .previews import Previews
@@ -121,7 +121,8 @@ class Worker:
                 saved.generator = engine.state()
                 self.save(stop=step.votes >= STOP)
         saved.generator = engine.state()
-        position.stage, position.epoch, position.step = "imle", 0, 0
+        # a serial of its own: a checkpoint of the last step may exist already, and would be kept
+        position.stage, position.epoch, position.step, position.serial = "imle", 0, 0, position.serial + 1
         self.save()
 
     def report_step(self, step: GloStep, meter: Meter) -> None:
@@ -163,7 +164,7 @@ class Worker:
         """IMLE: the mapping from noise to codes. The generator is done and only travels along."""
         config, saved, position = self.config, self.saved, self.saved.position
         torch.manual_seed(config.seed + 1)
-        mapping = build_mapping(config.imle, config.generator.latent_dim)
+        mapping = build_mapping(config.imle, config.generator.latent_dim, config.glo.constraint)
         trainer = MappingTrainer(mapping, config, self.device, saved.mapping)
         z_nD = self.latents.codes()
         began = monotonic()
@@ -172,24 +173,29 @@ class Worker:
             saved.mapping = trainer.state()
             last = position.epoch == config.imle.epochs
             if self.rank == 0:
-                self.reporter.send(
-                    "epoch",
-                    stage="imle",
-                    epoch=position.epoch,
-                    step=position.serial,
-                    loss=epoch.loss,
-                    distance=epoch.distance,
-                    search_seconds=epoch.search_seconds,
-                    seconds=monotonic() - began,
-                )
-                if last or position.epoch % (2 * config.preview.every_epochs) == 0:
-                    pictures = self.previews.imle(final_weights(saved.generator), saved.mapping["weights"])
-                    self.reporter.send("preview", stage="imle", epoch=position.epoch, pictures=pictures)
+                self.end_of_imle_epoch(epoch, monotonic() - began, last)
             began = monotonic()
             if last:
                 position.stage = "done"
             if last or epoch.votes >= SAVE or self.due(position):
                 self.save(stop=epoch.votes >= STOP and not last)
+
+    def end_of_imle_epoch(self, epoch: ImleEpoch, seconds: float, last: bool) -> None:
+        saved, position = self.saved, self.saved.position
+        self.reporter.send(
+            "epoch",
+            stage="imle",
+            epoch=position.epoch,
+            step=position.serial,
+            loss=epoch.loss,
+            distance=epoch.distance,
+            search_seconds=epoch.search_seconds,
+            seconds=seconds,
+        )
+        drawn = last or position.epoch % (2 * self.config.preview.every_epochs) == 0
+        if drawn and saved.generator and saved.mapping:
+            pictures = self.previews.imle(final_weights(saved.generator), saved.mapping["weights"])
+            self.reporter.send("preview", stage="imle", epoch=position.epoch, pictures=pictures)
 
     # Saving and going on ---------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def train_judge(images_NHW: np.ndarray, labels_N: np.ndarray, seed: int) -> tupl
     held, used = order[: len(order) // 5], order[len(order) // 5 :]
     judge = DigitJudge()
     optimizer = torch.optim.Adam(judge.parameters(), lr=2e-3)
-    for _ in range(6):
+    for _ in range(15):
         for batch in used[torch.randperm(len(used))].split(64):
             optimizer.zero_grad()
             nn.functional.cross_entropy(judge(x[batch]), y[batch]).backward()
