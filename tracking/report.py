@@ -126,9 +126,12 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
     for name, value in metrics.items():
         if not isinstance(value, int | float):
             continue
-        if name.startswith("fd_"):
-            extractor = name.removeprefix("fd_")
-            rows.append((f"Fréchet distance ({extractor})", f"{value:.4g}", FRECHET.format(extractor)))
+        baseline = name.endswith("_glo")
+        if name.startswith("fd_") or name == "fid_glo":
+            extractor = name.removeprefix("fd_").removesuffix("_glo")
+            title = f"Fréchet distance ({extractor})" + (", GLO baseline" if baseline else "")
+            drawn = "; samples drawn from a Gaussian over the codes, without stage 2" if baseline else ""
+            rows.append((title, f"{value:.4g}", FRECHET.format(extractor) + drawn))
         elif name in METRICS:
             title, meaning, form = METRICS[name]
             rows.append((title, form.format(value), meaning))

@@ -27,6 +27,7 @@ from ..models.generators import Generator, build_generator
 from ..models.losses import ReconstructionLoss, build_loss
 from ..models.mapping import build_mapping
 from ..models.perceptual import FeatureNet, SqueezeNet, Vgg16
+from .devices import GPUS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,23 +38,6 @@ ASSUMED_UTILISATION = 0.3
 TIMED_FLOPS, TIMED_SECONDS = 20_000_000_000, 5.0  # bounds of the step that is timed on CPUs
 FLOAT = 4  # bytes
 GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A data sheet: dense peaks in TFLOP/s without sparsity, and memory in GiB."""
-
-    name: str
-    bf16: float
-    fp32: float
-    memory: float
-
-
-GPUS = (
-    Gpu("A10G", 70.0, 35.0, 22.5),
-    Gpu("A100 80 GB", 312.0, 19.5, 79.0),
-    Gpu("H100 SXM", 989.0, 67.0, 79.0),
-)
 
 
 @dataclass(frozen=True)
@@ -114,23 +98,22 @@ def make_plan(config: Config) -> Plan:
         UserError: the data set is there but does not fit the configuration.
     """
     rows = count_rows(config)
-    generator, loss = build_networks(config, "meta")
-    image = (config.data.channels, config.data.resolution, config.data.resolution)
     latent_dim, workers = config.generator.latent_dim, config.cluster.workers
     with torch.device("meta"):
         mapping = build_mapping(config.imle, latent_dim)
-    costs = cost(generator, (latent_dim,)), cost(mapping, (config.imle.noise_dim,)), cost(loss, image, image)
-    flops_per_image = costs[0].flops + costs[2].flops
-    memory = memory_per_worker(config, costs[0], costs[2])
+    generator, loss = training_costs(config)
+    mapping_cost = cost(mapping, (config.imle.noise_dim,))
+    flops_per_image = generator.flops + loss.flops
+    memory = memory_per_worker(config, generator, loss)
     largest = len(ranges(rows.count, workers)[0])
     glo_flops = float(flops_per_image) * rows.count * config.glo.epochs
-    imle_flops = mapping_flops(config, rows.count, costs[1])
+    imle_flops = mapping_flops(config, rows.count, mapping_cost)
     return Plan(
         config=config,
         rows=rows,
-        generator=costs[0],
-        mapping=costs[1],
-        loss=costs[2],
+        generator=generator,
+        mapping=mapping_cost,
+        loss=loss,
         flops_per_image=flops_per_image,
         memory=memory,
         latent_bytes=latent_bytes(config, largest),
@@ -140,6 +123,13 @@ def make_plan(config: Config) -> Plan:
         imle_flops=imle_flops,
         estimates=estimates(config, flops_per_image, glo_flops + imle_flops, sum(memory.values())),
     )
+
+
+def training_costs(config: Config) -> tuple[Cost, Cost]:
+    """Costs per image of generator and loss, forward and backward, without allocating them."""
+    generator, loss = build_networks(config, "meta")
+    image = (config.data.channels, config.data.resolution, config.data.resolution)
+    return cost(generator, (config.generator.latent_dim,)), cost(loss, image, image)
 
 
 def count_rows(config: Config) -> Rows:
@@ -228,10 +218,10 @@ def estimates(config: Config, flops_per_image: int, total_flops: float, memory: 
         return (Estimate("CPU", rate * share, basis, hours, hours * cores, True),)
     found = []
     for gpu in GPUS:
-        peak = gpu.bf16 if config.engine.precision == "bf16" else gpu.fp32
-        rate = peak * 1e12 * ASSUMED_UTILISATION * min(1.0, config.cluster.gpus_per_worker)
+        peak = gpu.peak(config.engine)
+        rate = peak * ASSUMED_UTILISATION * min(1.0, config.cluster.gpus_per_worker)
         hours = total_flops / (rate * workers) / 3600
-        basis = f"assumed: {ASSUMED_UTILISATION:.0%} of {peak:g} TFLOP/s"
+        basis = f"assumed: {ASSUMED_UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s"
         fits = memory < gpu.memory * GIB * min(1.0, config.cluster.gpus_per_worker)
         gpu_hours = hours * workers * config.cluster.gpus_per_worker
         found.append(Estimate(gpu.name, rate, basis, hours, gpu_hours, fits))

@@ -55,7 +55,7 @@ class RunLog:
     def on_progress(self, event: dict[str, Any]) -> None:
         share = event["epoch"] + event["step"] / max(event["steps"], 1)
         note = f"epoch {event['epoch'] + 1}/{self.epochs['glo']}  loss {event['loss']:.4f}"
-        self.advance("glo", share, f"{note}  {event['images_per_s']:,.0f} img/s")
+        self.advance("glo", share, note + speed(event))
 
     def on_epoch(self, event: dict[str, Any]) -> None:
         numbers = {key: value for key, value in event.items() if key not in ("kind", "rank", "step")}
@@ -65,8 +65,7 @@ class RunLog:
         self.seconds[stage] += event["seconds"]
         self.images_per_s = event.get("images_per_s", self.images_per_s)
         note = f"epoch {epoch}/{self.epochs[stage]}  loss {event['loss']:.4f}"
-        if "images_per_s" in event:
-            note += f"  {event['images_per_s']:,.0f} img/s"
+        note += speed(event)
         self.advance(stage, epoch, note)
         every = max(1, self.epochs[stage] // 10)
         if not self.console.is_terminal and (epoch % every == 0 or epoch == self.epochs[stage]):
@@ -124,3 +123,9 @@ class RunLog:
 
     def say(self, line: str) -> None:
         self.console.print(line)
+
+
+def speed(event: dict[str, Any]) -> str:
+    """Throughput and utilisation in words, where an event has them."""
+    words = f"  {event['images_per_s']:,.0f} img/s" if "images_per_s" in event else ""
+    return words + (f"  {event['mfu']:.0%} MFU" if "mfu" in event else "")

@@ -21,11 +21,13 @@ from ..datasets.storage import open_store
 from ..errors import EnvironmentFault
 from ..models.generators import build_generator
 from ..models.mapping import build_mapping
+from .devices import peak_of
 from .engine import Engine, build_engine
 from .glo import GloStep, train_glo
 from .imle import ImleEpoch, MappingTrainer, train_imle
 from .mailbox import Reporter
 from .objective import build_objective
+from .plan import training_costs
 from .previews import Previews
 from .resume import Position, Saved, final_weights, load, restore_rows
 
@@ -107,7 +109,9 @@ class Worker:
         network.checkpoint_activations = config.engine.activation_checkpointing
         engine = build_engine(network, config, self.device, saved.generator)
         loss = build_objective(config, self.device)
-        meter = Meter()
+        peak = peak_of(self.device, config.engine)
+        flops = sum(part.flops for part in training_costs(config)) if peak else 0
+        meter = Meter(flops, peak and peak * self.world)
         start = (position.epoch, position.step)
         for step in train_glo(config, self.images, self.latents, engine, loss, start, self.vote):
             position.epoch, position.step, position.serial = step.epoch, step.step + 1, position.serial + 1
@@ -116,7 +120,7 @@ class Worker:
             if step.step + 1 == step.steps:
                 position.epoch, position.step = step.epoch + 1, 0
                 self.end_of_glo_epoch(step, engine, meter)
-                meter = Meter()
+                meter = Meter(meter.flops, meter.peak)
             if step.votes >= SAVE or self.due(position):
                 saved.generator = engine.state()
                 self.save(stop=step.votes >= STOP)
@@ -135,8 +139,8 @@ class Worker:
                 step=step.step,
                 steps=step.steps,
                 loss=step.loss,
-                images_per_s=meter.rate(),
                 latent_lr=step.latent_lr,
+                **meter.speed(),
             )
 
     def end_of_glo_epoch(self, step: GloStep, engine: Engine, meter: Meter) -> None:
@@ -147,9 +151,9 @@ class Worker:
                 epoch=step.epoch + 1,
                 step=self.saved.position.serial,
                 loss=meter.loss(),
-                images_per_s=meter.rate(),
                 seconds=meter.seconds(),
                 latent_lr=step.latent_lr,
+                **meter.speed(),
             )
         last = step.epoch + 1 == self.config.glo.epochs
         if last or (step.epoch + 1) % self.config.preview.every_epochs == 0:
@@ -248,9 +252,11 @@ class Worker:
 
 
 class Meter:
-    """Mean loss and throughput since it was made."""
+    """Mean loss and throughput since it was made; utilisation where the peak of the devices is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, flops: int = 0, peak: float | None = None) -> None:
+        """`flops`: of an image, forward and backward. `peak`: FLOP/s of all workers' devices together."""
+        self.flops, self.peak = flops, peak
         self.began, self.losses, self.steps, self.images = monotonic(), 0.0, 0, 0
 
     def add(self, loss: float, images: int) -> None:
@@ -268,3 +274,8 @@ class Meter:
     def rate(self) -> float:
         """Images per second of all workers."""
         return self.images / max(self.seconds(), 1e-9)
+
+    def speed(self) -> dict[str, float]:
+        """Images/s, and the model FLOP utilisation (MFU) that this is."""
+        speed = {"images_per_s": self.rate()}
+        return speed | {"mfu": self.rate() * self.flops / self.peak} if self.peak else speed
