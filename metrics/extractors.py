@@ -24,6 +24,8 @@ from ..errors import UserError
 from ..models.perceptual import build_features
 from . import efficientnet_lite, inception
 
+CPU_BATCH = 8
+
 Weights = dict[str, Tensor]
 # name or path of weights -> (tensors, convention of their input); `datasets.assets.load_weights` is one
 LoadWeights = Callable[[str], tuple[Weights, str]]
@@ -69,8 +71,13 @@ class Extractor:
             )
         if len(img_BCHW) == 0:
             return torch.zeros(0, self.dim)
-        img_B3HW = img_BCHW.to(self.device).float().expand(-1, 3, -1, -1)
-        return self._network(self._prepare(img_B3HW)).float().cpu()
+        # On a CPU few images at a time stay in the cache: a quarter of the time of a hundred at once.
+        parts = img_BCHW.split(CPU_BATCH if self.device.type == "cpu" else len(img_BCHW))
+        return torch.cat([self._features(part) for part in parts])
+
+    def _features(self, img_BCHW: Tensor) -> Tensor:
+        img_B3HW = self._prepare(img_BCHW.to(self.device).float().expand(-1, 3, -1, -1))
+        return self._network(img_B3HW.contiguous(memory_format=torch.channels_last)).float().cpu()
 
 
 def build_extractor(
@@ -95,7 +102,7 @@ def build_extractor(
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"the weights {source} do not fit extractor {name}: {detail}") from error
     device = torch.device(device)
-    return Extractor(name, recipe.metric, recipe.dim, device, recipe.prepare, network.to(device))
+    return Extractor(name, recipe.metric, recipe.dim, device, recipe.prepare, network.to(device).to(memory_format=torch.channels_last))
 
 
 class _PooledTap(nn.Module):

@@ -1,0 +1,61 @@
+"""The demo's samples are digits, all ten of them, and not copies: judged by a classifier trained on real digits.
+
+Runs the recipe as it ships, so it takes as long as `make demo`; it is the one test of what the product is for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from digit_judge import judge_samples, train_judge
+from glann.datasets import assets
+
+SAMPLES = 1000
+
+
+@pytest.fixture(scope="module")
+def samples(glann):
+    done = glann("train", "digits", timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    drawn = glann("sample", "runs/digits", "--n", str(SAMPLES), "--seed", "7", "--out", "judged.npz")
+    assert drawn.returncode == 0, drawn.stderr
+    return np.load(glann.folder / "judged.npz")["images"][..., 0]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    held = np.load(assets.fetch("digits"))
+    return held["images"], held["labels"]
+
+
+def nearest_distances(a_NP: np.ndarray, b_MP: np.ndarray, same: bool = False) -> np.ndarray:
+    """Distance of each row of a to its nearest row of b; to its nearest other row where both are the same."""
+    square_NM = (a_NP**2).sum(1)[:, None] + (b_MP**2).sum(1)[None] - 2 * a_NP @ b_MP.T
+    if same:
+        np.fill_diagonal(square_NM, np.inf)
+    return np.sqrt(np.maximum(square_NM.min(1), 0))
+
+
+def test_four_in_five_samples_are_clear_digits_and_no_digit_is_rare(samples, digits):
+    judge, accuracy = train_judge(*digits, seed=0)
+    assert accuracy > 0.95, "the judge itself is no good"
+    clear, share_10 = judge_samples(judge, samples)
+    print(f"clear digits {clear:.1%}; share of each digit {np.round(share_10, 3)}; judge {accuracy:.1%}")
+    assert clear >= 0.80
+    assert share_10.min() >= 0.03
+
+
+def test_samples_are_not_copies(samples, digits):
+    real_NP = digits[0].reshape(len(digits[0]), -1).astype(np.float64) / 255
+    from_samples = nearest_distances(samples.reshape(SAMPLES, -1) / 255.0, real_NP)
+    between_real = nearest_distances(real_NP, real_NP, same=True)
+    print(f"distance to the nearest real digit: samples {from_samples.mean():.3f}, real {between_real.mean():.3f}")
+    assert from_samples.mean() >= between_real.mean()
+    assert np.quantile(from_samples, 0.01) >= np.quantile(between_real, 0.01)
+
+
+def test_interpolations_change_little_by_little(glann, samples):
+    done = glann("interpolate", "runs/digits", "--out", "between.png")
+    assert done.returncode == 0, done.stderr
+    assert (glann.folder / "between.png").stat().st_size > 1000
