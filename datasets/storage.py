@@ -173,7 +173,11 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         with self._faults(key):
-            self.path(key).unlink(missing_ok=True)
+            path = self.path(key)
+            path.unlink(missing_ok=True)
+        if path.parent != self.root:
+            with contextlib.suppress(OSError):  # not empty yet; object stores have no empty folders either
+                path.parent.rmdir()
 
     @contextlib.contextmanager
     def _faults(self, key: str) -> Iterator[None]:

@@ -172,3 +172,14 @@ def test_a_file_where_a_folder_should_be_is_said_so(tmp_path):
     for attempt in (store.list, lambda: store.read("x"), lambda: store.write("x", b"")):
         with pytest.raises(UserError):
             attempt()
+
+
+def test_a_folder_goes_with_its_last_file(tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    store.write("step-000001/a", b"1")
+    store.write("step-000001/b", b"2")
+    store.delete("step-000001/a")
+    assert (tmp_path / "store" / "step-000001").is_dir()
+    store.delete("step-000001/b")
+    assert list((tmp_path / "store").iterdir()) == []
+    store.delete("step-000001/b")  # already gone
