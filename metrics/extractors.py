@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,14 @@ def build_extractor(
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"the weights {source} do not fit extractor {name}: {detail}") from error
     device = torch.device(device)
-    return Extractor(name, recipe.metric, recipe.dim, device, recipe.prepare, network.to(device).to(memory_format=torch.channels_last))
+    return Extractor(
+        name,
+        recipe.metric,
+        recipe.dim,
+        device,
+        recipe.prepare,
+        cast(Any, network.to(device)).to(memory_format=torch.channels_last),
+    )
 
 
 class _PooledTap(nn.Module):

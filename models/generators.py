@@ -72,9 +72,11 @@ class InfoGanGenerator(Generator):
         super().__init__(latent_dim, resolution, channels)
         self.side = resolution // 4
         flat = 2 * width * self.side**2
-        self.fc1, self.fc2 = nn.Linear(latent_dim, FULLY_CONNECTED), nn.Linear(FULLY_CONNECTED, flat)
+        biased = not batch_norm  # BatchNorm takes a bias out again: Adam would only move it by rounding noise
+        self.fc1 = nn.Linear(latent_dim, FULLY_CONNECTED, bias=biased)
+        self.fc2 = nn.Linear(FULLY_CONNECTED, flat, bias=biased)
         double = _resized_convolution if resize else _transposed_convolution
-        self.up1, self.up2 = double(2 * width, width), double(width, channels)
+        self.up1, self.up2 = double(2 * width, width, biased), double(width, channels, True)
         self.norm1 = SharedBatchNorm(FULLY_CONNECTED) if batch_norm else None
         self.norm2 = SharedBatchNorm(flat) if batch_norm else None
         self.norm3 = SharedBatchNorm(width) if batch_norm else None
@@ -98,7 +100,8 @@ class InfoGanGenerator(Generator):
         for layer in self.modules():
             if not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
                 continue
-            nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
+            if layer.bias is not None:
+                nn.init.constant_(layer.bias, 0.0)
             if self.norm1 is not None:
                 std = 0.02
             elif layer is self.fc1:
@@ -188,9 +191,9 @@ def _norm(layer: SharedBatchNorm | None, h: Tensor, weight_B: Tensor | None) -> 
     return h if layer is None else layer(h, weight_B)
 
 
-def _transposed_convolution(fan_in: int, fan_out: int) -> nn.Module:
-    return nn.ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1)
+def _transposed_convolution(fan_in: int, fan_out: int, bias: bool) -> nn.Module:
+    return nn.ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1, bias=bias)
 
 
-def _resized_convolution(fan_in: int, fan_out: int) -> nn.Module:
-    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(fan_in, fan_out, 3, padding=1))
+def _resized_convolution(fan_in: int, fan_out: int, bias: bool) -> nn.Module:
+    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=bias))

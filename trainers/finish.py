@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +20,10 @@ from ..datasets.storage import open_store
 from ..errors import EnvironmentFault
 from ..tracking import pictures
 from ..tracking.card import write_card
+from ..tracking.connection import default_uri, redact
 from ..tracking.nearest import nearest_images
 from ..tracking.packaged import export_model, load_model
-from ..tracking.report import write_report
+from ..tracking.report import metric_rows, write_report
 from ..tracking.runs import TrackedRun
 from .evaluation import evaluate, open_images
 from .resume import final_weights, load
@@ -103,7 +108,7 @@ def summary_table(config: Config) -> Table:
     summary = read_summary(config)
     run = config.run_dir
     metrics, timings = summary["metrics"], summary["timings"]
-    table = Table(title=f"{config.name}: done", show_header=False, title_justify="left", pad_edge=False)
+    table = Table(title=f"{config.name}: done", show_header=False, title_justify="left", box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row(
@@ -113,10 +118,20 @@ def summary_table(config: Config) -> Table:
         f"{config.glo.epochs} + {config.imle.epochs} epochs, {config.cluster.workers} workers, "
         f"{timings['train_s'] / 60:.1f} min",
     )
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.4g}")
+    for title, value, _ in metric_rows(metrics):
+        table.add_row(title, value)
     table.add_row("look at", f"{run}/report.html and {run}/images/samples.png")
-    table.add_row("compare", f"mlflow ui --backend-store-uri {config.tracking.uri or 'sqlite:///mlflow.db'}")
-    table.add_row("try next", f"glann sample {run} --n 100 --seed 1 --out more.png")
-    table.add_row("", f"glann interpolate {run} --out between.png")
+    table.add_row("try next", f"{program('glann')} sample {run} --n 100 --seed 1 --out more.png")
+    table.add_row("", f"{program('glann')} interpolate {run} --out between.png")
+    if config.tracking.enabled:
+        store = redact(default_uri(config.tracking.uri))
+        table.add_row("", f"{program('mlflow')} ui --backend-store-uri {store}")
     return table
+
+
+def program(name: str) -> str:
+    """How the user can call a program of this environment: by name if it is on the path, else by its place."""
+    if shutil.which(name):
+        return name
+    beside = Path(sys.executable).with_name(name)
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)

@@ -1,7 +1,8 @@
 """One worker and two workers on the same global batches end with the same codes and weights.
 
 Through the real generator with shared BatchNorm, the real table and DeepSpeed; both stages.
-Tolerance: sums over workers are added in another order, so floats agree to 1e-5 and not to the bit.
+Tolerance: sums over workers are added in another order. Codes agree to 1e-5; weights to 1e-4, a tenth of one
+of Adam's first steps, which have the size of the learning rate even where a gradient is all rounding noise.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def test_two_workers_end_where_one_ends(local_ray, gloo_group):
     np.testing.assert_allclose(np.concatenate([answer[0] for answer in two]), z_ND, atol=1e-5)
     for answer in two:
         for name, tensor in weights.items():
-            np.testing.assert_allclose(answer[1][name], tensor, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(answer[1][name], tensor, atol=1e-4, err_msg=name)
         for name, tensor in mapping.items():
             np.testing.assert_allclose(answer[2][name], tensor, atol=1e-4, err_msg=name)
         np.testing.assert_allclose(answer[3], losses, rtol=1e-4)

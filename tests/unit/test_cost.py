@@ -21,7 +21,7 @@ def test_infogan_counts_are_those_on_paper():
     assert found.forward_flops == 2 * multiply_adds
     assert found.backward_flops == 2 * found.forward_flops  # to the input and to the weights
     norms = 2 * (1024 + flat + 64)
-    weights = 64 * 1024 + 1024 + 1024 * flat + flat + 128 * 64 * 16 + 64 + 64 * 16 + 1
+    weights = 64 * 1024 + 1024 * flat + 128 * 64 * 16 + 64 * 16 + 1  # no bias where BatchNorm follows
     assert found.parameters == weights + norms
     assert found.flops == found.forward_flops + found.backward_flops
 
