@@ -162,7 +162,8 @@ class LatentTable:
     """A worker's own latent shard, reached without waiting.
 
     Calls reach the shard in the order in which they were made, so the codes are those of a
-    synchronous run, bit for bit. An update that failed raises its error at the next call.
+    synchronous run, bit for bit. An update that failed raises its error within `in_flight` steps, at the latest
+    at the next `flush`.
     """
 
     def __init__(self, rows: range, shard: _InProcess | _InActor, in_flight: int):
@@ -189,13 +190,11 @@ class LatentTable:
 
     def prefetch(self, rows_B: Rows) -> None:
         """Start gathering rows that `take` will ask for."""
-        self._raise_failed()
         rows_B = np.ascontiguousarray(rows_B, np.int64)
         self._gathers[rows_B.tobytes()] = (rows_B, self._shard.start("gather", rows_B))
 
     def take(self, rows_B: Rows) -> Tensor:
         """Codes z_BD of global rows as a new float32 tensor, after every update pushed so far."""
-        self._raise_failed()
         rows_B = np.ascontiguousarray(rows_B, np.int64)
         _, pending = self._gathers.pop(rows_B.tobytes(), (rows_B, None))
         if pending is None:
@@ -204,10 +203,9 @@ class LatentTable:
 
     def push(self, epoch: int, step: int, rows_B: Rows, grad_BD: Tensor, lr: float, skipped: Rows = ()) -> None:
         """Start `LatentShard.apply`; the arguments may be changed as soon as this returns."""
-        self._raise_failed()
-        while len(self._updates) >= self._in_flight:
-            self._shard.finish(self._updates.popleft())
-        rows_B, unmoved = np.array(rows_B, np.int64), np.array(skipped, np.int64)
+        self._make_room()
+        rows_B = np.array(rows_B, np.int64)
+        unmoved = np.array(skipped, np.int64) if len(skipped) else ()  # an empty array is one more to send
         grad = grad_BD.detach().to("cpu", torch.float32).numpy()
         self._updates.append(self._shard.start("apply", epoch, step, rows_B, grad, lr, unmoved))
         # What was gathered ahead of this update is out of date where they share a row.
@@ -217,7 +215,7 @@ class LatentTable:
 
     def skip(self, epoch: int, step: int, rows_B: Rows) -> None:
         """Count rows as visited without moving them, such as those of a step that was not finite."""
-        self._raise_failed()
+        self._make_room()
         self._updates.append(self._shard.start("skip", epoch, step, np.array(rows_B, np.int64)))
 
     def flush(self) -> None:
@@ -252,9 +250,9 @@ class LatentTable:
         self._gathers.clear()
         self._shard.close()
 
-    def _raise_failed(self) -> None:
-        """Surface failures without waiting; updates end in order, so the oldest is looked at first."""
-        while self._updates and self._shard.done(self._updates[0]):
+    def _make_room(self) -> None:
+        """Ask after the oldest update only when as many as may be are under way: asking takes time too."""
+        while len(self._updates) >= self._in_flight:
             self._shard.finish(self._updates.popleft())
 
 
@@ -275,9 +273,6 @@ class _InProcess:
         if error is not None:
             raise error
         return result
-
-    def done(self, call: Any) -> bool:
-        return True
 
     def close(self) -> None:
         del self._target
@@ -310,10 +305,6 @@ class _InActor:
                 f"the process that holds latent rows {self._rows.start}..{self._rows.stop - 1} was lost; "
                 "the run can go on from its last checkpoint"
             ) from error
-
-    def done(self, call: Any) -> bool:
-        ready, _ = self._ray.wait([call], timeout=0)
-        return bool(ready)
 
     def close(self) -> None:
         self._ray.kill(self.actor)

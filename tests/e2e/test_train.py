@@ -99,9 +99,9 @@ def test_samples_come_from_a_run_folder_and_from_the_registry(glann, undisturbed
     assert np.array_equal(a, b)
     assert glann("interpolate", "runs/undisturbed", "--out", "between.png").returncode == 0
     assert (glann.folder / "between.png").stat().st_size > 100
-    evaluated = glann("evaluate", "runs/undisturbed", "--samples", "50", "--extractor", "lite0")
+    evaluated = glann("evaluate", "runs/undisturbed", "--samples", "50", "--extractor", "squeezenet")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert "fd_lite0" in evaluated.stdout
+    assert "fd_squeezenet" in evaluated.stdout
 
 
 def test_interrupted_and_killed_it_ends_bit_for_bit_like_an_undisturbed_run(glann, undisturbed):

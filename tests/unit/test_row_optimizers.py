@@ -183,11 +183,11 @@ def test_a_snapshot_of_another_kind_is_refused_and_changes_nothing():
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_a_table_in_process_raises_the_error_of_an_update_at_the_next_call():
+def test_a_table_in_process_raises_the_error_of_an_update_at_the_next_update():
     table = LatentTable.in_process(range(10), DIM, 0)
     table.push(0, 0, [3], torch.full((1, DIM), float("nan")), LR)
     with pytest.raises(UserError, match=r"rows \[3\]"):
-        table.take([3])
+        table.push(0, 1, [4], torch.zeros(1, DIM), LR)
 
 
 def test_codes_gathered_ahead_of_an_update_are_gathered_again():
