@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 
+EPOCHS = 15
+
+
 class DigitJudge(nn.Module):
     """Two convolutions and two dense layers; over 97% on held-out real digits after a few epochs."""
 
@@ -41,11 +44,13 @@ def train_judge(images_NHW: np.ndarray, labels_N: np.ndarray, seed: int) -> tupl
     held, used = order[: len(order) // 5], order[len(order) // 5 :]
     judge = DigitJudge()
     optimizer = torch.optim.Adam(judge.parameters(), lr=2e-3)
-    for _ in range(15):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    for _ in range(EPOCHS):
         for batch in used[torch.randperm(len(used))].split(64):
             optimizer.zero_grad()
             nn.functional.cross_entropy(judge(x[batch]), y[batch]).backward()
             optimizer.step()
+        schedule.step()
     judge.eval()
     with torch.no_grad():
         accuracy = (judge(x[held]).argmax(1) == y[held]).float().mean()
