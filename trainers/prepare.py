@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -13,6 +13,7 @@ from ..config import Config, validate
 from ..datasets.fit import require_fit
 from ..datasets.index import Index
 from ..errors import UserError
+from ..tracking.runs import flatten
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +81,7 @@ def refuse_other_configuration(config: Config) -> None:
         saved = validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is damaged; restore it, or start a new run with name=...") from error
-    there, here = flat(saved.model_dump(mode="json")), flat(config.model_dump(mode="json"))
+    there, here = flatten(saved.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
     differing = [key for key in here if here[key] != there.get(key) and not is_free(key)]
     if differing:
         told = ", ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing[:3])
@@ -92,14 +93,6 @@ def refuse_other_configuration(config: Config) -> None:
 
 def is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 @contextmanager
