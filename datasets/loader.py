@@ -44,7 +44,7 @@ class BadRows:
 
     Args:
         max_fraction: share of `rows` that may be bad (`data.max_bad_fraction`).
-        rows: rows of the data set that are in use.
+        rows: rows that are counted; with several workers each one's own, so that all together stay below the share.
     """
 
     def __init__(self, max_fraction: float, rows: int):

@@ -58,7 +58,6 @@ def train_glo(
     Raises:
         UserError: `glo.max_bad_steps` steps in a row were not finite.
     """
-    # counted on each worker against its own rows, so that all together stay below the share
     bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(latents.rows)), 0
     for epoch in range(start[0], config.glo.epochs):
         first_step = start[1] if epoch == start[0] else 0
