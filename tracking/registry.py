@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import EnvironmentFault, UserError
-from .connection import default_uri, redact, registry_uri, tame_mlflow
+from .connection import default_uri, make_client, redact, registry_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -99,11 +99,12 @@ def download(uri: str, scratch: Path) -> Path:
     from mlflow.exceptions import MlflowException
 
     address = default_uri(None)
-    tame_mlflow()
     try:
+        # MLflow's own resolution of models:/ asks the process-wide server, whatever it is given.
+        where = _location(make_client(address), uri)
         return Path(
             download_artifacts(
-                artifact_uri=uri, dst_path=str(scratch), tracking_uri=address, registry_uri=registry_uri(address)
+                artifact_uri=where, dst_path=str(scratch), tracking_uri=address, registry_uri=registry_uri(address)
             )
         )
     except MlflowException as error:
@@ -113,6 +114,20 @@ def download(uri: str, scratch: Path) -> Path:
         raise EnvironmentFault(f"cannot fetch {uri} from {redact(address)}: {detail}") from error
     except OSError as error:
         raise EnvironmentFault(f"cannot fetch {uri} from {redact(address)}: {redact(str(error))[:300]}") from error
+
+
+def _location(client: MlflowClient, uri: str) -> str:
+    """Where the files of `models:/name@alias`, `models:/name/version` or `models:/model-id` lie."""
+    reference = uri.removeprefix("models:/").strip("/")
+    name, at, alias = reference.partition("@")
+    if at:
+        return client.get_model_version_download_uri(name, client.get_model_version_by_alias(name, alias).version)
+    name, slash, version = reference.partition("/")
+    if not slash:
+        return client.get_logged_model(name).artifact_location
+    if not version.isdecimal():
+        raise UserError(f"{uri} names no version; write models:/{name}/3 or models:/{name}@{ALIAS}")
+    return client.get_model_version_download_uri(name, version)
 
 
 def _register(client: MlflowClient, name: str, logged: Any, run_id: str) -> str:

@@ -68,9 +68,9 @@ def test_the_same_command_again_says_so_and_ends_at_once(glann, undisturbed):
     assert "finished already" in again.stdout
 
 
-def test_mlflow_has_the_run_and_the_registered_model_draws(glann, undisturbed):
+def test_mlflow_has_the_run_and_the_registered_model_draws(glann, undisturbed, monkeypatch):
     uri = f"sqlite:///{glann.folder / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("glann")
     [run] = [

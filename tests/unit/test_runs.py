@@ -319,9 +319,14 @@ def test_the_model_is_logged_registered_and_loads_back(tmp_path, server, monkeyp
     assert run.model.uri == "models:/digits@challenger"
     assert run.model.version == "1"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    # A process that has spoken to another server before is not misled by it.
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", f"sqlite:///{tmp_path / 'other.db'}")
     expected = load_model(folder).sample(3, seed=5)
     for uri in ("models:/digits@challenger", "models:/digits/1"):
         np.testing.assert_array_equal(load_model(uri).sample(3, seed=5), expected)
+    with pytest.raises(UserError, match="names no version"):
+        load_model("models:/digits/newest")
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
     served = mlflow.pyfunc.load_model("models:/digits@challenger").predict({"n": 3, "seed": 5, "truncation": 1.0})
     np.testing.assert_array_equal(served, expected)
     with pytest.raises(UserError, match="no model models:/digits@champion"):
