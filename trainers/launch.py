@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import signal
 import threading
 import warnings
@@ -36,8 +37,9 @@ def ray_cluster(config: Config) -> Iterator[None]:
     # a worker that runs out of a stopped driver's sight must not print over the progress bar
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # listens on loopback alone
+    if address in (None, "local"):
+        address = None
+        protect_local_ray()
     import ray
 
     joined = ray.is_initialized()
@@ -59,6 +61,16 @@ def ray_cluster(config: Config) -> Iterator[None]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+def protect_local_ray() -> None:
+    """Give the local Ray about to be started a token of its own, unless the environment says otherwise.
+
+    Whatever address it is given, a local Ray listens on every interface, and who reaches it may run code.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def refuse_too_few_gpus(config: Config, resources: dict[str, float]) -> None:
