@@ -6,11 +6,24 @@
 
 from __future__ import annotations
 
+import re
+
+# user:password@ of an address. A password may hold a slash (SQLAlchemy takes one); a port is no password.
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^\s/]*@|[^\s/:@]*:(?!\d+(?:[/\s]|$))[^\s@]*@)")
+
+
+def redact(text: str) -> str:
+    """The text with `user:password@` of every address in it replaced by `***@`."""
+    return _CREDENTIALS.sub("***@", text)
+
 
 class GlannError(Exception):
-    """A failure that is explained by its message: what, where and what to do."""
+    """A failure that is explained by its message: what, where and what to do. Addresses lose their passwords."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class UserError(GlannError):

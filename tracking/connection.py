@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import Config
-from ..errors import UserError
+from ..errors import UserError, redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +32,6 @@ SETTINGS = {
 START_TIMEOUT_S = 30.0
 # Making the tables of a new database took 12 s on two busy cores.
 SQLITE_START_TIMEOUT_S = 120.0
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
 
 
 def default_uri(configured: str | None) -> str:
@@ -44,11 +42,6 @@ def default_uri(configured: str | None) -> str:
 def registry_uri(tracking_uri: str) -> str:
     """The registry's address: the environment's, else the tracking server."""
     return os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri
-
-
-def redact(text: str) -> str:
-    """The text with `user:password@` of every address in it replaced by `***@`."""
-    return _CREDENTIALS.sub("***@", text)
 
 
 def tame_mlflow() -> None:
@@ -122,7 +115,15 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 def redacted_config(config: Config) -> Config:
     """The configuration as it may be shown to others: addresses without credentials."""
-    return Config.model_validate_json(redact(config.model_dump_json()))
+    return Config.model_validate(_redacted(config.model_dump(mode="json")))
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _check_sqlite(uri: str) -> None:

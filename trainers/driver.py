@@ -14,6 +14,7 @@ from ..datasets.index import Index
 from ..datasets.storage import open_store
 from ..errors import GlannError, UserError
 from ..metrics.extractors import build_extractor
+from ..tracking.connection import redacted_config
 from ..tracking.runs import Status, TrackedRun
 from . import finish
 from .launch import RunStopped, ray_cluster, run_workers
@@ -58,7 +59,7 @@ def run(config: Config, index: Index, tracked: TrackedRun, console: Console) -> 
     """Train on the workers, then package, measure and report, telling MLflow how it ended."""
     status: Status = "FAILED"
     try:
-        (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
         checkpoints.remove_torn(open_store(config.checkpoint_url, config.s3))
         with ray_cluster(config), RunLog(config, tracked, console) as log:
             run_workers(config, log)

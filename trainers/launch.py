@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import EnvironmentFault, GlannError, UserError
+from ..tracking.connection import redacted_config
 from .mailbox import Mailbox
 
 POLL_S = 0.2
@@ -129,13 +130,15 @@ def fit_workers(config: Config, mailbox: Any) -> Any:
     from .worker import train_worker
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.cluster.start_timeout_s))
+    # Ray shows it on its dashboard; workers talk to no tracking server
+    task = redacted_config(config.with_absolute_paths()).model_dump(mode="json")
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.with_absolute_paths().model_dump(mode="json"), "mailbox": mailbox},
+        train_loop_config={"config": task, "mailbox": mailbox},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
