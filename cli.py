@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from .cli_data import Endpoint, data_app, s3_at
-from .errors import GlannError, UserError
+from .errors import GlannError, UserError, redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from types import TracebackType
 
     from numpy import uint8
     from numpy.typing import NDArray
@@ -290,6 +291,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         raise
     except Exception as error:
         if show:
+            sys.excepthook = _traceback  # shows it as Python does, without passwords
             raise
         message, status = explain(error)
         _tell(message)
@@ -303,9 +305,15 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"{'stopped' if error.exit_status == STOPPED else 'error'}: {error}", error.exit_status
     if isinstance(error, OSError) and error.strerror:
         return f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), 1
-    text = " ".join(str(error).split())[:300]
+    text = redact(" ".join(str(error).split()))[:300]
     kind = type(error).__name__
     return f"error: unexpected {kind}: {text}; this is a bug, run it again with --traceback and report it", BUG
+
+
+def _traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    import traceback
+
+    _tell(redact("".join(traceback.format_exception(kind, error, at))))
 
 
 def _tell(line: str) -> None:
