@@ -37,9 +37,11 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from ..config import S3Config
 from ..errors import EnvironmentFault, GlannError, UserError
-from .storage import MissingObject, ObjectExists, TruncatedObject, check_key, os_fault, temporary_beside
+from .storage import Data, MissingObject, ObjectExists, TruncatedObject, check_key, os_fault, temporary_beside
 
 MULTIPART_BYTES = 64 << 20
+STREAM_BYTES = 16 << 20  # of a stream, so much is a part
+STREAM_PARTS = 4  # parts of a stream that are held and under way at a time
 _BROKEN_BODY = (
     ResponseStreamingError,
     IncompleteReadError,
@@ -70,6 +72,14 @@ class S3Store:
         self._transfer = TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 4, max_concurrency=8
         )
+        self._stream = TransferConfig(
+            multipart_threshold=STREAM_BYTES, multipart_chunksize=STREAM_BYTES, max_concurrency=STREAM_PARTS
+        )
+        self._stream.max_in_memory_upload_chunks = STREAM_PARTS  # boto3 does not pass it on
+
+    def __reduce__(self) -> tuple[type[S3Store], tuple[str, S3Config]]:
+        """A client cannot travel to another process; the address and how to reach it can."""
+        return S3Store, (self.url, self._s3)
 
     def read(self, key: str) -> bytes:
         return self._body(key, None)
@@ -77,10 +87,17 @@ class S3Store:
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         return self._body(key, (offset, length)) if length else b""
 
-    def write(self, key: str, data: bytes | Path, *, only_if_absent: bool = False) -> None:
+    def write(self, key: str, data: Data, *, only_if_absent: bool = False) -> None:
         place = self._place(key)
         with self._faults(key):
-            if only_if_absent:
+            if isinstance(data, Iterator):
+                if only_if_absent:
+                    raise ValueError("a stream cannot be written on condition")
+                # boto3 repeats each part on its own and aborts the upload if one cannot be sent.
+                stream = _Stream(data)
+                self._client.upload_fileobj(stream, place["Bucket"], place["Key"], Config=self._stream)
+                self._check_size(key, stream.size)
+            elif only_if_absent:
                 # One request even for a large file: the condition must hold for the object as a whole.
                 with contextlib.ExitStack() as stack:
                     body = stack.enter_context(open(data, "rb")) if isinstance(data, Path) else data
@@ -134,6 +151,20 @@ class S3Store:
     def delete(self, key: str) -> None:
         with self._faults(key):
             self._client.delete_object(**self._place(key))
+
+    def sweep(self, prefix: str = "") -> None:
+        """Abort multipart uploads that were never completed; a server that cannot list them keeps them."""
+        with self._faults(prefix):
+            pages = self._client.get_paginator("list_multipart_uploads")
+            try:
+                for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
+                    for upload in page.get("Uploads", ()):
+                        with contextlib.suppress(self._client.exceptions.NoSuchUpload):
+                            place = {"Bucket": self._bucket, "Key": upload["Key"]}
+                            self._client.abort_multipart_upload(**place, UploadId=upload["UploadId"])
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (405, 501):
+                    raise
 
     def _place(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
@@ -204,6 +235,32 @@ class S3Store:
             raise _explain_transfer(error, where, self._bucket, server) from error
         except OSError as error:
             raise os_fault(error, error.filename or where) from error
+
+
+class _Stream:
+    """Pieces that follow one another, as the file that boto3 wants; what was read is counted and let go."""
+
+    def __init__(self, pieces: Iterator[memoryview]):
+        self.size = 0
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+
+    def read(self, amount: int = -1) -> bytes:
+        """The next `amount` bytes, fewer only at the end; all that is left if it is negative."""
+        taken: list[memoryview] = []
+        missing = amount if amount >= 0 else 1 << 62
+        while missing:
+            if not self._rest:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    break
+                self._rest = piece
+            taken.append(self._rest[:missing])
+            self._rest = self._rest[missing:]
+            missing -= len(taken[-1])
+        data = b"".join(taken)
+        self.size += len(data)
+        return data
 
 
 def _explain(error: ClientError, where: str, bucket: str, server: str) -> UserError | EnvironmentFault:

@@ -25,6 +25,9 @@ _TEMPORARY = ".glann-tmp-"  # prefix of files that are still being written; neve
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
+Data = bytes | Path | Iterator[memoryview]  # bytes, a local file, or a stream of pieces
+
+
 class MissingObject(UserError):
     """There is no object of that key."""
 
@@ -48,8 +51,12 @@ class Store(Protocol):
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`. Raises MissingObject, or TruncatedObject when it is shorter."""
 
-    def write(self, key: str, data: bytes | Path, *, only_if_absent: bool = False) -> None:
-        """Store bytes, or the contents of a local file, atomically. Raises ObjectExists."""
+    def write(self, key: str, data: Data, *, only_if_absent: bool = False) -> None:
+        """Store bytes, the contents of a local file, or a stream of pieces, atomically.
+
+        A stream of any length is held a few parts at a time. Raises ObjectExists if `only_if_absent`; such
+        a write may also meet what it stored itself, where an answer was lost and the request repeated.
+        """
 
     def download(self, key: str, path: Path) -> None:
         """Copy the object to the local file `path`, which appears only once it is complete."""
@@ -68,6 +75,9 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object; one that is already gone is not an error."""
+
+    def sweep(self, prefix: str = "") -> None:
+        """Remove what writers that were killed left unfinished below `prefix`: only for when nobody writes there."""
 
 
 def open_store(url: str, s3: S3Config | None = None) -> Store:
@@ -130,7 +140,7 @@ class LocalStore:
             raise TruncatedObject(f"{self.path(key)} ends before byte {offset + length}")
         return data
 
-    def write(self, key: str, data: bytes | Path, *, only_if_absent: bool = False) -> None:
+    def write(self, key: str, data: Data, *, only_if_absent: bool = False) -> None:
         target = self.path(key)
         with self._faults(key):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,9 +185,16 @@ class LocalStore:
         with self._faults(key):
             path = self.path(key)
             path.unlink(missing_ok=True)
-        if path.parent != self.root:
-            with contextlib.suppress(OSError):  # not empty yet; object stores have no empty folders either
-                path.parent.rmdir()
+        with contextlib.suppress(OSError):  # not empty yet; object stores have no empty folders either
+            for folder in path.parents[: len(Path(key).parts) - 1]:
+                folder.rmdir()
+
+    def sweep(self, prefix: str = "") -> None:
+        with self._faults(prefix):
+            for folder, _, names in os.walk(self.root):
+                inside = os.path.relpath(folder, self.root).replace(os.sep, "/") + "/"
+                if inside.removeprefix("./").startswith(prefix) and any(n.startswith(_TEMPORARY) for n in names):
+                    sweep(Path(folder))
 
     @contextlib.contextmanager
     def _faults(self, key: str) -> Iterator[None]:
@@ -245,12 +262,13 @@ def sweep(folder: Path) -> None:
                 os.unlink(entry.path)
 
 
-def _fill(file: IO[bytes], data: bytes | Path) -> None:
+def _fill(file: IO[bytes], data: Data) -> None:
     if isinstance(data, Path):
         with open(data, "rb") as source:
             shutil.copyfileobj(source, file, 1 << 20)
     else:
-        file.write(data)
+        for piece in [data] if isinstance(data, bytes) else data:
+            file.write(piece)
     file.flush()
     os.fsync(file.fileno())
 

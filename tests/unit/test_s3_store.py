@@ -1,6 +1,7 @@
 """S3 through an in-process server: what is stored comes back whole, every failure is one line without keys."""
 
 import http.server
+import pickle
 import tarfile
 import threading
 import zipfile
@@ -80,6 +81,67 @@ def test_a_big_file_goes_in_parts_and_comes_back_the_same(s3, tmp_path, monkeypa
     store.download("big", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "big"]
+
+
+def pieces(data: bytes, size: int):
+    return (memoryview(data)[at : at + size] for at in range(0, len(data), size))
+
+
+@pytest.mark.parametrize("size", [0, 5, 5 << 20, (11 << 20) + 3])
+def test_a_stream_of_any_length_comes_back_the_same(s3, monkeypatch, size):
+    monkeypatch.setattr(s3_module, "STREAM_BYTES", 5 << 20)
+    store = open_store("s3://images/run", s3)
+    data = np.random.default_rng(2).bytes(size)
+    store.write("stream", pieces(data, 1_000_003))
+    assert store.read("stream") == data
+
+
+def test_a_stream_is_held_a_few_parts_at_a_time(s3, monkeypatch):
+    monkeypatch.setattr(s3_module, "STREAM_BYTES", 5 << 20)
+    store = open_store("s3://images/run", s3)
+    sent = []
+    place = store._client.meta.events
+    place.register("before-call.s3.UploadPart", lambda **_: sent.append(1), "count")
+    ahead = []
+
+    def produced():
+        for number in range(1, 41):
+            ahead.append(number - 5 * len(sent))
+            yield memoryview(bytes(1 << 20))
+
+    store.write("stream", produced())
+    place.unregister("before-call.s3.UploadPart", unique_id="count")
+    assert len(sent) == 8
+    assert max(ahead) <= 5 * (s3_module.STREAM_PARTS + 2)
+
+
+def test_a_stream_that_breaks_off_leaves_neither_object_nor_upload(s3, monkeypatch):
+    monkeypatch.setattr(s3_module, "STREAM_BYTES", 5 << 20)
+    store = open_store("s3://images/run", s3)
+
+    def breaking():
+        yield memoryview(bytes(12 << 20))
+        raise RuntimeError("broke off")
+
+    with pytest.raises(RuntimeError, match="broke off"):
+        store.write("stream", breaking())
+    assert store.list() == []
+    assert not store._client.list_multipart_uploads(Bucket="images").get("Uploads")
+
+
+def test_uploads_of_killed_writers_are_swept_and_their_neighbours_left_alone(s3):
+    store = open_store("s3://images/run", s3)
+    for key in ("run/step-1/x", "run/other", "run-2/step-1/x"):
+        store._client.create_multipart_upload(Bucket="images", Key=key)
+    store.sweep("step-")
+    left = store._client.list_multipart_uploads(Bucket="images")["Uploads"]
+    assert {upload["Key"] for upload in left} == {"run/other", "run-2/step-1/x"}
+
+
+def test_a_store_travels_to_another_process(s3):
+    open_store("s3://images/run", s3).write("x", b"1")
+    again = pickle.loads(pickle.dumps(open_store("s3://images/run", s3)))
+    assert again.read("x") == b"1"
 
 
 def test_a_conditional_write_never_overwrites(s3, tmp_path):

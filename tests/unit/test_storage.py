@@ -32,6 +32,40 @@ def test_what_is_written_is_read(tmp_path):
     assert not store.exists("c.bin")
 
 
+def test_a_stream_is_stored_as_a_whole_or_not_at_all(tmp_path):
+    store = LocalStore(tmp_path)
+    store.write("a", iter([memoryview(b"012"), memoryview(b""), memoryview(b"3")]))
+    assert store.read("a") == b"0123"
+
+    def breaking():
+        yield memoryview(b"012")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        store.write("b", breaking())
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_folders_go_with_their_last_file(tmp_path):
+    store = LocalStore(tmp_path / "root")
+    store.write("a/b/c/x", b"")
+    store.write("a/y", b"")
+    store.delete("a/b/c/x")
+    assert os.listdir(tmp_path / "root" / "a") == ["y"]
+    store.delete("a/y")
+    assert os.listdir(tmp_path / "root") == []
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+    store = LocalStore(tmp_path)
+    for folder in ("step-1/a", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"{storage._TEMPORARY}1").write_bytes(b"half")
+    store.sweep("step-")
+    assert not os.listdir(tmp_path / "step-1" / "a")
+    assert os.listdir(tmp_path / "other")
+
+
 def test_a_file_url_is_a_folder(tmp_path):
     open_store(f"file://{tmp_path}").write("x", b"1")
     assert (tmp_path / "x").read_bytes() == b"1"
