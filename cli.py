@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from .cli_data import Endpoint, data_app, s3_at
+from .cli_jobs import jobs_app, submit
 from .errors import GlannError, UserError, redact
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.add_typer(jobs_app, name="jobs")
 
 Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="a recipe's name or a YAML file; see `glann recipes`")]
 MaybeRecipe = Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="a recipe's name or a YAML file")]
@@ -85,6 +87,7 @@ def root(
     glann train celebahq-1024 --dry-run         what it would cost
     glann sample runs/digits --out samples.png  new images from a finished run
     glann doctor celebahq-1024                  is this cluster ready for it?
+    glann submit celebahq-1024 ...              train on a cluster that is somewhere else
     """
 
 
@@ -113,6 +116,9 @@ def train(
 
     console = _console()
     console.print(run(resolved, console))
+
+
+app.command()(submit)
 
 
 @app.command()

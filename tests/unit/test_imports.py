@@ -25,6 +25,7 @@ FLOORS = {
     "trainers": 5,
     "tuning": 6,
     "cli_data": 7,
+    "cli_jobs": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -1,0 +1,44 @@
+"""Says which versions every node of a cluster has; it runs there, on its own, whatever is installed.
+
+`glann submit` ships this one file and runs `python3 probe.py torch deepspeed ...` on the head.  It may meet
+an old Python without most of the packages, so it needs nothing but Ray, and says even that of itself.
+"""
+
+import json
+import sys
+
+MARK = "VERSIONS "
+TIMEOUT_S = 90
+
+
+def versions(names):
+    """Versions by distribution name, None for what is not installed, and of Python."""
+    import platform
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def nodes(names):
+    """Versions by node, of all nodes that are up."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    look = ray.remote(num_cpus=0)(versions)
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[node["NodeManagerAddress"]] = look.options(scheduling_strategy=here).remote(names)
+    return {address: ray.get(answer, timeout=TIMEOUT_S) for address, answer in asked.items()}
+
+
+if __name__ == "__main__":
+    print(MARK + json.dumps(nodes(sys.argv[1:])), flush=True)
