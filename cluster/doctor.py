@@ -11,13 +11,9 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -29,10 +25,12 @@ from ..config import Config
 from ..datasets.fit import require_fit
 from ..datasets.index import Index
 from ..datasets.storage import MissingObject, open_store
-from ..errors import GlannError, UserError
+from ..errors import GlannError, UserError, redact
+from . import exposure
+from .check import Check
+from .exposure import ray_address
 
 MAIN_PACKAGES = ("torch", "ray", "deepspeed", "mlflow")  # told one by one; the others share a line
-CONNECT_TIMEOUT_S = 5.0
 RAY_TIMEOUT_S = 60.0
 GIB = 1 << 30
 MIN_DISK_GIB = 5
@@ -44,29 +42,29 @@ _RAY_PROBE = """
 import json, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 print("RESOURCES " + json.dumps(ray.cluster_resources()))
+import grpc
+from ray.core.generated import gcs_service_pb2 as messages, gcs_service_pb2_grpc as services
+head = services.NodeInfoGcsServiceStub(grpc.insecure_channel(ray.get_runtime_context().gcs_address))
+try:
+    head.CheckAlive(messages.CheckAliveRequest(), timeout=10)  # without a token
+    print("OPEN")
+except grpc.RpcError:
+    pass
 """
-
-
-@dataclass(frozen=True)
-class Check:
-    """The answer to one question: what was found and, where it is bad, what to do."""
-
-    name: str
-    ok: bool
-    found: str
-    remedy: str = ""
 
 
 def checks(config: Config | None = None) -> Iterator[Check]:
     """All checks, one after the other; with a configuration also its data, cluster and tracking."""
     yield from package_checks()
     yield accelerators(config)
-    yield auth_mode(config)
+    yield exposure.auth_mode(config)
     yield ray_cluster(config)
     yield from disk_checks(config)
     yield shared_memory()
     if config is not None:
-        yield tracking_server(config)
+        yield from tracking(config)
+        if transport := exposure.storage_transport(config):
+            yield transport
         yield data_set(config)
         yield checkpoints(config)
 
@@ -131,41 +129,13 @@ def accelerators(config: Config | None) -> Check:
     return Check("accelerators", True, found)
 
 
-def ray_address(config: Config | None) -> str | None:
-    """The cluster a run would join; None for a Ray of its own on this machine."""
-    address = (config.cluster.address if config else None) or os.environ.get("RAY_ADDRESS") or None
-    return None if address == "local" else address
-
-
-def auth_mode(config: Config | None) -> Check:
-    """Head, joiners and drivers must agree on token authentication, or they wait and fail."""
-    mode = os.environ.get("RAY_AUTH_MODE")
-    if ray_address(config) is None:
-        return Check("ray auth", True, f"RAY_AUTH_MODE={mode}" if mode else "local Ray: not needed")
-    if mode is None:
-        return Check(
-            "ray auth",
-            False,
-            "RAY_AUTH_MODE is not set",
-            "export RAY_AUTH_MODE=token (or disabled) as on the head node",
-        )
-    if mode == "disabled":
-        return Check("ray auth", True, "disabled: whoever reaches the cluster's ports may run code on it")
-    if mode != "token":
-        return Check("ray auth", False, f"RAY_AUTH_MODE={mode}", "use token or disabled")
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if os.environ.get("RAY_AUTH_TOKEN") or path.is_file():
-        return Check("ray auth", True, "token")
-    return Check("ray auth", False, f"no token at {path}", "copy ~/.ray/auth_token from the head node")
-
-
 def ray_cluster(config: Config | None) -> Check:
     """Whether the cluster answers and has what the run asks for."""
     address = ray_address(config)
     if address is None:
         return Check("ray", True, "a local Ray will be started")
     split = urlsplit(address if "://" in address else f"//{address}")
-    if split.hostname and split.port and not _listens(split.hostname, split.port):
+    if split.hostname and split.port and not exposure.listens(split.hostname, split.port):
         return Check("ray", False, f"nothing answers at {address}", "check cluster.address and the head's firewall")
     try:
         result = subprocess.run(
@@ -177,6 +147,8 @@ def ray_cluster(config: Config | None) -> Check:
     if result.returncode or not answer:
         reason = (result.stderr.strip().splitlines() or ["no answer"])[-1]
         return Check("ray", False, f"{address}: {reason}", "compare Ray versions and RAY_AUTH_MODE with the head's")
+    if "OPEN" in result.stdout.splitlines():
+        return Check("ray", False, f"{address} takes code to run from anyone, without a token", exposure.RAY_REMEDY)
     return _enough(address, json.loads(answer[0].removeprefix("RESOURCES ")), config)
 
 
@@ -195,14 +167,6 @@ def _enough(address: str, resources: dict[str, float], config: Config | None) ->
                 "wait for the cluster to grow, or lower cluster.workers, cpus_per_worker or gpus_per_worker",
             )
     return Check("ray", True, found)
-
-
-def _listens(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), CONNECT_TIMEOUT_S):
-            return True
-    except OSError:
-        return False
 
 
 def disk_checks(config: Config | None) -> Iterator[Check]:
@@ -246,37 +210,25 @@ def shared_memory() -> Check:
     return Check("shared memory", True, f"{free / GIB:.0f} GiB free")
 
 
-def tracking_server(config: Config) -> Check:
-    """MLflow: a server that answers, or a database file that can be written."""
+def tracking(config: Config) -> Iterator[Check]:
+    """MLflow: a server that answers, and to whom, or a database file that can be written."""
     if not config.tracking.enabled:
-        return Check("mlflow server", True, "tracking is off")
+        yield Check("mlflow server", True, "tracking is off")
+        return
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    split = urlsplit(uri)
-    where = uri.replace(f"{split.netloc.rpartition('@')[0]}@", "", 1)  # a password is not for the screen
-    if split.scheme in ("http", "https"):
-        return _mlflow_answers(uri, where)
-    if split.scheme == "sqlite":
+    scheme, where = uri.partition("://")[0] if "://" in uri else "", redact(uri)
+    if scheme in ("http", "https"):
+        yield from exposure.tracking_server(config)
+    elif scheme == "sqlite":
         folder = _nearest_existing(Path(uri.removeprefix("sqlite:///")).parent)
-        if os.access(folder, os.W_OK):
-            return Check("mlflow server", True, where)
-        return Check("mlflow server", False, f"{folder} cannot be written", "set tracking.uri to another place")
-    if split.scheme in ("", "file"):
-        return Check(
-            "mlflow server", False, f"{where}: MLflow no longer has a file store", "use sqlite:///FILE or http://"
-        )
-    return Check("mlflow server", True, f"{where} (a database or service of its own: not tried)")
-
-
-def _mlflow_answers(uri: str, where: str) -> Check:
-    remedy = "start it with `mlflow server`, correct tracking.uri, or set tracking.enabled=false"
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=CONNECT_TIMEOUT_S):
-            return Check("mlflow server", True, where)
-    except urllib.error.HTTPError as error:
-        return Check("mlflow server", False, f"{where} answers with HTTP {error.code}", remedy)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        return Check("mlflow server", False, f"{where}: {reason}", remedy)
+        writable = os.access(folder, os.W_OK)
+        found = where if writable else f"{folder} cannot be written"
+        yield Check("mlflow server", writable, found, "" if writable else "set tracking.uri to another place")
+    elif scheme in ("", "file"):
+        found = f"{where}: MLflow no longer has a file store"
+        yield Check("mlflow server", False, found, "use sqlite:///FILE or http://")
+    else:
+        yield Check("mlflow server", True, f"{where} (a database or service of its own: not tried)")
 
 
 def data_set(config: Config) -> Check:

@@ -94,39 +94,6 @@ def test_gpus_that_are_not_there_are_missed_only_by_local_runs(monkeypatch: pyte
     assert doctor.accelerators(load("digits")).ok
 
 
-@pytest.mark.parametrize(
-    ("mode", "token", "ok"),
-    [
-        (None, "", False),
-        ("token", "", False),
-        ("token", "secret", True),
-        ("disabled", "", True),
-        ("tokens", "x", False),
-    ],
-)
-def test_a_cluster_needs_an_explicit_auth_mode(
-    mode: str | None, token: str, ok: bool, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("HOME", str(elsewhere))
-    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    if mode is not None:
-        monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    check = doctor.auth_mode(load("digits", ["cluster.address=auto"]))
-    assert check.ok == ok
-    assert bool(check.remedy) != ok
-    assert "secret" not in str(check)
-    assert doctor.auth_mode(load("digits")).ok
-
-
-def test_the_token_file_is_found(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(elsewhere / "token"))
-    config = load("digits", ["cluster.address=auto"])
-    assert not doctor.auth_mode(config).ok
-    (elsewhere / "token").write_text("secret")
-    assert doctor.auth_mode(config).ok
-
-
 def test_a_head_that_does_not_listen_is_bad_at_once():
     check = doctor.ray_cluster(load("digits", [f"cluster.address={UNREACHABLE}"]))
     assert not check.ok
@@ -152,11 +119,15 @@ def test_a_cluster_is_compared_with_what_the_recipe_asks_for(
     assert ("asks for 80 CPUs, 8 GPUs" in check.found) != ok
 
 
-def test_a_cluster_that_refuses_or_hangs_is_bad(monkeypatch: pytest.MonkeyPatch):
+def test_a_cluster_that_refuses_hangs_or_takes_anyone_is_bad(monkeypatch: pytest.MonkeyPatch):
     config = load("digits", ["cluster.address=auto"])
     answer = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nConnectionError: InvalidAuthToken")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: answer)
     assert "InvalidAuthToken" in doctor.ray_cluster(config).found
+
+    answer = SimpleNamespace(returncode=0, stdout='RESOURCES {"CPU": 80}\nOPEN\n', stderr="")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: answer)
+    assert "from anyone" in doctor.ray_cluster(config).found
 
     def hang(*args: object, **options: object) -> None:
         raise subprocess.TimeoutExpired("python", 60)
