@@ -247,7 +247,7 @@ def show_config(
         for key in describe_keys():
             typer.echo(f"{key.name}\n    {key.kind}, {key.default}\n    {key.meaning}")
     else:
-        typer.echo(_load(config or "", overrides).to_yaml(), nl=False)
+        typer.echo(redact(_load(config or "", overrides).to_yaml()), nl=False)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..config import Config
-from ..errors import EnvironmentFault, GlannError, UserError
+from ..errors import EnvironmentFault, GlannError, UserError, redact
 from ..tracking.connection import redacted_config
 from .mailbox import Mailbox
 
@@ -43,6 +44,7 @@ def ray_cluster(config: Config) -> Iterator[None]:
         protect_local_ray()
     import ray
 
+    hide_passwords()
     joined = ray.is_initialized()
     if not joined:
         local: dict[str, Any] = {}
@@ -72,6 +74,15 @@ def protect_local_ray() -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def hide_passwords() -> None:
+    """Take passwords in addresses out of this process's command line, which `ps` shows and Ray lists with its jobs."""
+    given = " ".join(sys.orig_argv)
+    if redact(given) != given:
+        from ray._raylet import setproctitle
+
+        setproctitle(redact(given))
 
 
 def refuse_too_few_gpus(config: Config, resources: dict[str, float]) -> None:
