@@ -6,10 +6,10 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --qui
 SPEC   := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs clean
+.PHONY: help demo test test-cluster lint types docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-6s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -38,6 +38,9 @@ demo: $(VENV)/.installed-run  ## train on 5,000 digits with two workers, from no
 
 test: $(VENV)/.installed-test  ## run the test suite
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cluster: $(VENV)/.installed-test  ## nodes in network namespaces, and every fault (root)
+	@$(BIN)/python -m pytest tests/netns -m "netns or matrix" -s $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style
 	@$(BIN)/ruff check .

