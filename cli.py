@@ -258,7 +258,7 @@ def recipes() -> None:
     for path in sorted(RECIPES.glob("*.yaml")):
         recipe = load(path)
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        where = f"{recipe.cluster.workers} x " + ("GPU" if recipe.cluster.gpus_per_worker else "CPU")
+        where = f"{recipe.cluster.max_workers} x " + ("GPU" if recipe.cluster.gpus_per_worker else "CPU")
         typer.echo(f"{path.stem:15} {recipe.data.resolution:5} px  {where:8} {first}")
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from .errors import UserError
 
@@ -106,7 +106,7 @@ class GloConfig(Section):
     """Stage 1 (GLO): latent codes and generator."""
 
     epochs: int = Field(ge=1, description="visits of each image")
-    batch_size: int = Field(128, ge=1, description="global batch, over all workers")
+    batch_size: int = Field(128, ge=1, description="global batch, over all workers, however many they are")
     latent_lr: Positive = Field(0.01, description="learning rate of the latent codes")
     generator_lr: Positive = Field(0.001, description="learning rate of the generator")
     betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's betas, for codes and generator")
@@ -124,6 +124,10 @@ class ImleConfig(Section):
     batch_size: int = Field(128, ge=1, description="global batch, over all workers")
     noise_dim: int = Field(32, ge=1, description="dimension of the noise e")
     hidden_dim: int = Field(128, ge=1, description="width of both hidden layers")
+    statistics: Literal["noise", "batch"] = Field(
+        "noise",
+        description="what BatchNorm in T normalises by: fresh noise, once; or each batch of matches, as published",
+    )
     lr: Positive = Field(1e-3, description="learning rate of the mapping (Adam)")
     weight_decay: float = Field(1e-5, ge=0, description="weight decay of the mapping")
     candidates: Positive = Field(2.0, description="fresh candidates per row and epoch (M = candidates x N)")
@@ -143,15 +147,42 @@ class EngineConfig(Section):
     compile: bool = Field(False, description="torch.compile the loss network and the generator")
 
 
+WorkerCount = Annotated[int, Field(ge=1, le=4096)]
+_EITHER = ("<number>", "<range>")  # tags of the two forms, never shown
+
+
+class Workers(Section):
+    """An elastic number of workers."""
+
+    min: WorkerCount = Field(description="go on with as few as these, and wait for them where there are fewer")
+    max: WorkerCount = Field(description="grow to as many as these, at the next checkpoint after nodes come")
+
+
 class ClusterConfig(Section):
     """Where the workers run."""
 
-    workers: int = Field(1, ge=1, le=4096, description="number of training workers")
+    workers: Annotated[
+        Annotated[WorkerCount, Tag(_EITHER[0])] | Annotated[Workers, Tag(_EITHER[1])],
+        Discriminator(lambda value: _EITHER[isinstance(value, dict | Workers)]),
+    ] = Field(
+        1, description="number of training workers, or {min: 1, max: 8}: as many as there is room for, at any time"
+    )
     address: str | None = Field(None, description="Ray cluster to join; empty means RAY_ADDRESS or a local Ray")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker; 0 trains on CPUs")
     cpus_per_worker: Positive = Field(1.0, description="CPU cores of each worker")
-    max_failures: int = Field(3, ge=-1, description="restarts after a lost worker or node; -1 is without end")
-    start_timeout_s: Positive = Field(120.0, description="seconds to wait for the workers' resources")
+    max_failures: int = Field(
+        3, ge=-1, description="restarts after losses with no new checkpoint between them; -1 is without end"
+    )
+    start_timeout_s: Positive = Field(600.0, description="seconds to wait for room, at the start and after a loss")
+    peer_timeout_s: float = Field(900.0, ge=10, description="seconds workers wait for one another in an exchange")
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
 class CheckpointConfig(Section):
@@ -220,13 +251,15 @@ class Config(Section):
                 f"generator.kind=resnet makes images from 64 px, data.resolution is {self.data.resolution}; "
                 "use generator.kind=infogan"
             )
-        shares = self.cluster.workers * self.engine.accumulation
-        if self.glo.batch_size % shares:
+        least, most = self.cluster.min_workers, self.cluster.max_workers
+        if least > most:
+            raise ValueError(f"cluster.workers has min={least} and max={most}; min must not be larger")
+        if self.glo.batch_size < most * self.engine.accumulation:
             raise ValueError(
-                f"glo.batch_size={self.glo.batch_size} does not divide into cluster.workers={self.cluster.workers} "
-                f"x engine.accumulation={self.engine.accumulation}; use a multiple of {shares}"
+                f"glo.batch_size={self.glo.batch_size} leaves no row for some of {most} workers x engine.accumulation="
+                f"{self.engine.accumulation} micro-batches; use at least {most * self.engine.accumulation}"
             )
-        if self.engine.kind == "torch" and (self.cluster.workers > 1 or self.engine.zero):
+        if self.engine.kind == "torch" and (most > 1 or self.engine.zero):
             raise ValueError("engine.kind=torch is one process without ZeRO; set cluster.workers=1 and engine.zero=0")
         if self.loss.patch and self.loss.patch > self.data.resolution:
             raise ValueError(f"loss.patch={self.loss.patch} is larger than data.resolution={self.data.resolution}")
@@ -333,13 +366,15 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str,
     keys: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         keys[prefix + name] = field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= known_keys(field.annotation, f"{prefix}{name}.")
+        forms = [get_args(part)[0] if get_args(part) else part for part in get_args(field.annotation)]
+        for form in [field.annotation, *forms]:  # a section, or a union that one is part of
+            if isinstance(form, type) and issubclass(form, BaseModel):
+                keys |= known_keys(form, f"{prefix}{name}.")
     return keys
 
 
 def _explain(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+    key = ".".join(str(part) for part in fault["loc"] if part not in _EITHER)
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key}{_suggest(key)}; see `glann config --help`"
     if fault["type"] == "missing":

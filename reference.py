@@ -56,5 +56,7 @@ def _kind(annotation: Any) -> str:
         return _kind(get_args(annotation)[0])
     if get_origin(annotation) is tuple:
         return "list of " + _kind(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     parts = [part for part in get_args(annotation) if part is not NoneType]
     return " | ".join(_kind(part) for part in parts) if parts else annotation.__name__

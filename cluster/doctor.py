@@ -118,7 +118,7 @@ def accelerators(config: Config | None) -> Check:
         found = ", ".join(f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in properties)
     if config is None or ray_address(config):
         return Check("accelerators", True, found)
-    needed = config.cluster.workers * config.cluster.gpus_per_worker
+    needed = config.cluster.min_workers * config.cluster.gpus_per_worker
     if needed > count:
         return Check(
             "accelerators",
@@ -157,8 +157,8 @@ def _enough(address: str, resources: dict[str, float], config: Config | None) ->
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     found = f"{address}: {cpus:g} CPUs, {gpus:g} GPUs"
     if config is not None:
-        need_cpus = config.cluster.workers * config.cluster.cpus_per_worker
-        need_gpus = config.cluster.workers * config.cluster.gpus_per_worker
+        need_cpus = config.cluster.min_workers * config.cluster.cpus_per_worker
+        need_gpus = config.cluster.min_workers * config.cluster.gpus_per_worker
         if cpus < need_cpus or gpus < need_gpus:
             return Check(
                 "ray",
@@ -244,7 +244,7 @@ def _read_data(config: Config) -> str:
         if data.source is not None and isinstance(error.__cause__, MissingObject):
             return f"nothing at {data.url} yet; training will pack {data.source} into it"
         raise
-    require_fit(index, data, config.cluster.workers)
+    require_fit(index, data, config.cluster.max_workers)
     store = open_store(data.url, config.s3)
     first_shard_end = int(index.first_S[1]) - 1 if len(index.first_S) > 1 else index.rows - 1
     for row in sorted({first_shard_end, index.rows - 1}):

@@ -1,10 +1,11 @@
 """Which worker owns which rows and in which order it visits them: pure functions, nothing to save.
 
-Legend: B rows of a local batch, N rows of the data set, n rows of one worker, W workers.
+Legend: B rows of a local batch, N rows of the data set, n rows of one worker, S steps, W workers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -21,25 +22,53 @@ def ranges(rows: int, world: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(starts)]
 
 
-def steps_per_epoch(rows: int, world: int, batch: int) -> int:
-    """Steps that every worker takes in a whole epoch: ceil(largest range / local batch)."""
-    return _ceil(_ceil(rows, world), batch)
+@dataclass(frozen=True)
+class Share:
+    """One worker's part of the global batches of stage 1: rows are dealt like cards.
+
+    Row k of worker w is number k W + w of the epoch, and a global batch is the next `batch` numbers. So a global
+    batch has `batch` rows and an epoch ceil(N / batch) steps whatever W is, and workers' parts differ by one row.
+
+    Args:
+        batch: rows of a global batch.
+        rank, world: which worker of how many.
+        accumulation: micro-batches that a local batch is cut into.
+    """
+
+    batch: int
+    rank: int = 0
+    world: int = 1
+    accumulation: int = 1
+
+    @property
+    def size(self) -> int:
+        """Rows of a local batch with its padding: the same on every worker, and equal micro-batches."""
+        return self.accumulation * _ceil(self.batch, self.world * self.accumulation)
+
+    def dealt(self, steps: int) -> int:
+        """Rows that this worker has been dealt in the first `steps` global batches."""
+        return _ceil(steps * self.batch - self.rank, self.world) if steps else 0
+
+    def steps(self, rows: int) -> int:
+        """Global batches until this worker has been dealt so many rows."""
+        return ((rows - 1) * self.world + self.rank) // self.batch + 1 if rows else 0
 
 
-def steps_left(epoch: int, batch: int, visited_n: np.ndarray) -> int:
-    """Steps that one worker still needs in `epoch`; all workers take the largest of these.
+def steps_left(epoch: int, share: Share, visited_n: np.ndarray, first_step: int = 0) -> int:
+    """Steps that one worker still needs in `epoch` from `first_step` on; all workers take the largest of these.
 
     Args:
         visited_n: how often each row of the worker has been visited since the start of the run.
     """
-    return _ceil(int(np.count_nonzero(visited_n <= epoch)), batch)
+    rows = int(np.count_nonzero(visited_n <= epoch))
+    return share.steps(share.dealt(first_step) + rows) - first_step if rows else 0
 
 
 def epoch_plan(
     seed: int,
     epoch: int,
     rows_of_worker: range,
-    batch: int,
+    share: Share,
     steps: int,
     visited_n: np.ndarray | None = None,
     first_step: int = 0,
@@ -48,14 +77,12 @@ def epoch_plan(
 
     Args:
         epoch: counted from 0.
-        batch: rows of a local batch.
-        steps: number of batches to return, the same on every worker (`steps_per_epoch`, or after a
-            restart within an epoch the largest `steps_left` of all workers).
+        steps: number of batches to return, the same on every worker: the largest `steps_left` of all.
         visited_n: visits of each row since the start of the run; rows visited more than `epoch`
             times have had their turn and are left out. None: nobody has.
         first_step: number of the first batch, so that a continued epoch counts on.
     Returns:
-        `steps` batches, numbered from `first_step`. A short or empty batch is padded to `batch` rows
+        `steps` batches, numbered from `first_step`. A short or empty batch is padded to `share.size` rows
         with a real row of the range at weight zero. The order of the rows depends on (seed, epoch,
         range) alone: leaving out visited rows does not change the order of the others.
     Raises:
@@ -68,16 +95,17 @@ def epoch_plan(
         if visited_n.shape != order_n.shape:
             raise ValueError(f"visited_n has shape {visited_n.shape} for a range of {len(rows_of_worker)} rows")
         order_n = order_n[visited_n[order_n] <= epoch]
-    if len(order_n) > steps * batch:
-        raise ValueError(f"{len(order_n)} rows do not fit {steps} batches of {batch}")
-    rows = np.full(steps * batch, rows_of_worker.start, np.int64)
-    weight = np.zeros(steps * batch, np.float32)
-    rows[: len(order_n)] = order_n + rows_of_worker.start
-    weight[: len(order_n)] = 1.0
-    return [
-        PlannedBatch(first_step + step, rows[at : at + batch], weight[at : at + batch])
-        for step, at in enumerate(range(0, steps * batch, batch))
-    ]
+    dealt_S = [share.dealt(first_step + step) - share.dealt(first_step) for step in range(steps + 1)]
+    if len(order_n) > dealt_S[-1]:
+        raise ValueError(f"{len(order_n)} rows do not fit {steps} batches of {share.size}")
+    plan = []
+    for step, (start, stop) in enumerate(pairwise(dealt_S)):
+        own_B = order_n[start:stop] + rows_of_worker.start
+        rows_B = np.full(share.size, rows_of_worker.start, np.int64)
+        rows_B[: len(own_B)] = own_B
+        weight_B = (np.arange(share.size) < len(own_B)).astype(np.float32)
+        plan.append(PlannedBatch(first_step + step, rows_B, weight_B))
+    return plan
 
 
 def global_batches(seed: int, epoch: int, rows: int, batch: int) -> list[np.ndarray]:

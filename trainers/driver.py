@@ -17,9 +17,10 @@ from ..metrics.extractors import build_extractor
 from ..tracking.connection import redacted_config
 from ..tracking.runs import Status, TrackedRun
 from . import finish
-from .launch import RunStopped, ray_cluster, run_workers
+from .launch import ray_cluster
 from .objective import build_objective
 from .prepare import open_data, refuse_other_configuration, sole_driver
+from .recovery import RunStopped, run_workers
 from .runlog import RunLog
 
 if TYPE_CHECKING:

@@ -108,6 +108,8 @@ def summary_table(config: Config) -> Table:
     summary = read_summary(config)
     run = config.run_dir
     metrics, timings = summary["metrics"], summary["timings"]
+    cluster = config.cluster
+    workers = "-".join(str(count) for count in sorted({cluster.min_workers, cluster.max_workers}))
     table = Table(title=f"{config.name}: done", show_header=False, title_justify="left", box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -115,7 +117,7 @@ def summary_table(config: Config) -> Table:
         "trained",
         f"{summary['rows']:,} images of {config.data.resolution} px, {config.generator.kind}, "
         f"d={config.generator.latent_dim}; "
-        f"{config.glo.epochs} + {config.imle.epochs} epochs, {config.cluster.workers} workers, "
+        f"{config.glo.epochs} + {config.imle.epochs} epochs, {workers} workers, "
         f"{timings['train_s'] / 60:.1f} min",
     )
     for title, value, _ in metric_rows(metrics):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..cluster.latents import LatentTable
-from ..cluster.placement import epoch_plan, steps_left
+from ..cluster.placement import Share, epoch_plan, steps_left
 from ..config import Config
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
@@ -113,9 +113,10 @@ def train_glo(
 def plan_epoch(config: Config, epoch: int, first_step: int, latents: LatentTable, engine: Engine) -> list[PlannedBatch]:
     """What is left of `epoch` for this worker, in as many steps as the busiest worker needs."""
     visited_n = latents.visits()
-    batch = config.glo.batch_size // engine.world
-    steps = torch.tensor(steps_left(epoch, batch, visited_n))
+    rank = dist.get_rank() if engine.world > 1 else 0
+    share = Share(config.glo.batch_size, rank, engine.world, config.engine.accumulation)
+    steps = torch.tensor(steps_left(epoch, share, visited_n, first_step))
     if engine.world > 1:
         steps = steps.to(engine.device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
-    return epoch_plan(config.seed, epoch, latents.rows, batch, int(steps), visited_n, first_step)
+    return epoch_plan(config.seed, epoch, latents.rows, share, int(steps), visited_n, first_step)

@@ -1,4 +1,4 @@
-"""From the driver to the workers: the Ray cluster, the worker group, and the events that come back."""
+"""From the driver to the workers: the Ray cluster, and one group of workers on it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import logging
 import math
 import os
 import secrets
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..config import Config
-from ..errors import EnvironmentFault, GlannError, UserError, redact
+from ..config import ClusterConfig, Config
+from ..errors import EnvironmentFault, UserError, redact
 from ..tracking.connection import redacted_config
-from .mailbox import Mailbox
 
-POLL_S = 0.2
+STOPPED = "stopped"  # what a worker returns that was asked to stop
 
-
-class RunStopped(GlannError):
-    """The run was asked to stop, has been saved, and can go on."""
-
-    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+# Read by Ray where the driver runs and by what it starts; whoever sets one himself keeps his own.
+KNOBS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # between looks at the workers
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "180",  # of a worker that is there and does not answer
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # there was room a moment ago; after this the driver looks again
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches, and asks for a checkpoint in time
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # A node that is cut off is given up after (5 + 1) s x 3; the defaults take a minute. For a cluster that is
+    # joined these belong to the environment of `ray start --head`.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+}
 
 
 @contextmanager
@@ -36,6 +40,8 @@ def ray_cluster(config: Config) -> Iterator[None]:
     Raises:
         EnvironmentFault: the cluster does not answer. UserError: it can never hold the workers.
     """
+    for name, value in KNOBS.items():
+        os.environ.setdefault(name, value)
     # a worker that runs out of a stopped driver's sight must not print over the progress bar
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
@@ -49,7 +55,7 @@ def ray_cluster(config: Config) -> Iterator[None]:
     if not joined:
         local: dict[str, Any] = {}
         if address is None:
-            cpus = math.ceil(config.cluster.workers * config.cluster.cpus_per_worker)
+            cpus = math.ceil(config.cluster.max_workers * config.cluster.cpus_per_worker)
             local = {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -94,108 +100,41 @@ def refuse_too_few_gpus(config: Config, resources: dict[str, float]) -> None:
         )
 
 
-def run_workers(config: Config, on_event: Callable[[dict[str, Any]], None]) -> None:
-    """Train on the workers until the run is done, handing every event to `on_event`.
+def resources_of(cluster: ClusterConfig) -> dict[str, float]:
+    """What one worker takes of its node."""
+    resources = {"CPU": cluster.cpus_per_worker}
+    return resources | {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else resources
+
+
+def fit_workers(config: Config, workers: int, mailbox: Any, group: int) -> bool:
+    """Start a group of so many workers and wait for its end; whether they were asked to stop before the run was done.
 
     Raises:
-        UserError, or a bug's own error: a worker met what trying again does not help.
-        EnvironmentFault: workers were lost more often than `cluster.max_failures` allows.
-        RunStopped: after SIGINT or SIGTERM, saved.
+        ray.train.TrainingFailedError: a worker was lost, or raised an error. Nothing is tried again here.
     """
-    import ray
-
-    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
-    outcome = {"stopped": False}
-
-    def hand_over() -> None:
-        for event in ray.get(mailbox.drain.remote()):
-            if event["kind"] == "fatal":
-                raise event["error"]
-            outcome["stopped"] |= event["kind"] == "stopped"
-            on_event(event)
-
-    with ThreadPoolExecutor(1, "ray-train") as pool, stop_on_signal(lambda: mailbox.stop.remote(), on_event):
-        fit: Future[Any] = pool.submit(fit_workers, config, mailbox)
-        try:
-            while not fit.done():
-                hand_over()
-                wait_for(fit)
-            hand_over()
-        except BaseException:
-            ray.shutdown()  # ends the workers, and with them the thread that waits for them
-            raise
-    if error := fit.exception():
-        raise EnvironmentFault(
-            f"the workers failed more than cluster.max_failures={config.cluster.max_failures} times, last with: "
-            f"{last_line(error)}; the same command goes on from the last checkpoint"
-        ) from error
-    if outcome["stopped"]:
-        raise RunStopped("the run was stopped and is saved; the same command goes on with it")
-
-
-def fit_workers(config: Config, mailbox: Any) -> Any:
-    """Start the worker group and wait for its end; Ray Train restarts it when a worker or node is lost."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from .worker import train_worker
 
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.cluster.start_timeout_s))
     # Ray shows it on its dashboard; workers talk to no tracking server
     task = redacted_config(config.with_absolute_paths()).model_dump(mode="json")
     cluster = config.cluster
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": task, "mailbox": mailbox},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        train_loop_config={"config": task, "mailbox": mailbox, "group": group},
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(cluster.peer_timeout_s)
+        ),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            num_workers=workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources_of(cluster)
         ),
         run_config=RunConfig(
-            name="workers",
+            name=f"workers-{group}",
             storage_path=str((config.run_dir / "ray").absolute()),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's notes to its own developers
-        return trainer.fit()
-
-
-def wait_for(future: Future[Any]) -> None:
-    """Sleep for a poll, or until the future is done."""
-    done = threading.Event()
-    future.add_done_callback(lambda _: done.set())
-    done.wait(POLL_S)
-
-
-@contextmanager
-def stop_on_signal(stop: Callable[[], Any], on_event: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM saves and stops the run, the second ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        on_event({"kind": "stopping"})
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def last_line(error: BaseException) -> str:
-    """The line of a remote traceback that names the error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+        return trainer.fit().return_value == STOPPED

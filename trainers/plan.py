@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..cluster.placement import ranges
-from ..config import Config
+from ..cluster.placement import Share, ranges
+from ..config import ClusterConfig, Config
 from ..datasets.fit import require_fit
 from ..datasets.index import Index
 from ..errors import GlannError
@@ -51,9 +51,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hours on one kind of device. `basis` says where the rate comes from; `fits` whether the memory suffices."""
+    """Hours on so many devices of one kind. `basis`: where the rate comes from; `fits`: whether memory suffices."""
 
     device: str
+    workers: int
     flops_per_second: float
     basis: str
     hours: float
@@ -98,14 +99,15 @@ def make_plan(config: Config) -> Plan:
         UserError: the data set is there but does not fit the configuration.
     """
     rows = count_rows(config)
-    latent_dim, workers = config.generator.latent_dim, config.cluster.workers
+    latent_dim = config.generator.latent_dim
     with torch.device("meta"):
         mapping = build_mapping(config.imle, latent_dim)
     generator, loss = training_costs(config)
     mapping_cost = cost(mapping, (config.imle.noise_dim,))
     flops_per_image = generator.flops + loss.flops
-    memory = memory_per_worker(config, generator, loss)
-    largest = len(ranges(rows.count, workers)[0])
+    # with few workers each holds most, so what must fit is told for the fewest
+    memory = memory_per_worker(config, generator, loss, config.cluster.min_workers)
+    largest = len(ranges(rows.count, config.cluster.min_workers)[0])
     glo_flops = float(flops_per_image) * rows.count * config.glo.epochs
     imle_flops = mapping_flops(config, rows.count, mapping_cost)
     return Plan(
@@ -117,11 +119,21 @@ def make_plan(config: Config) -> Plan:
         flops_per_image=flops_per_image,
         memory=memory,
         latent_bytes=latent_bytes(config, largest),
-        glo_steps=config.glo.epochs * math.ceil(largest / (config.glo.batch_size // workers)),
+        glo_steps=config.glo.epochs * math.ceil(rows.count / config.glo.batch_size),
         imle_steps=config.imle.epochs * math.ceil(rows.count / config.imle.batch_size),
         glo_flops=glo_flops,
         imle_flops=imle_flops,
-        estimates=estimates(config, flops_per_image, glo_flops + imle_flops, sum(memory.values())),
+        estimates=tuple(
+            estimate
+            for workers in sorted({config.cluster.min_workers, config.cluster.max_workers})
+            for estimate in estimates(
+                config,
+                workers,
+                flops_per_image,
+                glo_flops + imle_flops,
+                memory_per_worker(config, generator, loss, workers),
+            )
+        ),
     )
 
 
@@ -146,7 +158,7 @@ def count_rows(config: Config) -> Rows:
         if data.max_rows is not None and data.max_rows < count:
             count, basis = data.max_rows, f"data.max_rows; {basis}"
         return Rows(count, basis, note)
-    return Rows(require_fit(index, data, config.cluster.workers), f"index of {data.url}")
+    return Rows(require_fit(index, data, config.cluster.max_workers), f"index of {data.url}")
 
 
 def build_networks(config: Config, device: str) -> tuple[Generator, ReconstructionLoss]:
@@ -162,16 +174,16 @@ def build_networks(config: Config, device: str) -> tuple[Generator, Reconstructi
     return generator, loss
 
 
-def memory_per_worker(config: Config, generator: Cost, loss: Cost) -> dict[str, int]:
+def memory_per_worker(config: Config, generator: Cost, loss: Cost, workers: int) -> dict[str, int]:
     """Bytes of each kind on a worker's device while the generator trains (Rajbhandari et al. 2020, Sec. 5).
 
     Weights and gradients are float32; autocast keeps bfloat16 copies of the weights during a step.
     Workspace of the convolutions and the memory allocator's reserve come on top.
     """
-    stage, workers = config.engine.zero, config.cluster.workers
+    stage = config.engine.zero
     weights = FLOAT * generator.parameters
     half = config.engine.precision == "bf16"
-    batch = config.glo.batch_size // (workers * config.engine.accumulation)
+    batch = micro_batch(config, workers)
     activations = batch * (generator.activation_bytes + loss.activation_bytes)
     memory = {
         "weights": weights // (workers if stage >= 3 else 1),
@@ -189,6 +201,12 @@ def memory_per_worker(config: Config, generator: Cost, loss: Cost) -> dict[str, 
     return memory
 
 
+def micro_batch(config: Config, workers: int) -> int:
+    """Rows that a worker computes at once."""
+    accumulation = config.engine.accumulation
+    return Share(config.glo.batch_size, 0, workers, accumulation).size // accumulation
+
+
 def latent_bytes(config: Config, rows: int) -> int:
     """Bytes of codes, optimiser state and step counters of one worker's rows, in its node's main memory."""
     code = FLOAT * config.generator.latent_dim
@@ -203,11 +221,12 @@ def mapping_flops(config: Config, rows: int, mapping: Cost) -> float:
     return config.imle.epochs * (candidates * mapping.forward_flops + search + rows * mapping.flops)
 
 
-def estimates(config: Config, flops_per_image: int, total_flops: float, memory: int) -> tuple[Estimate, ...]:
-    """Hours for the whole run: on this machine's CPUs, or on each GPU of the table."""
-    workers = config.cluster.workers
+def estimates(
+    config: Config, workers: int, flops_per_image: int, total_flops: float, memory: dict[str, int]
+) -> tuple[Estimate, ...]:
+    """Hours for the whole run with so many workers: on this machine's CPUs, or on each GPU of the table."""
     if not config.cluster.gpus_per_worker:
-        rate = flops_per_image / seconds_per_image(config, flops_per_image)
+        rate = flops_per_image / seconds_per_image(config, workers, flops_per_image)
         share = min(1.0, (os.cpu_count() or 1) / (workers * config.cluster.cpus_per_worker))
         if config.cluster.address is not None:
             share = 1.0  # the workers have machines of their own
@@ -215,24 +234,23 @@ def estimates(config: Config, flops_per_image: int, total_flops: float, memory: 
         threads = _threads(config)
         basis = f"measured: one step on this machine, {threads} thread{'s' if threads > 1 else ''} a worker"
         cores = workers * config.cluster.cpus_per_worker
-        return (Estimate("CPU", rate * share, basis, hours, hours * cores, True),)
+        return (Estimate("CPU", workers, rate * share, basis, hours, hours * cores, True),)
     found = []
     for gpu in GPUS:
         peak = gpu.peak(config.engine)
         rate = peak * ASSUMED_UTILISATION * min(1.0, config.cluster.gpus_per_worker)
         hours = total_flops / (rate * workers) / 3600
         basis = f"assumed: {ASSUMED_UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s"
-        fits = memory < gpu.memory * GIB * min(1.0, config.cluster.gpus_per_worker)
+        fits = sum(memory.values()) < gpu.memory * GIB * min(1.0, config.cluster.gpus_per_worker)
         gpu_hours = hours * workers * config.cluster.gpus_per_worker
-        found.append(Estimate(gpu.name, rate, basis, hours, gpu_hours, fits))
+        found.append(Estimate(gpu.name, workers, rate, basis, hours, gpu_hours, fits))
     return tuple(found)
 
 
-def seconds_per_image(config: Config, flops_per_image: int) -> float:
+def seconds_per_image(config: Config, workers: int, flops_per_image: int) -> float:
     """Time one real step of the generator, Adam included, with the threads and the batch of a worker."""
     generator, loss = build_networks(config, "cpu")
-    largest = config.glo.batch_size // (config.cluster.workers * config.engine.accumulation)
-    batch = min(largest, max(1, TIMED_FLOPS // flops_per_image))
+    batch = min(micro_batch(config, workers), max(1, TIMED_FLOPS // flops_per_image))
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.glo.generator_lr)
     z_BD = torch.randn(batch, config.generator.latent_dim).requires_grad_()
     real_BCHW = torch.rand(batch, config.data.channels, config.data.resolution, config.data.resolution)
@@ -263,7 +281,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [
         ("data", f"{plan.rows.count:,} images of {config.data.resolution} px ({plan.rows.basis})"),
         *([("", plan.rows.note)] if plan.rows.note else []),
-        ("workers", f"{cluster.workers} x {device}; {engine.kind}, ZeRO {engine.zero}, {engine.precision}"),
+        ("workers", f"{_count(cluster)} x {device}; {engine.kind}, ZeRO {engine.zero}, {engine.precision}"),
         ("generator", f"{plan.generator.parameters / 1e6:.2f} M parameters ({config.generator.kind})"),
         ("mapping", f"{plan.mapping.parameters / 1e6:.3f} M parameters"),
         (
@@ -272,16 +290,27 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("steps", f"{plan.glo_steps:,} of stage 1 (GLO), {plan.imle_steps:,} of stage 2 (IMLE)"),
         ("in all", f"{_flops(plan.glo_flops)} in stage 1, {_flops(plan.imle_flops)} in stage 2"),
-        ("memory", f"{_bytes(sum(plan.memory.values()))} on each worker's device"),
+        ("memory", f"{_bytes(sum(plan.memory.values()))} on each worker's device{_with_fewest(cluster)}"),
         *(("", f"{_bytes(size):>9}  {name}") for name, size in plan.memory.items()),
         ("", f"{_bytes(plan.latent_bytes):>9}  latent table, in its node's main memory"),
     ]
     for number, estimate in enumerate(plan.estimates):
         cost_text = f"{estimate.device_hours:,.1f} {'GPU' if cluster.gpus_per_worker else 'core'}-hours"
         warning = "" if estimate.fits else "; does NOT fit its memory"
-        text = f"{estimate.device}: {_duration(estimate.hours)}, {cost_text} ({estimate.basis}){warning}"
+        device = estimate.device + (f" x {estimate.workers}" if cluster.min_workers < cluster.max_workers else "")
+        text = f"{device}: {_duration(estimate.hours)}, {cost_text} ({estimate.basis}){warning}"
         lines.append(("" if number else "time", text))
     return lines
+
+
+def _count(cluster: ClusterConfig) -> str:
+    elastic = cluster.min_workers < cluster.max_workers
+    return f"{cluster.min_workers} to {cluster.max_workers}" if elastic else str(cluster.max_workers)
+
+
+def _with_fewest(cluster: ClusterConfig) -> str:
+    fewest = cluster.min_workers
+    return f" where there are {fewest}" if fewest < cluster.max_workers else ""
 
 
 def _flops(flops: float) -> str:

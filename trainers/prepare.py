@@ -57,7 +57,7 @@ def open_data(config: Config, console: Console) -> Index:
             s3=config.s3,
         )
     index = Index.load(data.url, config.s3)
-    require_fit(index, data, config.cluster.workers)
+    require_fit(index, data, config.cluster.max_workers)
     return index
 
 

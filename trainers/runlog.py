@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import Config
@@ -53,9 +54,11 @@ class RunLog:
         getattr(self, f"on_{event['kind']}")(event)
 
     def on_progress(self, event: dict[str, Any]) -> None:
+        stage = event["stage"]
         share = event["epoch"] + event["step"] / max(event["steps"], 1)
-        note = f"epoch {event['epoch'] + 1}/{self.epochs['glo']}  loss {event['loss']:.4f}"
-        self.advance("glo", share, note + speed(event))
+        note = f"epoch {event['epoch'] + 1}/{self.epochs[stage]}"
+        note += f"  loss {event['loss']:.4f}" if "loss" in event else ""
+        self.advance(stage, share, note + speed(event))
 
     def on_epoch(self, event: dict[str, Any]) -> None:
         numbers = {key: value for key, value in event.items() if key not in ("kind", "rank", "step")}
@@ -88,10 +91,46 @@ class RunLog:
     def on_checkpoint(self, event: dict[str, Any]) -> None:
         self.stalled += event["stall_s"]
 
-    def on_resumed(self, event: dict[str, Any]) -> None:
-        done = "finished" if event["stage"] == "done" else f"epoch {event['epoch']}, step {event['step']}"
-        stage = STAGES.get(event["stage"], "both stages")
-        self.say(f"going on from the checkpoint at {stage}, {done}")
+    # What befalls the run ----------------------------------------------------------------------
+
+    def on_going(self, event: dict[str, Any]) -> None:
+        """The workers of a group have taken their first step; after a restart with `why` and `gap_s`."""
+        restarted, place = "why" in event, event["from"]
+        facts = {key: event[key] for key in ("workers", "why", "gap_s") if key in event}
+        self.note("restarted" if restarted else "resumed" if place else "started", **facts, place=place)
+        workers = f"{event['workers']} worker{'s' if event['workers'] > 1 else ''}"
+        if restarted:
+            where = f"from the checkpoint at {in_words(place)}" if place else "from the beginning"
+            self.say(f"training again with {workers} {where} after {event['gap_s']:.0f} s")
+        elif place:
+            self.say(f"going on from the checkpoint at {in_words(place)} with {workers}")
+
+    def on_lost(self, event: dict[str, Any]) -> None:
+        self.note("lost", why=event["why"])
+        self.say(f"[yellow]lost[/]: {escape(event['why'])}; starting the workers again")
+
+    def on_leaving(self, event: dict[str, Any]) -> None:
+        self.note("leaving", node=event["node"])
+        self.say(f"node {event['node']} is being taken away: saving, then going on elsewhere")
+
+    def on_room(self, event: dict[str, Any]) -> None:
+        self.note("room", workers=event["workers"])
+        self.say(f"there is room for {event['workers']} workers: they start after the next checkpoint")
+
+    def on_waiting(self, event: dict[str, Any]) -> None:
+        self.note("waiting", held=event["held"], needed=event["needed"])
+        limit = self.config.cluster.start_timeout_s
+        self.say(f"room for {event['held']} of {event['needed']} workers; waiting for more, for up to {limit:g} s")
+
+    def on_phase(self, event: dict[str, Any]) -> None:
+        self.note("phase", phase=event["phase"])
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Into the journal, as an entry of the stage `run` that belongs to no step."""
+        self.tracked.journal.append({"stage": "run", "event": event} | facts)
+
+    def on_damaged(self, event: dict[str, Any]) -> None:
+        self.say(f"[yellow]damaged checkpoint[/] of step {event['step']} is passed over: {event['reason']}")
 
     def on_bad_step(self, event: dict[str, Any]) -> None:
         rows = ", ".join(str(row) for row in event["rows"][:8]) + (" ..." if len(event["rows"]) > 8 else "")
@@ -101,10 +140,8 @@ class RunLog:
         )
 
     def on_stopping(self, event: dict[str, Any]) -> None:
+        self.note("stopping")
         self.say("saving, then stopping (press Ctrl-C again to stop at once, without saving)")
-
-    def on_stopped(self, event: dict[str, Any]) -> None:
-        """Told by the driver, in its last line."""
 
     def timings(self) -> dict[str, float]:
         """Seconds of this start of the run: as a whole, by stage, and lost to checkpoints; last rate."""
@@ -123,6 +160,13 @@ class RunLog:
 
     def say(self, line: str) -> None:
         self.console.print(line)
+
+
+def in_words(place: dict[str, Any]) -> str:
+    """A position of `resume.Position`."""
+    if place["stage"] == "done":
+        return "the end"
+    return f"{STAGES[place['stage']]}, epoch {place['epoch']}, step {place['step']}"
 
 
 def speed(event: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]):
     [
         (["train", "digits", "glo.epoch=3"], "error: unknown key glo.epoch (did you mean glo.epochs?)"),
         (["train", "digit"], "error: no such recipe: digit (did you mean digits?)"),
-        (["train", "digits", "--dry-run", "cluster.workers=3"], "error: glo.batch_size=128 does not divide"),
+        (["train", "digits", "--dry-run", "cluster.workers=300"], "error: glo.batch_size=128 leaves no row"),
         (["config", "digits", "engine.zero=7"], "error: engine.zero=7 is not possible"),
         (["sample", "runs/nothing"], "error: no such run or model folder: runs/nothing"),
         (["sample", "runs/nothing", "--out", "x.gif"], "error: --out x.gif: use x.png"),
@@ -182,7 +182,7 @@ def test_how_a_run_may_fail(
 
 
 def test_a_saved_run_is_stopped_not_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    from glann.trainers.launch import RunStopped
+    from glann.trainers.recovery import RunStopped
 
     monkeypatch.setattr(driver, "train", failing(RunStopped("saved at step 3")))
     assert run(capsys, "train", "digits")[::2] == (75, "stopped: saved at step 3\n")

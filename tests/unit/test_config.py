@@ -70,14 +70,26 @@ def test_what_cannot_be_is_refused_and_named(override: str, expected: str):
     [
         (["data.resolution=128"], "use generator.kind=resnet"),
         (["generator.kind=resnet"], "use generator.kind=infogan"),
-        (["cluster.workers=3"], "use a multiple of 3"),
-        (["cluster.workers=1", "engine.accumulation=3"], "use a multiple of 3"),
+        (["cluster.workers={min: 1, max: 200}"], "use at least 200"),
+        (["cluster.workers=50", "engine.accumulation=3"], "use at least 150"),
+        (["cluster.workers={min: 3, max: 2}"], "min must not be larger"),
         (["engine.kind=torch"], "set cluster.workers=1 and engine.zero=0"),
         (["loss.patch=64"], "loss.patch=64 is larger than data.resolution=28"),
     ],
 )
 def test_impossible_combinations_name_the_remedy(overrides: list[str], remedy: str):
     assert remedy in refusal(*overrides)
+
+
+def test_workers_are_a_number_or_a_range():
+    for given, least, most in (("2", 2, 2), ("{min: 1, max: 8}", 1, 8)):
+        config = load("digits", [f"cluster.workers={given}"])
+        assert (config.cluster.min_workers, config.cluster.max_workers) == (least, most)
+        assert validate(yaml.safe_load(config.to_yaml()), "its own YAML") == config
+    assert refusal("cluster.workers={min: 1}").startswith("missing key cluster.workers.max: grow to as many")
+    assert "did you mean cluster.workers.max?" in refusal("cluster.workers={min: 1, maxx: 3}")
+    assert "cluster.workers.min=0 is not possible" in refusal("cluster.workers={min: 0, max: 3}")
+    assert "cluster.workers='many' is not possible" in refusal("cluster.workers=many")
 
 
 def test_every_fault_is_told_at_once():

@@ -20,7 +20,7 @@ PAPER = ["paper-mnist", "paper-fashion", "paper-cifar10", "paper-celeba"]
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No data set lies beside the tests, and CPUs are not timed here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "seconds_per_image", lambda config, flops: 0.01)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda config, workers, flops: 0.01)
 
 
 def test_all_the_promised_recipes_are_there():
@@ -166,5 +166,5 @@ def test_a_gpu_too_small_is_said_not_to_fit():
 def test_one_real_step_is_timed_on_cpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     config: Config = load("digits")
-    seconds = planning.seconds_per_image(config, 1_000_000_000)
+    seconds = planning.seconds_per_image(config, 2, 1_000_000_000)
     assert 0 < seconds < 60

@@ -1,0 +1,60 @@
+"""Where workers can run: places held on the cluster, and nodes that are about to be taken away.
+
+Ray itself says what fits where: a place is a placement group of one worker's resources. So other jobs, draining and
+dead nodes are counted as Ray counts them, and an autoscaler sees the places that are still wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Room:
+    """Places for workers, taken as they become free and held until `release`."""
+
+    def __init__(self, resources: Mapping[str, float], places: int) -> None:
+        """`resources`: of one worker. `places`: how many are wanted."""
+        from ray.util.placement_group import placement_group
+
+        self._groups = [placement_group([dict(resources)]) for _ in range(places)]
+
+    def held(self) -> int:
+        """How many places are there now, on nodes that stay."""
+        if not self._groups:
+            return 0
+        from ray.util import placement_group_table
+
+        table: Any = placement_group_table()
+        leaving = draining_nodes()
+        held = 0
+        for group in self._groups:
+            entry = table.get(group.id.hex(), {})
+            nodes = set(entry.get("bundles_to_node_id", {}).values())
+            held += entry.get("state") == "CREATED" and not nodes & leaving.keys()
+        return held
+
+    def release(self) -> None:
+        """Give all places back, and want no more."""
+        from ray.util import remove_placement_group
+
+        groups, self._groups = self._groups, []
+        for group in groups:
+            remove_placement_group(group)
+
+
+def draining_nodes() -> dict[str, int]:
+    """Nodes with a drain notice by id, with the time they have left to: milliseconds since 1970, 0 is unknown.
+
+    Ray Train's own watcher asks in this way too; there is no public one (Ray 2.60).
+    """
+    from ray._private.state import state
+
+    return state.get_draining_nodes()
+
+
+def this_node() -> str:
+    """Id of the node that this process runs on."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()

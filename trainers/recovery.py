@@ -1,0 +1,306 @@
+"""A run as a sequence of worker groups: what is lost is started again from the last checkpoint, in the driver.
+
+A group ends because the run is done, because it was asked to (a signal, a node about to be taken away, room for more
+workers), always with a checkpoint, or because something was lost. The next one takes the room that is there.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from time import monotonic, sleep
+from typing import Any
+
+from ..cluster.checkpoints import latest
+from ..cluster.room import Room, draining_nodes, this_node
+from ..config import Config
+from ..datasets.storage import open_store
+from ..errors import EnvironmentFault, GlannError, UserError
+from .launch import fit_workers, resources_of
+from .mailbox import MOVE, NOTHING, STOP, Mailbox
+
+Event = dict[str, Any]
+POLL_S = 0.2
+WATCH_S = 2.0  # between looks at nodes that leave or come
+SETTLE_S = 3.0  # an elastic run takes the room there is once it has not grown for so long
+PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)  # before another try, the longer the more often in a row nothing was gained
+ANSWER_S = 10.0
+GOES_ON = "the same command goes on from the last checkpoint"
+
+
+class RunStopped(GlannError):
+    """The run was asked to stop, has been saved, and can go on."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def run_workers(config: Config, on_event: Callable[[Event], None]) -> None:
+    """Train on groups of workers until the run is done, handing every event to `on_event`.
+
+    Raises:
+        UserError, or a bug's own error: a worker met what trying again does not help.
+        EnvironmentFault: more than `cluster.max_failures` losses without a checkpoint in between, or never any room.
+        RunStopped: after SIGINT or SIGTERM, or since nodes were taken away and there are no others.
+    """
+    groups = Groups(config, on_event)
+    with stop_on_signal(groups.stop):
+        while not groups.run_one():
+            pass
+
+
+class Groups:
+    """The groups of workers of a run, one after another, and what is asked of the present one."""
+
+    def __init__(self, config: Config, on_event: Callable[[Event], None]) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.config, self.on_event = config, on_event
+        self.store = open_store(config.checkpoint_url, config.s3)
+        self.here = this_node()
+        # It lives where the driver does: as long as there is one, its workers can speak to it.
+        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mailbox)
+        self.mailbox: Any = actor.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(self.here, soft=False)
+        ).remote()
+        self.room: Room | None = None
+        self.fit: Future[bool] | None = None
+        self.number = self.failures = self.workers = 0
+        self.stopping = ""  # why the run is to end, once it is to
+        self.why = ""  # why the present group was started, if it is not the first
+        self.trained_at: float | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is known of the next group yet, and nothing asked of it."""
+        self.number += 1
+        self.nodes: set[str] = set()
+        self.place: Event = {}
+        self.going = False
+        self.asked, self.reason = NOTHING, ""
+
+    def stop(self) -> None:
+        """Ask for a checkpoint and the end of the run."""
+        self.stopping = "the run was stopped"
+        self.on_event({"kind": "stopping"})
+
+    def run_one(self) -> bool:
+        """Run one group to its end; True if the run is done, False if another group has to go on."""
+        before = self.newest()
+        self.workers = self.take_room()
+        self.begin()
+        with ThreadPoolExecutor(1, "ray-train") as pool:
+            self.fit = pool.submit(fit_workers, self.config, self.workers, self.mailbox, self.number)
+            try:
+                self.watch(self.fit)
+            except BaseException:
+                end_ray()  # ends the workers, and with them the thread that waits for them
+                raise
+        if (error := self.fit.exception()) is not None:
+            self.after_loss(error, before)
+            return False
+        if not self.fit.result():
+            return True
+        if self.stopping:
+            raise RunStopped(f"{self.stopping} and is saved; the same command goes on with it")
+        self.failures, self.why = 0, self.reason
+        return False
+
+    # Before a group --------------------------------------------------------------------------
+
+    def take_room(self) -> int:
+        """Wait until there is room for a group; how many workers it can have."""
+        cluster = self.config.cluster
+        began = changed = monotonic()
+        held, told = -1, False
+        with places(self.config, cluster.max_workers) as room:
+            while True:
+                now = monotonic()
+                if (there := room.held()) != held:
+                    held, changed = there, now
+                if held == cluster.max_workers or (held >= cluster.min_workers and now - changed >= SETTLE_S):
+                    return held
+                if self.stopping:
+                    raise RunStopped(f"{self.stopping}; {GOES_ON}")
+                if now - began > cluster.start_timeout_s:
+                    raise self.no_room(held)
+                if not told and now - began > SETTLE_S:
+                    told = True
+                    self.on_event({"kind": "waiting", "held": held, "needed": cluster.min_workers})
+                sleep(POLL_S)
+
+    def no_room(self, held: int) -> GlannError:
+        """What to say of a cluster that is too small."""
+        cluster = self.config.cluster
+        found = (
+            f"the cluster has room for {held} of {cluster.min_workers} workers after "
+            f"cluster.start_timeout_s={cluster.start_timeout_s:g}"
+        )
+        if self.why:
+            return RunStopped(f"{self.why}, and {found}: there is nowhere to go; {GOES_ON}")
+        return EnvironmentFault(f"{found}; add nodes, or lower cluster.workers or what a worker takes")
+
+    # While a group runs ----------------------------------------------------------------------
+
+    def watch(self, fit: Future[bool]) -> None:
+        """Hand over events and keep asking the group for what has to be, until it ends."""
+        done = threading.Event()
+        fit.add_done_callback(lambda _: done.set())
+        looked = monotonic()
+        with places(self.config, self.config.cluster.max_workers - self.workers) as wanted:
+            while not fit.done():
+                if monotonic() - looked >= WATCH_S:
+                    looked = monotonic()
+                    self.look_at_nodes(wanted)
+                if self.stopping:
+                    self.asked = STOP
+                self.hand_over()
+                done.wait(POLL_S)
+        self.hand_over()
+
+    def look_at_nodes(self, wanted: Room) -> None:
+        """Ask for a checkpoint where a node of ours leaves, or nodes have come."""
+        leaving = draining_nodes().keys() & {*self.nodes, self.here}
+        if leaving and self.asked < STOP:
+            named = ", ".join(sorted(node[:12] for node in leaving))
+            self.asked, self.reason = STOP, f"node {named} is being taken away"
+            self.on_event({"kind": "leaving", "node": named})
+            if self.here in leaving:  # a driver cannot move
+                self.stopping = f"the driver's node {self.here[:12]} is being taken away: the run was stopped"
+        elif self.asked == NOTHING and (more := wanted.held()):
+            self.asked, self.reason = MOVE, f"there is room for {self.workers + more} workers"
+            self.on_event({"kind": "room", "workers": self.workers + more})
+
+    def hand_over(self) -> None:
+        """Ask what is to be asked, and deal with what the workers said."""
+        import ray
+
+        try:
+            events = ray.get(self.mailbox.drain.remote(self.asked), timeout=ANSWER_S)
+        except ray.exceptions.RayError:  # it starts again on its own; what it held is lost, and only that
+            return
+        for event in events:
+            if event.pop("group") != self.number:
+                continue  # the last word of workers that were given up
+            if event["kind"] == "joined":
+                self.nodes.add(event["node"])
+            elif event["kind"] == "resumed":
+                self.place = {key: event[key] for key in ("stage", "epoch", "step", "serial")}
+            else:
+                if event["kind"] in ("progress", "epoch"):
+                    self.note_training()
+                self.on_event(event)
+
+    def note_training(self) -> None:
+        """A step was taken; the first of a group says that the run goes on."""
+        now = monotonic()
+        if not self.going:
+            gap = {} if self.trained_at is None else {"gap_s": round(now - self.trained_at, 2), "why": self.why}
+            self.on_event({"kind": "going", "workers": self.workers, "from": self.place} | gap)
+        self.going, self.trained_at = True, now
+
+    # After a group ---------------------------------------------------------------------------
+
+    def after_loss(self, error: BaseException, before: int | None) -> None:
+        """Count a loss, and raise what ends the run."""
+        cause = verdict(error)
+        if not isinstance(cause, EnvironmentFault):
+            raise cause
+        if self.stopping:
+            raise RunStopped(f"{self.stopping}, but not saved ({cause}); {GOES_ON}") from error
+        self.failures = 1 if self.newest() not in (None, before) else self.failures + 1
+        limit = self.config.cluster.max_failures
+        if 0 <= limit < self.failures:
+            raise EnvironmentFault(
+                f"{cause}; lost {self.failures} times without a new checkpoint, which is more than "
+                f"cluster.max_failures={limit}; {GOES_ON}"
+            ) from error
+        self.why = str(cause)
+        self.on_event({"kind": "lost", "why": self.why})
+        sleep(PAUSES_S[min(self.failures, len(PAUSES_S)) - 1])
+
+    def newest(self) -> int | None:
+        """The newest checkpoint; None also where the store does not answer."""
+        try:
+            return latest(self.store)
+        except EnvironmentFault:
+            return None
+
+
+@contextmanager
+def places(config: Config, number: int) -> Iterator[Room]:
+    """So many places for workers, wanted while inside."""
+    room = Room(resources_of(config.cluster), number)
+    try:
+        yield room
+    finally:
+        room.release()
+
+
+def verdict(error: BaseException) -> Exception:
+    """What a failed group comes down to: an EnvironmentFault if another try may help, else the error itself.
+
+    Peers of a lost worker fail in their turn, so the most telling error counts, not the first.
+    """
+    failures: dict[int, Exception] = dict(getattr(error, "worker_failures", {}))
+    if not failures:
+        failures = {0: getattr(error, "controller_failure", error)}
+    raised = list(failures.values())
+    for telling in (
+        next((one for one in raised if isinstance(one, UserError)), None),
+        next((one for one in raised if not passes(one)), None),
+        next((one for one in raised if isinstance(one, EnvironmentFault)), None),
+    ):
+        if telling is not None:
+            return telling
+    lost = {rank: one for rank, one in failures.items() if of_ray(one)} or failures
+    rank, one = next(iter(lost.items()))
+    where = " with its node" if "node has died" in str(one) or "node died" in str(one) else ""
+    return EnvironmentFault(f"worker {rank} was lost{where} ({last_line(one)})")
+
+
+def passes(error: BaseException) -> bool:
+    """Whether an error may be the world's: a lost peer, node, process, store or device. Anything else is a bug."""
+    return isinstance(error, EnvironmentFault | RuntimeError | OSError | MemoryError) or of_ray(error)
+
+
+def of_ray(error: BaseException) -> bool:
+    """Whether Ray itself says that something is gone."""
+    return type(error).__module__.split(".")[0] == "ray"
+
+
+def last_line(error: BaseException) -> str:
+    """The line of a remote traceback that names the error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+def end_ray() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+@contextmanager
+def stop_on_signal(stop: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM saves and stops the run, the second ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
