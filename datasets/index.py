@@ -115,12 +115,15 @@ class Index:
         """
         store = open_store(url, s3)
         try:
+            _refuse_large(url, store.size(INDEX_FILE))
             header_bytes = store.read(INDEX_FILE)
         except MissingObject as error:
             unfinished = f"{PACKING_FILE} is there: packing was interrupted, run the same `glann data pack` again"
             hint = unfinished if store.exists(PACKING_FILE) else "pack one with `glann data pack SOURCE " + url + "`"
             raise UserError(f"no data set at {url} ({hint})") from error
+        header = _parse_header(header_bytes, url)
         try:
+            _check_length(header, store.size(IMAGES_FILE), url)
             records_bytes = store.read(IMAGES_FILE)
         except MissingObject as error:
             raise UserError(
@@ -165,11 +168,7 @@ def _fingerprint(tree: dict) -> str:
 def parse(header_bytes: bytes, records_bytes: bytes, where: str) -> Index:
     """An index from the bytes of its two files; `where` is named in the errors."""
     header = _parse_header(header_bytes, where)
-    if len(records_bytes) != header.rows * RECORD.itemsize:
-        raise UserError(
-            f"{where}/{IMAGES_FILE} has {len(records_bytes)} bytes, not {RECORD.itemsize} for each of "
-            f"{header.rows} rows: it is truncated or of another data set; copy or pack the data set again"
-        )
+    _check_length(header, len(records_bytes), where)
     if hashlib.sha256(records_bytes).hexdigest() != header.images_sha256:
         raise UserError(f"{where}/{IMAGES_FILE} is damaged (wrong SHA-256); copy or pack the data set again")
     rows_S = np.array([shard.rows for shard in header.shards], np.int64)
@@ -179,9 +178,21 @@ def parse(header_bytes: bytes, records_bytes: bytes, where: str) -> Index:
     return Index(header, records_N, first_S)
 
 
+def _check_length(header: Header, size: int, where: str) -> None:
+    if size != header.rows * RECORD.itemsize:
+        raise UserError(
+            f"{where}/{IMAGES_FILE} has {size} bytes, not {RECORD.itemsize} for each of "
+            f"{header.rows} rows: it is truncated or of another data set; copy or pack the data set again"
+        )
+
+
+def _refuse_large(where: str, size: int) -> None:
+    if size > _MAX_INDEX_BYTES:
+        raise UserError(f"{where}/{INDEX_FILE} is {size >> 20} MiB; that is no index")
+
+
 def _parse_header(data: bytes, where: str) -> Header:
-    if len(data) > _MAX_INDEX_BYTES:
-        raise UserError(f"{where}/{INDEX_FILE} is {len(data) >> 20} MiB; that is no index")
+    _refuse_large(where, len(data))
     try:
         header = Header.model_validate_json(data)
     except ValidationError as error:

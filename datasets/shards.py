@@ -13,8 +13,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import UserError
+from .archives import MAX_MEMBER_BYTES, tar_members
 from .index import IMAGES_FILE, INDEX_FILE, PACKING_FILE, RECORD, Sha256, Shard, build, image_key
-from .storage import LocalStore, Store
+from .storage import LocalStore, Store, read_at
 
 log = logging.getLogger(__name__)
 
@@ -154,15 +155,14 @@ def scan(path: Path, file_name: str) -> tuple[Shard, bytes]:
             digest.update(block)
         size = file.tell()
         file.seek(0)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    file.seek(member.offset_data)
-                    image_hash = hashlib.sha256(file.read(member.size)).digest()
-                    records.append((member.offset_data, member.size, np.frombuffer(image_hash, np.uint8)))
-        except tarfile.TarError as error:
-            raise UserError(f"{path} is not a complete tar file ({error})") from error
-    if not records:
+        for member in tar_members(file, str(path)):
+            whole = member.isreg() and member.sparse is None and member.offset_data + member.size <= size
+            if not whole or member.size > MAX_MEMBER_BYTES:
+                raise UserError(f"{path} is not a shard: {member.name[:100]!r} is no plain image file in it")
+            image = read_at(file.fileno(), member.offset_data, member.size)
+            image_hash = hashlib.sha256(image).digest()
+            records.append((member.offset_data, member.size, np.frombuffer(image_hash, np.uint8)))
+    if not records or size < 2 * tarfile.BLOCKSIZE:
         raise UserError(f"{path} holds no images")
     shard = Shard(file=file_name, rows=len(records), bytes=size, sha256=digest.hexdigest())
     return shard, np.array(records, RECORD).tobytes()

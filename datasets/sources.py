@@ -10,12 +10,15 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -25,6 +28,7 @@ from .codec import BadImage
 from .storage import Store, check_key, open_store, split_url
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".gif")
+MAX_ARRAY_BYTES = 16 << 30  # of an npz or idx file
 CELEBA_MASK_FOLDER = "CelebA-HQ-img/"  # the photographs in a CelebAMask-HQ folder; its other files are masks
 
 
@@ -176,9 +180,13 @@ def _read_npz(store: Store, key: str) -> np.ndarray:
     where = f"{store.url}/{key}"
     data = store.read(key)
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
+            _refuse_bomb(where, sum(member.file_size for member in members.infolist()))
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             names = ["images"] if "images" in arrays.files else arrays.files
             found = [array for array in map(arrays.__getitem__, names) if array.ndim in (3, 4)]
+    except UserError:
+        raise
     except Exception as error:  # zipfile and numpy raise many kinds for damaged files
         raise UserError(f"{where} is not a readable npz file of plain arrays ({_first_line(error)})") from error
     if len(found) != 1:
@@ -197,17 +205,48 @@ def _read_idx(store: Store, key: str) -> np.ndarray:
     data = store.read(key)
     if data[:2] == b"\x1f\x8b":
         try:
-            data = gzip.decompress(data)
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                data = _up_to(file, 16)
+                data += _up_to(file, _idx_bytes(where, data) + 1)  # one more than it should be: a bomb goes no further
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{where} is not a complete gzip file ({_first_line(error)})") from error
+    if len(data) != 16 + (expected := _idx_bytes(where, data)):
+        raise UserError(f"{where} is truncated or too long: it should have {16 + expected} bytes")
+    count, height, width = _idx_shape(data)
+    return np.frombuffer(data, np.uint8, offset=16).reshape(count, height, width)
+
+
+def _idx_bytes(where: str, data: bytes) -> int:
+    """How many pixels an idx file of images holds, as its header says."""
     magic = int.from_bytes(data[:4], "big")
     if magic != 0x803:
         kind = "labels, not images" if magic == 0x801 else "no idx file of byte images"
         raise UserError(f"{where} is {kind} (magic number {magic:#x}, images have 0x803)")
-    count, height, width = (int.from_bytes(data[at : at + 4], "big") for at in (4, 8, 12))
-    if len(data) != 16 + count * height * width or not count * height * width:
-        raise UserError(f"{where} is truncated: {len(data)} bytes for {count} images of {height} x {width}")
-    return np.frombuffer(data, np.uint8, offset=16).reshape(count, height, width)
+    expected = math.prod(_idx_shape(data))
+    if len(data) < 16 or not expected:
+        raise UserError(f"{where} is truncated: it holds no images")
+    _refuse_bomb(where, expected)
+    return expected
+
+
+def _idx_shape(data: bytes) -> list[int]:
+    return [int.from_bytes(data[at : at + 4], "big") for at in (4, 8, 12)]
+
+
+def _up_to(file: IO[bytes], length: int) -> bytes:
+    """The next `length` bytes, or what there is; memory is taken as they come."""
+    chunks = []
+    while length > 0 and (chunk := file.read(min(length, 1 << 20))):
+        chunks.append(chunk)
+        length -= len(chunk)
+    return b"".join(chunks)
+
+
+def _refuse_bomb(where: str, size: int) -> None:
+    if size > MAX_ARRAY_BYTES:
+        raise UserError(
+            f"{where} unpacks to {size >> 20} MiB, which are held in memory at once; make a folder or a zip of images"
+        )
 
 
 def is_image(key: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..config import S3Config
+from ..errors import UserError
+from .archives import tar_members
 from .codec import BadImage, decode_packed
 from .index import Index, Shard
 from .storage import LocalStore, MissingObject, Store, TruncatedObject, open_store, read_at
@@ -121,14 +122,15 @@ def _check_image(index: Index, row: int, descriptor: int) -> str:
 def _check_names(index: Index, shard: Shard, first: int, path: Path) -> list[Fault]:
     """Members must be the plain files the index says, in its order: other readers go by their names."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            names = [(member.name, member.isreg()) for member in tar]
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        return [Fault(shard.file, "", f"not a complete tar file ({error})")]
+        with open(path, "rb") as file:
+            names = [(member.name, member.isreg()) for member in tar_members(file, shard.file)]
+    except UserError as error:
+        return [Fault(shard.file, "", str(error))]
     expected = [(index.key(row), True) for row in range(first, first + shard.rows)]
     if names == expected:
         return []
-    strange = [name for name in names if name not in set(expected)]
+    known = set(expected)
+    strange = [name for name in names if name not in known]
     if strange:
         return [Fault(shard.file, name, "a member that the index does not know; it is refused") for name, _ in strange]
     return [Fault(shard.file, "", f"{len(names)} members in another order or number than the {shard.rows} indexed")]

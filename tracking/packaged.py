@@ -138,6 +138,8 @@ def load_model(source: str | Path, *, s3: S3Config | None = None, device: torch.
         UserError: nothing is there, or it is damaged, of another format, or not a packaged model.
     """
     source = str(source)
+    if "://" in source and not source.startswith("s3://"):
+        raise UserError(f"{source} cannot be opened; give a run folder, models:/name@alias or an s3:// address")
     with tempfile.TemporaryDirectory(prefix="glann-model-") as scratch:
         if source.startswith("models:/"):
             folder = _from_registry(source, Path(scratch))
