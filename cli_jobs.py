@@ -76,7 +76,7 @@ def submit(
             found = versions.refuse_misfit(client, address)
             typer.echo(f"it fits: {_fitting(found)}")
             job = jobs.start(client, resolved, variables, last)
-            goes_on = f"; goes on with {last.id}, which was {_state(last)}" if last else ""
+            goes_on = f", which goes on with {last.id} ({_state(last)})" if last else ""
             typer.echo(f"submitted {job.id}{goes_on}")
         if hint := shipping.forgotten_keys(resolved, variables):
             typer.echo(f"note: {hint}", err=True)
@@ -132,7 +132,7 @@ def status(name: Name, address: Address = HERE) -> None:
         if job.active:
             how = job.state + (f": {job.message}" if job.state == "pending" else "")
         else:
-            how = f"{job.state}: {jobs.outcome(job, jobs.exit_status(client, job))}"
+            how = jobs.outcome(job, jobs.exit_status(client, job))
     told = {
         "run": job.name,
         "attempt": job.id,
@@ -232,7 +232,9 @@ def _follow(client: JobSubmissionClient, job: Job, address: str) -> None:
 
 
 def _at(address: str) -> str:
-    return "" if address == HERE else f" --address {address}"
+    import os
+
+    return "" if address == os.environ.get("RAY_API_SERVER_ADDRESS", HERE) else f" --address {address}"
 
 
 def _fitting(found: dict[str, dict[str, str | None]]) -> str:
@@ -243,7 +245,8 @@ def _fitting(found: dict[str, dict[str, str | None]]) -> str:
 
 
 def _state(job: Job) -> str:
-    return job.state + (f" ({job.exit_status})" if job.state == "failed" and job.exit_status is not None else "")
+    failed = job.state == "failed" and job.exit_status is not None
+    return f"failed, exit status {job.exit_status}" if failed else job.state
 
 
 def _clock(seconds: float | None) -> str:

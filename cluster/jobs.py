@@ -78,8 +78,8 @@ def connect(address: str) -> JobSubmissionClient:
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S), **options)
 
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+    for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     given = {key: os.environ.pop(key) for key in (ADDRESS_VARIABLE, "RAY_ADDRESS") if key in os.environ}
     try:
@@ -109,6 +109,8 @@ def told(address: str) -> Iterator[None]:
             f"no Ray dashboard answers at {address}; check --address, or the tunnel to it (docs/cluster.md)"
         ) from error
     except RuntimeError as error:
+        if type(error) is not RuntimeError:  # the way out of a command is one, too
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         told_first = lines[0][:160] if lines else type(error).__name__
         last = f" ... {lines[-1][:160]}" if len(lines) > 1 else ""

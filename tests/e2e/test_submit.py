@@ -1,0 +1,140 @@
+"""`glann submit` and `glann jobs` against a real head with tokens: what a user of a cluster does in a week."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from ray_head import Head, ray_head
+
+SECRET = "planted-8f1d0c"
+STOPPED_AND_SAVED, INTERRUPTED = 75, 130
+
+
+@pytest.fixture(scope="module")
+def head():
+    with ray_head() as started:
+        yield started
+
+
+@pytest.fixture
+def cluster(glann, head: Head, monkeypatch: pytest.MonkeyPatch):
+    """`glann` on a machine that has the cluster's token and its address."""
+    changed = head.env | {"RAY_API_SERVER_ADDRESS": head.address, "PLANTED": SECRET}
+    monkeypatch.setattr(glann, "env", glann.env | changed)
+    return glann
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that every node of the cluster has."""
+    return tmp_path_factory.mktemp("shared")
+
+
+def wait_until(what, process: subprocess.Popen[str], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        if process.poll() is not None or time.monotonic() > deadline:
+            out, err = process.communicate()
+            pytest.fail(f"ended with {process.returncode} before that:\n{out}\n{err}")
+        time.sleep(0.2)
+
+
+def words(glann, shared: Path, name: str) -> list[str]:
+    """A run of a recipe of one's own, which lies outside the package."""
+    recipe = glann.folder / "mine.yaml"
+    shutil.copyfile(Path(__file__).parents[2] / "configs" / "digits.yaml", recipe)
+    places = [f"data.url={shared / 'digits'}", f"checkpoint.url={shared / 'runs'}"]
+    return ["submit", "mine.yaml", *glann.small, "glo.epochs=60", *places, "--name", name, "--env", "PLANTED"]
+
+
+def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path, head: Head):
+    submit = words(cluster, shared, "trial")
+    watching = cluster.start(*submit, "--wait")
+    checkpoints = shared / "runs" / "trial" / "checkpoints"
+    wait_until(lambda: any(checkpoints.glob("step-*/manifest.json")), watching)
+
+    again = cluster(*submit)
+    assert (again.returncode, again.stdout.splitlines()[0]) == (0, "trial.1 is running already; nothing was started")
+    other = cluster(*submit, "glo.latent_lr=0.5")
+    assert other.returncode == 2
+    assert "trial.1 is running with another configuration; stop it first" in other.stderr
+
+    stopped = cluster("jobs", "stop", "trial")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "trial.1: stopped and saved" in stopped.stdout
+    out, err = watching.communicate(timeout=60)
+    assert watching.returncode == STOPPED_AND_SAVED, err
+    assert "submitted trial.1" in out
+    assert "the run was stopped and is saved" in out
+    assert "stopped and saved; the same `glann submit` goes on" in cluster("jobs", "status", "trial").stdout
+
+    finished = cluster(*submit, "--wait")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "submitted trial.2, which goes on with trial.1 (stopped)" in finished.stdout
+    assert "going on from the checkpoint at stage 1 (GLO)" in finished.stdout
+    assert "trial.2: finished" in finished.stderr
+    assert (head.home / "glann-jobs" / "runs" / "trial" / "report.html").exists()
+
+    listed = cluster("jobs", "list").stdout
+    rows = [line.split("\t")[:3] for line in listed.splitlines()]
+    assert ["trial", "trial.2", "succeeded"] in rows
+    assert ["trial", "trial.1", "stopped"] in rows
+    assert "glann-probe" not in listed
+    told = [listed, cluster("jobs", "status", "trial").stdout, cluster("jobs", "logs", "trial.1").stdout, out, err]
+    assert "PLANTED" in told[1], "which variables went is told"
+    assert SECRET not in "".join([*told, finished.stdout, finished.stderr])
+
+
+def test_a_job_that_fails_ends_with_the_status_of_its_training(cluster, shared: Path):
+    """Nothing is packed there and nothing is to be: the driver on the head refuses, with status 2."""
+    result = cluster(*words(cluster, shared, "hopeless"), f"data.url={shared}/nowhere", "data.source=", "--wait")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "nowhere" in result.stdout
+    assert "hopeless.1: failed with exit status 2" in result.stderr
+    assert "failed, exit status 2" in cluster("jobs", "list").stdout
+
+
+def test_ctrl_c_leaves_the_job_running(cluster, shared: Path):
+    submit = words(cluster, shared, "watched")
+    watching = cluster.start(*submit, "glo.epochs=5000", "--wait")
+    os.set_blocking(watching.stdout.fileno(), False)
+    seen: list[str] = []
+    wait_until(lambda: seen.append(watching.stdout.read() or "") or "Running entrypoint" in "".join(seen), watching)
+    watching.send_signal(signal.SIGINT)
+    err = watching.communicate(timeout=60)[1]
+    assert watching.returncode == INTERRUPTED
+    assert "watched.1 goes on without you" in err
+    assert "state        running" in cluster("jobs", "status", "watched").stdout
+    assert cluster("jobs", "stop", "watched").stdout.count("watched.1") == 2
+    assert "state        running" not in cluster("jobs", "status", "watched.1").stdout
+
+
+def test_a_cluster_that_lacks_what_is_needed_is_refused(cluster, shared: Path, tmp_path: Path):
+    """The package here says that it needs a DeepSpeed from the future."""
+    info = tmp_path / "glann-0.1.0.dist-info"
+    info.mkdir()
+    needs = (
+        "Metadata-Version: 2.1\nName: glann\nVersion: 0.1.0\nRequires-Python: >=3.11\nRequires-Dist: deepspeed>=99\n"
+    )
+    (info / "METADATA").write_text(needs)
+    result = cluster(*words(cluster, shared, "early"), PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2
+    here = metadata.version("deepspeed")
+    assert f"deepspeed {here} (needed: >=99; here: {here})" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "early" not in cluster("jobs", "list").stdout
+
+
+def test_without_its_token_nothing_is_told(cluster, head: Head):
+    refused = cluster("jobs", "list", RAY_AUTH_TOKEN_PATH="", RAY_AUTH_TOKEN="not-it")
+    assert refused.returncode == 2
+    assert "the token is not its own; copy the head's ~/.ray/auth_token here" in refused.stderr
+    token = Path(head.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    assert token not in refused.stderr
