@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +22,10 @@ class Mapping(nn.Module):
 
     The published T is not normalised.  Its targets z_i lie on the unit sphere (or in the unit ball), so
     here T(e) is projected there: nothing is lost, and G never sees a code of a norm it was not trained on.
+
+    The published T normalises by the statistics of each batch while it is trained.  Such a batch holds matched
+    noises, which are not spread like noise; so T is trained as another function than the one that candidates and
+    samples go through.  After `fix_statistics` there is one function: train it in eval mode.
     """
 
     def __init__(self, noise_dim: int, hidden_dim: int, latent_dim: int, constraint: Constraint = "sphere") -> None:
@@ -41,6 +46,14 @@ class Mapping(nn.Module):
         if self.constraint == "sphere":
             return F.normalize(z_BD, dim=1)
         return z_BD / z_BD.norm(dim=1, keepdim=True).clamp(min=1.0)
+
+    @torch.no_grad()
+    def fix_statistics(self, e_BE: Tensor) -> None:
+        """Let eval mode normalise by the statistics that both layers have for these noises under today's weights."""
+        self.eval()
+        h_BH = self.fc1(e_BE)
+        self.norm1.fix_statistics(h_BH)
+        self.norm2.fix_statistics(self.fc2(F.relu(self.norm1(h_BH))))
 
 
 def build_mapping(config: ImleConfig, latent_dim: int, constraint: Constraint = "sphere") -> Mapping:

@@ -50,6 +50,15 @@ class SharedBatchNorm(nn.Module):
         return out
 
     @torch.no_grad()
+    def fix_statistics(self, x: Tensor) -> None:
+        """Let eval mode normalise by the mean and variance of `x` [B, C], which every worker must give alike."""
+        variance_C, mean_C = torch.var_mean(x.double(), dim=0)
+        for held, found in ((self.running_mean, mean_C), (self.running_var, variance_C)):
+            held.copy_(found)
+            if _world() > 1:
+                dist.broadcast(held, 0)  # machines may round differently
+
+    @torch.no_grad()
     def _track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
         # No branch on `count`: reading it would stall the device. A global batch without rows has rate 0.
         rate = self.momentum * (count > 0).to(count.dtype)

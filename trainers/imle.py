@@ -6,7 +6,8 @@ M candidates, m own candidates, W workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, cast
@@ -20,9 +21,11 @@ from ..cluster.noise import noise
 from ..cluster.placement import global_batches, ranges
 from ..config import Config
 from ..errors import UserError
+from ..models.mapping import Mapping
+from .mailbox import stops
 from .schedules import factor
 
-CHUNK = 16384  # candidates mapped at once
+CHUNK = 16384  # candidates mapped at once; also the noises that T's statistics are taken from
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,16 @@ class ImleEpoch:
 class MappingTrainer:
     """T, its Adam and where they stand; replicated on every worker and equal on all of them."""
 
-    def __init__(self, mapping: nn.Module, config: Config, device: torch.device, state: dict | None = None) -> None:
-        self.mapping = mapping.to(device)
-        self.device = device
+    def __init__(self, mapping: Mapping, config: Config, device: torch.device, state: dict | None = None) -> None:
+        self.mapping, self.device = mapping.to(device), device
+        self.batch_statistics = config.imle.statistics == "batch"
         self.optimizer = torch.optim.Adam(
             mapping.parameters(), lr=config.imle.lr, weight_decay=config.imle.weight_decay
         )
+        if state is None and not self.batch_statistics:
+            index_B = torch.arange(CHUNK)
+            # of the epoch after the last: noise that no candidate is made of
+            mapping.fix_statistics(noise(config.seed, config.imle.epochs, index_B, config.imle.noise_dim, device))
         if state is not None:
             mapping.load_state_dict(state["weights"])
             for name, parameter in mapping.named_parameters():
@@ -54,27 +61,30 @@ class MappingTrainer:
                     "exp_avg_sq": state["exp_avg_sq"][name].to(device),
                 }
 
-    def update(self, e_BE: Tensor, z_BD: Tensor, batch_rows: int, lr: float) -> tuple[Tensor, bool]:
+    def update(
+        self, e_BE: Tensor, z_BD: Tensor, batch_rows: int, lr: float, vote: float = 0.0
+    ) -> tuple[Tensor, bool, float]:
         """One step on a global batch of which this worker holds B rows (maybe none).
 
         Returns:
-            Sum of the squared distances over this worker's rows, and whether the step was applied
-            (not if any gradient of any worker was not finite).
+            Sum of the squared distances over this worker's rows, whether the step was applied
+            (not if any gradient of any worker was not finite), and the sum of all workers' votes.
         """
         error_B = (self.mapping(e_BE) - z_BD).square().sum(1)
         self.optimizer.zero_grad()
         (error_B.sum() / batch_rows).backward()
         grads = [cast(Tensor, parameter.grad) for parameter in self.mapping.parameters()]
-        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([vote], device=self.device)])
         if world_size() > 1:
             dist.all_reduce(flat)  # a sum: each worker divided by the whole batch already
-        applied = bool(torch.isfinite(flat.sum()))
+        finite, votes = torch.stack([flat[:-1].sum(), flat[-1]]).tolist()
+        applied = math.isfinite(finite)
         if applied:
-            for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            for grad, summed in zip(grads, flat[:-1].split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(summed.view_as(grad))
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
-        return error_B.detach().sum(), applied
+        return error_B.detach().sum(), applied, votes
 
     def state(self) -> dict[str, Any]:
         """Weights, Adam's moments by parameter name and the number of updates, on CPU."""
@@ -93,28 +103,41 @@ class MappingTrainer:
 
 
 def train_imle(
-    config: Config, z_nD: Tensor, rows: range, total_rows: int, trainer: MappingTrainer, first_epoch: int, vote: Any
+    config: Config,
+    z_nD: Tensor,
+    rows: range,
+    total_rows: int,
+    trainer: MappingTrainer,
+    first_epoch: int,
+    vote: Callable[[], float],
+    enter: Callable[[str, int, int], None] = lambda phase, epoch, step: None,
 ) -> Iterator[ImleEpoch]:
     """Stage 2, Eqs. 5 and 6 of the paper: pull the nearest mapped noise of every code towards it.
 
-    Yields after every epoch. A match is kept as an index; its noise is made again where it is needed.
+    Yields after every epoch. A match is kept as an index; its noise is made again where it is needed. Where the
+    votes ask to stop within an epoch it ends at once: the epoch is to be done again from its beginning.
 
     Args:
-        z_nD: codes of this worker's rows. vote: asked once an epoch, see `StepResult`.
+        z_nD: codes of this worker's rows. vote: asked at every update, see `StepResult`. enter: told
+            (phase, epoch, step) before a search and before every update.
     Raises:
         UserError: `imle.max_bad_steps` steps in a row were not finite.
     """
     z_nD = z_nD.to(trainer.device)
     bad_in_a_row = 0
     for epoch in range(first_epoch, config.imle.epochs):
+        enter("search", epoch, 0)
         match_n, distance_n, seconds = match(config, epoch, z_nD, total_rows, trainer.mapping)
         lr = config.imle.lr * factor(config.imle.schedule, epoch, config.imle.epochs)
         loss = torch.zeros((), device=trainer.device)
-        trainer.mapping.train()
-        for batch in global_batches(config.seed, epoch, total_rows, config.imle.batch_size):
+        trainer.mapping.train(trainer.batch_statistics)
+        for step, batch in enumerate(global_batches(config.seed, epoch, total_rows, config.imle.batch_size)):
+            enter("imle", epoch, step)
             own = torch.as_tensor(batch[(batch >= rows.start) & (batch < rows.stop)] - rows.start)
             e_BE = noise(config.seed, epoch, match_n[own], config.imle.noise_dim, trainer.device)
-            error, applied = trainer.update(e_BE, z_nD[own.to(trainer.device)], len(batch), lr)
+            error, applied, votes = trainer.update(e_BE, z_nD[own.to(trainer.device)], len(batch), lr, vote())
+            if stops(votes, saving=False):
+                return
             loss += error
             bad_in_a_row = 0 if applied else bad_in_a_row + 1
             if bad_in_a_row >= config.imle.max_bad_steps:
