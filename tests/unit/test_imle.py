@@ -28,7 +28,7 @@ def eight_clusters(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def coverage(mapping: torch.nn.Module, corners_8D: torch.Tensor) -> tuple[float, float]:
-    """Of fresh codes of the worst cluster, the share with one of 1,000 draws within 0.05; and the draws near any cluster.
+    """Share of the worst cluster's fresh codes with one of 1,000 draws within 0.05, and of draws near any cluster.
 
     Spread evenly over the sphere, a draw in twelve would lie within 0.2 of one of the eight.
     """
