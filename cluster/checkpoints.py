@@ -1,64 +1,87 @@
 """Checkpoints: a folder `step-000123/` of safetensors and JSON that knows no number of workers.
 
-    generator.safetensors ...            tensors by name, one file a group, written by rank 0
-    latents-<start>-<stop>.safetensors   rows start..stop-1 of the latent table, written by their owners
-    state.json                           counters and seeds
-    manifest.json                        files, sizes, SHA-256: written last; no manifest, no checkpoint
+    <attempt>/generator.safetensors ...            tensors by name; a large group is cut into several files
+    <attempt>/latents-<start>-<stop>.safetensors   rows start..stop-1 of the latent table, written by their owners
+    <attempt>/state.json                           counters and seeds
+    manifest.json                                  files, sizes, SHA-256: written last; no manifest, no checkpoint
 
-Saving is collective and asynchronous. What is to be saved is copied at once; a thread then writes it.
-The ranks meet in the store itself: each leaves `part-<rank>.json` with the hashes of its files, rank 0
-waits for all of them and writes the manifest, and every rank waits for that. So a collective
-operation of the training never mixes with one of the saving, and whoever does not arrive can be named.
+Saving is collective and asynchronous: every rank copies its share of the tensors at once and a thread
+sends it, while the rank's latent shard sends its own rows from where they are. The ranks meet in the
+store itself: each leaves `part-<rank>.json` with the hashes of its files, rank 0 waits for all of them
+and writes the manifest, and every rank waits for that. So a collective operation of the training never
+mixes with one of the saving, and whoever does not arrive can be named. The files of each start of the
+workers (attempt) lie in a folder of their own and the manifest is never overwritten, so two writers
+that do not know of one another cannot mix their files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-import safetensors.numpy
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..datasets.storage import MissingObject, Store
+from ..datasets.storage import MissingObject, ObjectExists, Store
 from ..errors import EnvironmentFault, UserError
 from .checkpoint_layout import (
+    DAMAGED,
     FOLDER,
-    ROWS,
-    File,
+    MANIFEST,
+    DamagedCheckpoint,
     Files,
     Manifest,
     Part,
     check_cover,
-    checked_safetensors,
+    check_sizes,
     committed_steps,
-    complete,
+    file_key,
     folder_name,
     load_manifest,
+    mark_damaged,
     parse,
-    read_verified,
     row_blocks,
+    survey,
 )
+from .checkpoint_pieces import BLOCK_BYTES, Groups, Live, copy_share, put, serialized
+from .checkpoint_reading import load_rows, load_state, load_tensors, names
+
+__all__ = [
+    "CheckpointWriter",
+    "DamagedCheckpoint",
+    "Live",
+    "Rows",
+    "SaveReport",
+    "latest",
+    "load_manifest",
+    "load_rows",
+    "load_state",
+    "load_tensors",
+    "mark_damaged",
+    "names",
+    "none_left",
+    "remove_torn",
+    "retain",
+    "usable",
+]
 
 log = logging.getLogger(__name__)
 
-Arrays = dict[str, np.ndarray]
-
-_GROUP = re.compile(r"^[a-z][a-z0-9_-]{0,63}$")
-_BLOCK_BYTES = 256 << 20  # a block of rows is held, hashed and sent as one piece
 _POLL_S = (0.02, 1.0)  # first and longest pause while waiting for another rank
-_ROW_TYPES = ("float32", "int32")
+
+
+class Rows(Protocol):
+    """Whoever holds this rank's rows of the latent table and can write them (`LatentTable`)."""
+
+    def start_saving(self, store: Store, folder: str, block_bytes: int) -> Callable[[], Files | None]:
+        """Copy the rows now and write them from then on; the result tells the files, or None until they are there."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +96,8 @@ class SaveReport:
 @dataclass(frozen=True)
 class _Job:
     step: int
-    tensors: Mapping[str, dict[str, Tensor]]
-    first_row: int
-    latents: Arrays
+    share: dict[str, dict[str, Tensor]]
+    rows: Callable[[], Files | None]
     state: Mapping[str, Any] | None
     score: float | None
 
@@ -91,7 +113,8 @@ class CheckpointWriter:
         keep: int,
         timeout: float,
         attempt: str | None = None,
-        block_bytes: int = _BLOCK_BYTES,
+        block_bytes: int = BLOCK_BYTES,
+        fence: Callable[[], None] = lambda: None,
     ):
         """Made by all ranks together, in the thread that uses torch.distributed.
 
@@ -101,11 +124,12 @@ class CheckpointWriter:
             attempt: names this start of the workers, so that what a killed one left behind is never
                 taken for a part of this one. None: rank 0 removes such left-overs and draws a name
                 for all ranks.
-            block_bytes: size of a block of latent rows.
+            block_bytes: size of a file of tensors or of latent rows.
+            fence: raises if this run is not the writer's any more; rank 0 asks it before it commits or removes.
         """
         self._store, self._rank, self._world, self._keep = store, rank, world, keep
-        self._timeout, self._block_bytes = timeout, block_bytes
-        self._attempt = _begin(store, rank, world) if attempt is None else attempt
+        self._timeout, self._block_bytes, self._fence = timeout, block_bytes, fence
+        self._attempt = self._begin() if attempt is None else attempt
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._report: SaveReport | None = None
@@ -113,8 +137,8 @@ class CheckpointWriter:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
-        latents: tuple[int, Arrays] | None = None,
+        tensors: Groups | None = None,
+        latents: Rows | None = None,
         state: Mapping[str, Any] | None = None,
         score: float | None = None,
     ) -> None:
@@ -124,24 +148,20 @@ class CheckpointWriter:
 
         Args:
             step: of the whole run; it names the checkpoint.
-            tensors: groups of named tensors. Only rank 0's are written.
-            latents: the first of this rank's rows, and arrays of one entry a row (`LatentTable.snapshot`).
+            tensors: groups of named tensors, the same on every rank; each copies and writes its share.
+            latents: holder of this rank's rows.
             state: what JSON can hold. Only rank 0's is written.
             score: lower is better; the best checkpoint is kept however old it is. Rank 0's counts.
         Raises:
             The error of the previous save, if it failed.
         """
-        self.wait()
-        groups = {name: _to_cpu(group) for name, group in (tensors or {}).items()} if self._rank == 0 else {}
-        for name in groups:
-            if not _GROUP.match(name) or name.startswith("latents"):
-                raise ValueError(f"{name!r} cannot be the name of a group of tensors")
-        start, arrays = latents or (0, {})
-        if len({len(array) for array in arrays.values()}) > 1:
-            raise ValueError(f"latent arrays of different lengths: {[len(array) for array in arrays.values()]}")
-        # Ray's arrays are read-only and nobody else's; any other may change while it is being written.
-        held = {name: array.copy() if array.flags.writeable else array for name, array in arrays.items()}
-        job = _Job(step, groups, start, held, state if self._rank == 0 else None, score)
+        report = self.wait()
+        if report is not None and report.step == step:
+            return
+        # First the rows: their holder copies them while the tensors are copied here.
+        rows = latents.start_saving(self._store, self._folder(step), self._block_bytes) if latents else dict
+        share = copy_share(tensors or {}, self._rank, self._world, self._block_bytes)
+        job = _Job(step, share, rows, state if self._rank == 0 else None, score)
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
 
@@ -166,74 +186,105 @@ class CheckpointWriter:
             self._error = error
 
     def _save(self, job: _Job) -> None:
-        began, folder = time.monotonic(), folder_name(job.step)
-        if job.step in complete(self._store, job.step):
-            log.info("step %d is saved already", job.step)
-            return
-        files: Files = {}
-        for name, data in self._pieces(job):
-            self._store.write(f"{folder}/{name}", data)
-            files[name] = File(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-        part = Part(attempt=self._attempt, world=self._world, files=files)
-        self._store.write(f"{folder}/part-{self._rank}.json", part.model_dump_json().encode())
+        began, before = time.monotonic(), self._committed(job.step)
         if self._rank == 0:
-            self._commit(job, folder)
+            self._fence()
+        if job.step in survey(self._store, job.step).good:
+            log.info("step %d is saved already", job.step)
+            for name in self._written_rows(job):
+                self._store.delete(f"{self._folder(job.step)}/{name}")
+            return
+        files = self._write(job)
+        part = Part(attempt=self._attempt, world=self._world, files=files)
+        self._store.write(self._part(job.step, self._rank), part.model_dump_json().encode())
+        if self._rank == 0:
+            self._commit(job)
         else:
-            self._wait_until(lambda: self._committed(folder), folder, job.step)
+            self._wait_until(lambda: self._committed(job.step) not in (None, before), job.step)
         written, seconds = sum(file.size for file in files.values()), time.monotonic() - began
         self._report = SaveReport(job.step, written, seconds)
         log.info("saved step %d: %.1f MB of rank %d in %.2f s", job.step, written / 1e6, self._rank, seconds)
         if self._rank == 0:
+            self._fence()
             retain(self._store, self._keep)
 
-    def _pieces(self, job: _Job) -> Iterator[tuple[str, bytes]]:
-        """The files of this rank, one at a time, so that only one is held in its written form."""
-        for group, tensors in job.tensors.items():
-            yield f"{group}.safetensors", safetensors.torch.save(tensors)
+    def _write(self, job: _Job) -> Files:
+        """Send this rank's share, letting go of each file's copy once it is there."""
+        files: Files = {}
+        for name in list(job.share):
+            files[name] = put(self._store, f"{self._folder(job.step)}/{name}", serialized(job.share.pop(name)))
         if job.state is not None:
-            yield "state.json", json.dumps(job.state, allow_nan=False, indent=1).encode()
-        rows = len(next(iter(job.latents.values()), ()))
-        row_bytes = sum(array[:1].nbytes for array in job.latents.values())
-        size = max(1, self._block_bytes // max(1, row_bytes))
-        for at in range(0, rows, size):
-            arrays = {name: np.ascontiguousarray(array[at : at + size]) for name, array in job.latents.items()}
-            start, stop = job.first_row + at, job.first_row + min(at + size, rows)
-            yield f"latents-{start}-{stop}.safetensors", safetensors.numpy.save(arrays)
+            data = json.dumps(job.state, allow_nan=False, indent=1).encode()
+            files["state.json"] = put(self._store, f"{self._folder(job.step)}/state.json", iter([memoryview(data)]))
+        return files | self._written_rows(job)
 
-    def _commit(self, job: _Job, folder: str) -> None:
+    def _written_rows(self, job: _Job) -> Files:
+        """The files of latent rows, once their holder has written them; raises its error."""
+        pause = _POLL_S[0]
+        while (files := job.rows()) is None:
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_S[1])
+        return files
+
+    def _commit(self, job: _Job) -> None:
         """Rank 0: make it a checkpoint once every rank's part is there."""
-        self._wait_until(lambda: len(self._parts(folder)) == self._world, folder, job.step)
-        files = {name: file for part in self._parts(folder).values() for name, file in part.files.items()}
+        self._wait_until(lambda: len(self._parts(job.step)) == self._world, job.step)
+        files = {name: file for part in self._parts(job.step).values() for name, file in part.files.items()}
         blocks = row_blocks(files)
         rows = blocks[-1].stop if blocks else 0
         check_cover(blocks, range(rows), f"the parts of step {job.step}")
         manifest = Manifest(step=job.step, attempt=self._attempt, rows=rows, score=job.score, files=files)
-        self._store.write(f"{folder}/manifest.json", manifest.model_dump_json(indent=1).encode())
+        folder = folder_name(job.step)
+        try:
+            check_sizes(self._store, manifest, self._store.sizes(f"{folder}/{self._attempt}/"))
+        except DamagedCheckpoint as error:
+            raise EnvironmentFault(f"step {job.step} was not stored as it was sent: {error}") from error
+        self._fence()
+        for name in (MANIFEST, DAMAGED):  # a damaged one makes way, and is torn from here on
+            self._store.delete(f"{folder}/{name}")
+        try:
+            data = manifest.model_dump_json(indent=1).encode()
+            self._store.write(f"{folder}/{MANIFEST}", data, only_if_absent=True)
+        except ObjectExists as error:  # our own, if only the answer to it was lost
+            if self._committed(job.step) != self._attempt:
+                raise UserError(
+                    f"{self._store.url}/{folder} was written by another command at the same moment; "
+                    "only one may train a run: stop the other, then start this one again"
+                ) from error
+        whole = {file_key(manifest, name) for name in files} | {f"{folder}/{MANIFEST}"}
         for key in self._store.list(f"{folder}/"):  # the parts, and what a killed attempt left in this folder
-            if key.rpartition("/")[2] not in {*files, "manifest.json"}:
+            if key not in whole:
                 self._store.delete(key)
 
-    def _parts(self, folder: str) -> dict[int, Part]:
+    def _folder(self, step: int) -> str:
+        return f"{folder_name(step)}/{self._attempt}"
+
+    def _part(self, step: int, rank: int | str) -> str:
+        return f"{self._folder(step)}/part-{rank}.json"
+
+    def _parts(self, step: int) -> dict[int, Part]:
         """The parts of this attempt that are there, by rank."""
         parts = {}
-        for key in self._store.list(f"{folder}/part-"):
+        for key in self._store.list(self._part(step, "").removesuffix(".json")):
             part = parse(Part, self._store.read(key), key)
             if (part.attempt, part.world) == (self._attempt, self._world):
                 parts[int(key.rpartition("-")[2].removesuffix(".json"))] = part
         return parts
 
-    def _committed(self, folder: str) -> bool:
+    def _committed(self, step: int) -> str | None:
+        """The attempt that made this step a checkpoint, if one did."""
         try:
-            data = self._store.read(f"{folder}/manifest.json")
+            return load_manifest(self._store, step).attempt
         except MissingObject:
-            return False
-        return parse(Manifest, data, folder).attempt == self._attempt
+            return None
+        except DamagedCheckpoint:
+            return ""
 
-    def _wait_until(self, ready: Callable[[], bool], folder: str, step: int) -> None:
+    def _wait_until(self, ready: Callable[[], bool], step: int) -> None:
         deadline, pause = time.monotonic() + self._timeout, _POLL_S[0]
         while not ready():
             if time.monotonic() > deadline:
-                missing = sorted(set(range(self._world)) - set(self._parts(folder))) or [0]
+                missing = sorted(set(range(self._world)) - set(self._parts(step))) or [0]
                 raise EnvironmentFault(
                     f"saving step {step} gave up after {self._timeout:g} s: no word from rank "
                     f"{', '.join(map(str, missing))}; look at the logs of these workers, or raise checkpoint.timeout_s"
@@ -241,117 +292,84 @@ class CheckpointWriter:
             time.sleep(pause)
             pause = min(2 * pause, _POLL_S[1])
 
+    def _begin(self) -> str:
+        """A new attempt's name, the same on all ranks, after rank 0 has cleaned up behind the last one."""
+        if self._rank == 0:
+            self._fence()
+            for folder in remove_torn(self._store):
+                log.info("removed %s, which was never finished", folder)
+        if self._world == 1:
+            return secrets.token_hex(7)
+        device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+        number = torch.tensor(secrets.randbits(56), dtype=torch.int64, device=device)
+        dist.broadcast(number, 0)
+        return f"{int(number):014x}"
+
 
 def latest(store: Store) -> int | None:
-    """The step of the newest complete checkpoint, or None."""
-    return max(complete(store), default=None)
+    """The step of the newest complete checkpoint, or None. A damaged one is passed over with a warning."""
+    found = survey(store)
+    for step, reason in found.damaged.items():
+        log.warning("checkpoint %s is passed over: %s", folder_name(step), reason)
+    return max(found.good, default=None)
+
+
+def usable(store: Store) -> tuple[list[int], dict[int, str]]:
+    """The steps to go on from, newest first, and why the damaged ones are passed over.
+
+    Raises:
+        UserError: there are checkpoints, and none can be used. A run never begins anew over them.
+    """
+    found = survey(store)
+    if found.damaged and not found.good:
+        newest = max(found.damaged)
+        raise none_left(store, {newest: found.damaged[newest]})
+    return sorted(found.good, reverse=True), found.damaged
+
+
+def none_left(store: Store, damaged: Mapping[int, str]) -> UserError:
+    """The error for a run whose checkpoints are all damaged."""
+    told = "; ".join(damaged.values())
+    return UserError(
+        f"no checkpoint of {store.url} can be used: {told}; restore it, or remove this folder to begin the run anew"
+    )
 
 
 def remove_torn(store: Store) -> list[str]:
-    """Remove what a killed save left behind: folders without a manifest. Returns their names.
+    """Remove what killed saves left behind: folders without a manifest, whose names are returned, and stray files.
 
-    Only for when nobody saves: the driver calls it before it starts the workers.
+    Only for when nobody saves: by the driver before it starts the workers, and by the workers when they start.
     """
+    store.sweep("step-")
     sizes = store.sizes("step-")
-    whole = {folder_name(step) for step in committed_steps(sizes)}
-    torn = sorted({key.partition("/")[0] for key in sizes if FOLDER.match(key)} - whole)
+    steps = committed_steps(sizes)
+    torn = sorted({key.partition("/")[0] for key in sizes if FOLDER.match(key)} - {folder_name(step) for step in steps})
+    listed = {folder_name(step): manifest for step, manifest in survey(store).good.items()}
     for key in sizes:
-        if key.partition("/")[0] in torn:
+        folder, _, rest = key.partition("/")
+        manifest = listed.get(folder)
+        stray = manifest and rest != MANIFEST and rest.removeprefix(f"{manifest.attempt}/") not in manifest.files
+        if folder in torn or stray:
             store.delete(key)
     return torn
 
 
 def retain(store: Store, keep: int) -> list[int]:
-    """Remove complete checkpoints except the newest `keep` and the best by score. Returns the steps removed.
+    """Remove checkpoints except the newest `keep` that look whole and the best by score. Returns the steps removed.
 
-    The manifest goes first, so that a removal cut short leaves no checkpoint rather than half of one.
+    A damaged one goes once `keep` newer ones look whole; it is never counted as one of them. The manifest
+    goes first, so that a removal cut short leaves no checkpoint rather than half of one.
     """
-    found = complete(store)
-    scores = {step: manifest.score for step, manifest in found.items() if manifest.score is not None}
+    found = survey(store)
+    good = found.good
+    scores = {step: manifest.score for step, manifest in good.items() if manifest.score is not None}
     best = min(scores, key=lambda step: (scores[step], -step), default=None)
-    removed = [step for step in list(found)[: -max(1, keep)] if step != best]
-    for step in removed:
+    kept = list(good)[-max(1, keep) :]
+    whole_enough = len(kept) == max(1, keep)
+    removed = [step for step in good if step not in kept and step != best]
+    removed += [step for step in found.damaged if whole_enough and step < kept[0]]
+    for step in sorted(removed):
         folder = folder_name(step)
-        for key in [f"{folder}/manifest.json", *store.list(f"{folder}/")]:
+        for key in [f"{folder}/{MANIFEST}", *store.list(f"{folder}/")]:
             store.delete(key)
-    return removed
-
-
-def names(store: Store, step: int) -> list[str]:
-    """The groups of tensors that a checkpoint holds."""
-    files = load_manifest(store, step).files
-    return sorted(n.removesuffix(".safetensors") for n in files if n.endswith(".safetensors") and not ROWS.match(n))
-
-
-def load_state(store: Store, step: int) -> dict[str, Any]:
-    """The counters and seeds that were saved. Raises UserError if they are not what was written."""
-    data = read_verified(store, load_manifest(store, step), "state.json")
-    try:
-        state = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{store.url}/{folder_name(step)}/state.json is not valid JSON: {error}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{store.url}/{folder_name(step)}/state.json does not hold an object")
-    return state
-
-
-def load_tensors(store: Store, step: int, group: str) -> dict[str, Tensor]:
-    """A group of tensors by name, on the CPU. Raises UserError if it is not what was written."""
-    name = f"{group}.safetensors"
-    data = read_verified(store, load_manifest(store, step), name)
-    with checked_safetensors(f"{store.url}/{folder_name(step)}/{name}", data):
-        return safetensors.torch.load(data)
-
-
-def load_rows(store: Store, step: int, rows: range) -> Arrays:
-    """The latent table of any range of rows, whatever ranges wrote it, for `LatentTable.restore`.
-
-    Raises:
-        UserError: a row is missing, or a block is not what was written.
-    """
-    manifest = load_manifest(store, step)
-    where = f"{store.url}/{folder_name(step)}"
-    blocks = [block for block in row_blocks(manifest.files) if block.start < rows.stop and rows.start < block.stop]
-    check_cover(blocks, rows, where)
-    arrays: Arrays = {}
-    for block in blocks:
-        name = f"latents-{block.start}-{block.stop}.safetensors"
-        data = read_verified(store, manifest, name)
-        with checked_safetensors(f"{where}/{name}", data):
-            held = safetensors.numpy.load(data)
-        _check_block(held, block, arrays, f"{where}/{name}")
-        first, last = max(block.start, rows.start), min(block.stop, rows.stop)
-        for key, array in held.items():
-            target = arrays.setdefault(key, np.empty((len(rows), *array.shape[1:]), array.dtype))
-            target[first - rows.start : last - rows.start] = array[first - block.start : last - block.start]
-    return arrays
-
-
-def _check_block(held: Arrays, block: range, before: Arrays, where: str) -> None:
-    for name, array in held.items():
-        if array.ndim < 1 or len(array) != len(block) or array.dtype.name not in _ROW_TYPES:
-            raise UserError(f"{where}: {name} is {array.dtype}{list(array.shape)}, which cannot be {len(block)} rows")
-        if before and (name not in before or before[name].shape[1:] != array.shape[1:]):
-            raise UserError(f"{where}: {name} does not go with the blocks before it")
-    if before and set(before) != set(held):
-        raise UserError(f"{where} holds {sorted(held)} where the blocks before it hold {sorted(before)}")
-
-
-def _begin(store: Store, rank: int, world: int) -> str:
-    """A new attempt's name, the same on all ranks, after rank 0 has cleaned up behind the last one."""
-    if rank == 0:
-        for folder in remove_torn(store):
-            log.info("removed %s, which was never finished", folder)
-    if world == 1:
-        return secrets.token_hex(7)
-    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    number = torch.tensor(secrets.randbits(56), dtype=torch.int64, device=device)
-    dist.broadcast(number, 0)
-    return f"{int(number):014x}"
-
-
-def _to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies in CPU memory that share storage with nothing, as safetensors wants them."""
-    return {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()
-    }
+    return sorted(removed)

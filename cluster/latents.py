@@ -11,15 +11,20 @@ Legend: B rows of a batch, D latent dimension, n rows of the shard.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..datasets.storage import Store
 from ..errors import EnvironmentFault, UserError
+from .checkpoint_layout import Files
+from .checkpoint_pieces import write_rows
 from .noise import Stream, noise
 from .row_optimizers import Constraint, project, row_optimizer, usable_rows
 
@@ -50,6 +55,7 @@ class LatentShard:
         self._z_nD = project(first_nD, "sphere", first_nD)
         self._moments_n = self._optimizer.moments(len(rows), dim)
         self._visits_n = torch.zeros(len(rows), dtype=torch.int32)
+        self._saving: Future[Files] = Future()
 
     def gather(self, rows_B: Rows) -> np.ndarray:
         """Codes z_BD (float32, a copy) of global rows; repeats are allowed."""
@@ -106,6 +112,29 @@ class LatentShard:
     def snapshot(self) -> Arrays:
         """A consistent copy of the state by name, one row each: z, the moments, steps (visits)."""
         return {name: tensor.numpy().copy() for name, tensor in self._state().items()}
+
+    def start_saving(self, store: Store, folder: str, block_bytes: int) -> None:
+        """Write a consistent copy of the state as `latents-*.safetensors` below `folder`, behind what is called next.
+
+        The copy takes as much memory again as the shard, until it is written.
+        """
+        copy = {name: tensor.clone() for name, tensor in self._state().items()}
+        saving: Future[Files] = Future()
+        self._saving = saving
+
+        def write() -> None:
+            try:
+                saving.set_result(write_rows(store, folder, self.rows.start, copy, block_bytes))
+            except BaseException as error:  # told by `saved`
+                saving.set_exception(error)
+            finally:
+                copy.clear()
+
+        threading.Thread(target=write, name="latents", daemon=True).start()
+
+    def saved(self) -> Files | None:
+        """The files of the last `start_saving`; None while they are being written. Raises what went wrong."""
+        return self._saving.result() if self._saving.done() else None
 
     def restore(self, arrays: Arrays, position: Position = START) -> None:
         """Take over a snapshot of exactly these rows, as read back from a checkpoint.
@@ -234,9 +263,24 @@ class LatentTable:
         return self._shard.finish(self._shard.start("visits"))
 
     def snapshot(self) -> Arrays:
-        """A consistent copy of the whole shard after every update, for `CheckpointWriter.save`."""
+        """A consistent copy of the whole shard after every update."""
         self.flush()
         return self._shard.finish(self._shard.start("snapshot"))
+
+    def start_saving(self, store: Store, folder: str, block_bytes: int) -> Callable[[], Files | None]:
+        """Have the shard write its rows as they are after every update; see `LatentShard.start_saving`.
+
+        Returns at once: calls made later reach the shard after it has made its copy.
+        """
+        self.flush()
+        started = [self._shard.start("start_saving", store, folder, block_bytes)]
+
+        def saved() -> Files | None:
+            while started:
+                self._shard.finish(started.pop())
+            return self._shard.finish(self._shard.start("saved"))
+
+        return saved
 
     def restore(self, arrays: Arrays, position: Position = START) -> None:
         """Take over saved rows (`checkpoints.load_rows`); see `LatentShard.restore`."""

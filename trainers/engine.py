@@ -9,15 +9,18 @@ Shapes: B rows of this worker's batch, D latent dimension, W workers, R real row
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..cluster.checkpoints import Live
+from ..cluster.placement import Share
 from ..config import Config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -116,11 +119,6 @@ class Engine:
         """The part of each parameter that this process stores (here: all of it)."""
         return [parameter.data for parameter in self.network.parameters()]
 
-    @contextmanager
-    def gathered(self):
-        """Inside, every parameter of the network is whole on every worker."""
-        yield
-
     def _as_shards(self, weights: Mapping[str, Tensor] | None) -> list[Tensor] | None:
         if weights is None:
             return None
@@ -179,25 +177,47 @@ class Engine:
 
     def weights(self, averaged: bool = True) -> dict[str, Tensor]:
         """Whole fp32 weights and buffers by name on CPU, of the moving average where there is one. Collective."""
-        with self.ema.applied(self.shards()) if averaged and self.ema else nothing(), self.gathered():
-            return {name: tensor.detach().float().cpu().clone() for name, tensor in self.network.state_dict().items()}
+        held = self.live()
+        chosen = held["weights"] | (held.get("ema", {}) if averaged else {})
+        return {name: tensor.whole().to("cpu", copy=True) for name, tensor in chosen.items()}
+
+    def live(self) -> dict[str, Any]:
+        """All that is needed to go on, by parameter name and independent of W, without a copy of it.
+
+        `weights`, `ema` (if on), `exp_avg`, `exp_avg_sq`: dictionaries of `Live` tensors, which all workers ask for
+        in the same order and before the next step; `updates`: Adam's count.
+        """
+        parameters = dict(self.network.named_parameters())
+
+        def live(of: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> dict[str, Live]:
+            sizes = {name: 4 * full_shape(tensor).numel() for name, tensor in of.items()}
+            return {name: Live(sizes[name], partial(whole, tensor)) for name, tensor in of.items()}
+
+        state: dict[str, Any] = {"weights": live(self.network.state_dict(keep_vars=True), self._whole)}
+        if self.ema:
+            averages = dict(zip(map(id, parameters.values()), self.ema.shards, strict=True))
+            state["ema"] = live(parameters, lambda parameter: self._whole_of(parameter, averages[id(parameter)]))
+        for key in MOMENTS:
+            state[key] = live(parameters, partial(self._moment, key=key))
+        state["updates"] = max(float(slot["step"]) for slot in self.optimizer.state.values())
+        return state
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on, by parameter name and independent of W. Collective.
+        """What `live` holds, as whole copies on the CPU of every worker. Collective."""
+        return {
+            key: {name: tensor.whole().to("cpu", copy=True) for name, tensor in held.items()}
+            if isinstance(held, dict)
+            else held
+            for key, held in self.live().items()
+        }
 
-        `weights`, `ema` (if on), `exp_avg`, `exp_avg_sq`: dictionaries of CPU tensors; `updates`: Adam's count.
-        """
-        parameters = list(self.network.parameters())
-        state: dict[str, Any] = {"weights": self.weights(averaged=False)}
-        if self.ema:
-            averaged = self.weights()
-            state["ema"] = {name: averaged[name] for name in self.names}
-        for key in MOMENTS:
-            moments = [self._moment(parameter, key).detach().cpu().clone() for parameter in parameters]
-            state[key] = dict(zip(self.names, moments, strict=True))
-        steps = {float(slot["step"]) for slot in self.optimizer.state.values()}
-        state["updates"] = max(steps)
-        return state
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """A parameter or buffer in fp32."""
+        return tensor.detach().float()
+
+    def _whole_of(self, parameter: Tensor, shard: Tensor) -> Tensor:
+        """What belongs to a parameter and is stored as its shards are."""
+        return shard.float()
 
     def _restore_moments(self, state: Mapping) -> None:
         for key in MOMENTS:
@@ -219,7 +239,7 @@ class DeepSpeedEngine(Engine):
     def _wrap(self, forward: nn.Module, config: Config) -> nn.Module:
         deepspeed = import_deepspeed(self.device)
         self.zero = config.engine.zero
-        micro = config.glo.batch_size // (self.world * self.accumulation)
+        micro = Share(config.glo.batch_size, 0, self.world, self.accumulation).size // self.accumulation
         settings = {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": self.accumulation,
@@ -257,16 +277,6 @@ class DeepSpeedEngine(Engine):
             return [cast(Any, parameter).ds_tensor.data for parameter in self.network.parameters()]
         return super().shards()
 
-    @contextmanager
-    def gathered(self):
-        if self.zero == 3:
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(list(self.network.parameters())):
-                yield
-        else:
-            yield
-
     def _as_shards(self, weights: Mapping[str, Tensor] | None) -> list[Tensor] | None:
         whole = super()._as_shards(weights)
         if whole is None or self.zero < 3:
@@ -297,10 +307,26 @@ class DeepSpeedEngine(Engine):
             self.runtime.optimizer._lazy_init_hp_params_optimizer_state()  # needs the primed state
         super()._restore_moments(state)
 
-    def state(self) -> dict[str, Any]:
+    def live(self) -> dict[str, Any]:
         if self.zero in (1, 2):
             self.runtime.optimizer._lazy_init_hp_params_optimizer_state()
-        return super().state()
+        return super().live()
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        if not hasattr(tensor, "ds_tensor"):
+            return super()._whole(tensor)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().float().clone()
+
+    def _whole_of(self, parameter: Tensor, shard: Tensor) -> Tensor:
+        if self.zero < 3:
+            return super()._whole_of(parameter, shard)
+        parts = [torch.empty_like(shard) for _ in range(self.world)]
+        dist.all_gather(parts, shard)
+        shape = full_shape(parameter)
+        return torch.cat(parts)[: shape.numel()].reshape(shape).float()
 
     def _cut(self, value: Tensor, numel: int) -> Tensor:
         """This worker's partition of a whole tensor, zero-padded as ZeRO 3 pads."""
@@ -319,18 +345,6 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, shards: list[Tensor]) -> None:
         torch._foreach_lerp_(self.shards, shards, 1 - self.decay)
-
-    @contextmanager
-    def applied(self, shards: list[Tensor]):
-        """Inside, the network holds the averaged weights."""
-        kept = [shard.clone() for shard in shards]
-        for shard, averaged in zip(shards, self.shards, strict=True):
-            shard.copy_(averaged)
-        try:
-            yield
-        finally:
-            for shard, original in zip(shards, kept, strict=True):
-                shard.copy_(original)
 
 
 def build_engine(network: nn.Module, config: Config, device: torch.device, state: Mapping | None = None) -> Engine:
@@ -354,7 +368,13 @@ def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, told not to compile anything at run time."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
+    # its autotuner would import all of mlflow, which is most of the time that a restarted worker takes to begin
+    hidden = "mlflow" not in sys.modules and sys.modules.setdefault("mlflow", cast(Any, None)) is None
+    try:
+        import deepspeed
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
@@ -365,11 +385,6 @@ def import_deepspeed(device: torch.device) -> Any:
 
 def full_shape(parameter: Any) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-@contextmanager
-def nothing():
-    yield
 
 
 def _finite(number: float) -> bool:

@@ -37,13 +37,16 @@ class Position:
 
 @dataclass
 class Saved:
-    """What is trained, as it is saved: states of `Engine` and `MappingTrainer`, None where there is none yet."""
+    """What is trained, as it is saved: states of `Engine` (while it trains, `Engine.live`) and `MappingTrainer`.
+
+    None where there is none yet.
+    """
 
     position: Position
     generator: dict[str, Any] | None = None
     mapping: dict[str, Any] | None = None
 
-    def files(self) -> dict[str, dict[str, Tensor]]:
+    def files(self) -> dict[str, dict[str, Tensor | checkpoints.Live]]:
         """Groups of tensors by file name."""
         return {
             file_name(network, key): state[key]
@@ -70,7 +73,7 @@ def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
     """The networks and counters of a checkpoint.
 
     Raises:
-        UserError: the checkpoint was made with other data, or is not what was written.
+        UserError: the checkpoint was made with other data. DamagedCheckpoint: it is not what was written.
     """
     state = checkpoints.load_state(store, serial)
     if (state["rows"], state["fingerprint"]) != (rows, index.fingerprint):
@@ -79,12 +82,12 @@ def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
             f"{str(state['fingerprint'])[:12]}) than data.url holds ({rows} rows, {index.fingerprint[:12]}); "
             "start a new run with name=..."
         )
-    present = checkpoints.load_manifest(store, serial).files
+    present = checkpoints.names(store, serial)
 
     def network(name: str) -> dict[str, Any] | None:
         if state["updates"][name] is None:
             return None
-        groups = [key for key in NETWORKS[name] if f"{file_name(name, key)}.safetensors" in present]
+        groups = [key for key in NETWORKS[name] if file_name(name, key) in present]
         tensors = {key: checkpoints.load_tensors(store, serial, file_name(name, key)) for key in groups}
         return {"updates": state["updates"][name]} | tensors
 

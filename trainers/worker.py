@@ -18,42 +18,42 @@ from ..cluster.placement import ranges
 from ..config import Config
 from ..datasets.reader import ImageRows
 from ..datasets.storage import open_store
-from ..errors import EnvironmentFault
 from ..models.generators import build_generator
 from ..models.mapping import build_mapping
 from .devices import peak_of
 from .engine import Engine, build_engine
 from .glo import GloStep, train_glo
 from .imle import ImleEpoch, MappingTrainer, train_imle
-from .mailbox import Reporter
+from .launch import STOPPED
+from .mailbox import NOTHING, SAVE, Reporter, saves, stops
 from .objective import build_objective
 from .plan import training_costs
 from .previews import Previews
 from .resume import Position, Saved, final_weights, load, restore_rows
 
-SAVE, STOP = 1.0, 1000.0  # what a worker may vote for; the votes of all are added
-
 
 class Stopped(Exception):
-    """The user or the system asked the run to stop, and it has been saved."""
+    """The driver asked the workers to stop, and the run has been saved."""
 
 
-def train_worker(task: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker; `task` holds the configuration and the driver's mailbox."""
+def train_worker(task: dict[str, Any]) -> str | None:
+    """Entry point of a Ray Train worker; `task` holds the configuration, the driver's mailbox and the group's number.
+
+    Returns:
+        `STOPPED` if it was asked to. Errors are the driver's to judge (`recovery.verdict`).
+    """
+    import ray
     import ray.train
     from ray.train.torch import get_device
 
     config = Config.model_validate(task["config"])
-    reporter = Reporter(task["mailbox"], ray.train.get_context().get_world_rank())
+    reporter = Reporter(task["mailbox"], ray.train.get_context().get_world_rank(), task["group"])
+    reporter.send("joined", node=ray.get_runtime_context().get_node_id())
     try:
         Worker(config, reporter, get_device()).run()
     except Stopped:
-        reporter.send("stopped")
-    except (EnvironmentFault, RuntimeError, OSError):
-        raise  # a lost peer, node or store: Ray Train starts the workers again, up to cluster.max_failures times
-    except Exception as error:
-        reporter.fatal(error)  # wrong input or a bug of ours: trying again would not help
-        raise
+        return STOPPED
+    return None
 
 
 class Worker:
@@ -113,7 +113,9 @@ class Worker:
         flops = sum(part.flops for part in training_costs(config)) if peak else 0
         meter = Meter(flops, peak and peak * self.world)
         start = (position.epoch, position.step)
+        self.reporter.enter("glo")
         for step in train_glo(config, self.images, self.latents, engine, loss, start, self.vote):
+            self.reporter.enter("glo")
             position.epoch, position.step, position.serial = step.epoch, step.step + 1, position.serial + 1
             meter.add(step.loss, len(step.rows_B) * self.world)
             self.report_step(step, meter)
@@ -121,9 +123,9 @@ class Worker:
                 position.epoch, position.step = step.epoch + 1, 0
                 self.end_of_glo_epoch(step, engine, meter)
                 meter = Meter(meter.flops, meter.peak)
-            if step.votes >= SAVE or self.due(position):
-                saved.generator = engine.state()
-                self.save(stop=step.votes >= STOP)
+            if saving := saves(step.votes) or self.due(position):
+                saved.generator = engine.live()
+                self.save(stop=stops(step.votes, saving))
         saved.generator = engine.state()
         # a serial of its own: a checkpoint of the last step may exist already, and would be kept
         position.stage, position.epoch, position.step, position.serial = "imle", 0, 0, position.serial + 1
@@ -172,7 +174,8 @@ class Worker:
         trainer = MappingTrainer(mapping, config, self.device, saved.mapping)
         z_nD = self.latents.codes()
         began = monotonic()
-        for epoch in train_imle(config, z_nD, self.rows, len(self.images), trainer, position.epoch, self.vote):
+        rows = len(self.images)
+        for epoch in train_imle(config, z_nD, self.rows, rows, trainer, position.epoch, self.vote, self.report_imle):
             position.epoch, position.serial = epoch.epoch + 1, position.serial + 1
             saved.mapping = trainer.state()
             last = position.epoch == config.imle.epochs
@@ -181,8 +184,16 @@ class Worker:
             began = monotonic()
             if last:
                 position.stage = "done"
-            if last or epoch.votes >= SAVE or self.due(position):
-                self.save(stop=epoch.votes >= STOP and not last)
+            if saving := last or saves(epoch.votes) or self.due(position):
+                self.save(stop=stops(epoch.votes, saving) and not last)
+        if position.stage != "done":  # stopped within an epoch: what is saved is its beginning
+            self.save(stop=True)
+
+    def report_imle(self, phase: str, epoch: int, step: int) -> None:
+        self.reporter.enter(phase)
+        if self.rank == 0 and phase == "imle":
+            steps = math.ceil(len(self.images) / self.config.imle.batch_size)
+            self.reporter.progress(stage="imle", epoch=epoch, step=step, steps=steps)
 
     def end_of_imle_epoch(self, epoch: ImleEpoch, seconds: float, last: bool) -> None:
         saved, position = self.saved, self.saved.position
@@ -204,11 +215,10 @@ class Worker:
     # Saving and going on ---------------------------------------------------------------------
 
     def vote(self) -> float:
-        """Rank 0 watches the clock for all, any worker may have been told to stop."""
-        if self.reporter.stop_requested():
-            return STOP
+        """What this worker knows to be wanted: rank 0 watches the clock for all, any may hear from the driver."""
+        asked = self.reporter.asked()
         minutes = (monotonic() - self.saved_at) / 60
-        return SAVE if self.rank == 0 and minutes >= self.config.checkpoint.every_minutes else 0.0
+        return asked + (SAVE if self.rank == 0 and minutes >= self.config.checkpoint.every_minutes else NOTHING)
 
     def due(self, position: Position) -> bool:
         every = self.config.checkpoint.every_epochs
@@ -217,10 +227,11 @@ class Worker:
     def save(self, stop: bool = False) -> None:
         """Begin a checkpoint of where the run stands, on every worker; with `stop`, finish it and stop."""
         began = monotonic()
+        self.reporter.enter("saving")
         self.writer.save(
             self.saved.position.serial,
             tensors=self.saved.files(),
-            latents=(self.rows.start, self.latents.snapshot()),
+            latents=self.latents,
             state=self.saved.state(self.images.index, len(self.images)),
         )
         if stop:
@@ -231,16 +242,41 @@ class Worker:
             self.reporter.send("checkpoint", stall_s=self.saved_at - began)
 
     def resume(self) -> Saved:
-        """What the newest complete checkpoint holds, or the start."""
-        newest = checkpoints.latest(self.store) if self.rank == 0 else None
-        serial = self.agreed(-1 if newest is None else newest)
-        if serial < 0:
-            return Saved(Position())
-        saved = load(self.store, serial, self.images.index, len(self.images))
-        restore_rows(self.store, serial, self.latents, self.rows, saved.position)
-        if self.rank == 0:
-            self.reporter.send("resumed", **vars(saved.position))
-        return saved
+        """What the newest checkpoint that can be read holds, or the start. A damaged one is passed over and told."""
+        steps, faults = iter(self.usable() if self.rank == 0 else ()), dict[int, str]()
+        damaged = False
+        while (serial := self.agreed(next(steps, -1))) >= 0:
+            try:
+                saved = load(self.store, serial, self.images.index, len(self.images))
+                restore_rows(self.store, serial, self.latents, self.rows, saved.position)
+            except checkpoints.DamagedCheckpoint as error:
+                faults[serial] = str(error)
+            if not self.anywhere(serial in faults):
+                for step, reason in faults.items():  # by whoever found it; an older one is good, so nothing is lost
+                    checkpoints.mark_damaged(self.store, step, reason)
+                    self.reporter.send("damaged", step=step, reason=reason)
+                if self.rank == 0:
+                    self.reporter.send("resumed", **vars(saved.position))
+                return saved
+            damaged = True
+        if damaged:
+            raise checkpoints.none_left(self.store, faults or {0: "other workers found them damaged"})
+        return Saved(Position())
+
+    def usable(self) -> list[int]:
+        """The steps that may be resumed from, newest first; what is damaged at first sight is told."""
+        steps, damaged = checkpoints.usable(self.store)
+        for step, reason in damaged.items():
+            self.reporter.send("damaged", step=step, reason=reason)
+        return steps
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether it is true on any worker."""
+        if self.world == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return bool(told)
 
     def agreed(self, number: int) -> int:
         """Rank 0's number, on every worker."""

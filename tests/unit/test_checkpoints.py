@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from glann.cluster import checkpoints
+from glann.cluster.checkpoint_layout import Manifest, file_key
 from glann.cluster.checkpoints import (
     CheckpointWriter,
+    DamagedCheckpoint,
     latest,
     load_rows,
     load_state,
@@ -23,6 +25,7 @@ from glann.cluster.checkpoints import (
 from glann.cluster.placement import ranges
 from glann.datasets.storage import open_store
 from glann.errors import EnvironmentFault, UserError
+from held_rows import Held
 
 ROWS, DIM = 23, 3
 
@@ -46,22 +49,26 @@ def networks(value=0.0):
     }
 
 
+def path(store, name, step=1):
+    """Where a file of a checkpoint lies."""
+    return file_key(Manifest.model_validate_json(store.read(f"step-{step:06d}/manifest.json")), name)
+
+
 def writers(store, world, attempt="a", keep=3, timeout=20.0, **options):
     return [CheckpointWriter(store, rank, world, keep, timeout, attempt, **options) for rank in range(world)]
 
 
 def save(ranks, step, value=0.0, score=None, wait=True):
-    for rank, (writer, own) in enumerate(zip(ranks, ranges(ROWS, len(ranks)), strict=True)):
+    for writer, own in zip(ranks, ranges(ROWS, len(ranks)), strict=True):
         part = {name: array[own.start : own.stop] for name, array in table(value).items()}
-        tensors = networks(value) if rank == 0 else None
-        writer.save(step, tensors, (own.start, part), {"step": step, "stage": "glo"}, score)
+        writer.save(step, networks(value), Held(own.start, part), {"step": step, "stage": "glo"}, score)
     return [writer.wait() for writer in ranks] if wait else None
 
 
 def rewrite(store, key, data, step=1):
     """Replace a file the way an attacker would: manifest and hash included."""
     folder = f"step-{step:06d}"
-    store.write(f"{folder}/{key}", data)
+    store.write(f"{folder}/a/{key}", data)
     manifest = json.loads(store.read(f"{folder}/manifest.json"))
     manifest["files"][key] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     store.write(f"{folder}/manifest.json", json.dumps(manifest).encode())
@@ -95,24 +102,24 @@ def test_the_folder_holds_what_the_design_says_and_nothing_else(store):
     assert store.list() == [
         f"step-000123/{name}"
         for name in (
-            "generator-ema.safetensors",
-            "generator.safetensors",
-            "latents-0-12.safetensors",
-            "latents-12-23.safetensors",
+            "a/generator-ema.safetensors",
+            "a/generator.safetensors",
+            "a/latents-0-12.safetensors",
+            "a/latents-12-23.safetensors",
+            "a/state.json",
             "manifest.json",
-            "state.json",
         )
     ]
     manifest = json.loads(store.read("step-000123/manifest.json"))
     for name, file in manifest["files"].items():
-        data = store.read(f"step-000123/{name}")
+        data = store.read(f"step-000123/a/{name}")
         assert file == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def test_what_changes_after_save_returns_is_not_in_the_checkpoint(store):
     (writer,) = writers(store, 1)
     tensors, part = networks(1.0), table(1.0)
-    writer.save(1, tensors, (0, part), {})
+    writer.save(1, tensors, Held(0, part), {})
     tensors["generator"]["fc.weight"].fill_(9)
     part["z"][:] = 9
     writer.wait()
@@ -135,7 +142,7 @@ def test_a_rank_that_does_not_arrive_is_named(store):
     ranks = writers(store, 4, timeout=0.4)
     part = {name: array[:6] for name, array in table().items()}
     for rank in (0, 2):
-        ranks[rank].save(5, latents=(6 * rank, part))
+        ranks[rank].save(5, latents=Held(6 * rank, part))
     for rank in (0, 2):
         with pytest.raises(EnvironmentFault, match="no word from rank 1, 3"):
             ranks[rank].wait()
@@ -144,7 +151,7 @@ def test_a_rank_that_does_not_arrive_is_named(store):
 
 def test_the_error_of_a_save_is_raised_by_the_next_one_once(store):
     ranks = writers(store, 2, timeout=0.2)
-    ranks[1].save(1, latents=(0, table()))
+    ranks[1].save(1, latents=Held(0, table()))
     with pytest.raises(EnvironmentFault, match="rank 0"):
         ranks[1].save(2)
     assert ranks[1].wait() is None
@@ -153,7 +160,7 @@ def test_the_error_of_a_save_is_raised_by_the_next_one_once(store):
 def test_a_torn_checkpoint_is_never_resumed_from_and_removed_at_the_next_start(store):
     save(writers(store, 2), 1)
     ranks = writers(store, 2, timeout=0.1)
-    ranks[1].save(2, latents=(12, {name: array[12:] for name, array in table().items()}))  # rank 0 was killed
+    ranks[1].save(2, latents=Held(12, {name: array[12:] for name, array in table().items()}))  # rank 0 was killed
     with pytest.raises(EnvironmentFault):
         ranks[1].wait()
     assert latest(store) == 1
@@ -162,7 +169,7 @@ def test_a_torn_checkpoint_is_never_resumed_from_and_removed_at_the_next_start(s
 
 
 def test_a_new_writer_cleans_up_behind_a_killed_one(store):
-    store.write("step-000007/latents-0-5.safetensors", b"half")
+    store.write("step-000007/old/latents-0-5.safetensors", b"half")
     writer = CheckpointWriter(store, 0, 1, 3, 5.0)
     assert store.list() == []
     save([writer], 7)
@@ -172,11 +179,11 @@ def test_a_new_writer_cleans_up_behind_a_killed_one(store):
 def test_parts_of_a_killed_attempt_are_not_taken_for_this_ones(store):
     late = writers(store, 2, attempt="killed", timeout=0.1)[1]
     own = ranges(ROWS, 2)[1]
-    late.save(3, latents=(own.start, {name: array[own.start :] for name, array in table(100).items()}))
+    late.save(3, latents=Held(own.start, {name: array[own.start :] for name, array in table(100).items()}))
     with pytest.raises(EnvironmentFault):
         late.wait()
     ranks = writers(store, 2, attempt="new", timeout=0.3)
-    ranks[0].save(3, latents=(0, {name: array[:12] for name, array in table().items()}))
+    ranks[0].save(3, latents=Held(0, {name: array[:12] for name, array in table().items()}))
     with pytest.raises(EnvironmentFault, match="rank 1"):
         ranks[0].wait()
     save(writers(store, 2, attempt="newest"), 3)
@@ -185,11 +192,12 @@ def test_parts_of_a_killed_attempt_are_not_taken_for_this_ones(store):
 
 def test_left_overs_of_another_number_of_workers_do_not_stay(store):
     for rank in range(3):
-        store.write(f"step-000004/latents-{rank}-{rank + 1}.safetensors", b"old")
-        store.write(f"step-000004/part-{rank}.json", b'{"attempt":"old","world":3,"files":{}}')
+        store.write(f"step-000004/old/latents-{rank}-{rank + 1}.safetensors", b"old")
+        store.write(f"step-000004/old/part-{rank}.json", b'{"attempt":"old","world":3,"files":{}}')
     save(writers(store, 2), 4)
-    assert len(store.list("step-000004/latents")) == 2
-    assert not store.list("step-000004/part")
+    assert len(store.list("step-000004/a/latents")) == 2
+    assert not store.list("step-000004/a/part")
+    assert not store.list("step-000004/old")
 
 
 def test_saving_a_step_again_leaves_it_as_it_is(store):
@@ -201,7 +209,7 @@ def test_saving_a_step_again_leaves_it_as_it_is(store):
 def test_a_damaged_checkpoint_is_saved_anew_when_the_run_comes_by_again(store):
     save(writers(store, 2), 1)
     save(writers(store, 2), 2)
-    store.delete("step-000002/latents-0-12.safetensors")
+    store.delete("step-000002/a/latents-0-12.safetensors")
     assert latest(store) == 1
     save(writers(store, 2, attempt="b"), 2, value=3.0)
     assert latest(store) == 2
@@ -219,7 +227,7 @@ def test_retention_counts_only_checkpoints_that_can_be_used(store):
     ranks = writers(store, 1, keep=9)
     for step in (1, 2, 3):
         save(ranks, step)
-    store.write("step-000003/generator.safetensors", b"short")
+    store.write("step-000003/a/generator.safetensors", b"short")
     assert retain(store, 1) == [1]
     assert latest(store) == 2
     assert retain(store, 0) == []
@@ -228,10 +236,10 @@ def test_retention_counts_only_checkpoints_that_can_be_used(store):
 @pytest.mark.parametrize("name", ["generator.safetensors", "latents-0-12.safetensors", "state.json"])
 def test_a_changed_file_is_refused_before_it_is_parsed(store, name):
     save(writers(store, 2), 1)
-    data = bytearray(store.read(f"step-000001/{name}"))
+    data = bytearray(store.read(path(store, name)))
     data[-1] ^= 1
-    store.write(f"step-000001/{name}", bytes(data))
-    with pytest.raises(UserError, match="not what was saved"):
+    store.write(path(store, name), bytes(data))
+    with pytest.raises(DamagedCheckpoint, match=f"{name} is not what was saved"):
         load_state(store, 1), load_tensors(store, 1, "generator"), load_rows(store, 1, range(5))
 
 
@@ -241,13 +249,15 @@ def test_a_changed_file_is_refused_before_it_is_parsed(store, name):
         b"",
         b"[" * 100_000,
         b"{}",
-        b'{"step": 1, "attempt": "", "rows": 0, "score": null, "files": {"../s.json": {"size": 1, "sha256": "%s"}}}',
-        b'{"step": 1, "attempt": "", "rows": 0, "score": null, "files": {"/etc/passwd": {"size": 1, "sha256": "%s"}}}',
-        b'{"step": 1, "attempt": "", "rows": 0, "score": null, "files": {"state.json": {"size": -1, "sha256": "%s"}}}',
-        b'{"step": 1, "attempt": "", "rows": 0, "score": null, "files": {"state.json": {"size": 1, "sha256": "?"}}}',
-        b'{"step": 1, "attempt": "", "rows": 0, "score": null, "files": {"x.pkl": {"size": 1, "sha256": "%s"}}}',
-        b'{"step": 2, "attempt": "", "rows": 0, "score": null, "files": {}}',
-        b'{"step": 1, "attempt": "", "rows": 0, "score": null, "files": {}, "more": 1}',
+        b'{"step": 1, "attempt": "a", "rows": 0, "score": null, "files": {"../s.json": {"size": 1, "sha256": "%s"}}}',
+        b'{"step": 1, "attempt": "a", "rows": 0, "score": null, "files": {"/etc/passwd": {"size": 1, "sha256": "%s"}}}',
+        b'{"step": 1, "attempt": "a", "rows": 0, "score": null, "files": {"state.json": {"size": -1, "sha256": "%s"}}}',
+        b'{"step": 1, "attempt": "a", "rows": 0, "score": null, "files": {"state.json": {"size": 1, "sha256": "?"}}}',
+        b'{"step": 1, "attempt": "a", "rows": 0, "score": null, "files": {"x.pkl": {"size": 1, "sha256": "%s"}}}',
+        b'{"step": 1, "attempt": "../a", "rows": 0, "score": null, "files": {}}',
+        b'{"step": 1, "attempt": "", "rows": 0, "score": null, "files": {}}',
+        b'{"step": 2, "attempt": "a", "rows": 0, "score": null, "files": {}}',
+        b'{"step": 1, "attempt": "a", "rows": 0, "score": null, "files": {}, "more": 1}',
     ],
 )
 def test_a_hostile_manifest_is_refused_in_one_line(store, manifest):
@@ -287,7 +297,7 @@ def test_a_hostile_block_of_rows_is_refused_in_one_line(store, data):
 
 def test_blocks_that_do_not_go_together_are_refused(store):
     save(writers(store, 2), 1)
-    data = store.read("step-000001/latents-0-12.safetensors")
+    data = store.read(path(store, "latents-0-12.safetensors"))
     rewrite(store, "latents-0-11.safetensors", data)
     with pytest.raises(UserError, match="gap or an overlap"):
         load_rows(store, 1, range(ROWS))
