@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..cluster.lease import Ticket
 from ..config import ClusterConfig, Config
 from ..errors import EnvironmentFault, UserError, redact
 from ..tracking.connection import redacted_config
@@ -64,6 +65,8 @@ def ray_cluster(config: Config) -> Iterator[None]:
             raise EnvironmentFault(
                 f"no Ray cluster at {address}: {reason}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE"
             ) from error
+    if not joined:
+        quiet_raylet()
     try:
         refuse_too_few_gpus(config, ray.cluster_resources())
         yield
@@ -91,6 +94,19 @@ def hide_passwords() -> None:
         setproctitle(redact(given))
 
 
+def quiet_raylet() -> None:
+    """A lost worker is told in one line by the driver, not also in ten by Ray, which has no switch for it (2.60)."""
+    from ray._private import worker
+
+    tell = worker.print_to_stdstream
+
+    def filtered(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
+        if not any(line.startswith("A worker died or was killed") for line in data.get("lines", ())):
+            tell(data, *arguments, **options)
+
+    worker.print_to_stdstream = filtered
+
+
 def refuse_too_few_gpus(config: Config, resources: dict[str, float]) -> None:
     """A machine without accelerators would wait for them for ever."""
     if config.cluster.gpus_per_worker and not resources.get("GPU") and not config.cluster.address:
@@ -106,7 +122,7 @@ def resources_of(cluster: ClusterConfig) -> dict[str, float]:
     return resources | {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else resources
 
 
-def fit_workers(config: Config, workers: int, mailbox: Any, group: int) -> bool:
+def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: Ticket) -> bool:
     """Start a group of so many workers and wait for its end; whether they were asked to stop before the run was done.
 
     Raises:
@@ -122,7 +138,7 @@ def fit_workers(config: Config, workers: int, mailbox: Any, group: int) -> bool:
     cluster = config.cluster
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": task, "mailbox": mailbox, "group": group},
+        train_loop_config={"config": task, "mailbox": mailbox, "group": group, "lease": lease},
         torch_config=TorchConfig(
             backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(cluster.peer_timeout_s)
         ),

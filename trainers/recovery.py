@@ -15,6 +15,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from ..cluster.checkpoints import latest
+from ..cluster.lease import HeldLease
 from ..cluster.room import Room, draining_nodes, this_node
 from ..config import Config
 from ..datasets.storage import open_store
@@ -37,15 +38,15 @@ class RunStopped(GlannError):
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
-def run_workers(config: Config, on_event: Callable[[Event], None]) -> None:
+def run_workers(config: Config, on_event: Callable[[Event], None], lease: HeldLease) -> None:
     """Train on groups of workers until the run is done, handing every event to `on_event`.
 
     Raises:
-        UserError, or a bug's own error: a worker met what trying again does not help.
+        UserError, or a bug's own error: a worker met what trying again does not help, or another command has the run.
         EnvironmentFault: more than `cluster.max_failures` losses without a checkpoint in between, or never any room.
         RunStopped: after SIGINT or SIGTERM, or since nodes were taken away and there are no others.
     """
-    groups = Groups(config, on_event)
+    groups = Groups(config, on_event, lease)
     with stop_on_signal(groups.stop):
         while not groups.run_one():
             pass
@@ -54,11 +55,11 @@ def run_workers(config: Config, on_event: Callable[[Event], None]) -> None:
 class Groups:
     """The groups of workers of a run, one after another, and what is asked of the present one."""
 
-    def __init__(self, config: Config, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, config: Config, on_event: Callable[[Event], None], lease: HeldLease) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.config, self.on_event = config, on_event
+        self.config, self.on_event, self.lease = config, on_event, lease
         self.store = open_store(config.checkpoint_url, config.s3)
         self.here = this_node()
         # It lives where the driver does: as long as there is one, its workers can speak to it.
@@ -93,7 +94,7 @@ class Groups:
         self.workers = self.take_room()
         self.begin()
         with ThreadPoolExecutor(1, "ray-train") as pool:
-            self.fit = pool.submit(fit_workers, self.config, self.workers, self.mailbox, self.number)
+            self.fit = pool.submit(fit_workers, self.config, self.workers, self.mailbox, self.number, self.lease.ticket)
             try:
                 self.watch(self.fit)
             except BaseException:
@@ -158,6 +159,7 @@ class Groups:
                 if self.stopping:
                     self.asked = STOP
                 self.hand_over()
+                self.lease.check()
                 done.wait(POLL_S)
         self.hand_over()
 
@@ -246,9 +248,10 @@ def verdict(error: BaseException) -> Exception:
     Peers of a lost worker fail in their turn, so the most telling error counts, not the first.
     """
     failures: dict[int, Exception] = dict(getattr(error, "worker_failures", {}))
-    if not failures:
-        failures = {0: getattr(error, "controller_failure", error)}
     raised = list(failures.values())
+    if not failures:
+        cause = getattr(error, "controller_failure", error)
+        return EnvironmentFault(f"the workers did not start ({last_line(cause)})") if passes(cause) else cause
     for telling in (
         next((one for one in raised if isinstance(one, UserError)), None),
         next((one for one in raised if not passes(one)), None),
@@ -256,10 +259,14 @@ def verdict(error: BaseException) -> Exception:
     ):
         if telling is not None:
             return telling
-    lost = {rank: one for rank, one in failures.items() if of_ray(one)} or failures
-    rank, one = next(iter(lost.items()))
-    where = " with its node" if "node has died" in str(one) or "node died" in str(one) else ""
-    return EnvironmentFault(f"worker {rank} was lost{where} ({last_line(one)})")
+    gone = sorted(rank for rank, one in failures.items() if of_ray(one))
+    if not gone:
+        return EnvironmentFault(f"worker {min(failures)} failed ({last_line(raised[0])})")
+    text = str(failures[gone[0]])
+    if "health check has been hanging" in text:
+        return EnvironmentFault(f"worker {gone[0]} does not answer")
+    with_node = " with its node" if "node has died" in text or "node died" in text else ""
+    return EnvironmentFault(f"worker{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))} lost{with_node}")
 
 
 def passes(error: BaseException) -> bool:
