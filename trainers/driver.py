@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..cluster import checkpoints
+from ..cluster.lease import HeldLease, hold
 from ..config import Config
 from ..datasets.assets import load_weights
 from ..datasets.index import Index
@@ -46,24 +47,25 @@ def train(config: Config, console: Console) -> Table:
     fresh = not config.run_dir.exists()
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        with sole_driver(config):
+        store = open_store(config.checkpoint_url, config.s3)
+        with sole_driver(config), hold(store, console.print) as lease:
             tracked = TrackedRun.open(config, config.run_dir, {"glann.fingerprint": index.fingerprint})
-            run(config, index, tracked, console)
+            run(config, index, tracked, console, lease)
     except UserError:
-        if fresh and not (config.run_dir / "checkpoints").exists():
+        if fresh and not list((config.run_dir / "checkpoints").glob("step-*")):
             shutil.rmtree(config.run_dir, ignore_errors=True)
         raise
     return finish.summary_table(config)
 
 
-def run(config: Config, index: Index, tracked: TrackedRun, console: Console) -> None:
+def run(config: Config, index: Index, tracked: TrackedRun, console: Console, lease: HeldLease) -> None:
     """Train on the workers, then package, measure and report, telling MLflow how it ended."""
     status: Status = "FAILED"
     try:
         (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
         checkpoints.remove_torn(open_store(config.checkpoint_url, config.s3))
         with ray_cluster(config), RunLog(config, tracked, console) as log:
-            run_workers(config, log)
+            run_workers(config, log, lease)
         finish.finish(config, index, tracked, console, log.timings())
         status = "FINISHED"
     except (RunStopped, KeyboardInterrupt):

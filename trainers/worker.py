@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..cluster import checkpoints
 from ..cluster.latents import LatentTable
+from ..cluster.lease import Ticket, require
 from ..cluster.placement import ranges
 from ..config import Config
 from ..datasets.reader import ImageRows
@@ -50,7 +51,7 @@ def train_worker(task: dict[str, Any]) -> str | None:
     reporter = Reporter(task["mailbox"], ray.train.get_context().get_world_rank(), task["group"])
     reporter.send("joined", node=ray.get_runtime_context().get_node_id())
     try:
-        Worker(config, reporter, get_device()).run()
+        Worker(config, reporter, get_device(), task["lease"]).run()
     except Stopped:
         return STOPPED
     return None
@@ -59,7 +60,7 @@ def train_worker(task: dict[str, Any]) -> str | None:
 class Worker:
     """One worker's part of a run: its rows, their codes, and its replica or shard of the networks."""
 
-    def __init__(self, config: Config, reporter: Reporter, device: torch.device) -> None:
+    def __init__(self, config: Config, reporter: Reporter, device: torch.device, lease: Ticket) -> None:
         self.config, self.reporter, self.device = config, reporter, device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -78,6 +79,7 @@ class Worker:
             self.world,
             keep=config.checkpoint.keep,
             timeout=config.checkpoint.timeout_s,
+            fence=lambda: require(self.store, lease),
         )
         self.latents = LatentTable.spawn(
             self.rows,
