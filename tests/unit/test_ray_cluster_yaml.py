@@ -10,6 +10,7 @@ import yaml
 from glann.config import load
 
 ROOT = Path(glann.__file__).parent
+SPOT, ON_DEMAND = "gpu_spot", "gpu_on_demand"
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +33,68 @@ def test_every_node_installs_this_project_with_its_pins(cluster: dict):
 
 
 def test_all_nodes_start_ray_from_that_installation_with_a_token(cluster: dict):
+    """And jobs run in it: their python3 is the first on the PATH of `ray start`."""
     assert "/home/ubuntu/.ray/auth_token" in cluster["file_mounts"]
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         start = [line for line in cluster[commands] if "ray start" in line]
         assert len(start) == 1
-        assert "RAY_AUTH_MODE=token ~/glann-venv/bin/ray start" in start[0]
+        assert "PATH=$HOME/glann-venv/bin:$PATH RAY_AUTH_MODE=token ray start" in start[0]
     assert "--dashboard-host=0.0.0.0" not in str(cluster)
 
 
-def test_the_gpu_nodes_are_as_many_as_the_large_recipe_asks_for(cluster: dict):
+def test_both_gpu_types_are_as_many_as_the_large_recipe_asks_for(cluster: dict):
     recipe = load("celebahq-1024").cluster
-    gpu = cluster["available_node_types"]["gpu"]
-    assert gpu["max_workers"] == recipe.workers
-    assert cluster["max_workers"] >= recipe.workers
-    assert gpu["node_config"]["InstanceType"].startswith(("g", "p"))
-    assert gpu["node_config"]["IamInstanceProfile"], "without a role the nodes cannot reach S3"
+    assert cluster["max_workers"] >= 8
+    for name in (SPOT, ON_DEMAND):
+        gpu = cluster["available_node_types"][name]
+        assert gpu["max_workers"] == 8
+        assert gpu["node_config"]["InstanceType"] == "g5.4xlarge", "16 vCPU"
+        assert recipe.cpus_per_worker <= 16
+        assert gpu["node_config"]["IamInstanceProfile"], "without a role the nodes cannot reach S3"
+    markets = [
+        cluster["available_node_types"][name]["node_config"].get("InstanceMarketOptions") for name in (SPOT, ON_DEMAND)
+    ]
+    assert markets == [{"MarketType": "spot"}, None]
+
+
+def test_no_gpu_is_paid_for_that_no_job_uses(cluster: dict):
+    for name, node in cluster["available_node_types"].items():
+        assert node["min_workers"] == 0, f"{name} would never be shut down"
+    assert 0 < cluster["idle_timeout_minutes"] <= 15
+    assert cluster["available_node_types"]["head"]["resources"] == {"CPU": 0, "GPU": 0}, "workers belong on GPU nodes"
+
+
+def test_a_job_is_given_spot_machines_and_others_when_there_are_none(cluster: dict):
+    """Asked of the scheduler that `ray up` starts, with what EC2 would say that the machines have."""
+    from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+
+    types = {}
+    for name, node in cluster["available_node_types"].items():
+        resources = {"CPU": 16, "GPU": 1} if name in (SPOT, ON_DEMAND) else node["resources"]
+        limits = {"min_worker_nodes": node["min_workers"], "max_worker_nodes": node["max_workers"]}
+        types[name] = NodeTypeConfig(name, **limits, resources=resources, priority=node.get("priority", 0))
+    recipe = load("celebahq-1024").cluster
+    worker = ResourceRequestUtil.make({"CPU": recipe.cpus_per_worker, "GPU": recipe.gpus_per_worker})
+
+    def started(**availability: float) -> dict[str, int]:
+        request = SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=types,
+            max_num_nodes=cluster["max_workers"] + 1,
+            gang_resource_requests=[GangResourceRequest(requests=[worker] * 8)],
+            recoverable_resource_availabilities=availability,
+        )
+        launched = ResourceDemandScheduler(event_logger=None).schedule(request).to_launch
+        return {launch.instance_type: launch.count for launch in launched}
+
+    assert started() == {SPOT: 8}
+    assert started(**{SPOT: 0.0}) == {ON_DEMAND: 8}, "after EC2 had no spot machine"
 
 
 def test_the_nodes_python_is_new_enough():
     """Ubuntu 24.04 has Python 3.12; 22.04's 3.10 could not install the project."""
-    image = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["available_node_types"]["gpu"]["node_config"]
-    assert "ubuntu-24.04" in image["ImageId"]
+    types = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["available_node_types"]
+    assert all("ubuntu-24.04" in node["node_config"]["ImageId"] for node in types.values())

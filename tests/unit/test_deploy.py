@@ -1,0 +1,124 @@
+"""The image and the Kubernetes manifests say the same as the package: its version, Ray's, and what a recipe asks for.
+
+With KubeRay's published CRDs at hand (`helm pull kuberay/kuberay-operator --untar`) the manifests are held against
+them, too: GLANN_KUBERAY_CRDS=kuberay-operator/crds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import glann
+import pytest
+import yaml
+from glann import cli
+from glann.config import load
+
+ROOT = Path(glann.__file__).parent
+KUBERAY = ROOT / "deploy" / "kuberay"
+CRDS = os.environ.get("GLANN_KUBERAY_CRDS")
+
+
+def documents(file: str) -> dict[str, dict]:
+    return {document["kind"]: document for document in yaml.safe_load_all((KUBERAY / file).read_text())}
+
+
+@pytest.fixture(scope="module")
+def spec() -> dict:
+    return documents("raycluster.yaml")["RayCluster"]["spec"]
+
+
+def pods(spec: dict) -> list[dict]:
+    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+
+
+def test_a_job_of_its_own_gets_the_cluster_that_stands(spec: dict):
+    assert documents("rayjob.yaml")["RayJob"]["spec"]["rayClusterSpec"] == spec
+
+
+def test_the_cluster_wants_a_token_and_runs_as_nobody_special(spec: dict):
+    assert spec["authOptions"] == {"mode": "token"}
+    for pod in pods(spec):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 1000
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    assert "useradd --uid 1000" in dockerfile
+    assert dockerfile.index("\nUSER 1000") > dockerfile.index("\nRUN pip install")
+
+
+def test_versions_are_those_of_the_pins(spec: dict):
+    pins = (ROOT / "constraints.txt").read_text()
+    ray = re.search(r"^ray==(.*)$", pins, re.M)[1]
+    assert spec["rayVersion"] == ray
+    assert spec["autoscalerOptions"]["image"] == f"rayproject/ray:{ray}"
+    images = {container["image"] for pod in pods(spec) for container in pod["containers"]}
+    assert images == {f"REGISTRY/glann:{glann.__version__}"}
+    assert f"REGISTRY/glann:{glann.__version__}" in (ROOT / "deploy" / "Dockerfile").read_text()
+
+
+def test_gpu_pods_come_when_asked_for_and_hold_a_worker(spec: dict):
+    group = spec["workerGroupSpecs"][0]
+    recipe = load("celebahq-1024").cluster
+    assert spec["enableInTreeAutoscaling"] is True
+    assert (group["minReplicas"], group["maxReplicas"]) == (0, 8)
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(limits["cpu"]) >= recipe.cpus_per_worker
+    assert limits["nvidia.com/gpu"] == recipe.gpus_per_worker
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "workers belong on GPU nodes"
+
+
+def test_a_stopped_pod_or_job_has_the_time_to_save(spec: dict):
+    needed = load("celebahq-1024").checkpoint.timeout_s
+    job = yaml.safe_load(documents("rayjob.yaml")["RayJob"]["spec"]["runtimeEnvYAML"])
+    assert int(job["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > needed
+    assert all(pod["terminationGracePeriodSeconds"] > needed for pod in pods(spec))
+
+
+def test_the_job_runs_a_command_that_glann_understands(capsys: pytest.CaptureFixture[str]):
+    shell = shlex.split(documents("rayjob.yaml")["RayJob"]["spec"]["entrypoint"])
+    assert shell[:2] == ["sh", "-c"]
+    command = shell[2].partition("exec glann train ")[2].split()
+    assert command, shell
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["config", *command])
+    assert not caught.value.code
+    assert "s3://BUCKET/runs" in capsys.readouterr().out
+
+
+def test_the_image_holds_every_room_of_the_package():
+    """The builder is sent what the ignore file lets through; the list of rooms stands there and in the Dockerfile."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {package.split(".")[1] for package in packages if "." in package}
+    sent = set((ROOT / "deploy" / "Dockerfile.dockerignore").read_text().split("\n"))
+    assert {f"!{room}" for room in rooms} <= sent
+    loop = re.search(r"for room in (.*?);", (ROOT / "deploy" / "Dockerfile").read_text())[1]
+    assert set(loop.split()) == rooms
+
+
+@pytest.mark.skipif(CRDS is None, reason="GLANN_KUBERAY_CRDS names no folder with KubeRay's CRDs")
+@pytest.mark.parametrize(("file", "kind"), [("raycluster.yaml", "RayCluster"), ("rayjob.yaml", "RayJob")])
+def test_manifests_are_what_kuberay_takes(file: str, kind: str):
+    import jsonschema
+
+    path = next(Path(str(CRDS)).glob(f"ray.io_{kind.lower()}s.yaml"))
+    versions = yaml.safe_load(path.read_text())["spec"]["versions"]
+    schema = next(version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1")
+    schema["properties"]["metadata"] = {"type": "object"}
+    jsonschema.Draft202012Validator(strict(schema)).validate(documents(file)[kind])
+
+
+def strict(node: Any) -> Any:
+    """The schema, refusing fields that it does not know: Kubernetes would drop them without a word."""
+    if isinstance(node, dict):
+        if "properties" in node and not node.get("x-kubernetes-preserve-unknown-fields"):
+            node.setdefault("additionalProperties", False)
+        if node.get("x-kubernetes-int-or-string"):
+            node.pop("type", None)
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        strict(value)
+    return node
