@@ -1,0 +1,175 @@
+"""A run whose workers come and go ends as promised: no row lost, none visited twice, and it says what befell it.
+
+Places for workers are free CPUs of the local Ray; the tests take and give them back, and kill.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+from glann.cluster import checkpoints
+from glann.cluster.lease import hold
+from glann.config import validate
+from glann.datasets.pack import pack
+from glann.datasets.storage import open_store
+from glann.errors import EnvironmentFault, UserError
+from glann.trainers import recovery
+
+ROWS, CPUS = 240, 4
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    images = np.random.default_rng(0).integers(0, 256, (ROWS, 28, 28), np.uint8)
+    np.savez(folder / "noise.npz", images=images)
+    pack(str(folder / "noise.npz"), str(folder / "packed"), resolution=28, channels=1)
+    return folder / "packed"
+
+
+def config(packed, tmp_path, workers, epochs, **cluster):
+    return validate(
+        {
+            "name": "run",
+            "runs_dir": str(tmp_path),
+            "data": {"url": str(packed), "resolution": 28, "channels": 1},
+            "generator": {"kind": "infogan", "latent_dim": 8, "width": 4},
+            "loss": {"kind": "l1"},
+            "glo": {"epochs": epochs, "batch_size": 12},
+            "imle": {"epochs": 2, "noise_dim": 4, "batch_size": 50},
+            "engine": {"zero": 1},
+            "cluster": {"workers": workers} | cluster,
+            "checkpoint": {"every_epochs": 4, "keep": 2},
+            "preview": {"every_epochs": 1000},
+        },
+        "test",
+    )
+
+
+class Others:
+    """CPUs that somebody else uses."""
+
+    def __init__(self, ray):
+        self.ray, self.taken = ray, []
+
+    def take(self, number):
+        for _ in range(number):
+            self.taken.append(self.ray.util.placement_group([{"CPU": 1}]))
+
+    def give(self):
+        self.ray.util.remove_placement_group(self.taken.pop())
+
+
+@pytest.fixture
+def others(local_ray, monkeypatch):
+    monkeypatch.setattr(recovery, "WATCH_S", 0.5)
+    monkeypatch.setattr(recovery, "SETTLE_S", 1.0)
+    others = Others(local_ray)
+    yield others
+    while others.taken:
+        others.give()
+
+
+def processes(name):
+    """Ids of the processes of the local Ray that run an actor class."""
+    import psutil
+
+    mine = psutil.Process(os.getpid()).children(recursive=True)
+    return sorted(process.pid for process in mine if any(f"ray::{name}" in word for word in process.cmdline()[:1]))
+
+
+def visits(settings):
+    store = open_store(settings.checkpoint_url)
+    return checkpoints.load_rows(store, checkpoints.latest(store), range(ROWS))["steps"]
+
+
+def run(settings, events, on_event):
+    def note(event):
+        events.append(event)
+        on_event(event)
+
+    with hold(open_store(settings.checkpoint_url), print) as lease:
+        recovery.run_workers(settings, note, lease)
+
+
+def going(events):
+    return [event for event in events if event["kind"] == "going"]
+
+
+@pytest.mark.timeout(900)
+def test_workers_grow_and_shrink_and_every_row_is_visited_once_an_epoch(local_ray, others, packed, tmp_path):
+    """1 -> 2 -> 3 by room that comes, at checkpoints; -> 2 by a worker that is killed while its room is taken."""
+    others.take(CPUS - 1)
+    settings = config(packed, tmp_path, {"min": 1, "max": 3}, epochs=60)
+    (tmp_path / "run").mkdir()
+    events = []
+
+    def on_event(event):
+        if event["kind"] != "going":
+            return
+        if event["workers"] in (1, 2) and len(going(events)) < 3:
+            others.give()
+        elif event["workers"] == 3:
+            others.take(2)  # one place is free: the other request waits for that of the one to be killed
+            threading.Timer(1.0, lambda: os.kill(processes("RayTrainWorker")[-1], signal.SIGKILL)).start()
+
+    run(settings, events, on_event)
+    assert [event["workers"] for event in going(events)] == [1, 2, 3, 2], [e["kind"] for e in events]
+    assert [event.get("why", "")[:8] for event in going(events)] == ["", "there is", "there is", "worker 2"]
+    print("seconds from the last step to the next:", [event.get("gap_s") for event in going(events)])
+    assert (visits(settings) == 60).all()
+    done = Counter((event["stage"], event["epoch"]) for event in events if event["kind"] == "epoch")
+    assert set(done) == {("glo", n) for n in range(1, 61)} | {("imle", 1), ("imle", 2)}
+    grown = [event for event in going(events) if event.get("why", "").startswith("there is")]
+    for event in grown:  # a checkpoint was made for it: no epoch was done twice
+        before = [e for e in events[: events.index(event)] if e["kind"] == "epoch"]
+        assert event["from"]["epoch"] == max((e["epoch"] for e in before), default=0)
+
+
+@pytest.mark.timeout(600)
+def test_losses_count_only_while_nothing_is_gained(local_ray, others, packed, tmp_path):
+    """With one loss allowed, a run survives two with a checkpoint between them, and not a third right after."""
+    settings = config(packed, tmp_path, 1, epochs=400, max_failures=1)
+    (tmp_path / "run").mkdir()
+    events, saved = [], Counter()
+
+    def on_event(event):
+        group = len(going(events))
+        saved[group] += event["kind"] == "checkpoint"
+        if (group in (1, 2) and event["kind"] == "checkpoint" and saved[group] == 2) or (
+            group == 3 and event["kind"] == "going"
+        ):
+            os.kill(processes("RayTrainWorker")[0], signal.SIGKILL)
+
+    with pytest.raises(EnvironmentFault, match=r"lost 2 times without a new checkpoint.*cluster.max_failures=1"):
+        run(settings, events, on_event)
+    assert len(going(events)) == 3
+    assert [event["kind"] for event in events].count("lost") == 2
+    assert checkpoints.latest(open_store(settings.checkpoint_url)) > going(events)[1]["from"]["serial"]
+
+
+@pytest.mark.timeout(300)
+def test_a_fault_of_the_input_ends_the_run_at_once_as_itself(local_ray, others, packed, tmp_path):
+    settings = config(packed, tmp_path, 2, epochs=2)
+    settings = settings.model_copy(
+        update={"glo": settings.glo.model_copy(update={"latent_lr": 1e38, "generator_lr": 1e38})}
+    )
+    (tmp_path / "run").mkdir()
+    events = []
+    with pytest.raises(UserError, match="not finite"):
+        run(settings, events, lambda event: None)
+    assert "lost" not in [event["kind"] for event in events]
+
+
+@pytest.mark.timeout(300)
+def test_too_little_room_is_said_in_time(local_ray, others, packed, tmp_path):
+    others.take(CPUS - 1)
+    settings = config(packed, tmp_path, 2, epochs=2, start_timeout_s=3)
+    events = []
+    with pytest.raises(EnvironmentFault, match=r"room for 1 of 2 workers after cluster.start_timeout_s=3"):
+        run(settings, events, lambda event: None)
