@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from glann.cluster.latents import LatentTable
-from glann.cluster.placement import epoch_plan, steps_per_epoch
+from glann.cluster.placement import Share, epoch_plan
 from glann.errors import EnvironmentFault, UserError
 
 ROWS, DIM, BATCH, LR = range(40, 103), 8, 10, 0.05
@@ -32,8 +32,9 @@ def until(seconds: float, call) -> None:
 def train(table, prefetch: bool, epochs=4) -> list[torch.Tensor]:
     """A stand-in for training, in which the gradient depends on the code that was gathered."""
     seen = []
-    steps = steps_per_epoch(len(ROWS), 1, BATCH)
-    plan = [(e, p) for e in range(epochs) for p in epoch_plan(0, e, ROWS, BATCH, steps)]
+    share = Share(BATCH)
+    steps = share.steps(len(ROWS))
+    plan = [(e, p) for e in range(epochs) for p in epoch_plan(0, e, ROWS, share, steps)]
     for number, (epoch, planned) in enumerate(plan):
         z_BD = table.take(planned.rows_B)
         if prefetch and number + 1 < len(plan):
