@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cluster_faults import SEED, Script
 from cluster_job import End, Job, pack_digits
-from cluster_nodes import HEAD, WORKERS, Cluster
+from cluster_nodes import Cluster
 from netns import why_not
 
 
@@ -33,21 +34,34 @@ def whole_cluster(tmp_path_factory):
 def cluster(whole_cluster: Cluster):
     """The cluster with every node up and every link whole, whatever the test before did."""
     yield whole_cluster
-    repair(whole_cluster)
+    whole_cluster.repair()
 
 
-def repair(cluster: Cluster) -> None:
-    cluster.proxy.clear()
-    for worker in WORKERS:
-        cluster.heal(worker)
-    try:
-        missing = {HEAD, *WORKERS} - set(cluster.node_ids())
-    except Exception:  # the head is gone, so nothing of Ray is of use
-        missing = {HEAD, *WORKERS}
-    for node in (HEAD, *WORKERS):
-        if node in missing:
-            cluster.kill(node)
-            cluster.start(node)
+STRUCK: list[Script] = []
+
+
+@pytest.fixture
+def strikes(cluster):
+    """A script of strikes for a job, which is ended if the test fails; all are told at the end of the session."""
+    begun: list[Script] = []
+
+    def script(job: Job) -> Script:
+        begun.append(Script(job))
+        STRUCK.append(begun[-1])
+        return begun[-1]
+
+    yield script
+    for each in begun:
+        if each.job.process is not None and each.job.process.poll() is None:
+            each.kill_driver()
+
+
+def pytest_terminal_summary(terminalreporter):
+    if STRUCK:
+        terminalreporter.section(f"faults (GLANN_FAULT_SEED={SEED})")
+        for script in STRUCK:
+            for strike in script.strikes:
+                terminalreporter.write_line(f"{script.job.name}: {strike}")
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def test_nothing_is_shared_between_the_nodes_but_the_network(undisturbed, cluste
 def test_the_tracking_server_has_the_metrics(undisturbed, cluster):
     from mlflow import MlflowClient
 
-    run_id = json.loads((undisturbed.path / "tracking.json").read_text())["run_id"]
+    run_id = undisturbed.job.run_id
     with cluster.net.inside(MLFLOW):
         client = MlflowClient(cluster.mlflow_url)
         assert client.get_run(run_id).info.status == "FINISHED"

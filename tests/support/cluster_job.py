@@ -13,7 +13,7 @@ import safetensors.numpy
 from cluster_nodes import BUCKET, S3, Cluster
 from netns import wait_until
 
-ROWS, GLO_EPOCHS, IMLE_EPOCHS, BATCH = 600, 8, 8, 40
+ROWS, GLO_EPOCHS, IMLE_EPOCHS, BATCH = 600, 6, 6, 40
 DATA = f"s3://{BUCKET}/digits"
 # Digits, DeepSpeed, both stages, a checkpoint after each epoch. A step costs milliseconds, so what takes time is what a
 # cluster costs. The candidates make a neighbour search as long as the updates, so that a fault can meet either.
@@ -75,7 +75,7 @@ class Job:
         self.words = ("train", "digits", *OVERRIDES, f"name={name}", f"cluster.workers={workers}", *overrides)
         if runs_dir != "runs":
             self.words += (f"runs_dir={runs_dir}",)
-        self.folder = cluster.desk / runs_dir / name
+        self.folder = cluster.desk / runs_dir / name  # an absolute `runs_dir` stands for itself
         self.log = cluster.logs / f"{name}.log"
         self.process: Popen[bytes] | None = None
 
@@ -84,7 +84,7 @@ class Job:
         self.process = self.cluster.glann(*self.words, *more, log=self.log)
         return self
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 400) -> int:
         """The exit status of the command."""
         assert self.process is not None
         return self.process.wait(seconds)
@@ -92,6 +92,11 @@ class Job:
     def said(self) -> str:
         """What the command has printed, over all its starts."""
         return self.log.read_text(errors="replace")
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run."""
+        return json.loads((self.folder / "tracking.json").read_text())["run_id"]
 
     def entries(self) -> list[dict[str, Any]]:
         """The journal so far, with `at` (line number) added; a last line still being written is left out."""
@@ -117,6 +122,31 @@ class Job:
             there, seconds, f"{self.name}: no {stage} epoch {epoch} in {seconds} s:\n{self.said()[-3000:]}", 0.02
         )
         return found[-1]
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What befell the run: the entries of losses, starts and phases."""
+        return [entry for entry in self.entries() if entry.get("stage") == "run"]
+
+    def wait_for_note(self, event: str, after: float, seconds: float = 120) -> dict[str, Any]:
+        """The first note of that kind written after that time."""
+        found: list[dict[str, Any]] = []
+
+        def there() -> bool:
+            found[:] = [note for note in self.notes() if note["event"] == event and note["time"] > after]
+            return bool(found)
+
+        wait_until(there, seconds, f"{self.name}: no word of {event!r} in {seconds:g} s:\n{self.said()[-3000:]}", 0.02)
+        return found[0]
+
+    def wait_for_phase(self, phase: str, after: float, seconds: float = 120) -> None:
+        """Until the workers have said, after that time, that they entered the phase."""
+
+        def there() -> bool:
+            return any(
+                note["event"] == "phase" and note["phase"] == phase and note["time"] > after for note in self.notes()
+            )
+
+        wait_until(there, seconds, f"{self.name}: no phase {phase} in {seconds:g} s:\n{self.said()[-3000:]}", 0.02)
 
     def manifests(self) -> list[int]:
         """The serials of the complete checkpoints."""
@@ -159,16 +189,6 @@ class Job:
     @property
     def _prefix(self) -> str:
         return f"runs/{self.name}/checkpoints/"
-
-
-def seconds_to_new_step(job: Job, entries_before: int, fault_at: float) -> float:
-    """From the fault to the end of the first step after it, by the first epoch that the journal got since.
-
-    An entry says when its epoch ended and how long it took; the first of its steps took its share of that.
-    """
-    entry = job.epochs()[entries_before]
-    steps = -(-ROWS // BATCH) if entry["stage"] == "glo" else 1
-    return entry["time"] - entry["seconds"] * (1 - 1 / steps) - fault_at
 
 
 def _hash(array: np.ndarray) -> str:

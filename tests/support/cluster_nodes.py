@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,8 @@ class Cluster:
             self.proxy = FaultyProxy((self.net.addresses[S3], PROXY_PORT), (self.net.addresses[S3], S3_PORT))
             self.start_s3()
             self.start_mlflow()
-            started = [self._ray_start(HEAD)]
-            self._finish(started)
-            self._finish([self._ray_start(worker) for worker in workers])
+            self._start_nodes([HEAD])
+            self._start_nodes(workers)
             self.wait_for_s3()
             self.wait_for_mlflow()
         except BaseException:
@@ -129,7 +129,7 @@ class Cluster:
 
     def start(self, node: str) -> None:
         """Start Ray on a node, as after a repair."""
-        self._finish([self._ray_start(node)])
+        self._start_nodes([node])
 
     def kill(self, node: str) -> None:
         """SIGKILL to everything that runs on a node."""
@@ -146,6 +146,23 @@ class Cluster:
     def slow(self, node: str, ms: float, loss: float = 0.0) -> None:
         """Delay every frame of a node's link by `ms` each way and drop a share `loss` of them."""
         self.net.slow(node, ms, loss)
+
+    def repair(self) -> None:
+        """Bring back whatever is missing: links, faultless S3, Ray on every node, the tracking server."""
+        self.proxy.clear()
+        for worker in WORKERS:
+            self.heal(worker)
+        try:
+            missing = {HEAD, *WORKERS} - set(self.node_ids())
+        except (RuntimeError, subprocess.TimeoutExpired):  # no head, so nothing of Ray is of use
+            missing = {HEAD, *WORKERS}
+        for node in missing:
+            self.kill(node)
+        self._start_nodes(missing & {HEAD})
+        self._start_nodes(sorted(missing - {HEAD}))
+        if not self.net.pids(MLFLOW):
+            self.start_mlflow()
+            self.wait_for_mlflow()
 
     def node_id(self, node: str) -> str:
         """Ray's id of the living node of that name."""
@@ -279,10 +296,18 @@ class Cluster:
             )
         return node, started
 
-    def _finish(self, started: list[tuple[str, subprocess.Popen]]) -> None:
-        for node, process in started:
-            if process.wait(120):
-                raise RuntimeError(f"ray start failed on {node}: {(self.logs / f'ray-{node}.log').read_text()[-2000:]}")
+    def _start_nodes(self, nodes: Iterable[str]) -> None:
+        """Start Ray on nodes at once; one that does not come up (Ray waits 30 s) is tried again, for busy machines."""
+        waiting, tries = list(nodes), 3
+        for _ in range(tries):
+            started = [self._ray_start(node) for node in waiting]
+            waiting = [node for node, process in started if process.wait(180)]
+            for node in waiting:
+                self.kill(node)
+            if not waiting:
+                return
+        logs = "".join((self.logs / f"ray-{node}.log").read_text()[-2000:] for node in waiting)
+        raise RuntimeError(f"ray start failed {tries} times on {', '.join(waiting)}: {logs}")
 
     def _ask(self, question: str) -> Any:
         """What a short Python program with a connection to the cluster prints, from JSON."""

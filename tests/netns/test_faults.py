@@ -1,0 +1,228 @@
+"""The fault matrix: whatever is lost, the run completes, and ends bit for bit where an undisturbed one ends.
+
+`GLANN_FAULT_SEED=7 make test-cluster` chooses other moments; the seed, the moments and the times are printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from cluster_faults import SHARD, TRAINER
+from cluster_job import GLO_EPOCHS, ROWS, Job
+from cluster_nodes import HEAD, MLFLOW, WORKERS
+
+pytestmark = pytest.mark.netns
+matrix = pytest.mark.matrix
+
+
+def test_processes_are_killed(cluster, undisturbed, strikes):
+    script = strikes(Job(cluster, "processes").start())
+    for fault, phase, title in (
+        ("training worker SIGKILL", "GLO", TRAINER),
+        ("latent actor SIGKILL", "neighbour search", SHARD),
+        ("training worker SIGKILL", "IMLE updates", TRAINER),
+    ):
+        script.training_again(script.strike(fault, phase, lambda title=title: script.kill_process(title)))
+    ends_like(undisturbed, script.job)
+
+
+@matrix
+def test_processes_are_killed_around_checkpoints(cluster, undisturbed, strikes):
+    script = strikes(Job(cluster, "checkpoints").start())
+    for fault, phase, title in (
+        ("training worker SIGKILL", "checkpoint", TRAINER),
+        ("latent actor SIGKILL", "GLO", SHARD),
+        ("latent actor SIGKILL", "between the stages", SHARD),
+    ):
+        script.training_again(script.strike(fault, phase, lambda title=title: script.kill_process(title)))
+    ends_like(undisturbed, script.job)
+
+
+@matrix
+def test_a_node_dies_and_there_is_a_spare(cluster, undisturbed, strikes):
+    script = strikes(Job(cluster, "spare").start())
+    for phase in ("GLO", "neighbour search"):
+        node = script.node()
+        script.training_again(script.strike("node SIGKILL, with a spare", phase, lambda: cluster.kill(node)))  # noqa: B023
+        cluster.start(node)
+    ends_like(undisturbed, script.job)
+
+
+@matrix
+def test_a_node_dies_and_there_is_no_spare(cluster, undisturbed, strikes):
+    spare = WORKERS[0]
+    cluster.kill(spare)
+    script = strikes(Job(cluster, "no-spare").start())
+    node = script.node()
+    strike = script.strike("node SIGKILL, no spare", "IMLE updates", lambda: cluster.kill(node))
+    script.job.wait_for_note("waiting", strike.at)
+    cluster.start(node)
+    script.training_again(strike)
+    ends_like(undisturbed, script.job)
+
+
+@matrix
+def test_an_elastic_run_shrinks_and_grows(cluster, undisturbed, strikes):
+    job = Job(cluster, "elastic", "cluster.workers={min: 1, max: 3}").start()
+    script = strikes(job)
+    node = script.node()
+    strike = script.strike("node SIGKILL, no spare, elastic", "GLO", lambda: cluster.kill(node))
+    script.training_again(strike)
+    cluster.start(node)
+    job.wait_for_note("room", strike.at)
+    finishes(job)
+    workers = [note["workers"] for note in job.notes() if "workers" in note and note["event"] != "room"]
+    assert workers[:2] == [3, 2]
+    assert workers[-1] == 3, "it did not grow again"
+    end = job.end()
+    np.testing.assert_array_equal(end.visits_N, np.full(ROWS, GLO_EPOCHS))
+    for stage in ("glo", "imle"):
+        assert final_loss(job, stage) == pytest.approx(final_loss(undisturbed.job, stage), rel=0.02)
+
+
+@matrix
+def test_a_link_is_slow_then_cut_then_healed(cluster, undisturbed, strikes):
+    script = strikes(Job(cluster, "link").start())
+    node = script.node()
+    script.strike("link slow (25 ms, 1 % lost)", "GLO", lambda: cluster.slow(node, 25, 0.01))
+    script.job.wait_for_epoch("glo", GLO_EPOCHS - 1)
+    cluster.heal(node)
+    node = script.node()
+    strike = script.strike("link cut", "neighbour search", lambda: cluster.cut(node))
+    script.training_again(strike)
+    cluster.heal(node)
+    ends_like(undisturbed, script.job)
+
+
+@matrix
+def test_the_driver_is_killed_and_the_command_given_again(cluster, undisturbed, strikes):
+    script = strikes(Job(cluster, "driver").start())
+    for phase in ("GLO", "checkpoint", "IMLE updates"):
+        strike = script.strike("driver SIGKILL", phase, script.kill_driver)
+        script.job.start()
+        script.training_again(strike)
+    ends_like(undisturbed, script.job)
+
+
+@matrix
+def test_the_head_is_lost_and_the_command_given_to_a_new_cluster(cluster, undisturbed, strikes):
+    script = strikes(Job(cluster, "head").start())
+
+    def lose_the_head():
+        cluster.kill(HEAD)
+        script.job.process.wait(30)
+
+    strike = script.strike("head node SIGKILL", "GLO", lose_the_head)
+    for worker in WORKERS:
+        cluster.kill(worker)
+    cluster.repair()
+    script.job.start()
+    script.training_again(strike)
+    ends_like(undisturbed, script.job)
+
+
+@matrix
+def test_s3_misbehaves(cluster, undisturbed, strikes):
+    proxy = cluster.proxy
+    job = Job(cluster, "s3", "s3.timeout_s=4").start()
+    script = strikes(job)
+    begun = len(proxy.met)
+    proxy.inject("truncate", 2, wanted=lambda method, path: method == "GET" and path.endswith(".tar"))
+    proxy.inject("status", 2, 503, wanted=lambda method, path: method == "GET" and path.endswith(".tar"))
+    job.wait_for_epoch("glo", 1)
+    for fault, phase, inject in (
+        ("S3 500 and 503", "GLO", lambda: (proxy.inject("status", 3, 500), proxy.inject("status", 3, 503))),
+        ("S3 resets connections", "between the stages", lambda: proxy.inject("reset", 4)),
+        ("S3 stalls", "neighbour search", lambda: proxy.inject("stall", 2, 6)),
+        ("S3 truncates", "IMLE updates", lambda: proxy.inject("truncate", 3, wanted=is_get)),
+    ):
+        script.strike(fault, phase, inject)
+    ends_like(undisturbed, job)
+    met = {request.fault.split()[0] for request in proxy.met[begun:]}
+    assert met == {"status", "reset", "stall", "truncate"}, "a fault met no request"
+    assert not [note for note in job.notes() if note["event"] == "lost"], "a passing fault of S3 cost a restart"
+
+
+@matrix
+def test_mlflow_is_away_for_a_minute(cluster, undisturbed, strikes):
+    job = Job(cluster, "mlflow").start()
+    script = strikes(job)
+    strike = script.strike("MLflow down for a minute", "GLO", lambda: cluster.kill(MLFLOW))
+    job.wait_for_epoch("glo", GLO_EPOCHS)
+    assert time.time() - strike.at < 60, "training waited for the tracking server"
+    time.sleep(max(0, strike.at + 60 - time.time()))
+    cluster.start_mlflow()
+    ends_like(undisturbed, job)
+    assert "does not take metrics" in job.said()
+    assert "training goes on" in job.said()
+    with cluster.net.inside(MLFLOW):
+        from mlflow import MlflowClient
+
+        history = MlflowClient(cluster.mlflow_url).get_metric_history(job.run_id, "glo/loss")
+    told = {entry["step"]: entry["loss"] for entry in job.epochs() if entry["stage"] == "glo"}
+    assert {metric.step: metric.value for metric in history} == pytest.approx(told)
+
+
+@matrix
+def test_the_disk_of_the_run_folder_fills_up(cluster, undisturbed, strikes, tmp_path):
+    with small_disk(tmp_path / "disk", megabytes=24) as disk:
+        job = Job(cluster, "disk", runs_dir=str(disk)).start()
+        script = strikes(job)
+        strike = script.strike("disk full", "GLO", lambda: fill(disk))
+        assert job.wait() == 1
+        assert "No space left on device" in job.said() or "is full" in job.said()
+        assert "Traceback" not in job.said()
+        assert job.manifests(), "the last checkpoint is gone"
+        (disk / "filler").unlink()
+        job.start()
+        script.training_again(strike)
+        ends_like(undisturbed, job)
+
+
+# Ends ----------------------------------------------------------------------------------------
+
+
+def finishes(job):
+    status = job.wait()
+    assert status == 0, f"the job ended with {status}:\n{job.said()[-3000:]}"
+    assert job.end().state["position"]["stage"] == "done"
+
+
+def ends_like(undisturbed, job):
+    """The job completes, and its latents, G and T are those of the undisturbed run, bit for bit."""
+    finishes(job)
+    end = job.end()
+    np.testing.assert_array_equal(end.visits_N, np.full(ROWS, GLO_EPOCHS))
+    assert end.differences(undisturbed.end) == []
+    assert end.state == undisturbed.end.state
+
+
+def final_loss(job, stage):
+    return [entry["loss"] for entry in job.epochs() if entry["stage"] == stage][-1]
+
+
+def is_get(method, path):
+    return method == "GET"
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    """A file system of that size, which the nodes see too."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk):
+    """Leave no room on it."""
+    with open(disk / "filler", "wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+            file.flush()

@@ -1,0 +1,182 @@
+"""Faults, the moments at which they strike, and how long a job takes to train again.
+
+A moment is found from what the product itself shows: the journal's epochs and phases, and the requests that reach S3.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster_job import GLO_EPOCHS, IMLE_EPOCHS, Job
+from cluster_nodes import HEAD, WORKERS, Cluster
+from netns import wait_until
+
+SEED = int(os.environ.get("GLANN_FAULT_SEED", "3"))
+TRAINER, SHARD = "RayTrainWorker", "LatentShard"
+SAVE_HELD_S = 3.0  # how long a checkpoint is kept from its end so that a fault can strike within it
+
+
+@dataclass
+class Strike:
+    """One fault: what, in which phase, when (seconds since 1970), and the seconds until a new step was taken."""
+
+    fault: str
+    phase: str
+    place: str
+    at: float
+    back_s: float | None = None
+
+    def __str__(self) -> str:
+        back = "never interrupted" if self.back_s is None else f"first new step after {self.back_s:.1f} s"
+        return f"{self.fault}, {self.phase} ({self.place}): {back}"
+
+
+@dataclass
+class Script:
+    """Strikes at seeded random moments of one job. `name` and the seed fix every choice."""
+
+    job: Job
+    seed: int = SEED
+    strikes: list[Strike] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(f"{self.seed} {self.job.name}")
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.job.cluster
+
+    def strike(self, fault: str, phase: str, act: Callable[[], Any]) -> Strike:
+        """Wait for a random moment of the phase, act, and note it."""
+        place = MOMENTS[phase](self)
+        at = time.time()
+        act()
+        self.strikes.append(Strike(fault, phase, place, at))
+        return self.strikes[-1]
+
+    def training_again(self, strike: Strike, seconds: float = 180) -> None:
+        """Wait until the job has taken a step after the strike, and note how long that took."""
+
+        def back() -> bool:
+            return any(entry["time"] > strike.at for entry in starts(self.job))
+
+        check_running(self.job)
+        wait_until(back, seconds, f"no new step {seconds:g} s after {strike.fault}:\n{self.job.said()[-3000:]}")
+        strike.back_s = next(entry["time"] for entry in starts(self.job) if entry["time"] > strike.at) - strike.at
+
+    def uniform(self, low: float, high: float) -> float:
+        return self.random.uniform(low, high)
+
+    # Who is hit ------------------------------------------------------------------------------
+
+    def node(self) -> str:
+        """A node with a training worker."""
+        return self.random.choice(training_nodes(self.cluster))
+
+    def kill_process(self, title: str) -> None:
+        """SIGKILL to the process of that title on one of the training nodes."""
+        node = self.node()
+        for pid in self.cluster.processes(node, f"ray::{title}"):
+            os.kill(pid, signal.SIGKILL)
+
+    def kill_driver(self) -> None:
+        """SIGKILL to the command."""
+        assert self.job.process is not None
+        for pid in self.cluster.processes(HEAD, "\0-m\0glann\0train"):
+            os.kill(pid, signal.SIGKILL)
+        self.job.process.wait(30)
+
+
+def training_nodes(cluster: Cluster) -> list[str]:
+    """The nodes that hold a training worker now."""
+    found: list[str] = []
+
+    def some() -> bool:
+        found[:] = [node for node in WORKERS if cluster.processes(node, f"ray::{SHARD}")]
+        return bool(found)
+
+    wait_until(some, 60, "no node has a training worker")
+    return found
+
+
+def starts(job: Job) -> list[dict[str, Any]]:
+    """The journal's notes of first steps: of the run, after a loss, and of a command that goes on."""
+    return [entry for entry in job.notes() if entry["event"] in ("started", "restarted", "resumed")]
+
+
+def check_running(job: Job) -> None:
+    if job.process is not None and job.process.poll() is not None:
+        raise RuntimeError(f"the run ended with {job.process.returncode}:\n{job.said()[-3000:]}")
+
+
+# Moments -------------------------------------------------------------------------------------
+
+
+def in_glo(script: Script) -> str:
+    """Somewhere within an epoch of stage 1."""
+    done = len({entry["epoch"] for entry in script.job.epochs() if entry["stage"] == "glo"})
+    epoch = script.random.randint(min(done + 1, GLO_EPOCHS - 2), GLO_EPOCHS - 2)
+    entry = script.job.wait_for_epoch("glo", epoch)
+    later = script.uniform(0, 0.8 * entry["seconds"])
+    time.sleep(later)
+    return f"{later:.2f} s into epoch {epoch + 1}"
+
+
+def between(script: Script) -> str:
+    """Stage 1 has told its last epoch and stage 2 has not begun."""
+    script.job.wait_for_epoch("glo", GLO_EPOCHS)
+    later = script.uniform(0, 0.3)
+    time.sleep(later)
+    return f"{later:.2f} s after the last epoch of stage 1"
+
+
+def in_search(script: Script) -> str:
+    """Within a search for nearest neighbours."""
+    return _in_stage_two(script, "search")
+
+
+def in_updates(script: Script) -> str:
+    """Within the updates of the mapping."""
+    return _in_stage_two(script, "imle")
+
+
+def in_save(script: Script) -> str:
+    """A worker has begun to write a checkpoint; S3 holds back a part of it, so that it cannot be complete."""
+    proxy = script.cluster.proxy
+    run = f"/{script.job.name}/checkpoints/step-"
+
+    def part(method: str, path: str) -> bool:
+        return method == "PUT" and run in path and "latents" in path
+
+    in_glo(script)
+    held = proxy.inject("stall", 1, SAVE_HELD_S, part)
+    wait_until(lambda: held.times == 0 or check_running(script.job) is not None, 120, "no checkpoint was begun", 0.01)
+    later = script.uniform(0, 0.8 * SAVE_HELD_S)
+    time.sleep(later)
+    return f"{later:.2f} s into a checkpoint"
+
+
+def _in_stage_two(script: Script, phase: str) -> str:
+    done = len({entry["epoch"] for entry in script.job.epochs() if entry["stage"] == "imle"})
+    epoch = script.random.randint(min(done + 1, IMLE_EPOCHS - 2), IMLE_EPOCHS - 2)
+    before = script.job.wait_for_epoch("imle", epoch)
+    took = before["search_seconds"] if phase == "search" else before["seconds"] - before["search_seconds"]
+    script.job.wait_for_phase(phase, before["time"] - 0.5)
+    later = script.uniform(0, 0.6 * took)
+    time.sleep(later)
+    return f"{later:.2f} s into epoch {epoch + 1}"
+
+
+MOMENTS: dict[str, Callable[[Script], str]] = {
+    "GLO": in_glo,
+    "between the stages": between,
+    "neighbour search": in_search,
+    "IMLE updates": in_updates,
+    "checkpoint": in_save,
+}
