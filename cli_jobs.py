@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
-
-    from .cluster.jobs import Job
+    from .cluster.jobs import Job, JobSubmissionClient
 
 INTERRUPTED = 130
 

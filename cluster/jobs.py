@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..errors import EnvironmentFault, UserError
+from ..errors import EnvironmentFault, UserError, redact
 from . import shipping
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def start(client: JobSubmissionClient, config: Config, variables: dict[str, str]
                     NAME: config.name,
                     ATTEMPT: str(attempt),
                     DIGEST: shipping.digest(config),
-                    CHECKPOINTS: config.checkpoint_url,
+                    CHECKPOINTS: redact(config.checkpoint_url),
                 },
             )
         except RuntimeError as error:

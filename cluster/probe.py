@@ -5,6 +5,7 @@ an old Python without most of the packages, so it needs nothing but Ray, and say
 """
 
 import json
+import logging
 import sys
 
 MARK = "VERSIONS "
@@ -16,7 +17,7 @@ def versions(names):
     import platform
     from importlib import metadata
 
-    found = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in names:
         try:
             found[name] = metadata.version(name)
@@ -30,7 +31,7 @@ def nodes(names):
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     look = ray.remote(num_cpus=0)(versions)
     asked = {}
     for node in ray.nodes():

@@ -87,9 +87,9 @@ def for_cluster(config: Config) -> Config:
     for key, value in (("data.url", config.data.url), ("checkpoint.url", config.checkpoint.url)):
         if not _travels(value):
             raise UserError(f"{key}={value} is a path of this machine; {advice}")
-    for key, value in (("data.source", config.data.source), ("loss.weights", config.loss.weights)):
-        if value and value not in ASSETS and not _travels(value):
-            raise UserError(f"{key}={value} is a path of this machine; name an asset, or {advice}")
+    for key, given in (("data.source", config.data.source), ("loss.weights", config.loss.weights)):
+        if given and given not in ASSETS and not _travels(given):
+            raise UserError(f"{key}={given} is a path of this machine; name an asset, or {advice}")
     return config
 
 
