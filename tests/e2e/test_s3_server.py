@@ -44,7 +44,7 @@ def endpoint(tmp_path_factory):
     identity = {"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
     config.write_text(json.dumps({"identities": [identity]}))
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-    names = (*names, "s3.port", "s3.port.grpc", "s3.port.iceberg")
+    names = (*names, "s3.port", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     arguments = [f"-{name}={port}" for name, port in ports.items()]
     arguments += [
