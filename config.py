@@ -14,7 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from .errors import UserError
+from .faults import explain, shown
 
+MAX_FAULTS = 20  # that are told at once
 RECIPES = Path(__file__).parent / "configs"
 RESOLUTIONS = (28, 32, 64, 128, 256, 512, 1024)
 
@@ -308,8 +310,10 @@ def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
     path = find_recipe(recipe)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        detail = " ".join(str(error).split())
+    except OSError:
+        raise
+    except Exception as error:  # besides its own errors PyYAML lets out those of dates, numbers and deep nesting
+        detail = " ".join(str(error).split())[:500]
         raise UserError(f"{path} is not valid YAML: {detail}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
@@ -337,18 +341,20 @@ def validate(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(fault) for fault in error.errors(include_url=False)]
+        faults = error.errors(include_url=False)
+        lines = [explain(fault, known_keys(), _EITHER) for fault in faults[:MAX_FAULTS]]
+        lines += [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
         raise UserError("\n       ".join([f"{lines[0]}; in {where}", *lines[1:]])) from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise UserError(f"cannot read override {override!r}: write section.key=value, e.g. glo.epochs=100")
+        raise UserError(f"cannot read override {shown(override)}: write section.key=value, e.g. glo.epochs=100")
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read the value of override {override!r} as YAML") from error
+    except Exception as error:  # as above
+        raise UserError(f"cannot read the value of override {shown(override)} as YAML") from error
     *parents, leaf = key.strip().split(".")
     node = tree
     for parent in parents:
@@ -356,7 +362,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+            raise UserError(f"override {shown(override)}: {parent[:100]} is a value, not a section")
         node = child
     node[leaf] = value
 
@@ -371,28 +377,3 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str,
             if isinstance(form, type) and issubclass(form, BaseModel):
                 keys |= known_keys(form, f"{prefix}{name}.")
     return keys
-
-
-def _explain(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"] if part not in _EITHER)
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggest(key)}; see `glann config --help`"
-    if fault["type"] == "missing":
-        return f"missing key {key}: {known_keys()[key].description or 'a value is needed'}"
-    if fault["type"] == "value_error" and not key:
-        return str(fault["ctx"]["error"])
-    prefix = f"{key}={fault['input']!r}" if key else repr(fault["input"])
-    allowed = fault["msg"].removeprefix("Value error, ")
-    return f"{prefix} is not possible: {allowed[0].lower()}{allowed[1:]}"
-
-
-def _suggest(key: str) -> str:
-    """The known key most like `key`: as a whole, or by its last part where only the section is wrong."""
-
-    def likeness(known: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, known).ratio()
-        last = difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1]).ratio()
-        return max(whole, 0.99 * last)
-
-    best = max(known_keys(), key=likeness)
-    return f" (did you mean {best}?)" if likeness(best) >= 0.6 else ""

@@ -129,6 +129,13 @@ class LocalStore:
     def path(self, key: str) -> Path:
         return self.root / check_key(key)
 
+    def _own(self, key: str) -> Path:
+        """The path of a key that may be changed: not one that a link inside the folder leads out of it."""
+        path = self.path(key)
+        if not path.parent.resolve().is_relative_to(self.root.resolve()):
+            raise UserError(f"{path.parent} is a link that leads out of {self.root}; remove it")
+        return path
+
     def read(self, key: str) -> bytes:
         with self._faults(key):
             return self.path(key).read_bytes()
@@ -141,7 +148,7 @@ class LocalStore:
         return data
 
     def write(self, key: str, data: Data, *, only_if_absent: bool = False) -> None:
-        target = self.path(key)
+        target = self._own(key)
         with self._faults(key):
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.parent not in self._swept:
@@ -183,7 +190,7 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         with self._faults(key):
-            path = self.path(key)
+            path = self._own(key)
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty yet; object stores have no empty folders either
             for folder in path.parents[: len(Path(key).parts) - 1]:

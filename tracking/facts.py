@@ -6,7 +6,6 @@ here may be empty but the configuration.
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from dataclasses import dataclass, field
@@ -135,9 +134,11 @@ def _summary(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        summary = journal.strict_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON; remove it and run the same command again") from error
-    if not isinstance(summary, dict):
+    if not isinstance(summary, dict) or not all(
+        isinstance(summary.get(key, {}), dict) for key in ("metrics", "timings")
+    ):
         raise UserError(f"{path} must hold an object; remove it and run the same command again")
     return summary

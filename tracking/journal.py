@@ -21,6 +21,7 @@ from ..errors import UserError
 Entry = dict[str, Any]
 FILE = "metrics.jsonl"
 SYNC_EVERY_S = 5.0
+_KINDS: dict[str, type | tuple[type, ...]] = {"stage": str, "step": int, "epoch": (int, float), "time": (int, float)}
 
 
 class Journal:
@@ -103,12 +104,32 @@ def entries(path: Path) -> list[Entry]:
 
 def _parse(path: Path, line: bytes, end: int) -> Entry:
     try:
-        entry = json.loads(line)
+        entry = strict_json(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged before byte {end}: a line is not JSON; remove that line") from error
     if not isinstance(entry, dict):
         raise UserError(f"{path} is damaged before byte {end}: a line is not a JSON object; remove that line")
+    for key, kind in _KINDS.items():
+        value = entry.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UserError(f"{path} is damaged before byte {end}: {key} is of a wrong type; remove that line")
     return entry
+
+
+def strict_json(text: str | bytes) -> Any:
+    """JSON without NaN, infinity, and numbers that neither a float nor a database can hold.
+
+    Raises:
+        ValueError, RecursionError: it is not.
+    """
+    return json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_number)
+
+
+def _number(word: str) -> int | float:
+    number = float(word)
+    if not abs(number) < 2.0**63 and (not math.isfinite(number) or word.lstrip("-").isdigit()):
+        raise ValueError(f"{word[:40]} is out of range")
+    return int(word) if word.lstrip("-").isdigit() else number
 
 
 def _finite(value: Any) -> Any:

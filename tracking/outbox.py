@@ -8,7 +8,6 @@ opened.  Training never waits for it.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -63,9 +62,14 @@ class State(Section):
         if not path.exists():
             return None
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (ValidationError, ValueError, OSError) as error:
+            state = cls.model_validate(journal.strict_json(path.read_bytes()))
+        except (ValidationError, ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path} is damaged; remove it (the run will appear once more in MLflow)") from error
+        home = run_dir.resolve()
+        for parcel in state.parcels:  # a run folder of somebody else must not have other files of ours sent away
+            if "\0" in parcel.path or not (home / parcel.path).resolve().is_relative_to(home):
+                raise UserError(f"{path} wants {parcel.path[:200]!r} sent, which is not of this run; remove {path}")
+        return state
 
     def save(self, run_dir: Path) -> None:
         path, temporary = run_dir / STATE, run_dir / f".{STATE}.tmp"

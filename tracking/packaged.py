@@ -38,6 +38,7 @@ MANIFEST = "model.json"
 GENERATOR, MAPPING, LATENTS = "generator.safetensors", "mapping.safetensors", "latents.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
 CHUNK = 65536
+DTYPES = (torch.float32, torch.int64)  # weights, and the counters of BatchNorm
 
 
 class FileEntry(Section):
@@ -214,11 +215,17 @@ def _open(folder: Path, source: str, device: torch.device) -> SamplingModel:
     states: dict[str, dict[str, Tensor]] = {file: _read(folder / file, entry) for file, entry in manifest.files.items()}
     dim = manifest.generator.latent_dim
     expected = {"mean": (dim,), "root": (dim, dim)}
-    if {name: tuple(tensor.shape) for name, tensor in states[LATENTS].items()} != expected:
+    codes = states[LATENTS]
+    shapes = {name: tuple(tensor.shape) for name, tensor in codes.items()}
+    if shapes != expected or any(tensor.dtype != torch.float32 for tensor in codes.values()):
         raise UserError(f"{LATENTS} of {source} does not hold the mean and root of {dim}-dimensional codes")
-    with torch.device("meta"):  # no memory is taken until the shapes are known to agree
-        generator = build_generator(manifest.generator, manifest.resolution, manifest.channels)
-        mapping = build_mapping(manifest.imle, dim, manifest.constraint) if MAPPING in manifest.files else None
+    try:
+        with torch.device("meta"):  # no memory is taken until the shapes are known to agree
+            generator = build_generator(manifest.generator, manifest.resolution, manifest.channels)
+            mapping = build_mapping(manifest.imle, dim, manifest.constraint) if MAPPING in manifest.files else None
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{MANIFEST} of {source} describes networks that cannot be: {detail}") from error
     _assign(generator, states[GENERATOR], GENERATOR, source)
     if mapping is not None:
         _assign(mapping, states[MAPPING], MAPPING, source)
@@ -247,13 +254,21 @@ def _read(path: Path, entry: FileEntry) -> dict[str, Tensor]:
         raise UserError(f"{path} does not have the SHA-256 in {MANIFEST}; the model is damaged, copy it again")
     try:
         state = safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    except Exception as error:  # besides its own, the errors of torch for types and shapes it does not have
+        raise UserError(f"{path} is not a safetensors file: {' '.join(str(error).split())[:300]}") from error
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"{path}: {name[:100]} is of type {tensor.dtype}, which no packaged model holds")
     _require_finite(state, str(path))
     return state
 
 
 def _assign(network: nn.Module, state: dict[str, Tensor], file: str, source: str) -> None:
+    for name, needed in network.state_dict().items():
+        if name in state and state[name].dtype != needed.dtype:
+            raise UserError(
+                f"{file} of {source} does not fit the networks in {MANIFEST}: {name} is {state[name].dtype}"
+            )
     try:
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:

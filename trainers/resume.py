@@ -5,17 +5,21 @@ Shapes: n rows of a worker. A checkpoint knows no number of workers (`cluster.ch
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..cluster import checkpoints
+from ..cluster.checkpoint_layout import DamagedCheckpoint, parse
 from ..cluster.latents import LatentTable
 from ..datasets.index import Index
 from ..datasets.storage import Store
 from ..errors import UserError
 
+Count = Annotated[int, Field(ge=0, lt=2**62)]
 NETWORKS = {
     "generator": ("weights", "ema", "exp_avg", "exp_avg_sq"),
     "mapping": ("weights", "exp_avg", "exp_avg_sq"),
@@ -29,10 +33,10 @@ class Position:
     `serial` counts the steps of stage 1 and the epochs of stage 2; it names checkpoints and never goes back.
     """
 
-    stage: str = "glo"
-    epoch: int = 0
-    step: int = 0
-    serial: int = 0
+    stage: Literal["glo", "imle", "done"] = "glo"
+    epoch: Count = 0
+    step: Count = 0
+    serial: Count = 0
 
 
 @dataclass
@@ -75,7 +79,7 @@ def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
     Raises:
         UserError: the checkpoint was made with other data. DamagedCheckpoint: it is not what was written.
     """
-    state = checkpoints.load_state(store, serial)
+    state = checked_state(checkpoints.load_state(store, serial), f"{store.url}: the state of step {serial}")
     if (state["rows"], state["fingerprint"]) != (rows, index.fingerprint):
         raise UserError(
             f"{store.url} was trained on other data ({state['rows']} rows, fingerprint "
@@ -87,11 +91,29 @@ def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
     def network(name: str) -> dict[str, Any] | None:
         if state["updates"][name] is None:
             return None
+        if name not in present:
+            raise DamagedCheckpoint(f"{store.url}: step {serial} counts updates of the {name} and does not hold it")
         groups = [key for key in NETWORKS[name] if file_name(name, key) in present]
         tensors = {key: checkpoints.load_tensors(store, serial, file_name(name, key)) for key in groups}
         return {"updates": state["updates"][name]} | tensors
 
     return Saved(Position(**state["position"]), network("generator"), network("mapping"))
+
+
+class _State(BaseModel):
+    """What `Saved.state` wrote."""
+
+    model_config = ConfigDict(strict=True)
+    position: Position
+    updates: dict[Literal["generator", "mapping"], Count | None] = Field(min_length=2)
+    rows: Count
+    fingerprint: str
+
+
+def checked_state(state: dict[str, Any], where: str) -> dict[str, Any]:
+    """The counters of a checkpoint, if they are of the form that is written. Raises DamagedCheckpoint."""
+    parse(_State, json.dumps(state).encode(), where)
+    return state
 
 
 def restore_rows(store: Store, serial: int, latents: LatentTable, rows: range, position: Position) -> None:

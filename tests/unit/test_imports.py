@@ -16,6 +16,7 @@ ROOT = Path(glann.__file__).parent
 FLOORS = {
     "config": 0,
     "errors": 0,
+    "faults": 0,
     "reference": 0,
     "models": 1,
     "datasets": 2,
@@ -29,7 +30,7 @@ FLOORS = {
     "cli": 8,
     "__main__": 9,
 }
-GROUND = {"config", "errors", "reference"}
+GROUND = {"config", "errors", "faults", "reference"}
 ROOMS = [name for name in FLOORS if (ROOT / name).is_dir()]
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
 HOMES = {

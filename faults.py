@@ -1,0 +1,52 @@
+"""What is wrong with a configuration, in words: each fault in one line, however large what was given is."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+MAX_SHOWN = 300  # characters of what was given
+
+
+def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) -> str:
+    """One line for a fault that pydantic found.
+
+    Args:
+        known: every dotted key with its field.
+        hidden: parts of places that are not keys.
+    """
+    key = ".".join(str(part) for part in fault["loc"] if part not in hidden)[:MAX_SHOWN]
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key}{suggest(key, known)}; see `glann config --help`"
+    if fault["type"] == "missing":
+        field = known.get(key)
+        return f"missing key {key}: {(field and field.description) or 'a value is needed'}"
+    if fault["type"] == "value_error" and not key:
+        return str(fault["ctx"]["error"])
+    prefix = f"{key}={shown(fault['input'])}" if key else shown(fault["input"])
+    allowed = fault["msg"].removeprefix("Value error, ")
+    return f"{prefix} is not possible: {allowed[0].lower()}{allowed[1:]}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, also where a few lines of YAML stand for a billion words."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, MAX_SHOWN, MAX_SHOWN, MAX_SHOWN
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes out no number of more than 4,300 digits
+        return "a number of too many digits"
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """The known key most like `key`: as a whole, or by its last part where only the section is wrong."""
+
+    def likeness(other: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, other).ratio()
+        last = difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], other.rsplit(".", 1)[-1]).ratio()
+        return max(whole, 0.99 * last)
+
+    best = max(known, key=likeness)
+    return f" (did you mean {best}?)" if likeness(best) >= 0.6 else ""
