@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PROBE_PATIENCE_S = 150.0
 POLL_S = 0.3
+PROBE = "glann-probe-"
+OLD_S = 60.0
 REMEDY = "install glann's dependencies there (`pip install -c constraints.txt .`) or use its image (deploy/Dockerfile)"
 
 
@@ -77,14 +79,19 @@ def _refuse(faults: list[str], address: str) -> None:
 
 
 def ask(client: JobSubmissionClient, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Versions by distribution, by node: a job of seconds that is removed from the cluster's list afterwards."""
+    """Versions by distribution, by node, told by a job of seconds.
+
+    The job stays in Ray's list until the next probe: one that is deleted as soon as it has ended is put back there as
+    failed by Ray's monitor, which had not looked yet.
+    """
+    sweep(client)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "probe"
         folder.mkdir()
         shutil.copyfile(str(probe.__file__), folder / "probe.py")
         job = client.submit_job(
             entrypoint=" ".join(["exec python3 probe.py", *names]),
-            submission_id=f"glann-probe-{uuid.uuid4().hex[:8]}",
+            submission_id=f"{PROBE}{uuid.uuid4().hex[:8]}",
             runtime_env={"working_dir": str(folder)},
         )
     deadline = time.monotonic() + PROBE_PATIENCE_S
@@ -96,7 +103,6 @@ def ask(client: JobSubmissionClient, names: list[str]) -> dict[str, dict[str, An
             )
         time.sleep(POLL_S)
     log = client.get_job_logs(job)
-    client.delete_job(job)
     for line in log.splitlines():
         if line.startswith(probe.MARK):
             return json.loads(line.removeprefix(probe.MARK))
@@ -105,3 +111,11 @@ def ask(client: JobSubmissionClient, names: list[str]) -> dict[str, dict[str, An
         f"the head could not say its versions: {said[-1][:200] if said else 'no answer'}; "
         "`ray start` there needs the python3 that has glann's dependencies first on its PATH"
     )
+
+
+def sweep(client: JobSubmissionClient) -> None:
+    """Remove probes of some time ago from the cluster's list of jobs."""
+    for job in client.list_jobs():
+        over = job.status.is_terminal() and (job.end_time or 0) / 1000 < time.time() - OLD_S
+        if over and (job.submission_id or "").startswith(PROBE):
+            client.delete_job(job.submission_id or "")

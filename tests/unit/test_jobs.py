@@ -302,7 +302,7 @@ def test_another_ray_is_refused_before_a_probe_is_sent(cluster: Cluster):
     assert cluster.jobs == {}
 
 
-def test_the_probe_leaves_no_job_behind_and_says_why_it_failed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
+def test_the_probe_removes_those_before_it_and_says_why_it_failed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
     def answer(log: str):
         def submit_job(**given):
             job = Cluster.submit_job(cluster, **given)
@@ -311,12 +311,13 @@ def test_the_probe_leaves_no_job_behind_and_says_why_it_failed(cluster: Cluster,
 
         monkeypatch.setattr(cluster, "submit_job", submit_job)
 
+    jobs.start(cluster, config(), {}, None)
     answer('Runtime env is setting up.\nVERSIONS {"10.0.0.1": {"torch": "2.13.0"}}\n')
     assert versions.ask(cluster, ["torch"]) == {"10.0.0.1": {"torch": "2.13.0"}}
     answer("sh: 1: exec: python3: not found\n")
     with pytest.raises(EnvironmentFault, match="python3: not found; `ray start` there needs the python3"):
         versions.ask(cluster, ["torch"])
-    assert cluster.jobs == {}
+    assert [job.startswith("glann-probe-") for job in cluster.jobs] == [False, True], "the job, and the last probe"
 
 
 def test_an_address_must_be_the_dashboards():
