@@ -165,6 +165,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> SaveReport | None:
         """Wait until the save under way, if any, is committed by all ranks; raises its error.
 
