@@ -119,6 +119,14 @@ class GloConfig(Section):
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
 
 
+class SearchConfig(Section):
+    """How the nearest candidate of every code is found."""
+
+    kind: Literal["exact", "ivf"] = Field("exact", description="ivf: approximate, for tens of millions of rows")
+    cells: int | None = Field(None, ge=1, description="ivf: cells of the inverted file; empty takes 4 sqrt(M)")
+    probes: int = Field(16, ge=1, description="ivf: cells that are looked into for a code; more finds more")
+
+
 class ImleConfig(Section):
     """Stage 2 (IMLE): the mapping T: noise -> latent code."""
 
@@ -133,6 +141,7 @@ class ImleConfig(Section):
     lr: Positive = Field(1e-3, description="learning rate of the mapping (Adam)")
     weight_decay: float = Field(1e-5, ge=0, description="weight decay of the mapping")
     candidates: Positive = Field(2.0, description="fresh candidates per row and epoch (M = candidates x N)")
+    search: SearchConfig = SearchConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
 

@@ -66,7 +66,7 @@ def nearest(z_ND: Tensor, candidates_MD: Tensor, first_index: int = 0) -> tuple[
     Raises:
         UserError: a NaN or infinity, no candidates, or shapes and types that do not fit.
     """
-    _check_shapes(z_ND, candidates_MD)
+    check_shapes(z_ND, candidates_MD)
     for name, x in (("queries", z_ND), ("candidates", candidates_MD)):
         if bad := _unusable(x):
             raise UserError(_not_finite(bad, name))
@@ -94,26 +94,35 @@ def ring_nearest(z_nD: Tensor, block_mD: Tensor, group: dist.ProcessGroup | None
     Raises:
         UserError: on every worker alike, where `nearest` would raise it on one.
     """
-    _check_shapes(z_nD, block_mD)
+    check_shapes(z_nD, block_mD)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return nearest(z_nD, block_mD)
     world, rank = dist.get_world_size(group), dist.get_rank(group)
-    sizes = _agree(z_nD, block_mD, world, group)
+    sizes = agreed_sizes(z_nD, block_mD, world, group)
     starts = [sum(sizes[:rank]) for rank in range(world)]
     search = NearestSearch(z_nD)
-    travelling = [block_mD.new_empty(max(sizes), block_mD.shape[1]) for _ in range(min(2, world - 1))]
-    held_mD = block_mD.contiguous()
+    for owner, held_mD in around_the_ring(block_mD, sizes, rank, group):
+        search.add(held_mD, starts[owner])
+    return search.index_N, search.distance_N
+
+
+def around_the_ring(
+    block_mK: Tensor, sizes: list[int], rank: int, group: dist.ProcessGroup | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Every worker's block, with its owner's rank; the next one travels while the caller works on this one."""
+    world = len(sizes)
+    travelling = [block_mK.new_empty(max(sizes), block_mK.shape[1]) for _ in range(min(2, world - 1))]
+    held_mK = block_mK.contiguous()
     for turn in range(world):
         owner = (rank - turn) % world
-        coming_mD, transfers = held_mD, []
+        coming_mK, transfers = held_mK, []
         if turn < world - 1:
-            coming_mD = travelling[turn % 2][: sizes[owner - 1]]
-            transfers = _pass_on(held_mD, coming_mD, rank, world, group)
-        search.add(held_mD, starts[owner])
+            coming_mK = travelling[turn % 2][: sizes[owner - 1]]
+            transfers = _pass_on(held_mK, coming_mK, rank, world, group)
+        yield owner, held_mK
         for transfer in transfers:
             transfer.wait()
-        held_mD = coming_mD
-    return search.index_N, search.distance_N
+        held_mK = coming_mK
 
 
 class NearestSearch:
@@ -172,15 +181,17 @@ class NearestSearch:
         """Merge pairs into the running minimum by (float64 distance, lowest index)."""
         size = max(1, _EXACT_NUMBERS // block_MD.shape[1])
         for query_k, column_k in zip(query_K.split(size), column_K.split(size), strict=True):
-            distance_k = squared_distances(self._z_ND[query_k], block_MD[column_k])
-            index_k = column_k + first_index
-            before_k = self.distance_N[query_k]
-            self.distance_N.scatter_reduce_(0, query_k, distance_k, "amin")
-            now_k = self.distance_N[query_k]
-            # A nearer candidate makes the old index void; after that the lowest of the nearest counts.
-            self.index_N[query_k[now_k < before_k]] = _NOBODY
-            winner_k = distance_k == now_k
-            self.index_N.scatter_reduce_(0, query_k[winner_k], index_k[winner_k], "amin")
+            self.merge(query_k, column_k + first_index, squared_distances(self._z_ND[query_k], block_MD[column_k]))
+
+    def merge(self, query_K: Tensor, index_K: Tensor, distance_K: Tensor) -> None:
+        """Take measured pairs (query, candidate's index, float64 distance) into account."""
+        before_K = self.distance_N[query_K]
+        self.distance_N.scatter_reduce_(0, query_K, distance_K, "amin")
+        now_K = self.distance_N[query_K]
+        # A nearer candidate makes the old index void; after that the lowest of the nearest counts.
+        self.index_N[query_K[now_K < before_K]] = _NOBODY
+        winner_K = distance_K == now_K
+        self.index_N.scatter_reduce_(0, query_K[winner_K], index_K[winner_K], "amin")
 
 
 class _Block:
@@ -247,12 +258,13 @@ def _pass_on(
     return dist.batch_isend_irecv(transfers) if transfers else []
 
 
-def _agree(z_nD: Tensor, block_mD: Tensor, world: int, group: dist.ProcessGroup | None) -> list[int]:
+def agreed_sizes(z_nD: Tensor, block_mD: Tensor, world: int, group: dist.ProcessGroup | None) -> list[int]:
     """Every worker's block size, after making sure that all workers can go on or none does."""
     mine = [len(block_mD), z_nD.shape[1], _unusable(z_nD), _unusable(block_mD)]
     mine_4 = torch.tensor(mine, dtype=torch.int64, device=z_nD.device)
-    all_W4 = [torch.empty_like(mine_4) for _ in range(world)]
-    dist.all_gather(all_W4, mine_4, group)
+    all_W4 = [torch.empty_like(mine_4) for _ in range(world)] if world > 1 else [mine_4]
+    if world > 1:
+        dist.all_gather(all_W4, mine_4, group)
     sizes, dims, bad_queries, bad_candidates = zip(*(row.tolist() for row in all_W4), strict=True)
     for name, counts in (("queries", bad_queries), ("candidates", bad_candidates)):
         for rank, bad in enumerate(counts):
@@ -265,7 +277,7 @@ def _agree(z_nD: Tensor, block_mD: Tensor, world: int, group: dist.ProcessGroup 
     return list(sizes)
 
 
-def _check_shapes(z_ND: Tensor, candidates_MD: Tensor) -> None:
+def check_shapes(z_ND: Tensor, candidates_MD: Tensor) -> None:
     if z_ND.ndim != 2 or candidates_MD.ndim != 2 or z_ND.shape[1] != candidates_MD.shape[1] or not z_ND.shape[1]:
         raise UserError(f"cannot compare codes of shapes {tuple(z_ND.shape)} and {tuple(candidates_MD.shape)}")
     if z_ND.dtype != torch.float32 or candidates_MD.dtype != torch.float32:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..cluster.inverted_file import ivf_nearest
 from ..cluster.neighbours import ring_nearest
 from ..cluster.noise import noise
 from ..cluster.placement import global_batches, ranges
@@ -30,13 +31,27 @@ CHUNK = 16384  # candidates mapped at once; also the noises that T's statistics 
 
 @dataclass(frozen=True)
 class ImleEpoch:
-    """What one epoch did: losses are means over all N rows; `distance` is that of the matches, before training."""
+    """What one epoch did: losses are means over all N rows; `distance` is that of the matches, before training.
+
+    `recall`: share of codes that were matched with their true nearest candidate; 1 for the exact search.
+    """
 
     epoch: int
     loss: float
     distance: float
     search_seconds: float
+    recall: float
     votes: float
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Index of each own code's nearest candidate, and its squared distance (float64)."""
+
+    index_n: Tensor
+    distance_n: Tensor
+    recall: float
+    seconds: float
 
 
 class MappingTrainer:
@@ -127,14 +142,14 @@ def train_imle(
     bad_in_a_row = 0
     for epoch in range(first_epoch, config.imle.epochs):
         enter("search", epoch, 0)
-        match_n, distance_n, seconds = match(config, epoch, z_nD, total_rows, trainer.mapping)
+        matches = match(config, epoch, z_nD, total_rows, trainer.mapping)
         lr = config.imle.lr * factor(config.imle.schedule, epoch, config.imle.epochs)
         loss = torch.zeros((), device=trainer.device)
         trainer.mapping.train(trainer.batch_statistics)
         for step, batch in enumerate(global_batches(config.seed, epoch, total_rows, config.imle.batch_size)):
             enter("imle", epoch, step)
             own = torch.as_tensor(batch[(batch >= rows.start) & (batch < rows.stop)] - rows.start)
-            e_BE = noise(config.seed, epoch, match_n[own], config.imle.noise_dim, trainer.device)
+            e_BE = noise(config.seed, epoch, matches.index_n[own], config.imle.noise_dim, trainer.device)
             error, applied, votes = trainer.update(e_BE, z_nD[own.to(trainer.device)], len(batch), lr, vote())
             if stops(votes, saving=False):
                 return
@@ -144,20 +159,20 @@ def train_imle(
                 raise UserError(
                     f"stage 2 was not finite for {bad_in_a_row} steps in a row in epoch {epoch}; lower imle.lr"
                 )
-        sums = torch.stack([loss.double(), distance_n.sum().to(loss.device), torch.tensor(vote(), device=loss.device)])
+        sums = torch.stack(
+            [loss.double(), matches.distance_n.sum().to(loss.device), torch.tensor(vote(), device=loss.device)]
+        )
         if world_size() > 1:
             dist.all_reduce(sums)
         loss_sum, distance_sum, votes = sums.tolist()
-        yield ImleEpoch(epoch, loss_sum / total_rows, distance_sum / total_rows, seconds, votes)
+        yield ImleEpoch(epoch, loss_sum / total_rows, distance_sum / total_rows, matches.seconds, matches.recall, votes)
 
 
 @torch.no_grad()
-def match(
-    config: Config, epoch: int, z_nD: Tensor, total_rows: int, mapping: nn.Module
-) -> tuple[Tensor, Tensor, float]:
-    """For each own code the index of its nearest candidate T(e_m) among all M, and the squared distance (Eq. 5).
+def match(config: Config, epoch: int, z_nD: Tensor, total_rows: int, mapping: nn.Module) -> Matches:
+    """Search for the nearest candidate T(e_m) of each own code among all M (Eq. 5).
 
-    T is in eval mode, so that a candidate does not depend on its batch mates. Also returns the seconds.
+    T is in eval mode, so that a candidate does not depend on its batch mates.
     """
     began = perf_counter()
     mapping.eval()
@@ -169,8 +184,12 @@ def match(
         block_mD[start : start + CHUNK] = mapping(
             noise(config.seed, epoch, index_B, config.imle.noise_dim, z_nD.device)
         )
-    match_n, distance_n = ring_nearest(z_nD, block_mD)
-    return match_n.cpu(), distance_n, perf_counter() - began
+    search = config.imle.search
+    if search.kind == "ivf":
+        index_n, distance_n, recall = ivf_nearest(z_nD, block_mD, search.cells, search.probes)
+    else:
+        (index_n, distance_n), recall = ring_nearest(z_nD, block_mD), 1.0
+    return Matches(index_n.cpu(), distance_n, recall, perf_counter() - began)
 
 
 def candidates(config: Config, total_rows: int) -> int:

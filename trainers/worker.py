@@ -207,6 +207,7 @@ class Worker:
             loss=epoch.loss,
             distance=epoch.distance,
             search_seconds=epoch.search_seconds,
+            recall=epoch.recall,
             seconds=seconds,
         )
         drawn = last or position.epoch % (2 * self.config.preview.every_epochs) == 0

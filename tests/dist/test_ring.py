@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from glann.cluster.inverted_file import ivf_nearest
 from glann.cluster.neighbours import nearest, ring_nearest
 from glann.errors import UserError
 
@@ -108,3 +109,22 @@ def test_a_part_of_the_workers_can_search_among_themselves(local_ray, ranks):
     assert answers[0] is None
     assert torch.equal(torch.cat([torch.tensor(index) for index, _ in answers[1:]]), index_N)
     assert torch.equal(torch.cat([torch.tensor(distance) for _, distance in answers[1:]]), distance_N)
+
+
+def search_in_cells(z_nD, block_mD):
+    index_n, distance_n, recall = ivf_nearest(torch.tensor(z_nD), torch.tensor(block_mD), 12, 3)
+    return index_n.numpy(), distance_n.numpy(), recall
+
+
+def test_the_approximate_search_says_the_same_recall_on_every_worker_and_names_true_candidates(local_ray, ranks):
+    torch.manual_seed(int(torch.randint(2**31, ())))
+    z_ND, c_MD = torch.randn(301, 6), torch.randn(1009, 6)
+    answers = ring(
+        local_ray, ranks, split(z_ND, uneven(301, len(ranks))), split(c_MD, uneven(1009, len(ranks))), search_in_cells
+    )
+    index_N = torch.cat([torch.tensor(index) for index, _, _ in answers])
+    distance_N = torch.cat([torch.tensor(distance) for _, distance, _ in answers])
+    torch.testing.assert_close(distance_N, (z_ND.double() - c_MD[index_N].double()).square().sum(1))
+    exact_N, _ = nearest(z_ND, c_MD)
+    assert (exact_N == index_N).double().mean() > 0.5
+    assert len({recall for _, _, recall in answers}) == 1

@@ -83,14 +83,14 @@ def test_a_match_is_the_nearest_mapped_noise():
     settings = config(candidates=1.7)
     z_ND, _ = eight_clusters(41)
     mapping = build_mapping(settings.imle, 3)
-    index_N, distance_N, _ = match(settings, 5, z_ND, 41, mapping)
+    matches = match(settings, 5, z_ND, 41, mapping)
     from glann.cluster.noise import noise
 
     with torch.no_grad():
         mapped_MD = mapping.eval()(noise(settings.seed, 5, torch.arange(candidates(settings, 41)), 4))
     brute_NM = (z_ND.double()[:, None] - mapped_MD.double()[None]).square().sum(2)
-    assert torch.equal(index_N, brute_NM.argmin(1))
-    torch.testing.assert_close(distance_N.double(), brute_NM.min(1).values)
+    assert torch.equal(matches.index_n, brute_NM.argmin(1))
+    torch.testing.assert_close(matches.distance_n.double(), brute_NM.min(1).values)
 
 
 def test_going_on_at_an_epoch_is_bit_for_bit_the_same():
@@ -120,6 +120,6 @@ def test_a_step_that_is_not_finite_moves_nothing():
     trainer = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
     trainer.mapping.train()
     before = {name: parameter.detach().clone() for name, parameter in trainer.mapping.named_parameters()}
-    _, applied = trainer.update(torch.randn(5, 4), torch.full((5, 3), float("nan")), 5, 1e-3)
+    _, applied, _ = trainer.update(torch.randn(5, 4), torch.full((5, 3), float("nan")), 5, 1e-3)
     assert not applied
     assert all(torch.equal(before[name], parameter) for name, parameter in trainer.mapping.named_parameters())

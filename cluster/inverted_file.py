@@ -1,0 +1,138 @@
+"""Approximate nearest neighbours by an inverted file (IVF), for tables where every pair is too many.
+
+Candidates are sorted into cells around C centroids, and a query is compared with those of its `probes`
+nearest cells alone: about probes / C of all pairs (Sivic & Zisserman 2003; Jegou, Douze & Schmid 2011,
+section IV). What that misses is measured, not assumed: a sample of the queries is searched exactly too.
+
+Legend: n queries and m candidates of this worker, D dimension, C cells, P probes, W workers, S a sample,
+q and k the queries and candidates that meet in one cell.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .neighbours import NearestSearch, agreed_sizes, around_the_ring, check_shapes, ring_nearest, squared_distances
+
+LLOYD_STEPS = 8
+PER_CENTROID = 64  # candidates that the centroids are fitted to, for each of them; more hardly moves them
+SAMPLE = 256  # queries of a worker that recall is measured on
+CHUNK = 8192
+
+
+def ivf_nearest(
+    z_nD: Tensor, block_mD: Tensor, cells: int | None, probes: int, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """As `ring_nearest`, but only among the candidates of each query's nearest cells; all workers must call it.
+
+    Args:
+        cells: C; None takes 4 sqrt(M). probes: cells that a query looks into.
+    Returns:
+        index_n, distance_n (squared, float64, of the candidate that was found), and the recall: the share of a
+        sample of all workers' queries for which nothing is nearer than what was found.
+    Raises:
+        UserError: on every worker alike, as `ring_nearest`.
+    """
+    check_shapes(z_nD, block_mD)
+    world = dist.get_world_size(group) if dist.is_initialized() else 1
+    rank = dist.get_rank(group) if world > 1 else 0
+    sizes = agreed_sizes(z_nD, block_mD, world, group)
+    starts = [sum(sizes[:owner]) for owner in range(world)]
+    wanted = cells or round(4 * math.sqrt(sum(sizes)))
+    centroid_CD = _shared_centroids(block_mD, wanted, sizes, group)
+    cell_m = _nearest_cells(block_mD, centroid_CD, 1)[:, 0]
+    order_m = cell_m.sort(stable=True).indices
+    counts_WC = _all_counts(cell_m.bincount(minlength=len(centroid_CD)), world, group)
+    # A candidate's place in its owner's block travels beside it, as the bits of one more number.
+    place_m1 = order_m.to(torch.int32).view(torch.float32)[:, None]
+    query_by_cell = _by_cell(_nearest_cells(z_nD, centroid_CD, min(probes, len(centroid_CD))), len(centroid_CD))
+    search = NearestSearch(z_nD)
+    for owner, held_mK in around_the_ring(torch.cat([block_mD[order_m], place_m1], dim=1), sizes, rank, group):
+        candidates_mD = held_mK[:, :-1].contiguous()
+        index_m = held_mK[:, -1].contiguous().view(torch.int32).long() + starts[owner]
+        for at_q, of_k in zip(query_by_cell, _slices(counts_WC[owner]), strict=True):
+            _meet(search, z_nD, at_q, candidates_mD[of_k], index_m[of_k])
+    return search.index_N, search.distance_N, _recall(search, z_nD, block_mD, world, group)
+
+
+def _meet(search: NearestSearch, z_nD: Tensor, at_q: Tensor, candidates_kD: Tensor, index_k: Tensor) -> None:
+    """Offer each query of a cell the nearest candidate of the same cell."""
+    if not len(candidates_kD):
+        return
+    square_k = candidates_kD.square().sum(1)
+    for at in at_q.split(CHUNK):
+        z_qD = z_nD[at]
+        best_q = torch.addmm(square_k, z_qD, candidates_kD.T, alpha=-2).argmin(1)
+        search.merge(at, index_k[best_q], squared_distances(z_qD, candidates_kD[best_q]))
+
+
+def _recall(
+    search: NearestSearch, z_nD: Tensor, block_mD: Tensor, world: int, group: dist.ProcessGroup | None
+) -> float:
+    rows_S = torch.linspace(0, len(z_nD) - 1, min(SAMPLE, len(z_nD)), device=z_nD.device).long()
+    _, exact_S = ring_nearest(z_nD[rows_S], block_mD, group)
+    found = torch.stack([(search.distance_N[rows_S] <= exact_S).sum(), torch.tensor(len(rows_S), device=z_nD.device)])
+    if world > 1:
+        dist.all_reduce(found, group=group)
+    return float(found[0] / found[1]) if found[1] else 1.0
+
+
+def _shared_centroids(block_mD: Tensor, wanted: int, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """The same centroids on every worker: k-means on the largest block, whose owner's result counts.
+
+    One block stands for all: candidates are mapped from independent noise, and dealt out by index.
+    """
+    owner = sizes.index(max(sizes))
+    cells = min(wanted, sizes[owner])
+    centroid_CD = block_mD.new_empty(cells, block_mD.shape[1])
+    if len(sizes) == 1 or dist.get_rank(group) == owner:
+        centroid_CD = _centroids(block_mD[: PER_CENTROID * cells], cells)
+    if len(sizes) > 1:
+        dist.broadcast(centroid_CD, owner if group is None else dist.get_global_rank(group, owner), group=group)
+    return centroid_CD
+
+
+def _centroids(sample_mD: Tensor, cells: int) -> Tensor:
+    """Lloyd's k-means from the first points; a cell that loses all its points keeps its centroid."""
+    centroid_CD = sample_mD[:cells].clone()
+    for _ in range(LLOYD_STEPS):
+        cell_m = _nearest_cells(sample_mD, centroid_CD, 1)[:, 0]
+        sum_CD = torch.zeros_like(centroid_CD).index_add_(0, cell_m, sample_mD)
+        count_C1 = cell_m.bincount(minlength=cells)[:, None]
+        centroid_CD = torch.where(count_C1 > 0, sum_CD / count_C1.clamp(min=1), centroid_CD)
+    return centroid_CD
+
+
+def _nearest_cells(x_nD: Tensor, centroid_CD: Tensor, probes: int) -> Tensor:
+    """The numbers of the `probes` nearest cells of every point, [n, P]."""
+    square_C = centroid_CD.square().sum(1)
+    cells_nP = [
+        torch.addmm(square_C, part_nD, centroid_CD.T, alpha=-2).topk(probes, dim=1, largest=False).indices
+        for part_nD in x_nD.split(CHUNK)
+        if len(part_nD)
+    ]
+    return torch.cat(cells_nP) if cells_nP else torch.empty(0, probes, dtype=torch.int64, device=x_nD.device)
+
+
+def _by_cell(cells_nP: Tensor, cells: int) -> tuple[Tensor, ...]:
+    """For every cell, the queries that look into it."""
+    flat = cells_nP.flatten()
+    query = flat.sort(stable=True).indices // cells_nP.shape[1]
+    return query.split(flat.bincount(minlength=cells).tolist())
+
+
+def _all_counts(count_C: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
+    counts = [torch.empty_like(count_C) for _ in range(world)]
+    if world == 1:
+        return count_C[None]
+    dist.all_gather(counts, count_C, group)
+    return torch.stack(counts)
+
+
+def _slices(count_C: Tensor) -> list[slice]:
+    ends = count_C.cumsum(0).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
