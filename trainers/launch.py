@@ -41,8 +41,7 @@ def ray_cluster(config: Config) -> Iterator[None]:
     Raises:
         EnvironmentFault: the cluster does not answer. UserError: it can never hold the workers.
     """
-    for name, value in KNOBS.items():
-        os.environ.setdefault(name, value)
+    turn_knobs()
     # a worker that runs out of a stopped driver's sight must not print over the progress bar
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
@@ -73,6 +72,11 @@ def ray_cluster(config: Config) -> Iterator[None]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+def turn_knobs() -> None:
+    for name, value in KNOBS.items():
+        os.environ.setdefault(name, value)
 
 
 def protect_local_ray() -> None:
@@ -133,6 +137,7 @@ def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: T
 
     from .worker import train_worker
 
+    turn_knobs()  # where Ray was joined by somebody else
     # Ray shows it on its dashboard; workers talk to no tracking server
     task = redacted_config(config.with_absolute_paths()).model_dump(mode="json")
     cluster = config.cluster

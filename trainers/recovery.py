@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import monotonic, sleep
 from typing import Any
 
@@ -151,15 +151,18 @@ class Groups:
         done = threading.Event()
         fit.add_done_callback(lambda _: done.set())
         looked = monotonic()
-        with places(self.config, self.config.cluster.max_workers - self.workers) as wanted:
+        with ExitStack() as held:
+            wanted: Room | None = None
             while not fit.done():
-                if monotonic() - looked >= WATCH_S:
+                if self.nodes and wanted is None:  # not sooner: it would take the room of the group that is starting
+                    wanted = held.enter_context(places(self.config, self.config.cluster.max_workers - self.workers))
+                if wanted is not None and monotonic() - looked >= WATCH_S:
                     looked = monotonic()
                     self.look_at_nodes(wanted)
                 if self.stopping:
                     self.asked = STOP
-                self.hand_over()
                 self.lease.check()
+                self.hand_over()
                 done.wait(POLL_S)
         self.hand_over()
 
