@@ -176,7 +176,7 @@ def test_the_disk_of_the_run_folder_fills_up(cluster, undisturbed, strikes, tmp_
         assert job.wait() == 1
         assert "No space left on device" in job.said() or "is full" in job.said()
         assert "Traceback" not in job.said()
-        assert job.manifests(), "the last checkpoint is gone"
+        assert job.checkpoints(), "the last checkpoint is gone"
         (disk / "filler").unlink()
         job.start()
         script.training_again(strike)

@@ -101,7 +101,7 @@ def training_nodes(cluster: Cluster) -> list[str]:
         found[:] = [node for node in WORKERS if cluster.processes(node, f"ray::{SHARD}")]
         return bool(found)
 
-    wait_until(some, 60, "no node has a training worker")
+    wait_until(some, 240, "no node has a training worker")
     return found
 
 

@@ -9,8 +9,9 @@ from subprocess import Popen
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
-from cluster_nodes import BUCKET, S3, Cluster
+from cluster_nodes import BUCKET, Cluster
+from glann.cluster import checkpoint_reading
+from glann.cluster.checkpoint_layout import survey
 from netns import wait_until
 
 ROWS, GLO_EPOCHS, IMLE_EPOCHS, BATCH = 600, 6, 6, 40
@@ -20,7 +21,7 @@ DATA = f"s3://{BUCKET}/digits"
 OVERRIDES = (
     f"data.url={DATA}",
     "data.cache_dir=shards",
-    "generator.width=16",
+    "generator.width=4",
     "generator.latent_dim=16",
     "loss.kind=l1",
     f"glo.epochs={GLO_EPOCHS}",
@@ -28,7 +29,7 @@ OVERRIDES = (
     f"imle.epochs={IMLE_EPOCHS}",
     "imle.batch_size=8",
     "imle.noise_dim=8",
-    "imle.candidates=400",
+    "imle.candidates=100",
     f"checkpoint.url=s3://{BUCKET}/runs",
     "checkpoint.every_epochs=1",
     "checkpoint.keep=2",
@@ -148,47 +149,28 @@ class Job:
 
         wait_until(there, seconds, f"{self.name}: no phase {phase} in {seconds:g} s:\n{self.said()[-3000:]}", 0.02)
 
-    def manifests(self) -> list[int]:
-        """The serials of the complete checkpoints."""
-        with self.cluster.net.inside(S3):
-            client = self.cluster.s3_client()
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{self._prefix}step-")
-            keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-        return sorted(int(key.split("/")[-2].removeprefix("step-")) for key in keys if key.endswith("/manifest.json"))
+    def checkpoints(self) -> list[int]:
+        """The serials of the complete checkpoints, oldest first."""
+        with self.cluster.store(self._checkpoints) as store:
+            return sorted(survey(store).good)
 
     def end(self) -> End:
-        """What the newest checkpoint holds; every file is checked against the manifest."""
-        serial = self.manifests()[-1]
-        digest, visits = {}, {}
-        with self.cluster.net.inside(S3):
-            client = self.cluster.s3_client()
-
-            def read(name: str) -> bytes:
-                return client.get_object(Bucket=BUCKET, Key=f"{self._prefix}step-{serial:06d}/{name}")["Body"].read()
-
-            manifest = json.loads(read("manifest.json"))
-            latents: dict[str, dict[int, np.ndarray]] = {}
-            for name, about in manifest["files"].items():
-                data = read(name)
-                assert hashlib.sha256(data).hexdigest() == about["sha256"], name
-                if not name.endswith(".safetensors"):
-                    continue
-                arrays = safetensors.numpy.load(data)
-                if name.startswith("latents-"):
-                    for key, array in arrays.items():
-                        latents.setdefault(key, {})[int(name.split("-")[1])] = array
-                    continue
-                digest |= {f"{name.removesuffix('.safetensors')}.{key}": _hash(array) for key, array in arrays.items()}
-            state = json.loads(read("state.json"))
-        for key, blocks in latents.items():
-            whole = np.concatenate([blocks[start] for start in sorted(blocks)])
-            digest[f"latents.{key}"] = _hash(whole)
-            visits[key] = whole
-        return End(serial, digest, visits["steps"], state)
+        """What the newest checkpoint holds; every byte is checked against the manifest."""
+        with self.cluster.store(self._checkpoints) as store:
+            serial = max(survey(store).good)
+            state = checkpoint_reading.load_state(store, serial)
+            digest = {
+                f"{group}.{name}": _hash(tensor.numpy())
+                for group in checkpoint_reading.names(store, serial)
+                for name, tensor in checkpoint_reading.load_tensors(store, serial, group).items()
+            }
+            rows = checkpoint_reading.load_rows(store, serial, range(state["rows"]))
+        digest |= {f"latents.{name}": _hash(array) for name, array in rows.items()}
+        return End(serial, digest, rows["steps"], state)
 
     @property
-    def _prefix(self) -> str:
-        return f"runs/{self.name}/checkpoints/"
+    def _checkpoints(self) -> str:
+        return f"s3://{BUCKET}/runs/{self.name}/checkpoints"
 
 
 def _hash(array: np.ndarray) -> str:

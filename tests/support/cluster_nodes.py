@@ -13,6 +13,7 @@ ends with it. `glann train digits data.url=s3://glann/digits ...` works there as
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -20,12 +21,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from cluster_proxy import FaultyProxy
 from netns import Network, wait_until
+
+if TYPE_CHECKING:
+    from glann.datasets.storage import Store
 
 HEAD, WORKERS, S3, MLFLOW = "head", ("w1", "w2", "w3"), "s3", "mlflow"
 ACCESS, SECRET, BUCKET = "glann-tests", "a-secret-that-must-not-be-told", "glann"
@@ -226,7 +231,7 @@ class Cluster:
         (disk / "s3.json").write_text(json.dumps({"identities": [identity]}))
         (disk / "data").mkdir(exist_ok=True)
         arguments = [f"-dir={self.net.home}/data", f"-ip={address}", "-s3", f"-s3.port={S3_PORT}"]
-        arguments += [f"-s3.config={self.net.home}/s3.json", "-master.volumeSizeLimitMB=64", "-volume.max=64"]
+        arguments += [f"-s3.config={self.net.home}/s3.json", "-master.volumeSizeLimitMB=1024", "-volume.max=100"]
         env = self.env | {"TMPDIR": str(self.net.home)}
         with open(self.logs / "s3.log", "ab") as log:
             self.net.start(S3, weed, f"-logdir={self.net.home}", "server", *arguments, env=env, stdout=log, stderr=log)
@@ -255,6 +260,17 @@ class Cluster:
         url = f"http://{self.net.addresses[S3]}:{S3_PORT}"
         keys = {"aws_access_key_id": ACCESS, "aws_secret_access_key": SECRET}
         return boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
+
+    @contextlib.contextmanager
+    def store(self, url: str) -> Iterator[Store]:
+        """An address in S3, past the proxy, as the product reads it."""
+        from glann.config import S3Config
+        from glann.datasets.storage import open_store
+
+        keys = {"AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET}
+        endpoint = f"http://{self.net.addresses[S3]}:{S3_PORT}"
+        with self.net.inside(S3), mock.patch.dict(os.environ, keys):
+            yield open_store(url, S3Config(endpoint_url=endpoint))
 
     def start_mlflow(self) -> None:
         """A tracking server on sqlite."""

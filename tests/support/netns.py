@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -51,14 +52,27 @@ def why_not() -> str | None:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+def sweep() -> None:
+    """End what a killed process left behind: namespaces that carry the id of a process that is no more."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    for space in re.findall(r"^(glann-\d+-\S+)", listed, re.MULTILINE):
+        if not Path(f"/proc/{space.split('-')[1]}").exists():
+            _end_namespace(space)
+    for folder in Path(tempfile.gettempdir()).glob("gn*-*"):
+        owner = folder.name[2:].split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class Network:
     """Hosts on one bridge. Use as a context manager: leaving it ends every process in it and removes it."""
 
     prefix = "10.77.0."
 
     def __init__(self, label: str = "") -> None:
+        sweep()
         self.id = f"glann-{os.getpid()}{label and '-'}{label}"
-        self.folder = Path(tempfile.mkdtemp(prefix="gn-"))  # short: Ray's sockets lie below it
+        self.folder = Path(tempfile.mkdtemp(prefix=f"gn{os.getpid()}-"))  # short: Ray's sockets lie below it
         self.home = self.folder / "home"  # a folder of its own on each host
         self.home.mkdir()
         self.addresses: dict[str, str] = {}
@@ -84,9 +98,9 @@ class Network:
         """End every process inside the namespaces, and remove them."""
         for host in self.addresses:
             self.end_processes(host)
-        self._end_namespace(self._bridge)
+        _end_namespace(self._bridge)
         for host in self.addresses:
-            self._end_namespace(self._namespace(host))
+            _end_namespace(self._namespace(host))
         self.addresses.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -121,11 +135,11 @@ class Network:
 
     def pids(self, host: str) -> list[int]:
         """The processes of a host."""
-        return self._pids(self._namespace(host))
+        return _pids(self._namespace(host))
 
     def end_processes(self, host: str) -> None:
         """SIGKILL to every process of the host, until none is left."""
-        self._end_all(self._namespace(host))
+        _end_all(self._namespace(host))
 
     def cut(self, host: str) -> None:
         """Pull the host's cable."""
@@ -182,25 +196,6 @@ class Network:
     def _namespace(self, host: str) -> str:
         return f"{self.id}-{host}"
 
-    def _pids(self, space: str) -> list[int]:
-        told = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True)
-        # The caller's own threads may be inside; they are not a process of the host.
-        return [pid for pid in map(int, told.stdout.split()) if pid != os.getpid()]
-
-    def _end_all(self, space: str) -> None:
-        for _ in range(100):
-            pids = self._pids(space)
-            if not pids:
-                return
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-
-    def _end_namespace(self, space: str) -> None:
-        self._end_all(space)
-        subprocess.run(["ip", "netns", "del", space], capture_output=True)
-
 
 def wait_until(ready: Callable[[], bool], seconds: float, otherwise: str, pause: float = 0.2) -> None:
     """Poll until `ready()`. Raises TimeoutError with `otherwise`."""
@@ -209,6 +204,28 @@ def wait_until(ready: Callable[[], bool], seconds: float, otherwise: str, pause:
         if time.monotonic() > deadline:
             raise TimeoutError(otherwise)
         time.sleep(pause)
+
+
+def _pids(space: str) -> list[int]:
+    """The processes of a namespace. The caller may have threads inside; it is not one of them."""
+    told = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True)
+    return [pid for pid in map(int, told.stdout.split()) if pid != os.getpid()]
+
+
+def _end_all(space: str) -> None:
+    for _ in range(100):
+        pids = _pids(space)
+        if not pids:
+            return
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _end_namespace(space: str) -> None:
+    _end_all(space)
+    subprocess.run(["ip", "netns", "del", space], capture_output=True)
 
 
 def _ip(*words: str) -> None:
