@@ -94,19 +94,23 @@ def behind_a_step(options: argparse.Namespace) -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     table = LatentTable.spawn(range(options.rows), options.dim, 0)
     plan = list(batches(options, options.repeats + 2))
-    waits = []
-    for step, (rows_B, grad_BD) in enumerate(plan[:-1]):
-        start = time.perf_counter()
-        table.take(rows_B)
-        table.prefetch(plan[step + 1][0])
-        waited = time.perf_counter() - start
-        time.sleep(0.05)  # the training step, which computes elsewhere
-        start = time.perf_counter()
-        table.push(0, step, rows_B, grad_BD, 0.01)
-        waits.append(waited + time.perf_counter() - start)
-    table.flush()
-    wait = statistics.median(waits[2:])
-    print(f"  as an actor, behind a 50 ms step: the step waits {1e3 * wait:.2f} ms, {100 * wait / 0.05:.1f}% of it")
+    for name, together in (("in calls of their own", False), ("gathered with an update", True)):
+        waits = []
+        for step, (rows_B, grad_BD) in enumerate(plan):
+            ahead_B = [one[0] for one in plan[step + 1 : step + 3]]
+            start = time.perf_counter()
+            table.take(rows_B)
+            if not together and ahead_B:
+                table.prefetch(ahead_B[0])
+            waited = time.perf_counter() - start
+            time.sleep(0.05)  # the training step, which computes elsewhere
+            start = time.perf_counter()
+            after_next_B = ahead_B[1] if together and len(ahead_B) == 2 else None
+            table.push(int(together), step, rows_B, grad_BD, 0.01, ahead_B=after_next_B)
+            waits.append(waited + time.perf_counter() - start)
+        table.flush()
+        wait = statistics.median(waits[2:-2])
+        print(f"  as an actor, behind a 50 ms step, codes {name}: {1e3 * wait:.2f} ms, {100 * wait / 0.05:.1f}% of it")
     ray.shutdown()
 
 

@@ -100,6 +100,11 @@ class LatentShard:
         self.position = (epoch, step)
         return True
 
+    def apply_and_gather(self, visit: tuple[Any, ...], ahead_B: Rows) -> np.ndarray:
+        """`apply`, of the arguments `visit`, and then `gather`: one call instead of two, of few arguments."""
+        self.apply(*visit)
+        return self.gather(ahead_B)
+
     def skip(self, epoch: int, step: int, rows_B: Rows) -> bool:
         """Visit rows without moving them; otherwise as `apply`.
 
@@ -228,19 +233,42 @@ class LatentTable:
         _, pending = self._gathers.pop(rows_B.tobytes(), (rows_B, None))
         if pending is None:
             pending = self._shard.start("gather", rows_B)
+        if self._updates and self._updates[0] is pending:
+            self._updates.popleft()  # its answer tells of both
         return torch.tensor(self._shard.finish(pending))  # a copy: arrays from Ray are read-only
 
-    def push(self, epoch: int, step: int, rows_B: Rows, grad_BD: Tensor, lr: float, skipped: Rows = ()) -> None:
-        """Start `LatentShard.apply`; the arguments may be changed as soon as this returns."""
+    def push(
+        self,
+        epoch: int,
+        step: int,
+        rows_B: Rows,
+        grad_BD: Tensor,
+        lr: float,
+        skipped: Rows = (),
+        ahead_B: Rows | None = None,
+    ) -> None:
+        """Start `LatentShard.apply`; the arguments may be changed as soon as this returns.
+
+        Args:
+            ahead_B: rows that a later `take` will ask for, gathered after this update by the same call.
+        """
         self._make_room()
         rows_B = np.array(rows_B, np.int64)
         unmoved = np.array(skipped, np.int64) if len(skipped) else ()  # an empty array is one more to send
         grad = grad_BD.detach().to("cpu", torch.float32).numpy()
-        self._updates.append(self._shard.start("apply", epoch, step, rows_B, grad, lr, unmoved))
+        visit = (epoch, step, rows_B, grad, lr, unmoved)
+        if ahead_B is None:
+            call = self._shard.start("apply", *visit)
+        else:
+            ahead_B = np.ascontiguousarray(ahead_B, np.int64)
+            call = self._shard.start("apply_and_gather", visit, ahead_B)
+        self._updates.append(call)
         # What was gathered ahead of this update is out of date where they share a row.
         stale = [key for key, (ahead_B, _) in self._gathers.items() if np.isin(ahead_B, rows_B).any()]
         for key in stale:
             del self._gathers[key]
+        if ahead_B is not None:
+            self._gathers[ahead_B.tobytes()] = (ahead_B, call)
 
     def skip(self, epoch: int, step: int, rows_B: Rows) -> None:
         """Count rows as visited without moving them, such as those of a step that was not finite."""

@@ -63,13 +63,12 @@ def train_glo(
         first_step = start[1] if epoch == start[0] else 0
         plan = plan_epoch(config, epoch, first_step, latents, engine)
         steps = first_step + len(plan)
-        if plan:
-            latents.prefetch(plan[0].rows_B)
+        for planned in plan[:2]:
+            latents.prefetch(planned.rows_B)
+        after_next = [*plan[2:], None, None][: len(plan)]
         stream = batches(images, plan, threads=config.data.threads, prefetch=config.data.prefetch, max_bad=bad_rows)
-        for planned, following, batch in zip(plan, [*plan[1:], None], stream, strict=True):
+        for planned, ahead, batch in zip(plan, after_next, stream, strict=True):
             z_BD = latents.take(planned.rows_B).to(engine.device)
-            if following:
-                latents.prefetch(following.rows_B)  # travels while this step computes
             img_BCHW = batch.img_BCHW.to(engine.device, non_blocking=True).float() / 255
             weight_B = batch.weight_B.to(engine.device, non_blocking=True)
             seed_B = patch_seeds(config.seed, epoch, batch.rows_B)
@@ -87,7 +86,8 @@ def train_glo(
             unread_B = planned.rows_B[(planned.weight_B > 0) & (batch.weight_B.numpy() == 0)]
             if result.applied:
                 grad_BD = result.grad_BD[weight_B > 0].cpu()
-                latents.push(epoch, batch.step, rows_B, grad_BD, config.glo.latent_lr * scale, unread_B)
+                ahead_B = ahead and ahead.rows_B  # gathered by the same call, and here when its step begins
+                latents.push(epoch, batch.step, rows_B, grad_BD, config.glo.latent_lr * scale, unread_B, ahead_B)
             else:
                 latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
             bad_in_a_row = 0 if result.applied else bad_in_a_row + 1

@@ -9,7 +9,9 @@ import pytest
 import torch
 from glann.cluster.latents import LatentTable
 from glann.cluster.placement import Share, epoch_plan
+from glann.datasets.storage import LocalStore
 from glann.errors import EnvironmentFault, UserError
+from safetensors.numpy import load_file
 
 ROWS, DIM, BATCH, LR = range(40, 103), 8, 10, 0.05
 
@@ -22,37 +24,45 @@ def table(local_ray):
 
 
 def until(seconds: float, call) -> None:
-    """Call again and again, until it raises or time is up."""
+    """Call again and again, until it says True, raises or time is up."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        call()
+        if call() is True:
+            return
         time.sleep(0.1)
 
 
-def train(table, prefetch: bool, epochs=4) -> list[torch.Tensor]:
-    """A stand-in for training, in which the gradient depends on the code that was gathered."""
+def train(table, way: str, epochs=4) -> list[torch.Tensor]:
+    """A stand-in for training, in which the gradient depends on the code that was gathered.
+
+    way: codes are asked for "late", when they are needed, "ahead" by one batch, or "together" with the update
+    before the last.
+    """
     seen = []
     share = Share(BATCH)
     steps = share.steps(len(ROWS))
     plan = [(e, p) for e in range(epochs) for p in epoch_plan(0, e, ROWS, share, steps)]
     for number, (epoch, planned) in enumerate(plan):
         z_BD = table.take(planned.rows_B)
-        if prefetch and number + 1 < len(plan):
+        if way == "ahead" and number + 1 < len(plan):
             table.prefetch(plan[number + 1][1].rows_B)
         real_B = planned.weight_B > 0
         seen.append(z_BD)
         grad_BD = torch.sin(7 * z_BD + number)[torch.from_numpy(real_B)]
-        table.push(epoch, planned.step, planned.rows_B[real_B], grad_BD, LR)
+        together = way == "together" and number + 2 < len(plan)
+        ahead_B = plan[number + 2][1].rows_B if together else None
+        table.push(epoch, planned.step, planned.rows_B[real_B], grad_BD, LR, ahead_B=ahead_B)
         grad_BD.zero_()  # the caller may reuse its memory at once
     return seen
 
 
+@pytest.mark.parametrize("way", ["ahead", "together"])
 @pytest.mark.parametrize("in_flight", [1, 8])
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
-def test_running_behind_the_step_gives_the_synchronous_result_bit_for_bit(local_ray, optimizer, in_flight):
+def test_running_behind_the_step_gives_the_synchronous_result_bit_for_bit(local_ray, optimizer, in_flight, way):
     behind = LatentTable.spawn(ROWS, DIM, seed=3, optimizer=optimizer, in_flight=in_flight)
     in_line = LatentTable.in_process(ROWS, DIM, seed=3, optimizer=optimizer)
-    for a, b in zip(train(behind, prefetch=True), train(in_line, prefetch=False), strict=True):
+    for a, b in zip(train(behind, way), train(in_line, "late"), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(behind.codes(), in_line.codes())
     expected = in_line.snapshot()
@@ -86,9 +96,46 @@ def test_a_failed_update_is_raised_by_a_flush_or_within_the_updates_under_way_an
         table.flush()
     assert torch.equal(table.codes(), before)
     table.push(0, 1, [999], torch.zeros(1, DIM), LR)
+    later = iter(range(2, 2 + 8))  # as many as may be under way
     with pytest.raises(IndexError, match=r"40\.\.102"):
-        for step in range(2, 2 + 8):  # as many as may be under way
-            table.push(0, step, [60], torch.zeros(1, DIM), LR)
+        until(60, lambda: table.push(0, next(later), [60], torch.zeros(1, DIM), LR))
+
+
+def test_a_failed_update_is_raised_where_the_codes_that_were_gathered_with_it_are_taken(table):
+    table.push(0, 0, [60], torch.full((1, DIM), float("inf")), LR, ahead_B=[70])
+    with pytest.raises(UserError, match=r"rows \[60\]"):
+        table.take([70])
+    table.flush()  # told once
+
+
+def test_rows_are_written_by_the_shard_as_they_were_when_saving_began(table, tmp_path):
+    train(table, "together", epochs=1)
+    before = table.snapshot()
+    saved = table.start_saving(LocalStore(tmp_path), "step-000001/a", 500)
+    train(table, "together", epochs=2)  # goes on meanwhile
+    until(30, lambda: saved() is not None)
+    files = saved()
+    assert len(files) > 3
+    held = {}
+    for name, file in files.items():
+        assert (tmp_path / "step-000001" / "a" / name).stat().st_size == file.size
+        block = load_file(tmp_path / "step-000001" / "a" / name)
+        for key, array in block.items():
+            held.setdefault(key, []).append((int(name.split("-")[1]), array))
+    assert set(held) == set(before)
+    for key, blocks in held.items():
+        np.testing.assert_array_equal(
+            np.concatenate([array for _, array in sorted(blocks, key=lambda b: b[0])]), before[key]
+        )
+    assert not np.array_equal(table.snapshot()["z"], before["z"])
+
+
+def test_rows_that_could_not_be_written_are_told(table, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    saved = table.start_saving(LocalStore(tmp_path / "file"), "step-000001/a", 500)
+    with pytest.raises(UserError, match="file"):
+        until(30, saved)
+    assert table.start_saving(LocalStore(tmp_path), "step-000001/a", 500) is not saved
 
 
 def test_a_shard_whose_process_died_is_an_environment_fault(local_ray):
@@ -100,7 +147,7 @@ def test_a_shard_whose_process_died_is_an_environment_fault(local_ray):
 
 
 def test_a_snapshot_is_taken_between_updates_and_restores_elsewhere(table, local_ray):
-    train(table, prefetch=True, epochs=1)
+    train(table, "ahead", epochs=1)
     saved, codes = table.snapshot(), table.codes()
     train_more = torch.randn(len(ROWS), DIM)
     table.push(1, 0, list(ROWS), train_more, LR)
