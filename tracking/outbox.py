@@ -181,7 +181,7 @@ class Outbox:
     def _say_working(self) -> None:
         if self._failing_since is not None:
             away_s = time.monotonic() - self._failing_since
-            log.info("the MLflow server %s is back after %.0f s; everything was sent", self._state.uri, away_s)
+            log.warning("the MLflow server %s is back after %.0f s; everything was sent", self._state.uri, away_s)
             self._failing_since = None
 
 

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from time import monotonic, sleep
 from typing import Any
 
@@ -70,6 +70,7 @@ class Groups:
         self.room: Room | None = None
         self.fit: Future[bool] | None = None
         self.number = self.failures = self.workers = 0
+        self.saved = -1  # serial of the newest checkpoint known
         self.stopping = ""  # why the run is to end, once it is to
         self.why = ""  # why the present group was started, if it is not the first
         self.trained_at: float | None = None
@@ -90,7 +91,7 @@ class Groups:
 
     def run_one(self) -> bool:
         """Run one group to its end; True if the run is done, False if another group has to go on."""
-        before = self.newest()
+        self.gained()
         self.workers = self.take_room()
         self.begin()
         with ThreadPoolExecutor(1, "ray-train") as pool:
@@ -101,7 +102,7 @@ class Groups:
                 end_ray()  # ends the workers, and with them the thread that waits for them
                 raise
         if (error := self.fit.exception()) is not None:
-            self.after_loss(error, before)
+            self.after_loss(error)
             return False
         if not self.fit.result():
             return True
@@ -148,6 +149,8 @@ class Groups:
 
     def watch(self, fit: Future[bool]) -> None:
         """Hand over events and keep asking the group for what has to be, until it ends."""
+        from ray.exceptions import RayError
+
         done = threading.Event()
         fit.add_done_callback(lambda _: done.set())
         looked = monotonic()
@@ -158,7 +161,8 @@ class Groups:
                     wanted = held.enter_context(places(self.config, self.config.cluster.max_workers - self.workers))
                 if wanted is not None and monotonic() - looked >= WATCH_S:
                     looked = monotonic()
-                    self.look_at_nodes(wanted)
+                    with suppress(RayError):  # the head is busy or away: it is asked again
+                        self.look_at_nodes(wanted)
                 if self.stopping:
                     self.asked = STOP
                 self.lease.check()
@@ -209,14 +213,14 @@ class Groups:
 
     # After a group ---------------------------------------------------------------------------
 
-    def after_loss(self, error: BaseException, before: int | None) -> None:
+    def after_loss(self, error: BaseException) -> None:
         """Count a loss, and raise what ends the run."""
         cause = verdict(error)
         if not isinstance(cause, EnvironmentFault):
             raise cause
         if self.stopping:
             raise RunStopped(f"{self.stopping}, but not saved ({cause}); {GOES_ON}") from error
-        self.failures = 1 if self.newest() not in (None, before) else self.failures + 1
+        self.failures = 1 if self.gained() else self.failures + 1
         limit = self.config.cluster.max_failures
         if 0 <= limit < self.failures:
             raise EnvironmentFault(
@@ -227,12 +231,12 @@ class Groups:
         self.on_event({"kind": "lost", "why": self.why})
         sleep(PAUSES_S[min(self.failures, len(PAUSES_S)) - 1])
 
-    def newest(self) -> int | None:
-        """The newest checkpoint; None also where the store does not answer."""
-        try:
-            return latest(self.store)
-        except EnvironmentFault:
-            return None
+    def gained(self) -> bool:
+        """Whether there is a newer checkpoint than when last asked; a store that does not answer has none."""
+        with suppress(EnvironmentFault):
+            before, self.saved = self.saved, max(self.saved, latest(self.store) or 0)
+            return self.saved > before
+        return False
 
 
 @contextmanager
