@@ -80,6 +80,7 @@ def connect(address: str) -> JobSubmissionClient:
 
     for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     given = {key: os.environ.pop(key) for key in (ADDRESS_VARIABLE, "RAY_ADDRESS") if key in os.environ}
     try:

@@ -102,6 +102,7 @@ def test_ctrl_c_leaves_the_job_running_and_the_same_command_finds_it(cluster, sh
     os.set_blocking(watching.stdout.fileno(), False)
     seen: list[str] = []
     wait_until(lambda: seen.append(watching.stdout.read() or "") or "Running entrypoint" in "".join(seen), watching)
+    os.set_blocking(watching.stdout.fileno(), True)
     watching.send_signal(signal.SIGINT)
     err = watching.communicate(timeout=60)[1]
     assert watching.returncode == INTERRUPTED
