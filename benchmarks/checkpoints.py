@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -64,7 +64,7 @@ class Rank:
 
     def steps(self, count: int) -> list[float]:
         """Seconds of each of so many steps; those of a save that is under way go on until it is done."""
-        taken = []
+        taken: list[float] = []
         rows_B = self.draw()
         while len(taken) < count or self.writer.saving:
             began = time.perf_counter()
@@ -97,7 +97,7 @@ class Rank:
 
     def memory(self) -> tuple[float, float]:
         """Peak memory in GB, so far, of this process and of its shard's."""
-        actor = self.table._shard.actor
+        actor = cast(Any, self.table._shard).actor
         import ray
 
         return peak_gb(), ray.get(actor.__ray_call__.remote(lambda _: peak_gb()))

@@ -29,6 +29,7 @@ from ..errors import GlannError, UserError, redact
 from . import exposure
 from .check import Check
 from .exposure import ray_address
+from .lease import enforces_conditions
 
 MAIN_PACKAGES = ("torch", "ray", "deepspeed", "mlflow")  # told one by one; the others share a line
 RAY_TIMEOUT_S = 60.0
@@ -278,6 +279,8 @@ def _try_checkpoints(config: Config) -> str:
         store.delete(PROBE_KEY)
     if echoed != b"probe":
         raise UserError(f"{url} gave back other bytes than were written; check the server behind it")
+    if not enforces_conditions(store):
+        return f"{url} (written and read back; no If-None-Match: a second command on one run may not be refused)"
     return f"{url} (written and read back)"
 
 

@@ -18,6 +18,7 @@ from glann.cluster import doctor
 from glann.cluster.doctor import Check
 from glann.config import Config, load
 from glann.datasets.pack import pack
+from glann.datasets.storage import ObjectExists
 
 UNREACHABLE = "127.0.0.1:1"
 
@@ -241,11 +242,15 @@ def test_a_place_for_checkpoints_that_cannot_be_written_is_bad(monkeypatch: pyte
 class Bucket:
     """A store that keeps what it is given, or does not."""
 
-    def __init__(self, lossy: bool) -> None:
-        self.objects: dict[str, bytes] = {}
-        self.lossy = lossy
+    url = "s3://bucket/runs"
 
-    def write(self, key: str, data: bytes) -> None:
+    def __init__(self, lossy: bool, conditional: bool = True) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.lossy, self.conditional = lossy, conditional
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
+        if only_if_absent and self.conditional and key in self.objects:
+            raise ObjectExists(key)
         self.objects[key] = data[:-1] if self.lossy else data
 
     def read(self, key: str) -> bytes:
@@ -261,6 +266,16 @@ def test_an_s3_place_for_checkpoints_is_tried_and_left_clean(lossy: bool, monkey
     monkeypatch.setattr(doctor, "open_store", lambda url, s3: bucket)
     check = doctor.checkpoints(load("digits", ["checkpoint.url=s3://bucket/runs"]))
     assert check.ok != lossy
+    assert bucket.objects == {}
+    assert "If-None-Match" not in check.found
+
+
+def test_an_s3_server_that_overwrites_against_the_condition_is_told(monkeypatch: pytest.MonkeyPatch):
+    bucket = Bucket(lossy=False, conditional=False)
+    monkeypatch.setattr(doctor, "open_store", lambda url, s3: bucket)
+    check = doctor.checkpoints(load("digits", ["checkpoint.url=s3://bucket/runs"]))
+    assert check.ok
+    assert "no If-None-Match: a second command on one run may not be refused" in check.found
     assert bucket.objects == {}
 
 
