@@ -247,23 +247,23 @@ class Worker:
     def resume(self) -> Saved:
         """What the newest checkpoint that can be read holds, or the start. A damaged one is passed over and told."""
         steps, faults = iter(self.usable() if self.rank == 0 else ()), dict[int, str]()
-        damaged = False
+        finders: dict[int, int] = {}  # of the damage in each step: the first worker that met it
         while (serial := self.agreed(next(steps, -1))) >= 0:
             try:
                 saved = load(self.store, serial, self.images.index, len(self.images))
                 restore_rows(self.store, serial, self.latents, self.rows, saved.position)
             except checkpoints.DamagedCheckpoint as error:
                 faults[serial] = str(error)
-            if not self.anywhere(serial in faults):
-                for step, reason in faults.items():  # by whoever found it; an older one is good, so nothing is lost
-                    checkpoints.mark_damaged(self.store, step, reason)
-                    self.reporter.send("damaged", step=step, reason=reason)
+            if (finder := self.first(serial in faults)) is None:
+                for step in (step for step, finder in finders.items() if finder == self.rank):
+                    checkpoints.mark_damaged(self.store, step, faults[step])  # an older one is good: nothing is lost
+                    self.reporter.send("damaged", step=step, reason=faults[step])
                 if self.rank == 0:
                     self.reporter.send("resumed", **vars(saved.position))
                 return saved
-            damaged = True
-        if damaged:
-            raise checkpoints.none_left(self.store, faults or {0: "other workers found them damaged"})
+            finders[serial] = finder
+        if finders:
+            raise checkpoints.none_left(self.store, faults or {0: f"worker {finder} found them damaged"})
         return Saved(Position())
 
     def usable(self) -> list[int]:
@@ -273,13 +273,12 @@ class Worker:
             self.reporter.send("damaged", step=step, reason=reason)
         return steps
 
-    def anywhere(self, flag: bool) -> bool:
-        """Whether it is true on any worker."""
-        if self.world == 1:
-            return flag
-        told = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return bool(told)
+    def first(self, flag: bool) -> int | None:
+        """The lowest rank on which it is true."""
+        told = torch.tensor(self.rank if flag else self.world, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(told, dist.ReduceOp.MIN)
+        return int(told) if told < self.world else None
 
     def agreed(self, number: int) -> int:
         """Rank 0's number, on every worker."""
