@@ -17,6 +17,7 @@ from .storage import Store
 from .stream import open_file
 
 MAX_MEMBER_BYTES = 1 << 30  # no image is larger; a bomb is
+MAX_FILE_BYTES = 1 << 50
 MAX_HEADER_BYTES = 1 << 20  # of a tar file: a long name or a list of attributes
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
@@ -87,8 +88,8 @@ class _Headers:
         self.tell, self._file = file.tell, file
 
     def seek(self, offset: int) -> int:
-        if offset < 0:
-            raise tarfile.ReadError("a member before the file's beginning")
+        if not 0 <= offset <= MAX_FILE_BYTES:
+            raise tarfile.ReadError(f"a member at byte {offset}")
         return self._file.seek(offset)
 
     def read(self, size: int) -> bytes:

@@ -182,6 +182,8 @@ def _read_npz(store: Store, key: str) -> np.ndarray:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
             _refuse_bomb(where, sum(member.file_size for member in members.infolist()))
+            for member in members.infolist():
+                _refuse_liar(where, members, member)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             names = ["images"] if "images" in arrays.files else arrays.files
             found = [array for array in map(arrays.__getitem__, names) if array.ndim in (3, 4)]
@@ -197,6 +199,18 @@ def _read_npz(store: Store, key: str) -> np.ndarray:
     if images.dtype != np.uint8 or not images.size or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise UserError(f"{where}: images are {images.dtype} {list(images.shape)}, not uint8 [N, H, W(, 1 or 3)]")
     return images
+
+
+def _refuse_liar(where: str, members: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Refuse an array that says it is larger than its file: numpy would take the memory first."""
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with members.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in headers:
+            raise UserError(f"{where} is not a readable npz file of plain arrays (its format is {version})")
+        shape, _, kind = headers[version](file)
+    if math.prod(shape) * kind.itemsize > member.file_size or min(shape, default=0) < 0:
+        raise UserError(f"{where} is not a readable npz file of plain arrays (an array of {list(shape)} is not in it)")
 
 
 def _read_idx(store: Store, key: str) -> np.ndarray:
