@@ -105,7 +105,7 @@ class _State(BaseModel):
 
     model_config = ConfigDict(strict=True)
     position: Position
-    updates: dict[Literal["generator", "mapping"], Count | None] = Field(min_length=2)
+    updates: dict[Literal["generator", "mapping"], Annotated[float, Field(ge=0, lt=2**62)] | None] = Field(min_length=2)
     rows: Count
     fingerprint: str
 
