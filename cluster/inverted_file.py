@@ -5,7 +5,7 @@ nearest cells alone: about probes / C of all pairs (Sivic & Zisserman 2003; Jego
 section IV). What that misses is measured, not assumed: a sample of the queries is searched exactly too.
 
 Legend: n queries and m candidates of this worker, D dimension, C cells, P probes, W workers, S a sample,
-q and k the queries and candidates that meet in one cell.
+q and k the queries and candidates of one cell.
 """
 
 from __future__ import annotations
@@ -54,20 +54,29 @@ def ivf_nearest(
     for owner, held_mK in around_the_ring(torch.cat([block_mD[order_m], place_m1], dim=1), sizes, rank, group):
         candidates_mD = held_mK[:, :-1].contiguous()
         index_m = held_mK[:, -1].contiguous().view(torch.int32).long() + starts[owner]
-        for at_q, of_k in zip(query_by_cell, _slices(counts_WC[owner]), strict=True):
-            _meet(search, z_nD, at_q, candidates_mD[of_k], index_m[of_k])
+        best_n = _best_in_cells(z_nD, candidates_mD, query_by_cell, counts_WC[owner])
+        query_n = (best_n >= 0).nonzero()[:, 0]
+        best_n = best_n[query_n]
+        search.merge(query_n, index_m[best_n], squared_distances(z_nD[query_n], candidates_mD[best_n]))
     return search.index_N, search.distance_N, _recall(search, z_nD, block_mD, world, group)
 
 
-def _meet(search: NearestSearch, z_nD: Tensor, at_q: Tensor, candidates_kD: Tensor, index_k: Tensor) -> None:
-    """Offer each query of a cell the nearest candidate of the same cell."""
-    if not len(candidates_kD):
-        return
-    square_k = candidates_kD.square().sum(1)
-    for at in at_q.split(CHUNK):
-        z_qD = z_nD[at]
-        best_q = torch.addmm(square_k, z_qD, candidates_kD.T, alpha=-2).argmin(1)
-        search.merge(at, index_k[best_q], squared_distances(z_qD, candidates_kD[best_q]))
+def _best_in_cells(z_nD: Tensor, candidates_mD: Tensor, query_by_cell: tuple[Tensor, ...], counts_C: Tensor) -> Tensor:
+    """For each query its nearest candidate in the cells that it looks into, by float32; -1 if they are empty."""
+    square_m = candidates_mD.square().sum(1)
+    smallest_n = z_nD.new_full((len(z_nD),), math.inf)
+    best_n = torch.full((len(z_nD),), -1, device=z_nD.device)
+    start = 0
+    for at_q, count in zip(query_by_cell, counts_C.tolist(), strict=True):
+        stop = start + count
+        for at in at_q.split(CHUNK) if count else ():
+            value_qk = torch.addmm(square_m[start:stop], z_nD[at], candidates_mD[start:stop].T, alpha=-2)
+            value_q, place_q = value_qk.min(1)
+            nearer_q = value_q < smallest_n[at]
+            smallest_n[at] = torch.where(nearer_q, value_q, smallest_n[at])
+            best_n[at] = torch.where(nearer_q, place_q + start, best_n[at])
+        start = stop
+    return best_n
 
 
 def _recall(
@@ -131,8 +140,3 @@ def _all_counts(count_C: Tensor, world: int, group: dist.ProcessGroup | None) ->
         return count_C[None]
     dist.all_gather(counts, count_C, group)
     return torch.stack(counts)
-
-
-def _slices(count_C: Tensor) -> list[slice]:
-    ends = count_C.cumsum(0).tolist()
-    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
