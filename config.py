@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from .errors import UserError
-from .faults import explain, shown
+from .faults import explain, plain_data, shown
 
 MAX_FAULTS = 20  # that are told at once
 RECIPES = Path(__file__).parent / "configs"
@@ -318,12 +318,9 @@ def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
     """
     path = find_recipe(recipe)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise
-    except Exception as error:  # besides its own errors PyYAML lets out those of dates, numbers and deep nesting
-        detail = " ".join(str(error).split())[:500]
-        raise UserError(f"{path} is not valid YAML: {detail}") from error
+        tree = plain_data(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
     for override in overrides:
@@ -361,8 +358,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise UserError(f"cannot read override {shown(override)}: write section.key=value, e.g. glo.epochs=100")
     try:
-        value = yaml.safe_load(text) if text else None
-    except Exception as error:  # as above
+        value = plain_data(text) if text else None
+    except ValueError as error:
         raise UserError(f"cannot read the value of override {shown(override)} as YAML") from error
     *parents, leaf = key.strip().split(".")
     node = tree

@@ -1,4 +1,7 @@
-"""What is wrong with a configuration, in words: each fault in one line, however large what was given is."""
+"""Configurations as they are given: YAML that nobody vouches for, and what is wrong with it in words.
+
+Each fault is one line, however large what was given is.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,29 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import yaml
+
+MAX_YAML, MAX_NESTING = 1 << 20, 100  # characters and brackets of a recipe; PyYAML is slow with more, and then slower
 MAX_SHOWN = 300  # characters of what was given
+
+
+def plain_data(text: str) -> Any:
+    """What YAML says, as plain data.
+
+    Raises:
+        ValueError: it is not YAML, or is more than data; in one line.
+    """
+    if len(text) > MAX_YAML:
+        raise ValueError(f"it has {len(text)} characters, more than {MAX_YAML}")
+    depth = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}" and depth > 0)
+        if depth > MAX_NESTING:
+            raise ValueError(f"more than {MAX_NESTING} brackets are open")
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # besides its own errors PyYAML lets out those of dates, numbers and deep nesting
+        raise ValueError(" ".join(str(error).split())[:500]) from error
 
 
 def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) -> str:

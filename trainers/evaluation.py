@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from ..cluster import checkpoints
@@ -20,6 +19,7 @@ from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..datasets.storage import open_store
 from ..errors import UserError
+from ..faults import plain_data
 from ..metrics.extractors import build_extractor
 from ..metrics.frechet import frechet_of_images
 from ..metrics.reconstruction import ReconstructionError
@@ -99,6 +99,6 @@ def run_config(run_dir: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml; give one such as runs/digits")
     try:
-        return validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+        return validate(plain_data(path.read_text(encoding="utf-8")), str(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {str(error)[:200]}") from error

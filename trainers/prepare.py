@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import yaml
-
 from ..config import Config, validate
 from ..datasets.fit import require_fit
 from ..datasets.index import Index
 from ..errors import UserError
+from ..faults import plain_data
+from ..tracking.connection import redacted_config
 from ..tracking.runs import flatten
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ def refuse_other_configuration(config: Config) -> None:
     if not path.exists():
         return
     try:
-        saved = validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except yaml.YAMLError as error:
+        saved = validate(plain_data(path.read_text(encoding="utf-8")), str(path))
+    except ValueError as error:
         raise UserError(f"{path} is damaged; restore it, or start a new run with name=...") from error
-    there, here = flatten(saved.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    there, here = flatten(saved.model_dump(mode="json")), flatten(redacted_config(config).model_dump(mode="json"))
     differing = [key for key in here if here[key] != there.get(key) and not is_free(key)]
     if differing:
         told = ", ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing[:3])

@@ -493,6 +493,21 @@ def test_a_billion_laughs_are_told_in_a_few_words(tmp_path, key):
     assert len(str(refusal.value)) < 20_000
 
 
+@pytest.mark.parametrize("value", ["[" * 200_000, "{" * 200_000, "x: {a: " * 100_000, "x" * (2 << 20)], ids=len)
+def test_yaml_that_would_take_hours_is_refused_at_once(tmp_path, value):
+    """PyYAML takes time with the square of the brackets that are open. Found by fuzzing."""
+    (tmp_path / "x.yaml").write_text(value)
+    began = time.process_time()
+    for attempt in (
+        lambda: configuration.load(tmp_path / "x.yaml"),
+        lambda: configuration.load("digits", [f"x={value}"]),
+    ):
+        with pytest.raises(UserError) as refusal:
+            attempt()
+        one_line(refusal)
+    assert time.process_time() - began < 10
+
+
 @pytest.mark.parametrize(
     "value",
     [
