@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from typing import IO
+from typing import IO, Any
 
 from ..errors import UserError
 from .codec import BadImage
@@ -68,12 +68,13 @@ def tar_members(file: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
 
     `tarfile` alone takes any amount of memory for a header, and may go round in circles in a file that points back.
     """
+    headers: Any = _Headers(file)
     try:
-        with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:  # type: ignore[arg-type]
+        with tarfile.open(fileobj=headers, mode="r:") as archive:
             at = -1
             while (member := archive.next()) is not None:
                 if member.size < 0 or archive.offset <= at:
-                    raise tarfile.ReadError(f"the size of member {len(archive.members)} is negative")
+                    raise tarfile.ReadError(f"the size of {member.name[:100]!r} is negative")
                 at = archive.offset
                 yield member
     except (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError) as error:

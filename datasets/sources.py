@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -247,7 +246,7 @@ def _idx_shape(data: bytes) -> list[int]:
     return [int.from_bytes(data[at : at + 4], "big") for at in (4, 8, 12)]
 
 
-def _up_to(file: IO[bytes], length: int) -> bytes:
+def _up_to(file: gzip.GzipFile, length: int) -> bytes:
     """The next `length` bytes, or what there is; memory is taken as they come."""
     chunks = []
     while length > 0 and (chunk := file.read(min(length, 1 << 20))):

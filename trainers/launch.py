@@ -93,7 +93,7 @@ def hide_passwords() -> None:
     """Take passwords in addresses out of this process's command line, which `ps` shows and Ray lists with its jobs."""
     given = " ".join(sys.orig_argv)
     if redact(given) != given:
-        from ray._raylet import setproctitle
+        from ray._raylet import setproctitle  # type: ignore[attr-defined]
 
         setproctitle(redact(given))
 
