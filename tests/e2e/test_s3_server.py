@@ -1,4 +1,4 @@
-"""A real S3 server that checks keys: pack, read, damage, verify and conditional writes, over the network."""
+"""A real S3 server that checks keys: pack, read, damage, verify, conditional writes, checkpoints and the lease."""
 
 import json
 import os
@@ -11,6 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from glann.cluster.checkpoints import CheckpointWriter, latest, load_rows, load_tensors
+from glann.cluster.latents import LatentTable
+from glann.cluster.lease import RunTaken, hold, require
+from glann.cluster.placement import ranges
 from glann.config import S3Config
 from glann.datasets.loader import BadRows, PlannedBatch, batches
 from glann.datasets.pack import pack
@@ -148,6 +153,51 @@ def test_conditional_writes_hold(s3):
     with pytest.raises(ObjectExists):
         store.write("manifest.json", b"second", only_if_absent=True)
     assert store.read("manifest.json") == b"first"
+
+
+def test_a_checkpoint_is_streamed_in_parts_and_comes_back(s3, monkeypatch):
+    from glann.datasets import s3 as s3_module
+
+    monkeypatch.setattr(s3_module, "STREAM_BYTES", 5 << 20)
+    store = open_store("s3://images/runs/a/checkpoints", s3)
+    tensors = {"generator": {f"layer-{number}": torch.randn(1_500_000) for number in range(4)}}
+    ranks = [CheckpointWriter(store, rank, 2, 1, 120.0, "a", block_bytes=12 << 20) for rank in range(2)]
+    tables = [LatentTable.in_process(own, 64, 1) for own in ranges(9000, 2)]
+    for step in (1, 2):
+        for writer, table in zip(ranks, tables, strict=True):
+            writer.save(step, tensors, table, {"step": step})
+        for writer in ranks:
+            writer.wait()
+    assert latest(store) == 2
+    assert not store.list("step-000001")
+    held = load_tensors(store, 2, "generator")
+    assert all(torch.equal(held[name], tensor) for name, tensor in tensors["generator"].items())
+    codes = torch.cat([table.codes() for table in tables]).numpy()
+    np.testing.assert_array_equal(load_rows(store, 2, range(1000, 8000))["z"], codes[1000:8000])
+
+
+def test_uploads_of_killed_writers_are_swept(s3):
+    store = open_store("s3://images/runs/b", s3)
+    key = {"Bucket": "images", "Key": "runs/b/step-000001/a/x"}
+    upload = store._client.create_multipart_upload(**key)["UploadId"]
+    store._client.upload_part(**key, UploadId=upload, PartNumber=1, Body=bytes(5 << 20))
+    store.sweep("step-")
+    assert not store._client.list_multipart_uploads(Bucket="images", Prefix="runs/b/").get("Uploads")
+
+
+def test_a_run_is_held_by_one_command(s3):
+    store = open_store("s3://images/runs/c", s3)
+    lines = []
+    with hold(store, lines.append) as held:
+        with (
+            pytest.raises(RunTaken, match="has been training the run at s3://images/runs/c"),
+            hold(store, lines.append),
+        ):
+            pass
+        require(store, held.ticket)
+    assert not any("If-None-Match" in line for line in lines)
+    with hold(store, lines.append) as after:
+        assert after.ticket.number == held.ticket.number + 1
 
 
 def test_wrong_keys_are_one_line_without_the_keys(s3, monkeypatch):
