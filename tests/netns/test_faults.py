@@ -15,7 +15,7 @@ from cluster_faults import SHARD, TRAINER
 from cluster_job import GLO_EPOCHS, ROWS, Job
 from cluster_nodes import HEAD, MLFLOW, WORKERS
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(1200)]  # of a machine that does other things too
 matrix = pytest.mark.matrix
 
 

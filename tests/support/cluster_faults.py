@@ -81,8 +81,14 @@ class Script:
 
     def kill_process(self, title: str) -> None:
         """SIGKILL to the process of that title on one of the training nodes."""
-        node = self.node()
-        for pid in self.cluster.processes(node, f"ray::{title}"):
+        found: list[int] = []
+
+        def some() -> bool:
+            found[:] = self.cluster.processes(self.node(), f"ray::{title}")
+            return bool(found)
+
+        wait_until(some, 30, f"no {title} runs on any node", 0.02)
+        for pid in found:
             os.kill(pid, signal.SIGKILL)
 
     def kill_driver(self) -> None:
