@@ -132,8 +132,7 @@ def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: T
     Raises:
         ray.train.TrainingFailedError: a worker was lost, or raised an error. Nothing is tried again here.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    import ray.train.torch
 
     from .worker import train_worker
 
@@ -141,19 +140,20 @@ def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: T
     # Ray shows it on its dashboard; workers talk to no tracking server
     task = redacted_config(config.with_absolute_paths()).model_dump(mode="json")
     cluster = config.cluster
-    trainer = TorchTrainer(
+    train: Any = ray.train  # the types it shows are an older version's
+    trainer = train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"config": task, "mailbox": mailbox, "group": group, "lease": lease},
-        torch_config=TorchConfig(
+        torch_config=train.torch.TorchConfig(
             backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(cluster.peer_timeout_s)
         ),
-        scaling_config=ScalingConfig(
+        scaling_config=train.ScalingConfig(
             num_workers=workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources_of(cluster)
         ),
-        run_config=RunConfig(
+        run_config=train.RunConfig(
             name=f"workers-{group}",
             storage_path=str((config.run_dir / "ray").absolute()),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
     with warnings.catch_warnings():

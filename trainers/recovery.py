@@ -67,7 +67,6 @@ class Groups:
         self.mailbox: Any = actor.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(self.here, soft=False)
         ).remote()
-        self.room: Room | None = None
         self.fit: Future[bool] | None = None
         self.number = self.failures = self.workers = 0
         self.saved = -1  # serial of the newest checkpoint known
@@ -257,7 +256,7 @@ def verdict(error: BaseException) -> Exception:
     failures: dict[int, Exception] = dict(getattr(error, "worker_failures", {}))
     raised = list(failures.values())
     if not failures:
-        cause = getattr(error, "controller_failure", error)
+        cause: Any = getattr(error, "controller_failure", error)
         return EnvironmentFault(f"the workers did not start ({last_line(cause)})") if passes(cause) else cause
     for telling in (
         next((one for one in raised if isinstance(one, UserError)), None),
