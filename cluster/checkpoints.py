@@ -203,7 +203,7 @@ class CheckpointWriter:
         part = Part(attempt=self._attempt, world=self._world, files=files)
         self._store.write(self._part(job.step, self._rank), part.model_dump_json().encode())
         if self._rank == 0:
-            self._commit(job)
+            self._commit(job, lambda: self._committed(job.step) not in (None, before))
         else:
             self._wait_until(lambda: self._committed(job.step) not in (None, before), job.step)
         written, seconds = sum(file.size for file in files.values()), time.monotonic() - began
@@ -231,9 +231,11 @@ class CheckpointWriter:
             pause = min(2 * pause, _POLL_S[1])
         return files
 
-    def _commit(self, job: _Job) -> None:
+    def _commit(self, job: _Job, by_another: Callable[[], bool]) -> None:
         """Rank 0: make it a checkpoint once every rank's part is there."""
-        self._wait_until(lambda: len(self._parts(job.step)) == self._world, job.step)
+        self._wait_until(lambda: len(self._parts(job.step)) == self._world or by_another(), job.step)
+        if by_another():
+            raise self._overtaken(job.step)
         files = {name: file for part in self._parts(job.step).values() for name, file in part.files.items()}
         blocks = row_blocks(files)
         rows = blocks[-1].stop if blocks else 0
@@ -245,21 +247,25 @@ class CheckpointWriter:
         except DamagedCheckpoint as error:
             raise EnvironmentFault(f"step {job.step} was not stored as it was sent: {error}") from error
         self._fence()
-        for name in (MANIFEST, DAMAGED):  # a damaged one makes way, and is torn from here on
-            self._store.delete(f"{folder}/{name}")
+        if job.step in survey(self._store, job.step).damaged:
+            for name in (MANIFEST, DAMAGED):  # it makes way, and is torn from here on
+                self._store.delete(f"{folder}/{name}")
         try:
             data = manifest.model_dump_json(indent=1).encode()
             self._store.write(f"{folder}/{MANIFEST}", data, only_if_absent=True)
         except ObjectExists as error:  # our own, if only the answer to it was lost
             if self._committed(job.step) != self._attempt:
-                raise UserError(
-                    f"{self._store.url}/{folder} was written by another command at the same moment; "
-                    "only one may train a run: stop the other, then start this one again"
-                ) from error
+                raise self._overtaken(job.step) from error
         whole = {file_key(manifest, name) for name in files} | {f"{folder}/{MANIFEST}"}
         for key in self._store.list(f"{folder}/"):  # the parts, and what a killed attempt left in this folder
             if key not in whole:
                 self._store.delete(key)
+
+    def _overtaken(self, step: int) -> UserError:
+        return UserError(
+            f"{self._store.url}/{folder_name(step)} was written by another command at the same moment; only one may "
+            "train a run: stop the other, then start this one again"
+        )
 
     def _folder(self, step: int) -> str:
         return f"{folder_name(step)}/{self._attempt}"

@@ -151,14 +151,15 @@ def test_a_writer_that_lost_its_lease_commits_nothing_and_removes_nothing(tmp_pa
     assert store.list("step-000002/a/latents")
 
 
-def test_of_two_writers_of_one_step_that_do_not_know_each_other_one_commits(tmp_path):
+@pytest.mark.parametrize("moment", ["part-1.json", "manifest.json"])
+def test_of_two_writers_of_one_step_that_do_not_know_each_other_one_commits(tmp_path, moment):
     store = LocalStore(tmp_path)
 
     class Late(LocalStore):
-        """Another writer commits the step just before this one would."""
+        """Another writer commits the step while this one sends its files, or just before it would commit."""
 
         def write(self, key, data, *, only_if_absent=False):
-            if only_if_absent:
+            if key.endswith(moment):
                 save(store, 4, world=3, attempt="other")
             super().write(key, data, only_if_absent=only_if_absent)
 
