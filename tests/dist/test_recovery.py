@@ -115,7 +115,7 @@ def test_workers_grow_and_shrink_and_every_row_is_visited_once_an_epoch(local_ra
         if event["workers"] in (1, 2) and len(going(events)) < 3:
             others.give()
         elif event["workers"] == 3:
-            others.take(2)  # one place is free: the other request waits for that of the one to be killed
+            others.take(1)  # nothing is free: it waits for the place of the one to be killed
             threading.Timer(1.0, lambda: os.kill(processes("RayTrainWorker")[-1], signal.SIGKILL)).start()
 
     run(settings, events, on_event)
