@@ -176,7 +176,7 @@ class Engine:
         return StepResult(loss_sum / max(real_rows, 1.0), grad_BD, applied, votes)
 
     def weights(self, averaged: bool = True) -> dict[str, Tensor]:
-        """Whole fp32 weights and buffers by name on CPU, of the moving average where there is one. Collective."""
+        """Whole fp32 weights, and buffers, by name on CPU, of the moving average where there is one. Collective."""
         held = self.live()
         chosen = held["weights"] | (held.get("ema", {}) if averaged else {})
         return {name: tensor.whole().to("cpu", copy=True) for name, tensor in chosen.items()}
@@ -190,7 +190,8 @@ class Engine:
         parameters = dict(self.network.named_parameters())
 
         def live(of: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> dict[str, Live]:
-            sizes = {name: 4 * full_shape(tensor).numel() for name, tensor in of.items()}
+            width = {name: 4 if tensor.is_floating_point() else tensor.element_size() for name, tensor in of.items()}
+            sizes = {name: width[name] * full_shape(tensor).numel() for name, tensor in of.items()}
             return {name: Live(sizes[name], partial(whole, tensor)) for name, tensor in of.items()}
 
         state: dict[str, Any] = {"weights": live(self.network.state_dict(keep_vars=True), self._whole)}
@@ -212,8 +213,8 @@ class Engine:
         }
 
     def _whole(self, tensor: Tensor) -> Tensor:
-        """A parameter or buffer in fp32."""
-        return tensor.detach().float()
+        """A parameter or buffer in fp32; counters as they are."""
+        return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
 
     def _whole_of(self, parameter: Tensor, shard: Tensor) -> Tensor:
         """What belongs to a parameter and is stored as its shards are."""
