@@ -99,10 +99,8 @@ def test_a_job_that_fails_ends_with_the_status_of_its_training(cluster, shared: 
 def test_ctrl_c_leaves_the_job_running_and_the_same_command_finds_it(cluster, shared: Path):
     submit = [*words(cluster, shared, "watched"), "glo.epochs=5000"]
     watching = cluster.start(*submit, "--wait")
-    os.set_blocking(watching.stdout.fileno(), False)
-    seen: list[str] = []
-    wait_until(lambda: seen.append(watching.stdout.read() or "") or "Running entrypoint" in "".join(seen), watching)
-    os.set_blocking(watching.stdout.fileno(), True)
+    wait_until(lambda: "watched.1\trunning" in cluster("jobs", "list").stdout, watching)
+    time.sleep(5)  # it asks for the log
     watching.send_signal(signal.SIGINT)
     err = watching.communicate(timeout=60)[1]
     assert watching.returncode == INTERRUPTED
@@ -123,11 +121,11 @@ def test_a_cluster_that_lacks_what_is_needed_is_refused(cluster, shared: Path, t
     """The package here says that it needs a DeepSpeed from the future."""
     info = tmp_path / "glann-0.1.0.dist-info"
     info.mkdir()
-    needs = (
-        "Metadata-Version: 2.1\nName: glann\nVersion: 0.1.0\nRequires-Python: >=3.11\nRequires-Dist: deepspeed>=99\n"
-    )
-    (info / "METADATA").write_text(needs)
-    result = cluster(*words(cluster, shared, "early"), PYTHONPATH=str(tmp_path))
+    says = ("Metadata-Version: 2.1", "Name: glann", "Version: 0.1.0", "Requires-Python: >=3.11")
+    needs = ("Requires-Dist: ray>=2.60", "Requires-Dist: deepspeed>=99", "")
+    (info / "METADATA").write_text("\n".join([*says, *needs]))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = cluster(*words(cluster, shared, "early"), PYTHONPATH=path)
     assert result.returncode == 2
     here = metadata.version("deepspeed")
     assert f"deepspeed {here} (needed: >=99; here: {here})" in result.stderr
