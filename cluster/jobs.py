@@ -35,6 +35,7 @@ CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 120.0
 POLL_S = 1.0
 SILENCE_S = 30.0  # without a line of log for so long, ask whether the cluster is still there
 RECONNECTS = 5
+HEAD_STARTS = 9  # times 10 s, which the dashboard waits for the agent that starts jobs
 STOP_MARGIN_S = 60.0
 
 
@@ -73,10 +74,19 @@ def connect(address: str) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
-        """Ray's, with a bound on how long an answer may take."""
+        """Ray's, with a bound on how long an answer may take, and patience with a head that has just started."""
 
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S), **options)
+
+        def submit_job(self, **given: Any) -> str:
+            for _ in range(HEAD_STARTS):
+                try:
+                    return super().submit_job(**given)
+                except RuntimeError as error:
+                    if "No available agent" not in str(error):
+                        raise
+            return super().submit_job(**given)
 
     for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
