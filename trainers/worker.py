@@ -32,6 +32,8 @@ from .plan import training_costs
 from .previews import Previews
 from .resume import Position, Saved, final_weights, load, restore_rows
 
+TABLE_WATCH_S = 5.0  # a table that nobody asks is lost unnoticed until the next checkpoint wants it
+
 
 class Stopped(Exception):
     """The driver asked the workers to stop, and the run has been saved."""
@@ -90,7 +92,7 @@ class Worker:
             constraint=config.glo.constraint,
         )
         self.previews = Previews(config, self.images, self.rows, self.device)
-        self.saved_at = monotonic()
+        self.saved_at = self.table_seen_at = monotonic()
 
     def run(self) -> None:
         """Do what is left of the run."""
@@ -193,6 +195,9 @@ class Worker:
 
     def report_imle(self, phase: str, epoch: int, step: int) -> None:
         self.reporter.enter(phase)
+        if monotonic() - self.table_seen_at > TABLE_WATCH_S:  # stage 2 works on a copy of its codes
+            self.latents.take(())
+            self.table_seen_at = monotonic()
         if self.rank == 0 and phase == "imle":
             steps = math.ceil(len(self.images) / self.config.imle.batch_size)
             self.reporter.progress(stage="imle", epoch=epoch, step=step, steps=steps)
