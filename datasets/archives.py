@@ -27,11 +27,11 @@ def open_zip(store: Store, key: str) -> Source:
     where = f"{store.url}/{key}"
     try:
         with open_file(store, key) as file, zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
+            members = [m for m in archive.infolist() if not m.filename.endswith("/")]
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise UserError(f"{where} is not a complete zip file ({error})") from error
-    safe_members(where, [member.filename for member in members if not member.is_dir()])
-    images = sorted((m for m in members if not m.is_dir() and is_image(m.filename)), key=lambda m: natural(m.filename))
+    safe_members(where, [member.filename for member in members])
+    images = sorted((m for m in members if is_image(m.filename)), key=lambda m: natural(m.filename))
     for member in images:
         _check_member(f"{where}: {member.filename}", member)
 

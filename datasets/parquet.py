@@ -53,16 +53,21 @@ def _inspect(store: Store, key: str) -> tuple[str, int]:
     """The column of encoded images, as `column` or `column.bytes`, and the number of rows."""
     import pyarrow.types as types
 
-    with _open(store, key) as file:
-        schema, rows = file.schema_arrow, file.metadata.num_rows
+    try:
+        with _open(store, key) as file:
+            columns, rows = [(column.name, column.type) for column in file.schema_arrow], file.metadata.num_rows
+    except UserError:
+        raise
+    except Exception as error:  # a damaged schema can raise many kinds, such as names that are no text
+        raise UserError(f"{store.url}/{key} is not a readable parquet file ({_first_line(error)})") from error
     candidates = []
-    for column in schema:
-        if types.is_struct(column.type):
-            position = column.type.get_field_index("bytes")
-            if position >= 0 and _is_binary(column.type.field(position).type):
-                candidates.append(f"{column.name}.bytes")
-        elif _is_binary(column.type):
-            candidates.append(column.name)
+    for name, kind in columns:
+        if types.is_struct(kind):
+            position = kind.get_field_index("bytes")
+            if position >= 0 and _is_binary(kind.field(position).type):
+                candidates.append(f"{name}.bytes")
+        elif _is_binary(kind):
+            candidates.append(name)
     for wanted in ("image.bytes", "image", "img.bytes", "img", "jpg", "png"):
         if wanted in candidates:
             return wanted, rows
@@ -85,11 +90,11 @@ def _rows(store: Store, key: str, column: str, start: int) -> Iterator[Item]:
     row = 0
     with _open(store, key) as file:
         for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row + rows <= start:
-                row += rows
-                continue
             try:
+                rows = file.metadata.row_group(group).num_rows
+                if row + rows <= start:
+                    row += rows
+                    continue
                 for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
                     values = table.column(0)
                     values = values.field("bytes") if pyarrow.types.is_struct(values.type) else values
@@ -97,7 +102,7 @@ def _rows(store: Store, key: str, column: str, start: int) -> Iterator[Item]:
                         if row >= start:
                             yield Item(f"{store.url}/{key}: row {row}", partial(_bytes, value))
                         row += 1
-            except (pyarrow.ArrowException, OSError) as error:
+            except Exception as error:  # as above
                 raise UserError(f"{store.url}/{key} is damaged in row group {group} ({_first_line(error)})") from error
 
 

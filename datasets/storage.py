@@ -21,6 +21,7 @@ from typing import IO, Protocol
 from ..config import S3Config
 from ..errors import EnvironmentFault, GlannError, UserError
 
+_READ_BYTES = 64 << 20
 _TEMPORARY = ".glann-tmp-"  # prefix of files that are still being written; never listed, never read
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -233,7 +234,8 @@ def read_at(descriptor: int, offset: int, length: int) -> bytes:
     """Up to `length` bytes from `offset`; fewer only where the file ends. Safe for concurrent use."""
     chunks, missing = [], length
     while missing > 0:
-        chunk = os.pread(descriptor, missing, offset + length - missing)
+        # a part at a time: Python takes the memory first, and the length may be a stranger's
+        chunk = os.pread(descriptor, min(missing, _READ_BYTES), offset + length - missing)
         if not chunk:
             break
         chunks.append(chunk)

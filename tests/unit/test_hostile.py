@@ -458,6 +458,31 @@ def test_bombs_are_refused_before_they_go_off(tmp_path, monkeypatch):
         one_line(refusal)
 
 
+def test_a_zip_with_a_member_of_no_name_is_refused(tmp_path):
+    """Python asks such a name for its last letter. Found by fuzzing."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("0.png", b"")
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 28], content[entry + 32] = 0, 5  # the name becomes the comment
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(UserError, match="hostile member name"):
+        open_source(str(tmp_path / "x.zip"))
+
+
+def test_a_parquet_file_with_a_column_that_is_no_text_is_refused(tmp_path):
+    """Found by fuzzing."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"1"]}), tmp_path / "x.parquet", store_schema=False)
+    content = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(content.replace(b"image", b"\xbdmage"))
+    with pytest.raises(UserError, match="not a readable parquet file") as refusal:
+        open_source(str(tmp_path / "x.parquet"))
+    one_line(refusal)
+
+
 def test_an_object_array_is_not_unpickled(tmp_path):
     array = np.empty(1, object)
     array[0] = Exploit(tmp_path / "evil")
