@@ -126,8 +126,7 @@ def check_running(job: Job) -> None:
 
 def in_glo(script: Script) -> str:
     """Somewhere within an epoch of stage 1."""
-    done = len({entry["epoch"] for entry in script.job.epochs() if entry["stage"] == "glo"})
-    epoch = script.random.randint(min(done + 1, GLO_EPOCHS - 2), GLO_EPOCHS - 2)
+    epoch = _some_epoch(script, "glo", GLO_EPOCHS)
     entry = script.job.wait_for_epoch("glo", epoch)
     later = script.uniform(0, 0.8 * entry["seconds"])
     time.sleep(later)
@@ -169,14 +168,21 @@ def in_save(script: Script) -> str:
 
 
 def _in_stage_two(script: Script, phase: str) -> str:
-    done = len({entry["epoch"] for entry in script.job.epochs() if entry["stage"] == "imle"})
-    epoch = script.random.randint(min(done + 1, IMLE_EPOCHS - 2), IMLE_EPOCHS - 2)
+    epoch = _some_epoch(script, "imle", IMLE_EPOCHS)
     before = script.job.wait_for_epoch("imle", epoch)
     took = before["search_seconds"] if phase == "search" else before["seconds"] - before["search_seconds"]
     script.job.wait_for_phase(phase, before["time"] - 0.5)
     later = script.uniform(0, 0.6 * took)
     time.sleep(later)
     return f"{later:.2f} s into epoch {epoch + 1}"
+
+
+def _some_epoch(script: Script, stage: str, epochs: int) -> int:
+    """An epoch that is not done yet, and leaves others for strikes to come."""
+    first = 1 + max((entry["epoch"] for entry in script.job.epochs() if entry["stage"] == stage), default=0)
+    if first >= epochs:
+        raise RuntimeError(f"{script.job.name} was too quick: no epoch of {stage} is left to strike in")
+    return script.random.randint(first, max(first, epochs - 3))
 
 
 MOMENTS: dict[str, Callable[[Script], str]] = {

@@ -231,7 +231,12 @@ class Cluster:
         (disk / "s3.json").write_text(json.dumps({"identities": [identity]}))
         (disk / "data").mkdir(exist_ok=True)
         arguments = [f"-dir={self.net.home}/data", f"-ip={address}", "-s3", f"-s3.port={S3_PORT}"]
-        arguments += [f"-s3.config={self.net.home}/s3.json", "-master.volumeSizeLimitMB=1024", "-volume.max=100"]
+        arguments += [
+            f"-s3.config={self.net.home}/s3.json",
+            "-master.volumeSizeLimitMB=1024",
+            "-volume.max=100",
+            "-master.vacuumIntervalSeconds=86400",
+        ]
         # One volume at a time: a busy server has been seen not to find the youngest of seven for a minute.
         env = self.env | {"TMPDIR": str(self.net.home), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         with open(self.logs / "s3.log", "ab") as log:
