@@ -36,14 +36,6 @@ HEAD, WORKERS, S3, MLFLOW = "head", ("w1", "w2", "w3"), "s3", "mlflow"
 ACCESS, SECRET, BUCKET = "glann-tests", "a-secret-that-must-not-be-told", "glann"
 RAY_PORT, S3_PORT, PROXY_PORT, MLFLOW_PORT = 6379, 8333, 9000, 5000
 BIN = Path(sys.executable).parent
-# Ray notices a dead node by these (seconds: 1 between questions, 3 for an answer, 3 in a row); its defaults, made for
-# clusters of thousands of nodes, take half a minute.
-QUICK_DEATH = {
-    "RAY_health_check_initial_delay_ms": "2000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "3000",
-    "RAY_health_check_failure_threshold": "3",
-}
 
 
 class Cluster:
@@ -110,10 +102,12 @@ class Cluster:
 
     def _environment(self) -> dict[str, str]:
         from glann.datasets.assets import cache_dir
+        from glann.trainers.launch import KNOBS  # how soon Ray notices a dead node
 
+        health = {name: value for name, value in KNOBS.items() if name.startswith("RAY_health_check_")}
         ours = ("RAY_", "AWS_", "MLFLOW_", "GLANN_", "GLOO_", "TORCH_")
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        return env | QUICK_DEATH | {
+        return env | health | {
             "PATH": f"{BIN}:{env.get('PATH', '')}",
             "HOME": str(self.net.home),
             "GLANN_CACHE": str(cache_dir()),  # weights, which would otherwise be fetched
@@ -250,7 +244,8 @@ class Cluster:
             with self.net.inside(S3):
                 client = self.s3_client()
                 try:
-                    client.create_bucket(Bucket=BUCKET)
+                    with contextlib.suppress(client.exceptions.BucketAlreadyExists):  # made by the last try
+                        client.create_bucket(Bucket=BUCKET)
                     client.put_object(Bucket=BUCKET, Key="probe", Body=bytes(4096))  # volumes come up last
                     client.get_object(Bucket=BUCKET, Key="probe")["Body"].read()
                     client.delete_object(Bucket=BUCKET, Key="probe")
