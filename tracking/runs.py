@@ -168,7 +168,9 @@ def _state_of(run_dir: Path, uri: str) -> State:
     state = State.load(run_dir)
     if state is None or state.uri != uri:
         return State(key=uuid.uuid4().hex, uri=uri)
-    return state
+    journal = run_dir / FILE
+    held = journal.stat().st_size if journal.exists() else 0  # less, where the journal is an older copy
+    return state.model_copy(update={"sent_bytes": min(state.sent_bytes, held)})
 
 
 def _all_tags(config: Config, tags: dict[str, str], key: str, parent_run_id: str | None) -> dict[str, str]:

@@ -16,12 +16,15 @@ from ..datasets.storage import open_store
 from ..errors import GlannError, UserError
 from ..metrics.extractors import build_extractor
 from ..tracking.connection import redacted_config
+from ..tracking.journal import FILE as JOURNAL
+from ..tracking.journal import entries
 from ..tracking.runs import Status, TrackedRun
 from . import finish
 from .launch import ray_cluster
+from .mirror import RunMirror, take_back
 from .objective import build_objective
 from .prepare import open_data, refuse_other_configuration, sole_driver
-from .recovery import RunStopped, run_workers
+from .recovery import Event, RunStopped, run_workers
 from .runlog import RunLog
 
 if TYPE_CHECKING:
@@ -37,35 +40,51 @@ def train(config: Config, console: Console) -> Table:
         EnvironmentFault: workers, storage or a server failed for longer than the configured patience.
         RunStopped: SIGINT or SIGTERM; saved.
     """
-    refuse_other_configuration(config)
-    if finish.is_finished(config):
-        console.print(f"{config.run_dir} is finished already; nothing to do")
-        return finish.summary_table(config)
-    index = open_data(config, console)
-    build_objective(config, torch.device("cpu"))  # fetches weights, and finds a wrong tap or file, now and not at night
-    build_extractor(config.evaluation.extractor, load_weights)
     fresh = not config.run_dir.exists()
     try:
+        if take_back(config):
+            console.print(f"going on with the copy of the run folder beside {config.checkpoint_url}")
+        refuse_other_configuration(config)
+        if finish.is_finished(config):
+            console.print(f"{config.run_dir} is finished already; nothing to do")
+            return finish.summary_table(config)
+        index = open_data(config, console)
+        build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night
+        build_extractor(config.evaluation.extractor, load_weights)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         store = open_store(config.checkpoint_url, config.s3)
         with sole_driver(config), hold(store, console.print) as lease:
             tracked = TrackedRun.open(config, config.run_dir, {"glann.fingerprint": index.fingerprint})
             run(config, index, tracked, console, lease)
     except UserError:
-        if fresh and not list((config.run_dir / "checkpoints").glob("step-*")):
+        if fresh and not has_begun(config):
             shutil.rmtree(config.run_dir, ignore_errors=True)
         raise
     return finish.summary_table(config)
 
 
+def has_begun(config: Config) -> bool:
+    """Whether the run folder holds anything that would be missed: an epoch's numbers, or a checkpoint."""
+    journal, saved = config.run_dir / JOURNAL, (config.run_dir / "checkpoints").glob("step-*")
+    return any(saved) or (journal.exists() and any("epoch" in entry for entry in entries(journal)))
+
+
 def run(config: Config, index: Index, tracked: TrackedRun, console: Console, lease: HeldLease) -> None:
     """Train on the workers, then package, measure and report, telling MLflow how it ended."""
     status: Status = "FAILED"
+    mirror = RunMirror(config)
+
+    def on_event(event: Event) -> None:
+        log(event)
+        if event["kind"] == "checkpoint":
+            mirror.send_soon()
+
     try:
         (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
+        mirror.send_soon()
         checkpoints.remove_torn(open_store(config.checkpoint_url, config.s3))
         with ray_cluster(config), RunLog(config, tracked, console) as log:
-            run_workers(config, log, lease)
+            run_workers(config, on_event, lease)
         finish.finish(config, index, tracked, console, log.timings())
         status = "FINISHED"
     except (RunStopped, KeyboardInterrupt):
@@ -75,3 +94,4 @@ def run(config: Config, index: Index, tracked: TrackedRun, console: Console, lea
         raise
     finally:
         tracked.finish(status)
+        mirror.close(console.print)
