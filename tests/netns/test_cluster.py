@@ -11,7 +11,8 @@ import pytest
 from cluster_job import BATCH, GLO_EPOCHS, IMLE_EPOCHS, ROWS
 from cluster_nodes import BUCKET, HEAD, MLFLOW, S3, WORKERS
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(1200)]  # of a machine that does other things too
+# The limit is for a machine that does other things too.
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(1200)]
 
 
 def test_the_job_trains_across_the_nodes(undisturbed):

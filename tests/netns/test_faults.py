@@ -15,8 +15,8 @@ from cluster_faults import SHARD, TRAINER
 from cluster_job import GLO_EPOCHS, ROWS, Job
 from cluster_nodes import HEAD, MLFLOW, WORKERS
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(1200)]  # of a machine that does other things too
-matrix = pytest.mark.matrix
+# The limit is for a machine that does other things too.
+pytestmark = [pytest.mark.netns, pytest.mark.matrix, pytest.mark.timeout(1200)]
 
 
 def test_processes_are_killed(cluster, undisturbed, strikes):
@@ -30,7 +30,6 @@ def test_processes_are_killed(cluster, undisturbed, strikes):
     ends_like(undisturbed, script.job)
 
 
-@matrix
 def test_processes_are_killed_around_checkpoints(cluster, undisturbed, strikes):
     script = strikes(Job(cluster, "checkpoints").start())
     for fault, phase, title in (
@@ -42,7 +41,6 @@ def test_processes_are_killed_around_checkpoints(cluster, undisturbed, strikes):
     ends_like(undisturbed, script.job)
 
 
-@matrix
 def test_a_node_dies_and_there_is_a_spare(cluster, undisturbed, strikes):
     script = strikes(Job(cluster, "spare").start())
     for phase in ("GLO", "neighbour search"):
@@ -52,7 +50,6 @@ def test_a_node_dies_and_there_is_a_spare(cluster, undisturbed, strikes):
     ends_like(undisturbed, script.job)
 
 
-@matrix
 def test_a_node_dies_and_there_is_no_spare(cluster, undisturbed, strikes):
     spare = WORKERS[0]
     cluster.kill(spare)
@@ -65,7 +62,6 @@ def test_a_node_dies_and_there_is_no_spare(cluster, undisturbed, strikes):
     ends_like(undisturbed, script.job)
 
 
-@matrix
 def test_an_elastic_run_shrinks_and_grows(cluster, undisturbed, strikes):
     job = Job(cluster, "elastic", "cluster.workers={min: 1, max: 3}").start()
     script = strikes(job)
@@ -84,7 +80,6 @@ def test_an_elastic_run_shrinks_and_grows(cluster, undisturbed, strikes):
         assert final_loss(job, stage) == pytest.approx(final_loss(undisturbed.job, stage), rel=0.02)
 
 
-@matrix
 def test_a_link_is_slow_then_cut_then_healed(cluster, undisturbed, strikes):
     script = strikes(Job(cluster, "link").start())
     node = script.node()
@@ -98,7 +93,6 @@ def test_a_link_is_slow_then_cut_then_healed(cluster, undisturbed, strikes):
     ends_like(undisturbed, script.job)
 
 
-@matrix
 def test_the_driver_is_killed_and_the_command_given_again(cluster, undisturbed, strikes):
     script = strikes(Job(cluster, "driver").start())
     for phase in ("GLO", "checkpoint", "IMLE updates"):
@@ -108,7 +102,6 @@ def test_the_driver_is_killed_and_the_command_given_again(cluster, undisturbed, 
     ends_like(undisturbed, script.job)
 
 
-@matrix
 def test_the_head_is_lost_and_the_command_given_to_a_new_cluster(cluster, undisturbed, strikes):
     script = strikes(Job(cluster, "head").start())
 
@@ -125,7 +118,6 @@ def test_the_head_is_lost_and_the_command_given_to_a_new_cluster(cluster, undist
     ends_like(undisturbed, script.job)
 
 
-@matrix
 def test_s3_misbehaves(cluster, undisturbed, strikes):
     proxy = cluster.proxy
     job = Job(cluster, "s3", "s3.timeout_s=4").start()
@@ -147,7 +139,6 @@ def test_s3_misbehaves(cluster, undisturbed, strikes):
     assert not [note for note in job.notes() if note["event"] == "lost"], "a passing fault of S3 cost a restart"
 
 
-@matrix
 def test_mlflow_is_away_for_a_minute(cluster, undisturbed, strikes):
     job = Job(cluster, "mlflow").start()
     script = strikes(job)
@@ -167,7 +158,6 @@ def test_mlflow_is_away_for_a_minute(cluster, undisturbed, strikes):
     assert {metric.step: metric.value for metric in history} == pytest.approx(told)
 
 
-@matrix
 def test_the_disk_of_the_run_folder_fills_up(cluster, undisturbed, strikes, tmp_path):
     with small_disk(tmp_path / "disk", megabytes=24) as disk:
         job = Job(cluster, "disk", runs_dir=str(disk)).start()
