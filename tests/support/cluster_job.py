@@ -77,7 +77,7 @@ class Job:
         if runs_dir != "runs":
             self.words += (f"runs_dir={runs_dir}",)
         self.folder = cluster.desk / runs_dir / name  # an absolute `runs_dir` stands for itself
-        self.log = cluster.logs / f"{name}.log"
+        self.log = cluster.logs / f"job-{name}.log"  # servers have logs of their own there
         self.process: Popen[bytes] | None = None
 
     def start(self, *more: str) -> Job:
