@@ -212,7 +212,6 @@ def small_disk(folder, megabytes):
 
 def fill(disk):
     """Leave no room on it."""
-    with open(disk / "filler", "wb") as file, contextlib.suppress(OSError):
+    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
-            file.flush()
