@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --qui
 SPEC   := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster fuzz lint types docs clean
+.PHONY: help demo test test-cluster test-faults fuzz lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ test: $(VENV)/.installed-test  ## run the test suite
 
 test-cluster: $(VENV)/.installed-test  ## nodes in network namespaces, and every fault (root)
 	@$(BIN)/python -m pytest tests/netns -m "netns or matrix" -s $(PYTEST_ARGS)
+
+test-faults: $(VENV)/.installed-test  ## faults, drains and changes of size on a local Ray
+	@$(BIN)/python -m pytest tests/dist tests/e2e -m matrix -s $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed-test  ## 10,000 tampered files, new ones every time; none may do harm
 	@GLANN_FUZZ_CASES=10000 $(BIN)/python -m pytest tests/fuzz --timeout 3600 $(PYTEST_ARGS)

@@ -40,7 +40,7 @@ def train(config: Config, console: Console) -> Table:
         EnvironmentFault: workers, storage or a server failed for longer than the configured patience.
         RunStopped: SIGINT or SIGTERM; saved.
     """
-    fresh = not config.run_dir.exists()
+    fresh, ran = not config.run_dir.exists(), False
     try:
         if take_back(config):
             console.print(f"going on with the copy of the run folder beside {config.checkpoint_url}")
@@ -55,9 +55,10 @@ def train(config: Config, console: Console) -> Table:
         store = open_store(config.checkpoint_url, config.s3)
         with sole_driver(config), hold(store, console.print) as lease:
             tracked = TrackedRun.open(config, config.run_dir, {"glann.fingerprint": index.fingerprint})
+            ran = True
             run(config, index, tracked, console, lease)
     except UserError:
-        if fresh and not has_begun(config):
+        if fresh and not (ran and has_begun(config)):
             shutil.rmtree(config.run_dir, ignore_errors=True)
         raise
     return finish.summary_table(config)
@@ -81,7 +82,6 @@ def run(config: Config, index: Index, tracked: TrackedRun, console: Console, lea
 
     try:
         (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
-        mirror.send_soon()
         checkpoints.remove_torn(open_store(config.checkpoint_url, config.s3))
         with ray_cluster(config), RunLog(config, tracked, console) as log:
             run_workers(config, on_event, lease)
@@ -94,4 +94,5 @@ def run(config: Config, index: Index, tracked: TrackedRun, console: Console, lea
         raise
     finally:
         tracked.finish(status)
-        mirror.close(console.print)
+        if has_begun(config):
+            mirror.close(console.print)

@@ -101,6 +101,7 @@ def going(events):
     return [event for event in events if event["kind"] == "going"]
 
 
+@pytest.mark.matrix
 @pytest.mark.timeout(900)
 def test_workers_grow_and_shrink_and_every_row_is_visited_once_an_epoch(local_ray, others, packed, tmp_path):
     """1 -> 2 -> 3 by room that comes, at checkpoints; -> 2 by a worker that is killed while its room is taken."""

@@ -47,6 +47,7 @@ def kill(process, actor, pick):
     pick.choice(victims).send_signal(signal.SIGKILL)
 
 
+@pytest.mark.matrix
 @pytest.mark.timeout(2400)
 def test_killed_workers_and_tables_change_nothing_of_the_result(glann):
     """Workers and latent actors, in both stages, around checkpoints: there is one after every epoch."""

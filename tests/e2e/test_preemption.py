@@ -84,6 +84,7 @@ def events(glann, run, kind):
     return [entry for entry in glann.entries(run) if entry.get("event") == kind]
 
 
+@pytest.mark.matrix
 @pytest.mark.timeout(1200)
 def test_a_drained_node_is_left_with_a_checkpoint(glann, cluster):
     cluster.join("first")
