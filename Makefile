@@ -42,7 +42,7 @@ test: $(VENV)/.installed-test  ## run the test suite
 test-cluster: $(VENV)/.installed-test  ## nodes in network namespaces, and every fault (root)
 	@$(BIN)/python -m pytest tests/netns -m "netns or matrix" -s $(PYTEST_ARGS)
 
-test-faults: $(VENV)/.installed-test  ## faults, drains and changes of size on a local Ray
+test-faults: $(VENV)/.installed-test  ## faults, drains, changes of size, submitted jobs, secrets
 	@$(BIN)/python -m pytest tests/dist tests/e2e -m matrix -s $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed-test  ## 10,000 tampered files, new ones every time; none may do harm

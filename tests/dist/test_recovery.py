@@ -133,6 +133,7 @@ def test_workers_grow_and_shrink_and_every_row_is_visited_once_an_epoch(local_ra
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.matrix
 def test_losses_count_only_while_nothing_is_gained(local_ray, others, packed, tmp_path):
     """With one loss allowed, a run survives two with a checkpoint between them, and not a third right after."""
     settings = config(packed, tmp_path, 1, epochs=400, max_failures=1)

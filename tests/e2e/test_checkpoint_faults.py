@@ -6,8 +6,11 @@ import os
 import signal
 import time
 
+import pytest
 from glann.cluster import checkpoints
 from glann.datasets.storage import LocalStore
+
+pytestmark = pytest.mark.matrix
 
 
 def test_a_second_command_is_refused_and_a_killed_one_goes_on_before_a_damaged_checkpoint(glann):

@@ -22,6 +22,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+pytestmark = pytest.mark.matrix
+
 # With what an address may hold besides letters: a slash, a percent sign, a colon.
 TRACKING = "planted%2Ftracking:password"
 SECRETS = {

@@ -15,7 +15,8 @@ from ray_head import Head, ray_head
 
 SECRET = "planted-8f1d0c"
 STOPPED_AND_SAVED, INTERRUPTED = 75, 130
-pytestmark = pytest.mark.timeout(1500)  # each submission starts Ray workers, which takes long on a busy machine
+# each submission starts Ray workers, which takes long on a busy machine
+pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
