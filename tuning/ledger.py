@@ -1,0 +1,115 @@
+"""trials.jsonl: what became of every trial of a study, one JSON object per line, only ever appended to.
+
+The ledger is all that a study needs to go on: the next trial is a function of it (`search.suggest`), and what was
+started and has no end is started again, in the same run folder. A line reaches the disk before anything depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from ..tracking.journal import Journal, read
+
+FILE = "trials.jsonl"
+BASELINE = 0  # number of the trial that is the base recipe itself
+State = Literal["running", "finished", "stopped", "failed"]
+STATES: tuple[State, ...] = ("running", "finished", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial. `params`: dotted keys of the recipe, with their values; none for the base recipe.
+
+    state: `running` (also: interrupted), `finished`, `stopped` early by the scheduler, or `failed`.
+    value: the study's metric, of a finished trial. metrics: all that were measured, by name.
+    epoch, loss: how far stage 1 came, and its last loss. why: of a failure, in one line.
+    """
+
+    number: int
+    params: dict[str, Any]
+    state: State = "running"
+    value: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    epoch: int = 0
+    loss: float | None = None
+    why: str = ""
+    seconds: float = 0.0
+
+    @property
+    def ended(self) -> bool:
+        return self.state != "running"
+
+
+class Ledger:
+    """The trials of a study folder, open for appending."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._trials = trials(folder)
+        self._journal = Journal(self.path)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every trial, by number."""
+        return [self._trials[number] for number in sorted(self._trials)]
+
+    def start(self, params: dict[str, Any]) -> Trial:
+        """Enter a new trial."""
+        trial = Trial(max(self._trials, default=BASELINE - 1) + 1, params)
+        self._write(trial, {"event": "started", "trial": trial.number, "params": params})
+        return trial
+
+    def end(self, trial: Trial, seconds: float = 0.0, **facts: Any) -> Trial:
+        """Enter what became of a trial: `state` and whatever else of `Trial` is known.
+
+        `seconds`: of this start; those of earlier ones are added.
+        """
+        ended = replace(trial, seconds=trial.seconds + seconds, **facts)
+        told = {key: getattr(ended, key) for key in ("state", "value", "metrics", "epoch", "loss", "why", "seconds")}
+        self._write(ended, {"event": "ended", "trial": trial.number} | told)
+        return ended
+
+    def _write(self, trial: Trial, line: dict[str, Any]) -> None:
+        self._journal.append(line)
+        self._journal.sync()
+        self._trials[trial.number] = trial
+
+    def close(self) -> None:
+        self._journal.close()
+
+
+def trials(folder: Path) -> dict[int, Trial]:
+    """The trials in a study folder, by number; none where there is no ledger.
+
+    Raises:
+        UserError: the ledger is damaged.
+    """
+    found: dict[int, Trial] = {}
+    for number, line in _lines(folder / FILE):
+        if line["event"] == "started":
+            found[number] = Trial(number, line["params"])
+        elif line["event"] == "ended":
+            facts = {key: value for key, value in line.items() if key in Trial.__dataclass_fields__ and key != "params"}
+            found[number] = replace(found[number], **facts)
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every line with the number of its trial, as far as it is one of a ledger."""
+    begun: set[int] = set()
+    for end, line in read(path):
+        number, event = line.get("trial"), line.get("event")
+        good = isinstance(number, int) and not isinstance(number, bool) and number >= 0
+        if event == "started":
+            good = good and isinstance(line.get("params"), dict) and number not in begun
+        else:
+            known = isinstance(line.get("metrics"), dict) and line.get("state") in STATES and number in begun
+            good = good and event == "ended" and known
+        if not good:
+            raise UserError(f"{path} is damaged before byte {end}: no line of a study; remove that line")
+        begun.add(number)
+        yield number, line

@@ -1,0 +1,261 @@
+"""A study: a base recipe, a space over the recipe's own keys, and how to search it. Typed, checked before it starts.
+
+    name: digits-study
+    recipe: digits
+    overrides: {cluster.workers: 2, data.max_rows: 1500}     shared by all trials; cluster.* is what a trial takes
+    space:
+      glo.latent_lr: {log_uniform: [0.005, 0.1]}
+      imle.noise_dim: {integer: [8, 32]}
+      imle.statistics: {choice: [noise, batch]}
+    metric: fd_squeezenet
+    budget: {trials: 12}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from ..config import RECIPES, Config, Section, find_recipe, known_keys, validate
+from ..errors import UserError
+from ..faults import explain, plain_data, shown, suggest
+from ..metrics.extractors import EXTRACTORS
+from .space import Dimension, dependencies_first, grid
+
+FILE = "study.yaml"
+STUDIES = RECIPES / "studies"
+# Metrics that a study can be about, and which way is better. A distance is named for its extractor.
+LOWER_IS_BETTER = {"l1": True, "psnr": False} | {
+    f"{recipe.metric}{baseline}": True for recipe in EXTRACTORS.values() for baseline in ("", "_glo")
+}
+# Keys that are no property of a model: who, where, and how it is measured.
+NOT_SEARCHED = ("name", "runs_dir", "s3", "cluster", "checkpoint", "preview", "evaluation", "tracking", "data.url")
+SECOND_STAGE = "imle."
+# What a run may go on with while it trains: the keys that a population may change on the way.
+SCHEDULED = ("glo.latent_lr", "glo.generator_lr", "imle.lr", "imle.weight_decay")
+
+
+class SearchConfig(Section):
+    """How the values of a trial are chosen."""
+
+    kind: Literal["tpe", "random", "grid", "population"] = Field(
+        "tpe",
+        description="tpe: Optuna's, learns from ended trials; grid: every combination; population: trials that do badly "
+        "go on from a copy of one that does well, with other learning rates",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="of the search")
+    startup: int = Field(10, ge=1, description="random trials before tpe models anything")
+    interval: int = Field(5, ge=1, description="epochs of stage 1 between changes of a population")
+
+
+class SchedulerConfig(Section):
+    """Which trials are stopped early."""
+
+    kind: Literal["asha", "none"] = Field("asha", description="asha: the best 1/reduction at every rung go on")
+    grace: int = Field(1, ge=1, description="epochs of stage 1 that every trial gets")
+    reduction: float = Field(3.0, gt=1, description="rungs are grace x reduction^k epochs of stage 1")
+
+
+class BudgetConfig(Section):
+    """When a study ends: at the first of these."""
+
+    trials: int = Field(20, ge=1, description="trials, the base recipe's own among them")
+    hours: float | None = Field(None, gt=0, description="hours, over all starts of the study")
+    gpu_hours: float | None = Field(None, gt=0, description="hours times GPUs in use, over all starts of the study")
+
+
+class StudyConfig(Section):
+    """One study."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="its folder is studies_dir/name")
+    studies_dir: str = Field("studies", description="where study folders are made")
+    recipe: str | None = Field(None, description="base recipe: a name, or a YAML file")
+    stage_one: str | None = Field(
+        None, description="a trained run whose codes and generator all trials share, in place of `recipe` (imle.* only)"
+    )
+    overrides: dict[str, Any] = Field({}, description="dotted keys of the recipe that all trials share")
+    space: dict[str, Dimension] = Field(min_length=1, description="dotted keys of the recipe and what they range over")
+    metric: str = Field(description="what is compared: fd_squeezenet, fd_lite0, ..., l1, psnr")
+    direction: Literal["minimize", "maximize"] | None = Field(None, description="empty: as the metric is meant")
+    search: SearchConfig = SearchConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    budget: BudgetConfig = BudgetConfig()
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, metric: str) -> str:
+        if metric not in LOWER_IS_BETTER:
+            raise ValueError(f"no such metric{suggest(metric, LOWER_IS_BETTER)}; there are {', '.join(LOWER_IS_BETTER)}")
+        return metric
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if (self.recipe is None) == (self.stage_one is None):
+            raise ValueError("give one of: recipe (both stages) and stage_one (a trained run, for keys of imle.* alone)")
+        for key in self.space:
+            _refuse_key(key)
+        if both := sorted(self.space.keys() & self.overrides.keys()):
+            raise ValueError(f"{both[0]} is in the space and in overrides; it can be in one of them")
+        if self.stage_one and not self.second_stage_only:
+            key = next(key for key in self.space if not key.startswith(SECOND_STAGE))
+            raise ValueError(f"{key} is of stage 1, which stage_one={self.stage_one} has done; give a recipe instead")
+        dependencies_first(self.space)  # refuses conditions on unknown keys and circles
+        if self.search.kind == "grid":
+            for key, dimension in self.space.items():
+                if dimension.kind not in ("choice", "integer"):
+                    raise ValueError(f"space.{key} is continuous, which a grid cannot be; use choice or integer")
+            next(grid(self.space))  # refuses one that is too large
+        if self.search.kind == "population":
+            for key in self.space:
+                if key not in SCHEDULED:
+                    raise ValueError(
+                        f"space.{key} cannot change while a run trains, as search.kind=population does; "
+                        f"keys that can: {', '.join(SCHEDULED)}"
+                    )
+        if self.stops_early and any(key.startswith("loss.") for key in self.space):
+            raise ValueError(
+                "losses of different loss.* cannot be compared, so trials cannot be stopped early by them; "
+                "set scheduler.kind=none"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.studies_dir) / self.name
+
+    @property
+    def second_stage_only(self) -> bool:
+        """Whether all trials can share one stage 1."""
+        return all(key.startswith(SECOND_STAGE) for key in self.space)
+
+    @property
+    def stops_early(self) -> bool:
+        return self.scheduler.kind == "asha" and self.search.kind != "population" and not self.second_stage_only
+
+    @property
+    def minimize(self) -> bool:
+        return LOWER_IS_BETTER[self.metric] if self.direction is None else self.direction == "minimize"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+    # The runs that it is made of ---------------------------------------------------------------
+
+    def base(self) -> Config:
+        """The base recipe with the overrides, as a run called like the study.
+
+        Raises:
+            UserError: the recipe or an override is wrong.
+        """
+        return self._config(self.name, self.studies_dir, {})
+
+    def trial(self, number: int, params: dict[str, Any]) -> Config:
+        """The configuration of a trial.
+
+        Raises:
+            UserError: the values are impossible together.
+        """
+        return self._config(trial_name(self.name, number), str(self.folder / "trials"), params)
+
+    def _config(self, name: str, runs_dir: str, params: dict[str, Any]) -> Config:
+        path = Path(self.stage_one) / "config.yaml" if self.stage_one else find_recipe(self.recipe or "")
+        if not path.is_file():
+            raise UserError(f"stage_one={self.stage_one} is no run folder: it has no config.yaml")
+        try:
+            tree = plain_data(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
+        for key, value in ({"evaluation.extractor": self.extractor(tree)} | self.overrides | params).items():
+            _put(tree, key, value)
+        tree |= {"name": name, "runs_dir": runs_dir}
+        if self.search.kind == "population":
+            _put(tree, "checkpoint.every_epochs", self.search.interval)
+        return validate(tree, f"{self.name} on {path}")
+
+    def extractor(self, tree: dict[str, Any]) -> str:
+        """The extractor that the metric needs; the recipe's where it needs none."""
+        wanted = self.metric.removesuffix("_glo")
+        section = tree.get("evaluation")
+        given = section.get("extractor") if isinstance(section, dict) else None
+        named = {recipe.metric: name for name, recipe in EXTRACTORS.items()}
+        return named.get(wanted, given or "squeezenet")
+
+
+def trial_name(study: str, number: int) -> str:
+    return f"{study}-{number:04d}"
+
+
+def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
+    """The study in a YAML file, or the one of that name that ships with glann.
+
+    Args:
+        trials: in place of `budget.trials`.
+    Raises:
+        UserError: in one line per fault; also where a value that the space admits is impossible for the recipe.
+    """
+    path = _find(file)
+    try:
+        tree = plain_data(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold keys such as `recipe:` and `space:`, not {type(tree).__name__}")
+    if trials is not None:
+        _put(tree, "budget.trials", trials)
+    try:
+        study = StudyConfig.model_validate(tree)
+    except ValidationError as error:
+        faults = [explain(fault, known_keys(StudyConfig)) for fault in error.errors(include_url=False)[:10]]
+        raise UserError("\n       ".join([f"{faults[0]}; in {path}", *faults[1:]])) from error
+    _try_out(study, path)
+    return study
+
+
+def _find(file: str | Path) -> Path:
+    path = Path(file)
+    if path.is_file():
+        return path
+    bundled = STUDIES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent == Path(".") and bundled.is_file():
+        return bundled
+    names = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
+    raise UserError(f"no such study: {file} (give a YAML file, or one of: {names})")
+
+
+def _refuse_key(key: str) -> None:
+    keys = known_keys()
+    field = keys.get(key)
+    if field is None:
+        raise ValueError(f"unknown key {shown(key)} in space{suggest(key, keys)}; see `glann config --keys`")
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        raise ValueError(f"space.{key} is a section; name one of its keys")
+    for barred in NOT_SEARCHED:
+        if key == barred or key.startswith(f"{barred}."):
+            raise ValueError(f"space.{key} is not a property of a model and cannot be searched; put it in overrides")
+
+
+def _try_out(study: StudyConfig, path: Path) -> None:
+    """Refuse a space whose ends or choices are impossible for the recipe, before anything starts."""
+    study.base()
+    for key, dimension in study.space.items():
+        for value in dimension.extremes():
+            conditions = {name: allowed[0] for name, allowed in dimension.conditions().items()}
+            try:
+                study.trial(1, conditions | {key: value})
+            except UserError as error:
+                raise UserError(f"space.{key} admits {json.dumps(value)}, which is impossible: {error}") from error
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = tree.get(parent)
+        child = tree[parent] = dict(child) if isinstance(child, dict) else {}
+        tree = child
+    tree[leaf] = value
