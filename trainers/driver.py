@@ -24,21 +24,22 @@ from .launch import ray_cluster
 from .mirror import RunMirror, take_back
 from .objective import build_objective
 from .prepare import open_data, refuse_other_configuration, sole_driver
-from .recovery import Event, RunStopped, run_workers
+from .recovery import RunStopped, run_workers
 from .runlog import RunLog
+from .supervision import ALONE, Event, Supervision
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 
-def train(config: Config, console: Console) -> Table:
+def train(config: Config, console: Console, supervision: Supervision = ALONE) -> Table:
     """Train both stages, or go on where an interrupted run stopped, and say what came out.
 
     Raises:
         UserError: something given is wrong; a run that had not begun leaves nothing behind.
         EnvironmentFault: workers, storage or a server failed for longer than the configured patience.
-        RunStopped: SIGINT or SIGTERM; saved.
+        RunStopped: SIGINT or SIGTERM, or `supervision` wanted it; saved.
     """
     fresh, ran = not config.run_dir.exists(), False
     try:
@@ -54,9 +55,10 @@ def train(config: Config, console: Console) -> Table:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         store = open_store(config.checkpoint_url, config.s3)
         with sole_driver(config), hold(store, console.print) as lease:
-            tracked = TrackedRun.open(config, config.run_dir, {"glann.fingerprint": index.fingerprint})
+            tags = {"glann.fingerprint": index.fingerprint, **supervision.tags}
+            tracked = TrackedRun.open(config, config.run_dir, tags, parent_run_id=supervision.parent_run_id)
             ran = True
-            run(config, index, tracked, console, lease)
+            run(config, index, tracked, console, lease, supervision)
     except UserError:
         if fresh and not (ran and has_begun(config)):
             shutil.rmtree(config.run_dir, ignore_errors=True)
@@ -70,7 +72,9 @@ def has_begun(config: Config) -> bool:
     return any(saved) or (journal.exists() and any("epoch" in entry for entry in entries(journal)))
 
 
-def run(config: Config, index: Index, tracked: TrackedRun, console: Console, lease: HeldLease) -> None:
+def run(
+    config: Config, index: Index, tracked: TrackedRun, console: Console, lease: HeldLease, supervision: Supervision
+) -> None:
     """Train on the workers, then package, measure and report, telling MLflow how it ended."""
     status: Status = "FAILED"
     mirror = RunMirror(config)
@@ -79,12 +83,13 @@ def run(config: Config, index: Index, tracked: TrackedRun, console: Console, lea
         log(event)
         if event["kind"] == "checkpoint":
             mirror.send_soon()
+        supervision.hear(event)
 
     try:
         (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
         checkpoints.remove_torn(open_store(config.checkpoint_url, config.s3))
         with ray_cluster(config), RunLog(config, tracked, console) as log:
-            run_workers(config, on_event, lease)
+            run_workers(config, on_event, lease, supervision)
         finish.finish(config, index, tracked, console, log.timings())
         status = "FINISHED"
     except (RunStopped, KeyboardInterrupt):

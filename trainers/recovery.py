@@ -22,8 +22,8 @@ from ..datasets.storage import open_store
 from ..errors import EnvironmentFault, GlannError, UserError
 from .launch import fit_workers, resources_of
 from .mailbox import MOVE, NOTHING, STOP, Mailbox
+from .supervision import ALONE, Event, Supervision
 
-Event = dict[str, Any]
 POLL_S = 0.2
 WATCH_S = 2.0  # between looks at nodes that leave or come
 SETTLE_S = 3.0  # an elastic run takes the room there is once it has not grown for so long
@@ -38,15 +38,18 @@ class RunStopped(GlannError):
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
-def run_workers(config: Config, on_event: Callable[[Event], None], lease: HeldLease) -> None:
+def run_workers(
+    config: Config, on_event: Callable[[Event], None], lease: HeldLease, supervision: Supervision = ALONE
+) -> None:
     """Train on groups of workers until the run is done, handing every event to `on_event`.
 
     Raises:
         UserError, or a bug's own error: a worker met what trying again does not help, or another command has the run.
         EnvironmentFault: more than `cluster.max_failures` losses without a checkpoint in between, or never any room.
-        RunStopped: after SIGINT or SIGTERM, or since nodes were taken away and there are no others.
+        RunStopped: after SIGINT or SIGTERM, when `supervision` says so, or since nodes were taken away and there are no
+            others.
     """
-    groups = Groups(config, on_event, lease)
+    groups = Groups(config, on_event, lease, supervision.stop)
     with stop_on_signal(groups.stop):
         while not groups.run_one():
             pass
@@ -55,11 +58,17 @@ def run_workers(config: Config, on_event: Callable[[Event], None], lease: HeldLe
 class Groups:
     """The groups of workers of a run, one after another, and what is asked of the present one."""
 
-    def __init__(self, config: Config, on_event: Callable[[Event], None], lease: HeldLease) -> None:
+    def __init__(
+        self,
+        config: Config,
+        on_event: Callable[[Event], None],
+        lease: HeldLease,
+        told_to_stop: Callable[[], str] = ALONE.stop,
+    ) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.config, self.on_event, self.lease = config, on_event, lease
+        self.config, self.on_event, self.lease, self.told_to_stop = config, on_event, lease, told_to_stop
         self.store = open_store(config.checkpoint_url, config.s3)
         self.here = this_node()
         # It lives where the driver does: as long as there is one, its workers can speak to it.
@@ -83,10 +92,15 @@ class Groups:
         self.going = False
         self.asked, self.reason = NOTHING, ""
 
-    def stop(self) -> None:
+    def stop(self, why: str = "the run was stopped") -> None:
         """Ask for a checkpoint and the end of the run."""
-        self.stopping = "the run was stopped"
+        self.stopping = why
         self.on_event({"kind": "stopping"})
+
+    def listen(self) -> None:
+        """Stop if whoever supervises the run wants that."""
+        if not self.stopping and (why := self.told_to_stop()):
+            self.stop(why)
 
     def run_one(self) -> bool:
         """Run one group to its end; True if the run is done, False if another group has to go on."""
@@ -98,7 +112,7 @@ class Groups:
             try:
                 self.watch(self.fit)
             except BaseException:
-                end_ray()  # ends the workers, and with them the thread that waits for them
+                self.end_workers()  # and with them the thread that waits for them
                 raise
         if (error := self.fit.exception()) is not None:
             self.after_loss(error)
@@ -124,6 +138,7 @@ class Groups:
                     held, changed = there, now
                 if held == cluster.max_workers or (held >= cluster.min_workers and now - changed >= SETTLE_S):
                     return held
+                self.listen()
                 if self.stopping:
                     raise RunStopped(f"{self.stopping}; {GOES_ON}")
                 if now - began > cluster.start_timeout_s:
@@ -162,6 +177,7 @@ class Groups:
                     looked = monotonic()
                     with suppress(RayError):  # the head is busy or away: it is asked again
                         self.look_at_nodes(wanted)
+                self.listen()
                 if self.stopping:
                     self.asked = STOP
                 self.lease.check()
@@ -197,6 +213,8 @@ class Groups:
                 self.nodes.add(event["node"])
             elif event["kind"] == "resumed":
                 self.place = {key: event[key] for key in ("stage", "epoch", "step", "serial")}
+                if self.place["stage"] == "done":
+                    self.note_training()  # there is no step left to take, and yet it goes on from there
             else:
                 if event["kind"] in ("progress", "epoch"):
                     self.note_training()
@@ -209,6 +227,15 @@ class Groups:
             gap = {} if self.trained_at is None else {"gap_s": round(now - self.trained_at, 2), "why": self.why}
             self.on_event({"kind": "going", "workers": self.workers, "from": self.place} | gap)
         self.going, self.trained_at = True, now
+
+    def end_workers(self) -> None:
+        """End the group at once; where Ray belongs to others (the driver is an actor itself), at the next step."""
+        import ray
+
+        if ray.get_runtime_context().get_actor_id() is None:
+            ray.shutdown()
+        else:
+            self.mailbox.drain.remote(STOP)
 
     # After a group ---------------------------------------------------------------------------
 
@@ -289,12 +316,6 @@ def last_line(error: BaseException) -> str:
     """The line of a remote traceback that names the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-def end_ray() -> None:
-    import ray
-
-    ray.shutdown()
 
 
 @contextmanager

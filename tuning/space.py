@@ -51,13 +51,18 @@ class Dimension(Section):
             low, high = self.bounds
             if not low < high:
                 raise ValueError(f"{self.kind} goes from the smaller to the larger number, not from {low} to {high}")
-            if self.kind.startswith("log_") and low <= 0:
+            if self.log and low <= 0:
                 raise ValueError(f"{self.kind} has orders of magnitude only above zero, and begins at {low}")
         return self
 
     @property
     def kind(self) -> str:
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def log(self) -> bool:
+        """Whether it is even over orders of magnitude."""
+        return self.kind.startswith("log_")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -83,10 +88,9 @@ class Dimension(Section):
         if self.choice is not None:
             return CategoricalDistribution(tuple(range(len(self.choice))))
         low, high = self.bounds
-        log = self.kind.startswith("log_")
         if self.kind.endswith("integer"):
-            return IntDistribution(int(low), int(high), log=log)
-        return FloatDistribution(low, high, log=log)
+            return IntDistribution(int(low), int(high), log=self.log)
+        return FloatDistribution(low, high, log=self.log)
 
     def encode(self, value: Any) -> int | float | None:
         """A value as Optuna holds it; None if it is none of the dimension's."""

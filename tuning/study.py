@@ -1,14 +1,14 @@
 """A study: a base recipe, a space over the recipe's own keys, and how to search it. Typed, checked before it starts.
 
-    name: digits-study
-    recipe: digits
-    overrides: {cluster.workers: 2, data.max_rows: 1500}     shared by all trials; cluster.* is what a trial takes
-    space:
-      glo.latent_lr: {log_uniform: [0.005, 0.1]}
-      imle.noise_dim: {integer: [8, 32]}
-      imle.statistics: {choice: [noise, batch]}
-    metric: fd_squeezenet
-    budget: {trials: 12}
+name: digits-study
+recipe: digits
+overrides: {cluster.workers: 2, data.max_rows: 1500}     shared by all trials; cluster.* is what a trial takes
+space:
+  glo.latent_lr: {log_uniform: [0.005, 0.1]}
+  imle.noise_dim: {integer: [8, 32]}
+  imle.statistics: {choice: [noise, batch]}
+metric: fd_squeezenet
+budget: {trials: 12}
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class SearchConfig(Section):
 
     kind: Literal["tpe", "random", "grid", "population"] = Field(
         "tpe",
-        description="tpe: Optuna's, learns from ended trials; grid: every combination; population: trials that do badly "
-        "go on from a copy of one that does well, with other learning rates",
+        description="tpe: Optuna's, learns from ended trials; grid: every combination; population: trials that do "
+        "badly go on from a copy of one that does well, with other learning rates",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="of the search")
     startup: int = Field(10, ge=1, description="random trials before tpe models anything")
@@ -89,13 +89,17 @@ class StudyConfig(Section):
     @classmethod
     def _known_metric(cls, metric: str) -> str:
         if metric not in LOWER_IS_BETTER:
-            raise ValueError(f"no such metric{suggest(metric, LOWER_IS_BETTER)}; there are {', '.join(LOWER_IS_BETTER)}")
+            raise ValueError(
+                f"no such metric{suggest(metric, LOWER_IS_BETTER)}; there are {', '.join(LOWER_IS_BETTER)}"
+            )
         return metric
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if (self.recipe is None) == (self.stage_one is None):
-            raise ValueError("give one of: recipe (both stages) and stage_one (a trained run, for keys of imle.* alone)")
+            raise ValueError(
+                "give one of: recipe (both stages), or stage_one (a trained run, for keys of imle.*)"
+            )
         for key in self.space:
             _refuse_key(key)
         if both := sorted(self.space.keys() & self.overrides.keys()):

@@ -114,7 +114,7 @@ def test_interrupted_and_killed_it_ends_bit_for_bit_like_an_undisturbed_run(glan
     assert "the same command goes on" in out + err
 
     process = glann.start(*command)
-    glann.wait_for_epoch(process, "disturbed", "imle", 4)
+    glann.wait_for_epoch(process, "disturbed", "imle", 1)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
 
