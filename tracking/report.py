@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
-from PIL import Image
 
 from .. import __version__
-from ..datasets.storage import os_fault
-from ..errors import UserError
 from .charts import line_chart
 from .connection import redacted_config
 from .facts import STAGES, RunFacts, series
+from .page import Figure, duration, environment, figure, number, write_page
 
 FILE = "report.html"
 MAX_PREVIEWS = 12
-MAX_PNG_BYTES = 200_000
-WEBP_QUALITY = 88
 
 # What the metrics are called in words, and which way is better.
 METRICS = {
@@ -39,30 +30,13 @@ PICTURES = {
 }
 
 
-@dataclass(frozen=True)
-class Figure:
-    """An image with its text."""
-
-    title: str
-    source: Markup
-    width: int
-    height: int
-
-
 def write_report(run_dir: Path) -> Path:
     """Write report.html of a run folder, finished or not.
 
     Raises:
         UserError: the folder is not a run, or one of its files is damaged.
     """
-    page = render(RunFacts.read(run_dir))
-    path, temporary = run_dir / FILE, run_dir / f".{FILE}.tmp"
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise os_fault(error, path) from error
-    return path
+    return write_page(run_dir / FILE, render(RunFacts.read(run_dir)))
 
 
 def render(facts: RunFacts) -> str:
@@ -88,21 +62,6 @@ def render(facts: RunFacts) -> str:
             commands=commands(facts),
         )
     )
-
-
-def environment() -> jinja2.Environment:
-    """Templates of this package; whatever is put into HTML is escaped."""
-    made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    made.filters["duration"] = duration
-    made.filters["number"] = number
-    return made
 
 
 def headline(facts: RunFacts) -> str:
@@ -162,43 +121,6 @@ def commands(facts: RunFacts) -> list[str]:
     ]
 
 
-def figure(path: Path, title: str) -> Figure:
-    """The picture as part of the page; big ones are packed as WebP so that a report can be sent by mail.
-
-    Raises:
-        UserError: it is not a picture.
-    """
-    try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            width, height = image.size
-            kind = "png"
-            if len(content) > MAX_PNG_BYTES:
-                buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "WEBP", quality=WEBP_QUALITY, method=4)
-                content, kind = buffer.getvalue(), "webp"
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a picture that can be shown: {error}; remove it and try again") from error
-    source = Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
-    return Figure(title, source, width, height)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def number(value: float) -> str:
-    """Three significant digits, with separators where it is large."""
-    if value == int(value) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
 def _epochs(count: int) -> str:
     return f"{count} epoch" if count == 1 else f"{count} epochs"
 
@@ -212,7 +134,7 @@ def _charts(facts: RunFacts) -> list[Markup]:
         ):
             steps, values = series(stage.entries, key)
             if len(values) >= 2:
-                charts.append(Markup(line_chart(steps, values, title=title, label=label, log=log)))
+                charts.append(line_chart(steps, values, title=title, label=label, log=log))
     return charts
 
 

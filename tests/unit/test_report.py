@@ -13,7 +13,8 @@ from glann.tracking.card import write_card
 from glann.tracking.charts import line_chart, running_mean
 from glann.tracking.facts import RunFacts
 from glann.tracking.journal import Journal
-from glann.tracking.report import MAX_PREVIEWS, duration, number, write_report
+from glann.tracking.page import duration, number
+from glann.tracking.report import MAX_PREVIEWS, write_report
 
 CONFIG = {
     "name": "tiny",
