@@ -7,10 +7,12 @@ already says how long it should be.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,11 +56,15 @@ def tame_mlflow() -> None:
 
 
 def make_client(uri: str) -> MlflowClient:
-    """A client of the server at `uri`; no call has been made yet."""
+    """A client of the server at `uri`; only a database has been opened by then, and has its tables."""
     from mlflow import MlflowClient
 
     tame_mlflow()
-    return MlflowClient(tracking_uri=uri, registry_uri=registry_uri(uri))
+    path = sqlite_path(uri)
+    with _alone(path) if path else contextlib.nullcontext():
+        if path and not (path.exists() and path.stat().st_size):
+            _make_database(path)
+        return MlflowClient(tracking_uri=uri, registry_uri=registry_uri(uri))
 
 
 def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
@@ -127,11 +133,41 @@ def _redacted(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an SQLite database; None for any other address."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time opens a database file: of several that found it without tables, MLflow fails all but one.
+
+    The lock is on the folder, where it leaves no file.
+    """
+    folder = os.open(path.absolute().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _make_database(path: Path) -> None:
+    """Have MLflow make its tables in a file beside it: one over which it was killed is of no use to it any more."""
+    from mlflow import MlflowClient
+
+    new = path.absolute().with_name(f".{path.name}.new")
+    for left in (new, new.with_name(f"{new.name}-journal")):
+        left.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{new}")
+    os.replace(new, path)
+
+
 def _check_sqlite(uri: str) -> None:
     """What is wrong with a database file, said at once; MLflow would try for two minutes."""
-    if not uri.startswith("sqlite:///"):
+    path = sqlite_path(uri)
+    if path is None:
         return
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     remedy = "correct tracking.uri (or MLFLOW_TRACKING_URI), or set tracking.enabled=false"
     if path.name == ":memory:":
         raise UserError(f"{uri} forgets everything when the run ends; {remedy}")
