@@ -6,7 +6,7 @@ dead nodes are counted as Ray counts them, and an autoscaler sees the places tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -41,6 +41,20 @@ class Room:
         groups, self._groups = self._groups, []
         for group in groups:
             remove_placement_group(group)
+
+
+def places_on(nodes: Iterable[Mapping[str, float]], resources: Mapping[str, float]) -> int:
+    """How many workers that take `resources` fit on nodes that have these in all, when nothing else runs there."""
+    needed = {name: amount for name, amount in resources.items() if amount > 0}
+    room = (min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in needed.items()) for node in nodes)
+    return sum(room)
+
+
+def cluster_nodes() -> list[dict[str, float]]:
+    """What every living node of the cluster has in all."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def draining_nodes() -> dict[str, int]:

@@ -25,10 +25,12 @@ from ..tracking.nearest import nearest_images
 from ..tracking.packaged import export_model, load_model
 from ..tracking.report import metric_rows, write_report
 from ..tracking.runs import TrackedRun
+from ..tracking.sampling import SamplingModel
 from .evaluation import evaluate, open_images
 from .resume import final_weights, load
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.console import Console
     from rich.table import Table
 
@@ -51,15 +53,29 @@ def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, 
     console.print("packaging, measuring and drawing")
     images = open_images(config)
     package(config, index, len(images))
-    draw(config, images, tracked)
+    model = load_model(config.run_dir)
+    drawn = drawn_from(model, config.preview.images) | {"nearest": beside_nearest(model, images)}
     metrics = evaluate(config.run_dir, config.evaluation.extractor, config.evaluation.samples)
+    conclude(config, tracked, drawn, metrics, timings | {"finish_s": monotonic() - began}, index, len(images))
+
+
+def conclude(
+    config: Config,
+    tracked: TrackedRun,
+    drawn: dict[str, Image],
+    metrics: dict[str, float],
+    timings: dict[str, float],
+    index: Index,
+    rows: int,
+) -> None:
+    """Write and track what is known of a packaged model: pictures by name, metrics, card, report."""
+    folder = config.run_dir / "images"
+    folder.mkdir(exist_ok=True)
+    for name, picture in drawn.items():
+        picture.save(folder / f"{name}.png")
+        tracked.log_image(folder / f"{name}.png")
     tracked.log_metrics({"stage": "evaluation"} | metrics, config.glo.epochs + config.imle.epochs)
-    summary = {
-        "metrics": metrics,
-        "timings": timings | {"finish_s": monotonic() - began},
-        "rows": len(images),
-        "fingerprint": index.fingerprint,
-    }
+    summary = {"metrics": metrics, "timings": timings, "rows": rows, "fingerprint": index.fingerprint}
     (config.run_dir / REPORT).unlink(missing_ok=True)
     (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
     tracked.log_artifact(write_card(config.run_dir))
@@ -79,21 +95,18 @@ def package(config: Config, index: Index, rows: int) -> None:
     export_model(config.run_dir / "model", config, weights, saved.mapping["weights"], z_ND, index.fingerprint)
 
 
-def draw(config: Config, images: ImageRows, tracked: TrackedRun) -> None:
-    """Samples, their nearest training images, and interpolations of the packaged model, as a user gets them."""
-    model = load_model(config.run_dir)
-    folder = config.run_dir / "images"
-    folder.mkdir(exist_ok=True)
-    samples = model.sample(config.preview.images)
-    compared = samples[: 2 * len(PAIRS)]
-    drawn = {
-        "samples": pictures.grid(samples),
+def drawn_from(model: SamplingModel, count: int) -> dict[str, Image]:
+    """Samples and interpolations of the packaged model, as a user gets them."""
+    return {
+        "samples": pictures.grid(model.sample(count)),
         "interpolations": pictures.strips(model.interpolate(PAIRS, steps=9)),
-        "nearest": pictures.nearest(compared, nearest_images(compared, images).img_NHWC),
     }
-    for name, picture in drawn.items():
-        picture.save(folder / f"{name}.png")
-        tracked.log_image(folder / f"{name}.png")
+
+
+def beside_nearest(model: SamplingModel, images: ImageRows) -> Image:
+    """Samples beside their nearest training images."""
+    samples = model.sample(2 * len(PAIRS))
+    return pictures.nearest(samples, nearest_images(samples, images).img_NHWC)
 
 
 def read_summary(config: Config) -> dict[str, Any]:

@@ -28,8 +28,9 @@ ELSEWHERE = ("checkpoints", "ray")  # the run's checkpoints, and what Ray keeps 
 class RunMirror:
     """Copies what is new in a run folder, in a thread of its own. Does nothing where there is no other place."""
 
-    def __init__(self, config: Config) -> None:
-        self.folder, self.store = config.run_dir, mirror_store(config)
+    def __init__(self, config: Config, copied: Callable[[str], bool] = lambda key: is_copied(key)) -> None:
+        """`copied`: whether the file of that key, relative to the run folder, is part of the copy."""
+        self.folder, self.store, self.copied = config.run_dir, mirror_store(config), copied
         self.sent: dict[str, tuple[int, int]] = {}
         self.thread = ThreadPoolExecutor(1, "run-mirror")
         self.sending: Future[None] | None = None
@@ -54,7 +55,7 @@ class RunMirror:
 
     def send(self, store: Store) -> None:
         """Copy every file that has changed since it was copied last."""
-        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and is_copied(self.key(path))]
+        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and self.copied(self.key(path))]
         # What MLflow has been told comes before the journal: a copy must not claim more as sent than it holds.
         for path in sorted(files, key=lambda path: (path.name != STATE, path.name != JOURNAL)):
             stat = path.stat()

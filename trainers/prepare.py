@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Config, validate
@@ -18,6 +19,7 @@ from ..tracking.runs import flatten
 if TYPE_CHECKING:
     from rich.console import Console
 
+LOCK = ".lock"
 # What may change when a run goes on: where and how it runs, not what it computes.
 FREE = (
     "runs_dir",
@@ -98,8 +100,7 @@ def is_free(key: str) -> bool:
 @contextmanager
 def sole_driver(config: Config) -> Iterator[None]:
     """Refuse a second command on the same run folder while this one works on it."""
-    path = config.run_dir / ".lock"
-    with path.open("w") as file:
+    with (config.run_dir / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -107,3 +108,15 @@ def sole_driver(config: Config) -> Iterator[None]:
                 f"another `glann train` is working on {config.run_dir}; wait for it, or use another name=..."
             ) from error
         yield
+
+
+def is_worked_on(run_dir: Path) -> bool:
+    """Whether a command, or a trial of a study, works on the run folder now."""
+    if not (run_dir / LOCK).exists():
+        return False
+    with (run_dir / LOCK).open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

@@ -6,8 +6,8 @@ started and has no end is started again, in the same run folder. A line reaches 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,10 @@ STATES: tuple[State, ...] = ("running", "finished", "stopped", "failed")
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial. `params`: dotted keys of the recipe, with their values; none for the base recipe.
+    """One trial.
 
+    params: dotted keys of the recipe, with their values; none for the base recipe. Those of a member of a population
+        are what it ended with.
     state: `running` (also: interrupted), `finished`, `stopped` early by the scheduler, or `failed`.
     value: the study's metric, of a finished trial. metrics: all that were measured, by name.
     epoch, loss: how far stage 1 came, and its last loss. why: of a failure, in one line.
@@ -69,7 +71,7 @@ class Ledger:
         `seconds`: of this start; those of earlier ones are added.
         """
         ended = replace(trial, seconds=trial.seconds + seconds, **facts)
-        told = {key: getattr(ended, key) for key in ("state", "value", "metrics", "epoch", "loss", "why", "seconds")}
+        told = {key: value for key, value in asdict(ended).items() if key != "number"}
         self._write(ended, {"event": "ended", "trial": trial.number} | told)
         return ended
 
@@ -93,7 +95,7 @@ def trials(folder: Path) -> dict[int, Trial]:
         if line["event"] == "started":
             found[number] = Trial(number, line["params"])
         elif line["event"] == "ended":
-            facts = {key: value for key, value in line.items() if key in Trial.__dataclass_fields__ and key != "params"}
+            facts = {key: value for key, value in line.items() if key in Trial.__dataclass_fields__}
             found[number] = replace(found[number], **facts)
     return found
 
@@ -113,3 +115,18 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise UserError(f"{path} is damaged before byte {end}: no line of a study; remove that line")
         begun.add(number)
         yield number, line
+
+
+def best_of(trials: Iterable[Trial], minimize: bool) -> Trial | None:
+    """The finished trial with the best value, the first of equals; None while none has finished."""
+    sign = 1.0 if minimize else -1.0
+    valued = [(sign * trial.value, trial.number, trial) for trial in trials if trial.value is not None]
+    return min(valued, default=(0.0, 0, None))[2]
+
+
+def in_words(params: dict[str, Any]) -> str:
+    """`glo.latent_lr=0.013 imle.noise_dim=16`; numbers short."""
+    if not params:
+        return "the base recipe"
+    short = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in params.items()}
+    return " ".join(f"{key}={value}" for key, value in short.items())

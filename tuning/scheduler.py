@@ -1,4 +1,4 @@
-"""Who goes on: Ray Tune's schedulers as a study asks for them, told again what earlier starts of the study have seen."""
+"""Who goes on: Ray Tune's schedulers as a study asks for them, told again what its earlier starts have seen."""
 
 from __future__ import annotations
 

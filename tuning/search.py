@@ -5,7 +5,7 @@ Nothing of a search is kept anywhere else, so an interrupted study searches on a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ray.tune.search import Searcher
 
+from ..datasets.storage import open_store
+from ..trainers.prepare import is_worked_on
 from .ledger import BASELINE, Ledger, Trial
+from .not_kept import NotKept
 from .space import Dimension, Params, dependencies_first, grid
 from .study import StudyConfig
 
@@ -91,24 +94,31 @@ def _frozen(study: StudyConfig, trial: Trial) -> FrozenTrial:
     )
 
 
-class LedgerSearch(Searcher):
-    """Hands out trials to Ray Tune: first those that were interrupted, then new ones, up to the budget."""
+class LedgerSearch(NotKept, Searcher):
+    """Hands out trials to Ray Tune: first those that were interrupted, then new ones, up to the budget.
 
-    def __init__(self, study: StudyConfig, ledger: Ledger) -> None:
+    Args:
+        slots: how many trials there is room for now. over: whether the study is to end; what ends then was interrupted.
+    """
+
+    def __init__(self, study: StudyConfig, ledger: Ledger, slots: Callable[[], int], over: Callable[[], bool]) -> None:
         super().__init__(metric=study.metric, mode="min" if study.minimize else "max")
-        self.study, self.ledger = study, ledger
+        self.study, self.ledger, self.slots, self.over = study, ledger, slots, over
         self.waiting = [trial for trial in ledger.trials if not trial.ended]
-        self.given: dict[str, Trial] = {}  # by Ray's id
+        self.running: dict[str, Trial] = {}  # by Ray's id
         self.began: dict[str, float] = {}
-        self.stopping = False  # what ends now was interrupted
+        self.closing: list[Trial] = []  # ended for Ray, and not let go of their run folders yet
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.stopping:
-            return Searcher.FINISHED
+        self.settle()
+        if self.over():
+            return None if self.closing or self.running else Searcher.FINISHED
+        if len(self.running) + len(self.closing) >= self.slots():
+            return None
         trial = self.waiting.pop(0) if self.waiting else self.next_one()
         if trial is None:
-            return Searcher.FINISHED
-        self.given[trial_id], self.began[trial_id] = trial, monotonic()
+            return None if self.closing or self.running else Searcher.FINISHED
+        self.running[trial_id], self.began[trial_id] = trial, monotonic()
         return {"number": trial.number, "params": trial.params}
 
     def next_one(self) -> Trial | None:
@@ -119,15 +129,24 @@ class LedgerSearch(Searcher):
         params = suggest(self.study, trials)
         return None if params is None else self.ledger.start(params)
 
+    def settle(self) -> None:
+        """Let go of trials whose processes are gone, and of the checkpoints of those that will not go on."""
+        for trial in self.closing[:]:
+            if not is_worked_on(self.study.run_dir(trial.number)):
+                self.closing.remove(trial)
+                if trial.state == "stopped":
+                    drop_checkpoints(self.study, trial)
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """What a trial says on its way is the scheduler's; a search learns from its end."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        trial = self.given.pop(trial_id, None)
-        seconds = monotonic() - self.began.pop(trial_id, monotonic())
-        ended = outcome(self.study, result, error)
-        if trial is not None and not self.stopping and ended is not None:
-            self.ledger.end(trial, seconds, **ended)
+        trial = self.running.pop(trial_id, None)
+        if trial is None:
+            return
+        seconds = monotonic() - self.began.pop(trial_id)
+        ended = outcome(self.study, result, error, self.over())
+        self.closing.append(trial if ended is None else self.ledger.end(trial, seconds, **ended))
 
     def save(self, checkpoint_path: str) -> None:
         """Ray Tune keeps nothing of it: the ledger does."""
@@ -136,23 +155,42 @@ class LedgerSearch(Searcher):
         """Never asked for."""
 
 
-def outcome(study: StudyConfig, result: dict[str, Any] | None, error: bool) -> dict[str, Any] | None:
-    """What a trial's last word means for the ledger; None if it was interrupted and is to go on."""
+def outcome(study: StudyConfig, result: dict[str, Any] | None, error: bool, over: bool) -> dict[str, Any] | None:
+    """What a trial's last word means for the ledger; None if it was interrupted and is to go on.
+
+    Args:
+        result: flattened, as Ray Tune hands it on. over: the study was ending when it ended.
+    """
     if error:
-        return {"state": "failed", "why": "its process was lost"}
-    if result is None:
+        return None if over else {"state": "failed", "why": "its process was lost"}
+    if result is None or result.get("interrupted"):
         return None
-    reached = {"epoch": int(result.get("epoch", 0)), "loss": result.get("loss")}
+    facts: dict[str, Any] = {
+        "params": _nested(result, "params"),
+        "epoch": int(result.get("reached_epoch", 0)),
+        "loss": result.get("reached_loss"),
+    }
     if result.get("why"):
-        return reached | {"state": "failed", "why": str(result["why"])}
-    if result.get("interrupted"):
-        return None
-    metrics = result.get("metrics")
+        return facts | {"state": "failed", "why": str(result["why"])}
+    metrics = _nested(result, "metrics")
     if not metrics:
-        return reached | {"state": "stopped"}
+        return None if over else facts | {"state": "stopped"}
     if study.metric not in metrics:
-        return reached | {"state": "failed", "metrics": metrics, "why": f"it was not measured by {study.metric}"}
-    return reached | {"state": "finished", "value": metrics[study.metric], "metrics": metrics}
+        return facts | {"state": "failed", "metrics": metrics, "why": f"it was not measured by {study.metric}"}
+    return facts | {"state": "finished", "value": metrics[study.metric], "metrics": metrics}
+
+
+def _nested(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """What lay under `name` before Ray Tune flattened it."""
+    return {key.removeprefix(f"{name}/"): value for key, value in result.items() if key.startswith(f"{name}/")}
+
+
+def drop_checkpoints(study: StudyConfig, trial: Trial) -> None:
+    """Remove the checkpoints of a trial that will never go on; its journal and pictures stay."""
+    config = study.trial(trial.number, trial.params)
+    store = open_store(config.checkpoint_url, config.s3)
+    for key in store.list():
+        store.delete(key)
 
 
 def first_trials(study: StudyConfig, count: int) -> list[Trial]:
@@ -164,5 +202,3 @@ def first_trials(study: StudyConfig, count: int) -> list[Trial]:
             break
         trials.append(Trial(len(trials), params))
     return trials
-
-

@@ -20,10 +20,11 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from ..config import RECIPES, Config, Section, find_recipe, known_keys, validate
+from ..config import RECIPES, Config, Section, absolute, find_recipe, known_keys, validate
 from ..errors import UserError
 from ..faults import explain, plain_data, shown, suggest
 from ..metrics.extractors import EXTRACTORS
+from .ledger import BASELINE
 from .space import Dimension, dependencies_first, grid
 
 FILE = "study.yaml"
@@ -97,13 +98,9 @@ class StudyConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if (self.recipe is None) == (self.stage_one is None):
-            raise ValueError(
-                "give one of: recipe (both stages), or stage_one (a trained run, for keys of imle.*)"
-            )
+            raise ValueError("give one of: recipe (both stages), or stage_one (a trained run, for keys of imle.*)")
         for key in self.space:
             _refuse_key(key)
-        if both := sorted(self.space.keys() & self.overrides.keys()):
-            raise ValueError(f"{both[0]} is in the space and in overrides; it can be in one of them")
         if self.stage_one and not self.second_stage_only:
             key = next(key for key in self.space if not key.startswith(SECOND_STAGE))
             raise ValueError(f"{key} is of stage 1, which stage_one={self.stage_one} has done; give a recipe instead")
@@ -131,6 +128,12 @@ class StudyConfig(Section):
     def folder(self) -> Path:
         return Path(self.studies_dir) / self.name
 
+    def run_dir(self, number: int) -> Path:
+        """The run folder of a trial."""
+        if self.stage_one and number == BASELINE:
+            return Path(self.stage_one)
+        return self.folder / "trials" / trial_name(self.name, number)
+
     @property
     def second_stage_only(self) -> bool:
         """Whether all trials can share one stage 1."""
@@ -143,6 +146,11 @@ class StudyConfig(Section):
     @property
     def minimize(self) -> bool:
         return LOWER_IS_BETTER[self.metric] if self.direction is None else self.direction == "minimize"
+
+    def with_absolute_paths(self) -> Self:
+        """The same study for processes with another working folder, such as trials."""
+        here = {"studies_dir": absolute(self.studies_dir), "stage_one": self.stage_one and absolute(self.stage_one)}
+        return self.model_copy(update=here | {"recipe": self.recipe and str(find_recipe(self.recipe).absolute())})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
@@ -219,6 +227,26 @@ def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
         raise UserError("\n       ".join([f"{faults[0]}; in {path}", *faults[1:]])) from error
     _try_out(study, path)
     return study
+
+
+def refuse_other_study(study: StudyConfig) -> None:
+    """A study folder belongs to one study, but for its budget.
+
+    Raises:
+        UserError: naming the first key that differs.
+    """
+    path = study.folder / FILE
+    if not path.exists():
+        return
+    try:
+        saved = StudyConfig.model_validate(plain_data(path.read_text(encoding="utf-8")))
+    except (ValidationError, ValueError) as error:
+        raise UserError(f"{path} is damaged; restore it, or give the study another name") from error
+    there, here = saved.model_dump(mode="json"), study.model_dump(mode="json")
+    for key in here:
+        if key not in ("budget", "studies_dir") and there[key] != here[key]:
+            told = f"{key} is {shown(there[key])} there and {shown(here[key])} here"
+            raise UserError(f"{study.folder} holds another study: {told}; give this one another name")
 
 
 def _find(file: str | Path) -> Path:

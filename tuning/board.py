@@ -1,0 +1,131 @@
+"""What a study shows while it goes on: one live table, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import statistics
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ray import tune
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from .ledger import Ledger, Trial, best_of, in_words
+from .not_kept import NotKept
+from .study import StudyConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ROWS = 12  # of trials that a screen is given
+STAGES = {"glo": "stage 1", "imle": "stage 2", "starting": "starting"}
+STYLES = {"finished": "green", "failed": "red", "stopped": "dim", "running": ""}
+
+
+class Board(NotKept, tune.Callback):
+    """Hears of every result from Ray Tune. Use as a context manager around the study."""
+
+    def __init__(self, study: StudyConfig, ledger: Ledger, console: Console) -> None:
+        self.study, self.ledger, self.console = study, ledger, console
+        self.latest: dict[int, dict[str, Any]] = {}
+        self.told: set[tuple[int, str]] = {(trial.number, trial.state) for trial in ledger.trials if trial.ended}
+        self.began, self.ended_before = monotonic(), len(self.told)
+        self.running = 0
+        self.live = Live(console=console, refresh_per_second=2, transient=True, get_renderable=self.table)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.live.stop()
+        self.tell_news()
+
+    # What Ray Tune calls --------------------------------------------------------------------
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.running = sum(trial.status == "RUNNING" for trial in trials)
+        self.tell_news()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if "number" in result:
+            self.latest[result["number"]] = result
+
+    # What is shown --------------------------------------------------------------------------
+
+    def tell_news(self) -> None:
+        """One line for every trial that has started or ended since; on a terminal only for those that ended."""
+        for trial in self.ledger.trials:
+            if (trial.number, trial.state) in self.told:
+                continue
+            self.told.add((trial.number, trial.state))
+            if trial.ended or not self.console.is_terminal:
+                self.console.print(self.line(trial), highlight=False, soft_wrap=True)
+
+    def line(self, trial: Trial) -> str:
+        values = in_words(trial.params)
+        if not trial.ended:
+            return f"trial {trial.number:<3} starts     {values}"
+        best = self.best()
+        mark = "  best so far" if best is not None and best.number == trial.number else ""
+        return f"trial {trial.number:<3} {trial.state:10} {self.result(trial)}  {values}{mark}"
+
+    def result(self, trial: Trial) -> str:
+        """What came out of an ended trial, in words."""
+        if trial.state == "finished":
+            return f"{self.study.metric} {trial.value:.4g}"
+        if trial.state == "stopped":
+            return f"after epoch {trial.epoch}, loss {trial.loss:.4g}" if trial.loss is not None else "early"
+        return trial.why
+
+    def best(self) -> Trial | None:
+        return best_of(self.ledger.trials, self.study.minimize)
+
+    def table(self) -> Table:
+        trials = self.ledger.trials
+        table = Table(title=self.title(trials), title_justify="left", box=None, pad_edge=False)
+        for column in ("trial", "state", "so far", self.study.metric, "values"):
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        for trial in self.shown(trials):
+            table.add_row(
+                str(trial.number),
+                Text(trial.state, STYLES[trial.state]),
+                self.progress(trial),
+                f"{trial.value:.4g}" if trial.value is not None else "",
+                Text(in_words(trial.params)),
+            )
+        return table
+
+    def shown(self, trials: list[Trial]) -> list[Trial]:
+        """Those that run, then the latest of the others, with the best among them."""
+        running = [trial for trial in trials if not trial.ended]
+        others = [trial for trial in trials if trial.ended][::-1][: max(0, ROWS - len(running))]
+        best = self.best()
+        return running[:ROWS] + ([best] if best is not None and best not in others else []) + others
+
+    def progress(self, trial: Trial) -> str:
+        if trial.ended:
+            return self.result(trial) if trial.state != "finished" else f"{trial.seconds / 60:.1f} min"
+        now = self.latest.get(trial.number, {})
+        epoch = f", epoch {now['stage_epoch']}" if "stage_epoch" in now else ""
+        loss = f", loss {now['reached_loss']:.4g}" if "reached_loss" in now else ""
+        return STAGES[now.get("stage", "starting")] + epoch + loss
+
+    def title(self, trials: list[Trial]) -> str:
+        ended = [trial for trial in trials if trial.ended]
+        best = self.best()
+        words = f"{self.study.name}: {len(ended)} of {self.study.budget.trials} trials"
+        words += f", best {self.study.metric} {best.value:.4g} (trial {best.number})" if best is not None else ""
+        left = self.seconds_left(ended)
+        return words + (f", about {max(1, round(left / 60))} min left" if left is not None else "")
+
+    def seconds_left(self, ended: list[Trial]) -> float | None:
+        """By what the trials so far have taken, and how many run at a time."""
+        seconds = [trial.seconds for trial in ended if trial.seconds]
+        if not seconds:
+            return None
+        left = self.study.budget.trials - len(ended)
+        return left * statistics.fmean(seconds) / max(1, self.running)

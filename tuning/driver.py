@@ -1,0 +1,114 @@
+"""`glann tune`: from a study to a report, the same command also after an interruption."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..config import Config
+from ..datasets.assets import load_weights
+from ..errors import UserError
+from ..metrics.extractors import build_extractor
+from ..tracking.connection import redacted_config
+from ..tracking.runs import Status, TrackedRun
+from ..trainers.launch import ray_cluster
+from ..trainers.mirror import RunMirror, take_back
+from ..trainers.objective import build_objective
+from ..trainers.prepare import LOCK, open_data, refuse_other_configuration
+from ..trainers.recovery import RunStopped, stop_on_signal
+from .ledger import Ledger
+from .report import write_report
+from .study import FILE, StudyConfig, refuse_other_study
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Path:
+    """Run what is left of a study; its report.
+
+    Raises:
+        UserError: something given is wrong; a study that had not begun leaves nothing behind.
+        RunStopped: SIGINT or SIGTERM; every trial is saved.
+    """
+    study, fresh = study.with_absolute_paths(), not study.folder.exists()
+    if resume and not (study.folder / FILE).exists():
+        raise UserError(f"{study.folder} holds no study to resume; leave --resume out to start one")
+    base = study.base()
+    try:
+        if take_back(base):
+            console.print(f"going on with the copy of the study folder beside {base.checkpoint_url}")
+        refuse_other_study(study)
+        refuse_other_configuration(base)
+        index = open_data(base, console)
+        build_objective(base, torch.device("cpu"))  # fetches what trials need, once
+        build_extractor(base.evaluation.extractor, load_weights)
+        study.folder.mkdir(parents=True, exist_ok=True)
+        with sole_study(study):
+            tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}
+            tracked = TrackedRun.open(base, study.folder, tags)
+            fresh = False
+            (study.folder / "config.yaml").write_text(redacted_config(base).to_yaml(), encoding="utf-8")
+            (study.folder / FILE).write_text(study.to_yaml(), encoding="utf-8")
+            conduct(study, base, tracked, console)
+    except UserError:
+        if fresh:
+            shutil.rmtree(study.folder, ignore_errors=True)
+        raise
+    return study.folder / "report.html"
+
+
+def conduct(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console) -> None:
+    """Run the trials that are left, and report, telling MLflow how it ended."""
+    status: Status = "FAILED"
+    ledger, interrupted, mirror = Ledger(study.folder), threading.Event(), RunMirror(base, of_study)
+    try:
+        with ray_cluster(base), stop_on_signal(partial(say_stopping, interrupted, console)):
+            from .trials import Conduct, run_trials  # Ray reads its settings when it is imported
+
+            run_trials(Conduct(study, base, ledger, tracked, console, interrupted, mirror.send_soon))
+        if interrupted.is_set():
+            raise RunStopped(f"study {study.name} was stopped and is saved; the same command goes on with it")
+        status = "FINISHED"
+    except (RunStopped, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        if any(trial.ended for trial in ledger.trials):
+            for path in (study.folder / FILE, write_report(study), study.folder / "leaderboard.csv"):
+                tracked.log_artifact(path)
+        ledger.close()
+        tracked.finish(status)
+        mirror.close(console.print)
+        shutil.rmtree(study.folder / "ray", ignore_errors=True)
+
+
+def say_stopping(interrupted: threading.Event, console: Console) -> None:
+    interrupted.set()
+    console.print("saving every trial, then stopping (press Ctrl-C again to stop at once, without saving)")
+
+
+@contextmanager
+def sole_study(study: StudyConfig) -> Iterator[None]:
+    """Refuse a second command on the same study while this one works on it."""
+    with (study.folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another `glann tune` is working on {study.folder}; wait for it, or give the study another name"
+            ) from error
+        yield
+
+
+def of_study(key: str) -> bool:
+    """Whether a file of the study folder is the study's own: trials have copies of their own."""
+    return "/" not in key and not key.startswith(".")

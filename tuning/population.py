@@ -1,0 +1,42 @@
+"""Population-based training: a run goes on from a copy of another one, with learning rates of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..cluster import checkpoints
+from ..cluster.checkpoint_layout import folder_name
+from ..config import Config
+from ..datasets.storage import Store, open_store
+from ..errors import UserError
+from ..tracking.connection import redacted_config
+from ..trainers.evaluation import run_config
+
+
+def clone_run(donor: Path, config: Config) -> None:
+    """Have the run of `config` stand where the donor's newest checkpoint does; what it was before is gone.
+
+    Raises:
+        UserError: the donor has no checkpoint.
+    """
+    source = open_store(run_config(donor).checkpoint_url, config.s3)
+    target = open_store(config.checkpoint_url, config.s3)
+    step = checkpoints.latest(source)
+    if step is None:
+        raise UserError(f"{donor} has no checkpoint to go on from yet; use a longer search.interval")
+    for key in target.list():
+        if key.startswith("step-"):
+            target.delete(key)
+    copy_step(source, target, step)
+    shutil.rmtree(config.run_dir / "model", ignore_errors=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
+
+
+def copy_step(source: Store, target: Store, step: int) -> None:
+    """Copy a checkpoint, its manifest last: a copy that is cut off is no checkpoint."""
+    manifest = f"{folder_name(step)}/manifest.json"
+    keys = [key for key in source.list(f"{folder_name(step)}/") if key != manifest]
+    for key in (*keys, manifest):
+        target.write(key, source.read(key))

@@ -1,0 +1,144 @@
+"""The trials of a study, run by Ray Tune: who they are, what they share, and how many run at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import tune
+
+from ..cluster.room import cluster_nodes, places_on
+from ..config import Config
+from ..tracking.connection import default_uri
+from ..tracking.runs import TrackedRun
+from ..trainers.driver import train
+from ..trainers.evaluation import evaluate
+from ..trainers.finish import read_summary
+from ..trainers.launch import resources_of
+from ..trainers.second_stage import load_stage_one, train_second_stage
+from ..trainers.supervision import Supervision
+from .board import Board
+from .budget import Budget
+from .ledger import BASELINE, Ledger
+from .scheduler import build_scheduler
+from .search import LedgerSearch
+from .study import StudyConfig
+from .trial import Metrics, Part, TrialRun, Work
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Ray Tune must not write logs of its own, move trials to other folders, or take Ctrl-C for itself.
+SETTINGS = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # of its own state, which nobody reads: the ledger is the study's
+}
+PIN = 0.001  # of the resource that every node has one of: trials live on the study's node and take no CPU
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """A study that goes on: what it is, what it writes to, and who may end it."""
+
+    study: StudyConfig
+    base: Config
+    ledger: Ledger
+    tracked: TrackedRun
+    console: Console
+    interrupted: threading.Event
+    told: Callable[[], None]
+
+    def part(self, work: Work) -> Part:
+        """What every trial is told."""
+        uri = default_uri(self.base.tracking.uri) if self.base.tracking.enabled else None
+        return Part(self.study, absolute_uri(uri), self.tracked.run_id, work)
+
+
+def run_trials(conduct: Conduct) -> None:
+    """Have Ray Tune run trials until the budget is spent, all are done or somebody stops it."""
+    study, base, ledger = conduct.study, conduct.base, conduct.ledger
+    resources, workers, work = resources_of(base.cluster), base.cluster.max_workers, train_both_stages
+    own: dict[str, float] = {}  # what a trial takes itself, besides what its workers take
+    if study.second_stage_only:
+        shared = load_stage_one(first_stage(conduct), base.evaluation.extractor)
+        work, workers, own = partial(train_second_stage, shared=shared), 1, resources
+    if conduct.interrupted.is_set():
+        return
+
+    def slots() -> int:
+        return max(1, places_on(cluster_nodes(), resources) // workers)
+
+    gpus = base.cluster.gpus_per_worker * workers
+    budget = Budget(study, ledger, conduct.tracked, gpus, conduct.told)
+    search = LedgerSearch(study, ledger, slots, lambda: conduct.interrupted.is_set() or budget.spent())
+    with Board(study, ledger, conduct.console) as board:
+        tune_trials(search, conduct.part(work), [board, budget], own)
+    if why := budget.why():
+        conduct.console.print(f"the budget is spent: {why}")
+
+
+def tune_trials(search: LedgerSearch, part: Part, callbacks: list[Any], own: Mapping[str, float]) -> None:
+    """One call of Ray Tune. Trials live on the study's node, where its folder is; their workers live anywhere."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
+    here = f"node:{ray.util.get_node_ip_address()}"
+    place = tune.PlacementGroupFactory([{here: PIN, **own}])
+    trainable: Any = tune.with_resources(tune.with_parameters(TrialRun, part=part), place)
+    quiet = logging.getLogger("ray.tune")
+    quiet.setLevel(logging.CRITICAL)  # what becomes of trials is told by the board
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=search, scheduler=build_scheduler(part.study, search.ledger.trials), num_samples=-1
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(part.study.folder / "ray"),
+            verbose=0,
+            callbacks=callbacks,
+            stop=lambda trial_id, result: search.over(),
+        ),
+    ).fit()
+
+
+def train_both_stages(config: Config, console: Console, supervision: Supervision) -> Metrics:
+    """What `glann train` does."""
+    train(config, console, supervision)
+    return read_summary(config)["metrics"]
+
+
+def first_stage(conduct: Conduct) -> Path:
+    """The run whose stage 1 all trials share, trial 0: the one that was given, or the base recipe, trained now."""
+    study, ledger = conduct.study, conduct.ledger
+    baseline = next((trial for trial in ledger.trials if trial.number == BASELINE), None) or ledger.start({})
+    run_dir = study.run_dir(BASELINE)
+    if not baseline.ended:
+        began = monotonic()
+        if study.stage_one:
+            metrics = evaluate(run_dir, conduct.base.evaluation.extractor, conduct.base.evaluation.samples)
+        else:
+            config = conduct.part(train_both_stages).config(BASELINE, {})
+            tags = {"glann.study": study.name, "glann.trial": str(BASELINE)}
+            supervision = Supervision(conduct.tracked.run_id, tags)
+            metrics = train_both_stages(config, conduct.console, supervision)
+        ledger.end(baseline, monotonic() - began, state="finished", value=metrics[study.metric], metrics=metrics)
+    return run_dir
+
+
+def absolute_uri(uri: str | None) -> str | None:
+    """A tracking address that means the same in every working folder: sqlite's default is a file in ours."""
+    prefix = "sqlite:///"
+    if uri is None or not uri.startswith(prefix) or uri.startswith(prefix + "/"):
+        return uri
+    return prefix + str(Path(uri.removeprefix(prefix)).absolute())
