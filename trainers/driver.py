@@ -24,7 +24,7 @@ from .launch import ray_cluster
 from .mirror import RunMirror, take_back
 from .objective import build_objective
 from .prepare import open_data, refuse_other_configuration, sole_driver
-from .recovery import RunStopped, run_workers
+from .recovery import GOES_ON, RunStopped, run_workers
 from .runlog import RunLog
 from .supervision import ALONE, Event, Supervision
 
@@ -90,6 +90,8 @@ def run(
         checkpoints.remove_torn(open_store(config.checkpoint_url, config.s3))
         with ray_cluster(config), RunLog(config, tracked, console) as log:
             run_workers(config, on_event, lease, supervision)
+        if why := supervision.stop():
+            raise RunStopped(f"{why}: it is trained, and neither packaged nor measured; {GOES_ON}")
         finish.finish(config, index, tracked, console, log.timings())
         status = "FINISHED"
     except (RunStopped, KeyboardInterrupt):

@@ -1,0 +1,97 @@
+"""What a study would try and what that would take: `glann tune --dry-run`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..trainers.plan import Estimate, make_plan
+from .ledger import Trial, in_words, trials
+from .search import first_trials
+from .study import StudyConfig
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SHOWN = 20  # trials that are listed
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The trials that are known beforehand, and hours of device time by kind of device.
+
+    begun: trials of earlier starts. whole: those to come that train both stages to the end. share: what is expected
+    to be done of each of the others.
+    """
+
+    study: StudyConfig
+    begun: int
+    planned: list[Trial]
+    estimates: tuple[Estimate, ...]
+    whole: int
+    share: float
+
+    @property
+    def left(self) -> int:
+        """Trials that are still to be started."""
+        return self.study.budget.trials - self.begun
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for column in ("trial", "values"):
+            table.add_column(column)
+        for trial in self.planned[:SHOWN]:
+            table.add_row(str(trial.number), Text(in_words(trial.params)))
+        return Group(
+            Text(f"study {self.study.name}: {self.left} trials to start, {self.begun} begun; nothing was started"),
+            table,
+            *(Text(line) for line in self.notes()),
+        )
+
+    def notes(self) -> list[str]:
+        more = self.left - min(len(self.planned), SHOWN)
+        later = "depend on what these come to" if self.study.search.kind == "tpe" else "follow"
+        notes = [f"... and {more} more, which {later}"] if more > 0 else []
+        for estimate in self.estimates:
+            hours = estimate.device_hours * (self.whole + self.share * (self.left - self.whole))
+            kind = "core" if estimate.device == "CPU" else "GPU"
+            notes.append(f"{estimate.device}: about {hours:.3g} {kind}-hours of training ({estimate.basis})")
+        if self.study.second_stage_only:
+            notes.append("all trials share one stage 1")
+        elif self.share < 1:
+            notes.append(f"of the epochs of stage 1, about {self.share:.0%} will run: trials that do badly are stopped")
+        return notes
+
+
+def forecast(study: StudyConfig) -> Forecast:
+    """The forecast of a study, begun or not.
+
+    Raises:
+        UserError: the data set is there but does not fit the recipe.
+    """
+    study = study.with_absolute_paths()
+    begun = len(trials(study.folder))
+    plan = make_plan(study.base())
+    share = plan.imle_flops / (plan.glo_flops + plan.imle_flops) if study.second_stage_only else expected(study)
+    whole = 0 if begun or study.stage_one else 1  # the base recipe is never stopped early
+    known = study.search.startup if study.search.kind == "tpe" else study.budget.trials  # later ones depend on results
+    planned = first_trials(study, known)[begun:] if begun == 0 else []
+    return Forecast(study, begun, planned, plan.estimates, whole, share)
+
+
+def expected(study: StudyConfig) -> float:
+    """Share of the epochs that successive halving leaves: 1/reduction of the trials go beyond every rung."""
+    if not study.stops_early:
+        return 1.0
+    epochs, grace, reduction = study.base().glo.epochs, study.scheduler.grace, study.scheduler.reduction
+    rungs = [grace * reduction**k for k in range(int(math.log(max(epochs / grace, 1), reduction)) + 1)]
+    ends = [*rungs[1:], float(epochs)]
+    spent = float(min(grace, epochs))
+    for k, (rung, end) in enumerate(zip(rungs, ends, strict=True), start=1):
+        spent += (end - rung) / reduction**k
+    return min(1.0, spent / epochs)
