@@ -228,7 +228,11 @@ class TrackingConfig(Section):
     enabled: bool = Field(True, description="log the run to MLflow")
     uri: str | None = Field(None, description="tracking server; empty means MLFLOW_TRACKING_URI or sqlite:///mlflow.db")
     experiment: str = Field("glann", description="MLflow experiment")
-    register_as: str | None = Field(None, description="name in the model registry; empty registers nothing")
+    register_as: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="name in the model registry; empty registers nothing",
+    )
 
 
 class Config(Section):

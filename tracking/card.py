@@ -9,9 +9,10 @@ from .. import __version__
 from ..datasets.storage import os_fault
 from .connection import redact
 from .facts import RunFacts
+from .lineage import CARD as FILE
+from .lineage import STUDY, TRIAL
+from .outbox import State
 from .report import commands, environment, headline, metric_rows
-
-FILE = "MODEL_CARD.md"
 
 
 def write_card(run_dir: Path) -> Path:
@@ -21,6 +22,7 @@ def write_card(run_dir: Path) -> Path:
         UserError: the folder is not a run, or one of its files is damaged.
     """
     facts = RunFacts.read(run_dir)
+    state = State.load(run_dir)
     text = (
         environment()
         .get_template("card.md")
@@ -32,6 +34,9 @@ def write_card(run_dir: Path) -> Path:
             headline=headline(facts),
             metrics=metric_rows(facts.metrics),
             commands=commands(facts),
+            run_id=state and state.run_id,
+            study=state and state.lineage.get(STUDY),
+            trial=state and state.lineage.get(TRIAL),
             samples="images/samples.png" if facts.picture("samples") else None,
         )
     )

@@ -34,6 +34,7 @@ log = logging.getLogger("glann.tracking")
 STATE = "tracking.json"
 POLL_S = 2.0
 MAX_DELAY_S = 60.0
+PATIENCE_S = 30.0  # a run that has ended does not wait for a server that has been away so long
 MAX_METRICS = 1000  # per request, MLflow's limit
 _NOT_METRICS = ("stage", "step", "time")
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9_.\- :/]")
@@ -55,6 +56,7 @@ class State(Section):
     run_id: str | None = None
     sent_bytes: int = Field(0, ge=0, description="how much of metrics.jsonl the server has")
     parcels: tuple[Parcel, ...] = ()
+    lineage: dict[str, str] = Field({}, description="tags of the run that say which study and trial it is")
 
     @classmethod
     def load(cls, run_dir: Path) -> State | None:
@@ -89,6 +91,7 @@ class Outbox:
         self._state = state
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._status, self._ended = "", False
         self._failing_since: float | None = None
         self.model: PublishedModel | None = None
         self._thread = threading.Thread(target=self._loop, name="glann-mlflow", daemon=True)
@@ -100,11 +103,12 @@ class Outbox:
             others = tuple(waiting for waiting in self._state.parcels if waiting != parcel)
             self._update(parcels=(*others, parcel))
 
-    def close(self, timeout_s: float) -> bool:
-        """Send what is left, for at most so many seconds.  False: some of it is still here, and kept."""
+    def close(self, status: str, timeout_s: float) -> bool:
+        """Send what is left and how the run ended, for at most so many seconds.  False: some is still here, and kept."""
+        self._status = status
         self._closing.set()
         self._thread.join(timeout_s)
-        return not self._thread.is_alive() and not self.waiting()
+        return self._ended
 
     def waiting(self) -> str:
         """What has not been sent, in words; empty if nothing."""
@@ -121,14 +125,19 @@ class Outbox:
             try:
                 self._send_metrics()
                 self._send_parcels()
+                if closing and not self.waiting():
+                    self._client.set_terminated(self.run_id, self._status)
+                    self._ended = True
             except Exception as error:  # of MLflow's client, HTTP, database or disk: training must not notice
-                self._say_failing(error)
+                away_s = self._say_failing(error)
                 if closing:
-                    return
+                    if away_s > PATIENCE_S:
+                        return
+                    time.sleep(POLL_S)
                 delay_s = min(2 * delay_s, MAX_DELAY_S)
                 continue
             self._say_working()
-            if closing and not self.waiting():
+            if self._ended:
                 return
             delay_s = POLL_S
 
@@ -157,6 +166,7 @@ class Outbox:
             if not path.exists():
                 log.warning("%s is gone and cannot be sent to MLflow", path)
             elif parcel.kind == "model":
+                self._send_metrics()  # what the run measured of itself is written on the version
                 self.model = publish(self._client, self.run_id, path, self._register_as)
             else:
                 self._client.log_artifact(self.run_id, str(path), parcel.target)
@@ -167,7 +177,8 @@ class Outbox:
         self._state = self._state.model_copy(update=changes)
         self._state.save(self._run_dir)
 
-    def _say_failing(self, error: Exception) -> None:
+    def _say_failing(self, error: Exception) -> float:
+        """Say once that it fails; for how many seconds it has by now."""
         if self._failing_since is None:
             self._failing_since = time.monotonic()
             detail = redact(" ".join(str(error).split()))[:200] or type(error).__name__
@@ -177,6 +188,7 @@ class Outbox:
                 detail,
                 self._run_dir / journal.FILE,
             )
+        return time.monotonic() - self._failing_since
 
     def _say_working(self) -> None:
         if self._failing_since is not None:

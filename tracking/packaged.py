@@ -138,6 +138,13 @@ def load_model(source: str | Path, *, s3: S3Config | None = None, device: torch.
     Raises:
         UserError: nothing is there, or it is damaged, of another format, or not a packaged model.
     """
+    return open_model(source, s3=s3, device=device)[1]
+
+
+def open_model(
+    source: str | Path, *, s3: S3Config | None = None, device: torch.device | str = "cpu"
+) -> tuple[Manifest, SamplingModel]:
+    """The same with its model.json, which says what data it was trained on."""
     source = str(source)
     if "://" in source and not source.startswith("s3://"):
         raise UserError(f"{source} cannot be opened; give a run folder, models:/name@alias or an s3:// address")
@@ -147,7 +154,7 @@ def load_model(source: str | Path, *, s3: S3Config | None = None, device: torch.
         elif source.startswith("s3://"):
             folder = _from_s3(source, s3 or S3Config(), Path(scratch))
         else:
-            folder = _local(Path(source))
+            folder = find_folder(Path(source))
         return _open(folder, source, torch.device(device))
 
 
@@ -171,7 +178,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is not JSON; this is not a packaged model") from error
 
 
-def _local(path: Path) -> Path:
+def find_folder(path: Path) -> Path:
+    """The model folder that is at `path` or, as of a run, below it.
+
+    Raises:
+        UserError: there is none.
+    """
     for folder in (path, path / "model"):
         if (folder / MANIFEST).is_file():
             return folder
@@ -207,7 +219,7 @@ def _from_s3(url: str, s3: S3Config, scratch: Path) -> Path:
     return scratch
 
 
-def _open(folder: Path, source: str, device: torch.device) -> SamplingModel:
+def _open(folder: Path, source: str, device: torch.device) -> tuple[Manifest, SamplingModel]:
     manifest = read_manifest(folder)
     for required in (GENERATOR, LATENTS):
         if required not in manifest.files:
@@ -229,7 +241,7 @@ def _open(folder: Path, source: str, device: torch.device) -> SamplingModel:
     _assign(generator, states[GENERATOR], GENERATOR, source)
     if mapping is not None:
         _assign(mapping, states[MAPPING], MAPPING, source)
-    return SamplingModel(
+    model = SamplingModel(
         generator.to(device),
         None if mapping is None else mapping.to(device),
         mean_D=states[LATENTS]["mean"],
@@ -238,6 +250,7 @@ def _open(folder: Path, source: str, device: torch.device) -> SamplingModel:
         constraint=manifest.constraint,
         source=source,
     )
+    return manifest, model
 
 
 def _read(path: Path, entry: FileEntry) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from ..config import Config
 from ..datasets.storage import os_fault
 from .connection import default_uri, experiment_id, reach, redact, redacted_config
 from .journal import FILE, Journal
+from .lineage import PARENT, STUDY, TRACKED_CONFIG, TRIAL
 from .outbox import Outbox, Parcel, State
 from .registry import PublishedModel
 
@@ -33,16 +34,15 @@ RUN_TAG = "glann.run_id"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 MAX_KEY, MAX_VALUE, MAX_PARAMS = 250, 6000, 100  # MLflow's limits
 FINISH_TIMEOUT_S = 120.0
-TRACKED_CONFIG = "tracked-config.yaml"
 
 
 class TrackedRun:
     """One run: open it with `TrackedRun.open`, end it with `finish`.  Without MLflow it keeps the journal alone."""
 
-    def __init__(self, run_dir: Path, outbox: Outbox | None, client: MlflowClient | None) -> None:
+    def __init__(self, run_dir: Path, outbox: Outbox | None) -> None:
         self.run_dir = run_dir
         self.journal = Journal(run_dir / FILE)
-        self._outbox, self._client = outbox, client
+        self._outbox = outbox
 
     @classmethod
     def open(
@@ -66,21 +66,22 @@ class TrackedRun:
         except OSError as error:
             raise os_fault(error, run_dir) from error
         if not config.tracking.enabled:
-            return cls(run_dir, None, None)
+            return cls(run_dir, None)
         uri = default_uri(config.tracking.uri)
         state = _state_of(run_dir, redact(uri))
         state.save(run_dir)  # the key is on disk before the run is made: a crash in between loses no run
         tags = _all_tags(config, tags or {}, state.key, parent_run_id)
+        lineage = state.lineage | {name: tags[name] for name in (STUDY, TRIAL, PARENT) if name in tags}
         client, run_id = reach(uri, lambda client: (client, _enter(client, config, state, tags)))
         if state.run_id not in (None, run_id):
             log.warning(
                 "MLflow run %s of %s is gone from %s; a new one gets everything", state.run_id, run_dir, state.uri
             )
             state = state.model_copy(update={"sent_bytes": 0})
-        state = state.model_copy(update={"run_id": run_id})
+        state = state.model_copy(update={"run_id": run_id, "lineage": lineage})
         state.save(run_dir)
         (run_dir / TRACKED_CONFIG).write_text(redacted_config(config).to_yaml(), encoding="utf-8")
-        run = cls(run_dir, Outbox(client, run_id, run_dir, state, config.tracking.register_as), client)
+        run = cls(run_dir, Outbox(client, run_id, run_dir, state, config.tracking.register_as))
         run.log_artifact(run_dir / TRACKED_CONFIG)
         return run
 
@@ -113,19 +114,12 @@ class TrackedRun:
     def finish(self, status: Status = "FINISHED", timeout_s: float = FINISH_TIMEOUT_S) -> None:
         """End the run; what the server does not take within `timeout_s` is kept, and said."""
         self.journal.close()
-        if self._outbox is None or self._client is None:
-            return
-        if not self._outbox.close(timeout_s):
+        if self._outbox and not self._outbox.close(status, timeout_s):
             log.warning(
                 "%s did not reach MLflow and wait in %s; run the same command again to send them",
-                self._outbox.waiting() or "the last metrics",
+                self._outbox.waiting() or "its last words",
                 self.run_dir,
             )
-            return
-        try:
-            self._client.set_terminated(self._outbox.run_id, status)
-        except Exception as error:  # the run is over and saved; the server's opinion of it can wait
-            log.warning("MLflow could not be told that the run is %s: %s", status, redact(str(error))[:200])
 
     def _send(self, kind: Literal["artifact", "model"], path: Path, target: str | None) -> None:
         if self._outbox is None:
