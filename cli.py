@@ -15,6 +15,7 @@ import typer
 
 from .cli_data import Endpoint, data_app, s3_at
 from .cli_jobs import jobs_app, submit
+from .cli_registry import registry_app
 from .errors import GlannError, UserError, redact
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(registry_app, name="registry")
 
 Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="a recipe's name or a YAML file; see `glann recipes`")]
 MaybeRecipe = Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="a recipe's name or a YAML file")]
@@ -181,11 +183,14 @@ def interpolate(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/digits")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/digits, or models:/name@alias")],
     extractor: Annotated[
         str | None, typer.Option(help="squeezenet, lite0, vgg16 or inception; empty means the run's own choice")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="images drawn; empty means the run's own choice")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="URL", help="packed images to compare with; empty means those of the training")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -193,6 +198,7 @@ def evaluate(
 
     \b
     glann evaluate runs/digits --extractor lite0 --samples 5000
+    glann evaluate models:/digits@champion --data data/digits-28
     """
     from .config import validate
     from .trainers.evaluation import evaluate as measure
@@ -202,7 +208,10 @@ def evaluate(
     given = {"extractor": extractor, "samples": samples}
     tree["evaluation"] |= {key: value for key, value in given.items() if value is not None}
     evaluation = validate(tree, "the options given").evaluation
-    for name, value in measure(run, evaluation.extractor, evaluation.samples, seed, device).items():
+    metrics = measure(run, evaluation.extractor, evaluation.samples, seed, device, data)
+    if "l1" not in metrics:
+        typer.echo("reconstruction is not measured: it needs the codes in a run folder, and their images", err=True)
+    for name, value in metrics.items():
         typer.echo(f"{name:32} {value:.6g}")
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -117,9 +116,3 @@ def _root(covariance_FF: Float64) -> Float64:
     floor = value_F[-1] * value_F.size * np.finfo(np.float64).eps
     root_F = np.sqrt(np.where(value_F > floor, value_F, 0.0))
     return vector_FF * root_F
-
-
-def frechet_of_images(extractor: Extractor, real: Iterable[Tensor], fake: Iterable[Tensor]) -> dict[str, float]:
-    """The distance of two streams of uint8 images, under its metric's name, e.g. {"fd_lite0": 12.3}."""
-    with torch.inference_mode():
-        return {extractor.metric: frechet_distance(moments_of(extractor, real), moments_of(extractor, fake))}

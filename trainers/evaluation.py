@@ -6,6 +6,7 @@ Shapes: B batch, C, H, W channels, height, width, N rows, D latent dimension.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,43 +16,82 @@ from ..cluster import checkpoints
 from ..cluster.placement import ranges
 from ..config import Config, validate
 from ..datasets.assets import load_weights
+from ..datasets.fit import require_fit
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..datasets.storage import open_store
 from ..errors import UserError
 from ..faults import plain_data
-from ..metrics.extractors import build_extractor
-from ..metrics.frechet import frechet_of_images
+from ..metrics.extractors import Extractor, build_extractor
+from ..metrics.frechet import Moments, frechet_distance, moments_of
 from ..metrics.reconstruction import ReconstructionError
-from ..tracking.packaged import load_model
-from ..tracking.sampling import SamplingModel
+from ..tracking.lineage import origin
+from ..tracking.packaged import Manifest, open_model
+from ..tracking.sampling import Method, SamplingModel
 
 BATCH = 100
 RECONSTRUCTED = 2000  # rows whose reconstruction is measured; more changes the third digit
 
 
-def evaluate(run_dir: Path, extractor: str, samples: int, seed: int = 0, device: str = "cpu") -> dict[str, float]:
-    """Reconstruction error, and the Frechet distance of samples to the training images, for stage 2 and the baseline.
+@dataclass(frozen=True)
+class Judge:
+    """How far a model's samples are from the images that it is to resemble; less is better.
+
+    `metric` names the number for its extractor. Every model it judges draws `samples` images of `seed`,
+    and is compared with the same moments.
+    """
+
+    extract: Extractor
+    real: Moments
+    samples: int
+    seed: int
+
+    @property
+    def metric(self) -> str:
+        return self.extract.metric
+
+    def distance(self, model: SamplingModel, method: Method = "imle") -> float:
+        drawn = model.stream(self.samples, self.seed, method=method)
+        images = (torch.from_numpy(part).permute(0, 3, 1, 2) for part in drawn)
+        return frechet_distance(self.real, moments_of(self.extract, images))
+
+
+def build_judge(
+    config: Config, images: ImageRows, extractor: str, samples: int, seed: int = 0, device: str = "cpu"
+) -> Judge:
+    """A judge by the Frechet distance to `images`, which are read once.
 
     Args:
         extractor: name of the feature extractor; the metric is named for it (`fd_lite0`, ...).
         samples: images drawn for the distance.
+    """
+    extract = build_extractor(extractor, load_weights, device)
+    return Judge(extract, moments_of(extract, training_images(images, len(images), config)), samples, seed)
+
+
+def evaluate(
+    source: str | Path, extractor: str, samples: int, seed: int = 0, device: str = "cpu", data: str | None = None
+) -> dict[str, float]:
+    """Reconstruction error, and the Frechet distance of samples to the training images, for stage 2 and the baseline.
+
+    Args:
+        source: a run folder, or a registered model (`models:/name@alias`).
+        data: where the images are, if not where they were for the training, or other images.
     Returns:
         Metric name -> value. `<fd>` is of G(T(e)); `<fd>_glo` of codes from a fitted Gaussian (GLO's sampling).
+        Reconstruction error only where the codes are, in a run folder, and only of the images they are the codes of.
     Raises:
-        UserError: no finished run there.
+        UserError: no finished run there, or the images are not those of the training.
     """
-    config = run_config(run_dir)
-    model = load_model(run_dir, s3=config.s3, device=device)
+    config = moved(run_config(source), data)
+    manifest, model = open_model(source, s3=config.s3, device=device)
     images = open_images(config)
-    extract = build_extractor(extractor, load_weights, device)
-    real = list(training_images(images, len(images), config))
-    metrics = reconstruction(config, model, images)
-    for method, suffix in (("imle", ""), ("glo", "_glo")):
-        drawn = (torch.from_numpy(part).permute(0, 3, 1, 2) for part in model.stream(samples, seed, method=method))  # type: ignore[arg-type]
-        distances = frechet_of_images(extract, real, drawn)
-        metrics |= {f"{name}{suffix}": value for name, value in distances.items()}
-    return metrics
+    require_same(images, manifest, config, data)
+    metrics = {}
+    if not is_registered(source) and images.index.fingerprint == manifest.fingerprint:
+        metrics = reconstruction(config, model, images)
+    judge = build_judge(config, images, extractor, samples, seed, device)
+    return metrics | {judge.metric: judge.distance(model), f"{judge.metric}_glo": judge.distance(model, "glo")}
 
 
 def reconstruction(config: Config, model: SamplingModel, images: ImageRows) -> dict[str, float]:
@@ -89,15 +129,45 @@ def open_images(config: Config) -> ImageRows:
     return ImageRows(data.url, config.s3, cache_dir=data.cache_dir, cache_gb=data.cache_gb, max_rows=data.max_rows)
 
 
-def run_config(run_dir: Path) -> Config:
-    """The configuration that a run folder was made with.
+def is_registered(source: str | Path) -> bool:
+    return str(source).startswith("models:/")
+
+
+def moved(config: Config, url: str | None) -> Config:
+    """The configuration with its data at another address, if one is given.
 
     Raises:
-        UserError: not a run folder.
+        UserError: none is given and the known one has lost its password.
     """
-    path = run_dir / "config.yaml"
+    if url is None and "***@" in config.data.url:
+        raise UserError(f"the password of {config.data.url} was not kept; say where the images are with --data URL")
+    return config if url is None else config.model_copy(update={"data": config.data.model_copy(update={"url": url})})
+
+
+def require_same(images: ImageRows, manifest: Manifest, config: Config, given: str | None) -> None:
+    """Refuse images that have another form than the model's and, unless they were asked for by address, other images.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    require_fit(images.index, config.data, 1)
+    if given is None and images.index.fingerprint != manifest.fingerprint:
+        raise UserError(
+            f"{config.data.url} holds other images than {manifest.name} was trained on; give them with --data URL"
+        )
+
+
+def run_config(source: str | Path) -> Config:
+    """The configuration that a run folder or a registered model was made with.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if is_registered(source):
+        return origin(str(source))
+    path = Path(source) / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml; give one such as runs/digits")
+        raise UserError(f"{source} is not a run folder: it has no config.yaml; give one such as runs/digits")
     try:
         return validate(plain_data(path.read_text(encoding="utf-8")), str(path))
     except ValueError as error:

@@ -64,6 +64,12 @@ COMMANDS = [
     ["data", "pack"],
     ["data", "info"],
     ["data", "verify"],
+    ["registry"],
+    ["registry", "list"],
+    ["registry", "show"],
+    ["registry", "register"],
+    ["registry", "promote"],
+    ["registry", "rollback"],
 ]
 
 
@@ -72,7 +78,7 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
     status, out, err = run(capsys, *command, "--help")
     assert (status, err) == (0, "")
     assert "Usage: glann" in out
-    if command and command[-1] not in ("data", "recipes", "info", "verify"):
+    if command and command[-1] not in ("data", "recipes", "info", "verify", "registry", "list"):
         assert f"glann {' '.join(command)} " in out.split("Usage:")[1].split("\n", 1)[1], "there is no example"
 
 
@@ -311,7 +317,7 @@ def test_a_run_is_evaluated_as_asked(
     monkeypatch.setattr(evaluation, "evaluate", measure)
     status, out, _ = run(capsys, "evaluate", "runs/digits", "--extractor", "vgg16")
     assert (status, out.split()) == (0, ["fd_vgg16", "12.5"])
-    assert asked.arguments == (Path("runs/digits"), "vgg16", 2000, 0, "cpu")
+    assert asked.arguments == ("runs/digits", "vgg16", 2000, 0, "cpu", None)
     status, _, err = run(capsys, "evaluate", "runs/digits", "--extractor", "resnet")
     assert status == 2
     assert err.startswith("error: evaluation.extractor='resnet' is not possible")

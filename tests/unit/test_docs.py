@@ -43,7 +43,7 @@ def test_commands_and_their_options_exist(page: Path):
     commands = known_commands()
     for line in re.findall(r"(?:^|[`'&|] ?|# |bin/)(glann [a-z][^`'#\n]*)", page.read_text(), re.MULTILINE):
         words = line.split()[1:]
-        name = " ".join(words[:2]) if words[0] in ("data", "jobs") else words[0]
+        name = " ".join(words[:2]) if any(known.startswith(f"{words[0]} ") for known in commands) else words[0]
         assert name in commands, f"{named(page)} says `{line}`"
         unknown = {word.split("=")[0] for word in words if word.startswith("--")} - commands[name]
         assert not unknown, f"{named(page)}: `glann {name}` has no {unknown}"

@@ -27,6 +27,8 @@ FLOORS = {
     "tuning": 6,
     "cli_data": 7,
     "cli_jobs": 7,
+    "cli_tune": 7,
+    "cli_registry": 7,
     "cli": 8,
     "__main__": 9,
 }
