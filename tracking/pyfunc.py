@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from glann.errors import UserError
 from glann.tracking.packaged import load_model
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from numpy.typing import NDArray
@@ -36,7 +37,15 @@ class GlannModel(PythonModel):
 
         Args:
             model_input: `n`, `seed` and `truncation`, as a dict or a table (DataFrame) of such rows.
+        Raises:
+            MlflowException: an impossible request; a server answers it with status 400 and the reason.
         """
+        try:
+            return self._draw(model_input)
+        except UserError as error:  # any other exception would be answered with a traceback
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+
+    def _draw(self, model_input: Any) -> NDArray[np.uint8]:
         requests = [_request(row) for row in _rows(model_input)]
         if not requests:
             raise UserError("the request has no rows; send n, seed and truncation")
