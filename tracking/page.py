@@ -48,7 +48,7 @@ def write_page(path: Path, text: str) -> Path:
     """Write a file that is seen whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write the same file
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of file names that are no text
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

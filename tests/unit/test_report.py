@@ -2,7 +2,6 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from glann.tracking.facts import RunFacts
 from glann.tracking.journal import Journal
 from glann.tracking.page import duration, number
 from glann.tracking.report import MAX_PREVIEWS, write_report
+from html_page import Page
 
 CONFIG = {
     "name": "tiny",
@@ -54,31 +54,6 @@ def fill(run_dir):
 @pytest.fixture
 def run_dir(tmp_path):
     return fill(begin(tmp_path / "tiny"))
-
-
-class Page(HTMLParser):
-    """Every address in the page, every element, and whether elements close as they opened."""
-
-    VOID = ("meta", "img", "link", "br", "input")
-
-    def __init__(self, text):
-        super().__init__()
-        self.addresses, self.elements, self.open = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append(tag)
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def test_the_page_needs_no_network_runs_nothing_and_is_well_formed(run_dir):
