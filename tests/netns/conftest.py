@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cluster_faults import SEED, Script
+from cluster_faults import SEED, SHARD, TRAINER, Script
 from cluster_job import End, Job, pack_digits
-from cluster_nodes import Cluster
+from cluster_nodes import WORKERS, Cluster
 from netns import why_not
 
 
@@ -71,16 +71,18 @@ def undisturbed(whole_cluster: Cluster) -> Undisturbed:
 
 
 class Undisturbed:
-    """What a run without faults shows: `end`, `job`, and where its actors were at two moments."""
+    """What a run without faults shows: `end`, `job`, where Ray had its actors, and where its shards ran later."""
 
     def __init__(self, cluster: Cluster) -> None:
         already = len(cluster.proxy.requests)
         self.job = Job(cluster, "undisturbed").start()
         self.job.wait_for_epoch("glo", 1)
-        self.shards_early = cluster.actors("LatentShard")
-        self.trainers = cluster.actors("RayTrainWorker")
+        actors = cluster.actors()
+        self.shards = [actor for actor in actors if actor["name"] == SHARD]
+        self.trainers = [actor for actor in actors if actor["name"] == TRAINER]
         self.job.wait_for_epoch("imle", 1)
-        self.shards_late = cluster.actors("LatentShard")
+        # What runs on the nodes is seen at once; Ray would answer when the job has ended.
+        self.late = {(node, pid) for node in WORKERS for pid in cluster.processes(node, f"ray::{SHARD}")}
         self.status = self.job.wait()
         self.requests = cluster.proxy.requests[already:]
         if self.status:

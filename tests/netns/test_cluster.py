@@ -29,12 +29,14 @@ def test_the_job_trains_across_the_nodes(undisturbed):
 
 
 def test_latents_live_on_their_workers_nodes_and_stay_there(undisturbed, cluster):
-    nodes = [shard["node"] for shard in undisturbed.shards_early]
+    nodes = [shard["node"] for shard in undisturbed.shards]
     assert len(nodes) == 2
     assert len(set(nodes)) == 2, "two workers on nodes of one CPU share no node"
     assert set(nodes) <= set(WORKERS), "the head has no CPU for training"
     assert sorted(nodes) == sorted(trainer["node"] for trainer in undisturbed.trainers)
-    assert undisturbed.shards_early == undisturbed.shards_late, "the actors moved, or were made anew"
+    assert {(shard["node"], shard["pid"]) for shard in undisturbed.shards} == undisturbed.late, (
+        "the actors moved, or were made anew"
+    )
 
 
 def test_images_are_read_on_the_node_that_owns_their_rows(undisturbed, cluster):
@@ -53,7 +55,7 @@ def test_images_are_read_on_the_node_that_owns_their_rows(undisturbed, cluster):
         if request.method == "GET" and file in {shard["file"] for shard in header["shards"]}:
             read[request.client].add(file)
     read.pop(cluster.net.addresses[HEAD], None)  # the driver measures the finished model against all images
-    nodes = [cluster.net.addresses[shard["node"]] for shard in undisturbed.shards_early]
+    nodes = [cluster.net.addresses[shard["node"]] for shard in undisturbed.shards]
     assert set(read) == set(nodes)
     assert [read[nodes[0]], read[nodes[1]]] in (shards_of_rank, shards_of_rank[::-1])
 

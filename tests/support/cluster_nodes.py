@@ -120,6 +120,7 @@ class Cluster:
             "GLOO_SOCKET_IFNAME": "eth0",
             "NCCL_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1",
+            "RAY_worker_niceness": "0",  # Ray's 15 is meant for nodes that do nothing else
             "COLUMNS": "160",
             "MLFLOW_TRACKING_URI": f"http://{self.net.addresses[MLFLOW]}:{MLFLOW_PORT}",
         }  # fmt: skip
@@ -173,18 +174,21 @@ class Cluster:
 
     def nodes(self) -> dict[str, str]:
         """Names of the living nodes, by Ray's id."""
-        names = {address: host for host, address in self.net.addresses.items()}
-        listed = self._ask("print(json.dumps([n for n in ray.nodes() if n['Alive']], default=str))")
-        return {node["NodeID"]: names[node["NodeManagerAddress"]] for node in listed}
+        return self._named(self._ask("print(json.dumps(ray.nodes(), default=str))"))
 
-    def actors(self, kind: str) -> list[dict[str, Any]]:
-        """The living actors of a class: `name`, `node` (its name here) and `pid`."""
-        nodes = self.nodes()
-        listed = self._ask("print(json.dumps(list(ray._private.state.actors().values()), default=str))")
+    def _named(self, listed: list[dict[str, Any]]) -> dict[str, str]:
+        names = {address: host for host, address in self.net.addresses.items()}
+        return {node["NodeID"]: names[node["NodeManagerAddress"]] for node in listed if node["Alive"]}
+
+    def actors(self) -> list[dict[str, Any]]:
+        """The living actors: `name` of the class, `node` (its name here) and `pid`."""
+        both = "ray.nodes(), list(ray._private.state.actors().values())"
+        nodes, actors = self._ask(f"print(json.dumps([{both}], default=str))")
+        names = self._named(nodes)
         return [
-            {"name": each["ActorClassName"], "node": nodes.get(each["Address"]["NodeID"]), "pid": each["Pid"]}
-            for each in listed
-            if each["ActorClassName"] == kind and each["State"] == "ALIVE"
+            {"name": each["ActorClassName"], "node": names.get(each["Address"]["NodeID"]), "pid": each["Pid"]}
+            for each in actors
+            if each["State"] == "ALIVE"
         ]
 
     def processes(self, node: str, title: str) -> list[int]:

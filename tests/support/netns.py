@@ -75,6 +75,10 @@ class Network:
         self.folder = Path(tempfile.mkdtemp(prefix=f"gn{os.getpid()}-"))  # short: Ray's sockets lie below it
         self.home = self.folder / "home"  # a folder of its own on each host
         self.home.mkdir()
+        # No name server is reached from a host. PyTorch asks for its peers' names: to be refused at once is better than
+        # to wait 10 s each time for the machine's own.
+        self._resolver = self.folder / "resolv.conf"
+        self._resolver.write_text("nameserver 127.0.0.1\n")
         self.addresses: dict[str, str] = {}
         self._forwarders: dict[str, subprocess.Popen[bytes]] = {}
         self._bridge = self._namespace("bridge")
@@ -125,8 +129,8 @@ class Network:
 
     def command(self, host: str, *words: str) -> list[str]:
         """The command line that runs `words` on the host."""
-        enter = 'mount --bind "$1" "$2" && cd "$2" && shift 2 && exec "$@"'
-        own = [str(self.disk(host)), str(self.home)]
+        enter = 'mount --bind "$1" /etc/resolv.conf && mount --bind "$2" "$3" && cd "$3" && shift 3 && exec "$@"'
+        own = [str(self._resolver), str(self.disk(host)), str(self.home)]
         return ["ip", "netns", "exec", self._namespace(host), "sh", "-c", enter, "sh", *own, *words]
 
     def start(self, host: str, *words: str, env: Mapping[str, str], **options: Any) -> subprocess.Popen[Any]:
