@@ -13,19 +13,23 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from ..config import Section
+from ..faults import shown
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Params = dict[str, Any]
 KINDS = ("uniform", "log_uniform", "integer", "log_integer", "choice")
-MAX_GRID = 100_000
+CONTINUOUS = ("uniform", "log_uniform")
+MAX_GRID, MAX_CHOICES, MAX_LIST = 100_000, 1000, 100
+MAX_WHOLE = 2**53  # from here on floats, in which samplers reckon, miss whole numbers
+Whole = Annotated[int, Field(gt=-MAX_WHOLE, lt=MAX_WHOLE)]
 
 
 class Dimension(Section):
@@ -33,9 +37,9 @@ class Dimension(Section):
 
     uniform: tuple[float, float] | None = Field(None, description="any number between two")
     log_uniform: tuple[float, float] | None = Field(None, description="as uniform, evenly over orders of magnitude")
-    integer: tuple[int, int] | None = Field(None, description="any whole number between two, both included")
-    log_integer: tuple[int, int] | None = Field(None, description="as integer, evenly over orders of magnitude")
-    choice: tuple[Any, ...] | None = Field(None, description="one of these values")
+    integer: tuple[Whole, Whole] | None = Field(None, description="any whole number between two, both included")
+    log_integer: tuple[Whole, Whole] | None = Field(None, description="as integer, evenly over orders of magnitude")
+    choice: tuple[Any, ...] | None = Field(None, max_length=MAX_CHOICES, description="one of these values")
     when: dict[str, Any] = Field({}, description="keys of the space, and the value (or list of values) they must have")
 
     @model_validator(mode="after")
@@ -43,8 +47,14 @@ class Dimension(Section):
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(KINDS)}" + (f", not {' and '.join(given)}" if given else ""))
+        never = next((key for key, allowed in self.conditions().items() if not allowed), None)
+        if never is not None:
+            raise ValueError(f"when.{never} is an empty list, so it is never searched")
         if self.kind == "choice":
-            texts = [json.dumps(value, sort_keys=True) for value in self.choice or ()]
+            strange = next((value for value in self.choice or () if not _plain(value)), None)
+            if strange is not None:
+                raise ValueError(f"choice is of numbers, words, or short lists of them, not {shown(strange)}")
+            texts = [json.dumps(value) for value in self.choice or ()]
             if len(texts) < 2 or len(set(texts)) < len(texts):
                 raise ValueError("choice needs at least two values, each once")
         else:
@@ -96,11 +106,21 @@ class Dimension(Section):
         """A value as Optuna holds it; None if it is none of the dimension's."""
         if self.choice is not None:
             return next((at for at, choice in enumerate(self.choice) if choice == value), None)
-        inside = isinstance(value, int | float) and self.bounds[0] <= value <= self.bounds[1]
+        number = int if self.kind.endswith("integer") else int | float
+        inside = isinstance(value, number) and self.bounds[0] <= value <= self.bounds[1]
         return value if inside else None
 
     def decode(self, encoded: Any) -> Any:
         return self.choice[encoded] if self.choice is not None else encoded
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is what YAML, JSON and Optuna all can hold, and small: a few lines of YAML can stand for gigabytes."""
+    if isinstance(value, list):
+        return len(value) <= MAX_LIST and not any(isinstance(item, list) or not _plain(item) for item in value)
+    if isinstance(value, int):
+        return abs(value) < MAX_WHOLE
+    return value is None or isinstance(value, float | str)
 
 
 Space = dict[str, Dimension]
@@ -116,9 +136,11 @@ def dependencies_first(space: Space) -> list[str]:
         for other, allowed in dimension.conditions().items():
             if other not in space:
                 raise ValueError(f"space.{key} depends on {other}, which is not in the space")
+            if space[other].kind in CONTINUOUS:
+                raise ValueError(f"space.{key} depends on {other}, which is continuous; use choice or integer for it")
             for value in allowed:
                 if space[other].encode(value) is None:
-                    raise ValueError(f"space.{key} depends on {other}={value!r}, which {other} never is")
+                    raise ValueError(f"space.{key} depends on {other}={shown(value)}, which {other} never is")
     ordered: list[str] = []
     while len(ordered) < len(space):
         ready = [key for key in space if key not in ordered and space[key].conditions().keys() <= set(ordered)]
@@ -127,6 +149,17 @@ def dependencies_first(space: Space) -> list[str]:
             raise ValueError(f"the conditions of {circle} depend on one another in a circle")
         ordered += ready
     return ordered
+
+
+def premises(space: Space, key: str) -> Params:
+    """Values of the keys that a key depends on, also by way of others, under which it is searched."""
+    params, open_ends = Params(), [key]
+    while open_ends:
+        for other, allowed in space[open_ends.pop()].conditions().items():
+            if other not in params:
+                params[other] = allowed[0]
+                open_ends.append(other)
+    return params
 
 
 def grid(space: Space) -> Iterator[Params]:
@@ -151,8 +184,8 @@ def grid(space: Space) -> Iterator[Params]:
             yield params
 
 
-def _all_values(dimension: Dimension) -> list[Any]:
+def _all_values(dimension: Dimension) -> Sequence[Any]:
     if dimension.choice is not None:
-        return list(dimension.choice)
+        return dimension.choice
     low, high = dimension.bounds
-    return list(range(int(low), int(high) + 1))
+    return range(int(low), int(high) + 1)

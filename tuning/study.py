@@ -24,8 +24,9 @@ from ..config import RECIPES, Config, Section, absolute, find_recipe, known_keys
 from ..errors import UserError
 from ..faults import explain, plain_data, shown, suggest
 from ..metrics.extractors import EXTRACTORS
+from ..trainers.prepare import is_free
 from .ledger import BASELINE
-from .space import Dimension, dependencies_first, grid
+from .space import Dimension, dependencies_first, grid, premises
 
 FILE = "study.yaml"
 STUDIES = RECIPES / "studies"
@@ -101,9 +102,19 @@ class StudyConfig(Section):
             raise ValueError("give one of: recipe (both stages), or stage_one (a trained run, for keys of imle.*)")
         for key in self.space:
             _refuse_key(key)
-        if self.stage_one and not self.second_stage_only:
-            key = next(key for key in self.space if not key.startswith(SECOND_STAGE))
-            raise ValueError(f"{key} is of stage 1, which stage_one={self.stage_one} has done; give a recipe instead")
+        for key in ("name", "runs_dir"):
+            if key in self.overrides:
+                raise ValueError(f"overrides.{key} is the study's to say: runs are called like it, in its folder")
+        needed, given = self.extractor_needed, self.overrides.get("evaluation.extractor")
+        if needed and given not in (None, needed):
+            raise ValueError(
+                f"metric={self.metric} is measured by {needed}, not by evaluation.extractor={shown(given)}"
+            )
+        if self.stage_one:
+            done = [key for key in (*self.space, *self.overrides) if not _of_second_stage(key)]
+            if done:
+                told = f"{done[0]} is of stage 1, which stage_one={self.stage_one} has done"
+                raise ValueError(f"{told}; give a recipe instead")
         dependencies_first(self.space)  # refuses conditions on unknown keys and circles
         if self.search.kind == "grid":
             for key, dimension in self.space.items():
@@ -183,20 +194,20 @@ class StudyConfig(Section):
             raise UserError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
             raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
-        for key, value in ({"evaluation.extractor": self.extractor(tree)} | self.overrides | params).items():
+        for key, value in (self.overrides | params).items():
             _put(tree, key, value)
+        if self.extractor_needed:
+            _put(tree, "evaluation.extractor", self.extractor_needed)
         tree |= {"name": name, "runs_dir": runs_dir}
         if self.search.kind == "population":
             _put(tree, "checkpoint.every_epochs", self.search.interval)
         return validate(tree, f"{self.name} on {path}")
 
-    def extractor(self, tree: dict[str, Any]) -> str:
-        """The extractor that the metric needs; the recipe's where it needs none."""
-        wanted = self.metric.removesuffix("_glo")
-        section = tree.get("evaluation")
-        given = section.get("extractor") if isinstance(section, dict) else None
+    @property
+    def extractor_needed(self) -> str | None:
+        """The extractor that the metric is named for, if it is."""
         named = {recipe.metric: name for name, recipe in EXTRACTORS.items()}
-        return named.get(wanted, given or "squeezenet")
+        return named.get(self.metric.removesuffix("_glo"))
 
 
 def trial_name(study: str, number: int) -> str:
@@ -218,8 +229,8 @@ def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
         raise UserError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold keys such as `recipe:` and `space:`, not {type(tree).__name__}")
-    if trials is not None:
-        _put(tree, "budget.trials", trials)
+    if trials is not None and isinstance(budget := tree.get("budget", {}), dict):
+        tree["budget"] = budget | {"trials": trials}
     try:
         study = StudyConfig.model_validate(tree)
     except ValidationError as error:
@@ -272,14 +283,18 @@ def _refuse_key(key: str) -> None:
             raise ValueError(f"space.{key} is not a property of a model and cannot be searched; put it in overrides")
 
 
+def _of_second_stage(key: str) -> bool:
+    """Whether a key, or section, can differ between runs that share a stage 1."""
+    return key == "seed" or key.split(".")[0] == "imle" or is_free(key)
+
+
 def _try_out(study: StudyConfig, path: Path) -> None:
     """Refuse a space whose ends or choices are impossible for the recipe, before anything starts."""
     study.base()
     for key, dimension in study.space.items():
         for value in dimension.extremes():
-            conditions = {name: allowed[0] for name, allowed in dimension.conditions().items()}
             try:
-                study.trial(1, conditions | {key: value})
+                study.trial(1, premises(study.space, key) | {key: value})
             except UserError as error:
                 raise UserError(f"space.{key} admits {json.dumps(value)}, which is impossible: {error}") from error
 
