@@ -6,9 +6,11 @@ started and has no end is started again, in the same run folder. A line reaches 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
 from ..errors import UserError
@@ -46,6 +48,20 @@ class Trial:
         return self.state != "running"
 
 
+_Number = int | float
+# What a line says of a trial that has ended, and of which type; a number that was not finite is null.
+_FACTS: dict[str, type | UnionType] = {
+    "params": dict,
+    "state": str,
+    "value": _Number | None,
+    "metrics": dict,
+    "epoch": int,
+    "loss": _Number | None,
+    "why": str,
+    "seconds": _Number,
+}
+
+
 class Ledger:
     """The trials of a study folder, open for appending."""
 
@@ -65,12 +81,16 @@ class Ledger:
         self._write(trial, {"event": "started", "trial": trial.number, "params": params})
         return trial
 
-    def end(self, trial: Trial, seconds: float = 0.0, **facts: Any) -> Trial:
+    def end(
+        self, trial: Trial, seconds: float = 0.0, metrics: Mapping[str, float] = MappingProxyType({}), **facts: Any
+    ) -> Trial:
         """Enter what became of a trial: `state` and whatever else of `Trial` is known.
 
-        `seconds`: of this start; those of earlier ones are added.
+        `seconds`: of this start; those of earlier ones are added. `metrics`: JSON has no word for one that is not
+        finite, so it is left out.
         """
-        ended = replace(trial, seconds=trial.seconds + seconds, **facts)
+        measured = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        ended = replace(trial, seconds=trial.seconds + seconds, metrics=measured, **facts)
         told = {key: value for key, value in asdict(ended).items() if key != "number"}
         self._write(ended, {"event": "ended", "trial": trial.number} | told)
         return ended
@@ -95,7 +115,7 @@ def trials(folder: Path) -> dict[int, Trial]:
         if line["event"] == "started":
             found[number] = Trial(number, line["params"])
         elif line["event"] == "ended":
-            facts = {key: value for key, value in line.items() if key in Trial.__dataclass_fields__}
+            facts = {key: value for key, value in line.items() if key in _FACTS}
             found[number] = replace(found[number], **facts)
     return found
 
@@ -109,12 +129,17 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if event == "started":
             good = good and isinstance(line.get("params"), dict) and number not in begun
         else:
-            known = isinstance(line.get("metrics"), dict) and line.get("state") in STATES and number in begun
-            good = good and event == "ended" and known
+            known = line.get("state") in STATES and number in begun
+            good = good and event == "ended" and known and _are_facts(line)
         if not good:
             raise UserError(f"{path} is damaged before byte {end}: no line of a study; remove that line")
         begun.add(number)
         yield number, line
+
+
+def _are_facts(line: dict[str, Any]) -> bool:
+    typed = all(isinstance(line[key], kind) for key, kind in _FACTS.items() if key in line)
+    return typed and all(isinstance(value, _Number) for value in line.get("metrics", {}).values())
 
 
 def best_of(trials: Iterable[Trial], minimize: bool) -> Trial | None:
