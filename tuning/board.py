@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ray import tune
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -31,9 +31,8 @@ class Board(NotKept, tune.Callback):
         self.study, self.ledger, self.console = study, ledger, console
         self.latest: dict[int, dict[str, Any]] = {}
         self.told: set[tuple[int, str]] = {(trial.number, trial.state) for trial in ledger.trials if trial.ended}
-        self.began, self.ended_before = monotonic(), len(self.told)
         self.running = 0
-        self.live = Live(console=console, refresh_per_second=2, transient=True, get_renderable=self.table)
+        self.live = Live(console=console, refresh_per_second=2, transient=True, get_renderable=self.screen)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -84,20 +83,23 @@ class Board(NotKept, tune.Callback):
     def best(self) -> Trial | None:
         return best_of(self.ledger.trials, self.study.minimize)
 
-    def table(self) -> Table:
+    def screen(self) -> Group:
+        """One line per trial, however narrow: what is long gives way, and numbers stay whole."""
         trials = self.ledger.trials
-        table = Table(title=self.title(trials), title_justify="left", box=None, pad_edge=False)
-        for column in ("trial", "state", "so far", self.study.metric, "values"):
-            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        table = Table(box=None, pad_edge=False)
+        for column in ("trial", "state", self.study.metric):
+            table.add_column(column, no_wrap=True)
+        for column in ("so far", "values"):
+            table.add_column(column)
         for trial in self.shown(trials):
             table.add_row(
                 str(trial.number),
                 Text(trial.state, STYLES[trial.state]),
-                self.progress(trial),
                 f"{trial.value:.4g}" if trial.value is not None else "",
-                Text(in_words(trial.params)),
+                one_line(self.progress(trial)),
+                one_line(in_words(trial.params)),
             )
-        return table
+        return Group(one_line(self.title(trials)), table)
 
     def shown(self, trials: list[Trial]) -> list[Trial]:
         """Those that run, then the latest of the others, with the best among them."""
@@ -118,7 +120,7 @@ class Board(NotKept, tune.Callback):
         ended = [trial for trial in trials if trial.ended]
         best = self.best()
         words = f"{self.study.name}: {len(ended)} of {self.study.budget.trials} trials"
-        words += f", best {self.study.metric} {best.value:.4g} (trial {best.number})" if best is not None else ""
+        words += f", best {best.value:.4g} (trial {best.number})" if best is not None else ""
         left = self.seconds_left(ended)
         return words + (f", about {max(1, round(left / 60))} min left" if left is not None else "")
 
@@ -128,4 +130,10 @@ class Board(NotKept, tune.Callback):
         if not seconds:
             return None
         left = self.study.budget.trials - len(ended)
+        if left <= 0:
+            return None
         return left * statistics.fmean(seconds) / max(1, self.running)
+
+
+def one_line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
