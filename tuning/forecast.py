@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING
 from ..trainers.plan import Estimate, make_plan
 from .ledger import Trial, in_words, trials
 from .search import first_trials
+from .space import grid
 from .study import StudyConfig
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SHOWN = 20  # trials that are listed
+SHOWN = 20  # trials that are listed at most
 
 
 @dataclass(frozen=True)
 class Forecast:
     """The trials that are known beforehand, and hours of device time by kind of device.
 
-    begun: trials of earlier starts. whole: those to come that train both stages to the end. share: what is expected
-    to be done of each of the others.
+    total: trials of the whole study. begun: those of earlier starts. whole: those to come that train both stages to
+    the end. share: what is expected to be done of each of the others.
     """
 
     study: StudyConfig
+    total: int
     begun: int
     planned: list[Trial]
     estimates: tuple[Estimate, ...]
@@ -35,7 +37,7 @@ class Forecast:
     @property
     def left(self) -> int:
         """Trials that are still to be started."""
-        return self.study.budget.trials - self.begun
+        return max(0, self.total - self.begun)
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
@@ -45,7 +47,7 @@ class Forecast:
         table = Table(box=None, pad_edge=False)
         for column in ("trial", "values"):
             table.add_column(column)
-        for trial in self.planned[:SHOWN]:
+        for trial in self.planned:
             table.add_row(str(trial.number), Text(in_words(trial.params)))
         return Group(
             Text(f"study {self.study.name}: {self.left} trials to start, {self.begun} begun; nothing was started"),
@@ -54,7 +56,7 @@ class Forecast:
         )
 
     def notes(self) -> list[str]:
-        more = self.left - min(len(self.planned), SHOWN)
+        more = self.left - len(self.planned)
         later = "depend on what these come to" if self.study.search.kind == "tpe" else "follow"
         notes = [f"... and {more} more, which {later}"] if more > 0 else []
         for estimate in self.estimates:
@@ -79,9 +81,17 @@ def forecast(study: StudyConfig) -> Forecast:
     plan = make_plan(study.base())
     share = plan.imle_flops / (plan.glo_flops + plan.imle_flops) if study.second_stage_only else expected(study)
     whole = 0 if begun or study.stage_one else 1  # the base recipe is never stopped early
-    known = study.search.startup if study.search.kind == "tpe" else study.budget.trials  # later ones depend on results
-    planned = first_trials(study, known)[begun:] if begun == 0 else []
-    return Forecast(study, begun, planned, plan.estimates, whole, share)
+    # besides the base recipe; later ones depend on results
+    known = study.search.startup if study.search.kind == "tpe" else study.budget.trials
+    planned = first_trials(study, min(1 + known, SHOWN)) if begun == 0 else []
+    return Forecast(study, total_of(study), begun, planned, plan.estimates, whole, share)
+
+
+def total_of(study: StudyConfig) -> int:
+    """Trials of the whole study; a grid may end before its budget does."""
+    if study.search.kind != "grid":
+        return study.budget.trials
+    return min(study.budget.trials, 1 + sum(1 for _ in grid(study.space)))
 
 
 def expected(study: StudyConfig) -> float:
@@ -89,9 +99,11 @@ def expected(study: StudyConfig) -> float:
     if not study.stops_early:
         return 1.0
     epochs, grace, reduction = study.base().glo.epochs, study.scheduler.grace, study.scheduler.reduction
-    rungs = [grace * reduction**k for k in range(int(math.log(max(epochs / grace, 1), reduction)) + 1)]
+    if epochs <= grace:
+        return 1.0
+    rungs = [grace * reduction**k for k in range(int(math.log(epochs / grace, reduction)) + 1)]
     ends = [*rungs[1:], float(epochs)]
-    spent = float(min(grace, epochs))
+    spent = float(grace)
     for k, (rung, end) in enumerate(zip(rungs, ends, strict=True), start=1):
         spent += (end - rung) / reduction**k
     return min(1.0, spent / epochs)
