@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from ..tracking.journal import FILE as JOURNAL
 from ..tracking.journal import entries
 from .ledger import BASELINE, Trial
-from .study import StudyConfig, trial_name
+from .study import StudyConfig
 
 EPOCH, LOSS = "epoch", "loss"  # of stage 1, in what a trial reports; the base recipe's trial reports no loss to it
-LONG = 10**9  # more epochs than anybody trains: a trial ends by itself
 
 
 def build_scheduler(study: StudyConfig, trials: list[Trial]) -> TrialScheduler:
@@ -27,14 +27,14 @@ def build_scheduler(study: StudyConfig, trials: list[Trial]) -> TrialScheduler:
             metric=LOSS,
             mode="min",
             perturbation_interval=study.search.interval,
-            hyperparam_mutations={"params": {key: _resample(study, key) for key in study.space}},
-            synch=False,
+            hyperparam_mutations={"member": {"params": {key: _resample(study, key) for key in study.space}}},
+            custom_explore_fn=partial(within, study),
             require_attrs=False,
             log_config=False,
         )
     if not study.stops_early:
         return FIFOScheduler()
-    asha = ASHAScheduler(
+    asha = Halving(
         time_attr=EPOCH,
         metric=LOSS,
         mode="min",
@@ -49,13 +49,33 @@ def build_scheduler(study: StudyConfig, trials: list[Trial]) -> TrialScheduler:
     return asha
 
 
-def replay(asha: ASHAScheduler, study: StudyConfig, trial: Trial) -> None:
-    """Have the rungs know a trial of an earlier start by its journal: they know trials by their id alone."""
-    known: Any = SimpleNamespace(trial_id=trial_name(study.name, trial.number))
-    controller: Any = None
-    asha.on_trial_add(controller, known)
-    for epoch, loss in losses(study.folder / "trials" / known.trial_id):
-        asha.on_trial_result(controller, known, {EPOCH: epoch, LOSS: loss})
+class Halving(ASHAScheduler):
+    """ASHA whose rungs know trials by their numbers, not by Ray's ids, which are new with every start of a study."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, numbered(trial))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return super().on_trial_result(tune_controller, numbered(trial), result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        super().on_trial_complete(tune_controller, numbered(trial), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_remove(tune_controller, numbered(trial))
+
+
+def numbered(trial: Any) -> Any:
+    """All that the rungs ask of a trial is an id."""
+    return SimpleNamespace(trial_id=trial.config["member"]["number"])
+
+
+def replay(asha: Halving, study: StudyConfig, trial: Trial) -> None:
+    """Have the rungs know a trial of an earlier start by its journal, also one that is to go on."""
+    known = SimpleNamespace(config={"member": {"number": trial.number}})
+    asha.on_trial_add(None, known)
+    for epoch, loss in losses(study.run_dir(trial.number)):
+        asha.on_trial_result(None, known, {EPOCH: epoch, LOSS: loss})
 
 
 def losses(run_dir: Path) -> Iterator[tuple[int, float]]:
@@ -63,6 +83,16 @@ def losses(run_dir: Path) -> Iterator[tuple[int, float]]:
     for entry in entries(run_dir / JOURNAL):
         if entry.get("stage") == "glo" and isinstance(entry.get(LOSS), int | float):
             yield int(entry[EPOCH]), float(entry[LOSS])
+
+
+def within(study: StudyConfig, config: dict[str, Any]) -> dict[str, Any]:
+    """What a population makes of a member's values, kept inside the space: steps of 20 % know no bounds."""
+    params = config["member"]["params"]
+    for key, dimension in study.space.items():
+        if key in params and dimension.choice is None:
+            low, high = dimension.bounds
+            params[key] = min(max(params[key], low), high)
+    return config
 
 
 def _resample(study: StudyConfig, key: str) -> Any:

@@ -5,13 +5,16 @@ Nothing of a search is kept anywhere else, so an interrupted study searches on a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ray import tune
 from ray.tune.search import Searcher
+from ray.tune.utils.util import flatten_dict
 
 from ..datasets.storage import open_store
 from ..trainers.prepare import is_worked_on
@@ -107,7 +110,8 @@ class LedgerSearch(NotKept, Searcher):
         self.waiting = [trial for trial in ledger.trials if not trial.ended]
         self.running: dict[str, Trial] = {}  # by Ray's id
         self.began: dict[str, float] = {}
-        self.closing: list[Trial] = []  # ended for Ray, and not let go of their run folders yet
+        # Ended for Ray, and not let go of their run folders yet; those that an earlier start did not come to, too.
+        self.closing: list[Trial] = [trial for trial in ledger.trials if trial.state == "stopped"]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         self.settle()
@@ -118,8 +122,18 @@ class LedgerSearch(NotKept, Searcher):
         trial = self.waiting.pop(0) if self.waiting else self.next_one()
         if trial is None:
             return None if self.closing or self.running else Searcher.FINISHED
+        self.hand_out(trial_id, trial)
+        return {"member": member(trial)}
+
+    def hand_out(self, trial_id: str, trial: Trial) -> None:
+        """Note that Ray runs a trial under this id."""
         self.running[trial_id], self.began[trial_id] = trial, monotonic()
-        return {"number": trial.number, "params": trial.params}
+
+    def population(self) -> list[Trial]:
+        """All that is to run, entered in the ledger: a population is there from the beginning."""
+        while (trial := self.next_one()) is not None:
+            self.waiting.append(trial)
+        return self.waiting
 
     def next_one(self) -> Trial | None:
         """A new trial, entered in the ledger before it is handed out."""
@@ -155,6 +169,29 @@ class LedgerSearch(NotKept, Searcher):
         """Never asked for."""
 
 
+class Members(NotKept, tune.Callback):
+    """Tells the ledger of a population's trials, which no search has handed out."""
+
+    def __init__(self, search: LedgerSearch) -> None:
+        self.search = search
+        self.waiting = {trial.number: trial for trial in search.waiting}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if (known := self.waiting.pop(trial.config["member"]["number"], None)) is not None:
+            self.search.hand_out(trial.trial_id, known)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.search.on_trial_complete(trial.trial_id, flatten_dict(trial.last_result))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.search.on_trial_complete(trial.trial_id, error=True)
+
+
+def member(trial: Trial) -> dict[str, Any]:
+    """What Ray Tune is told of a trial."""
+    return {"number": trial.number, "params": trial.params}
+
+
 def outcome(study: StudyConfig, result: dict[str, Any] | None, error: bool, over: bool) -> dict[str, Any] | None:
     """What a trial's last word means for the ledger; None if it was interrupted and is to go on.
 
@@ -175,8 +212,8 @@ def outcome(study: StudyConfig, result: dict[str, Any] | None, error: bool, over
     metrics = _nested(result, "metrics")
     if not metrics:
         return None if over else facts | {"state": "stopped"}
-    if study.metric not in metrics:
-        return facts | {"state": "failed", "metrics": metrics, "why": f"it was not measured by {study.metric}"}
+    if not math.isfinite(metrics.get(study.metric, math.nan)):
+        return facts | {"state": "failed", "metrics": metrics, "why": f"it has no finite {study.metric}"}
     return facts | {"state": "finished", "value": metrics[study.metric], "metrics": metrics}
 
 

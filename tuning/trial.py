@@ -63,7 +63,8 @@ class TrialRun(tune.Trainable):
     """A trial as Ray Tune knows it; it lives on the study's node, its workers anywhere."""
 
     def setup(self, config: dict[str, Any], part: Part) -> None:
-        self.part, self.number, self.params = part, int(config["number"]), dict(config["params"])
+        self.part, self.number = part, own_number(part.study, self.trial_id, config["member"]["number"])
+        self.params = {} if self.number == BASELINE else dict(config["member"]["params"])
         self.donor: Path | None = None
         self.reports: Queue[dict[str, Any]] = Queue()
         self.unanswered, self.goes_on = False, threading.Event()
@@ -157,6 +158,14 @@ class TrialRun(tune.Trainable):
         self.reports.put(result)
         while not self.goes_on.wait(0.1) and not self.stopping.is_set():
             pass
+
+
+def own_number(study: StudyConfig, trial_id: str, given: int) -> int:
+    """The number that Ray's trial began with: who goes on from another's copy is given all of the other's values."""
+    path = study.folder / "ray" / f"{trial_id}.number"
+    if not path.exists():
+        path.write_text(str(given), encoding="utf-8")
+    return int(path.read_text(encoding="utf-8"))
 
 
 def reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from .board import Board
 from .budget import Budget
 from .ledger import BASELINE, Ledger
 from .scheduler import build_scheduler
-from .search import LedgerSearch
+from .search import LedgerSearch, Members, member
 from .study import StudyConfig
 from .trial import Metrics, Part, TrialRun, Work
 
@@ -45,7 +46,8 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # of its own state, which nobody reads: the ledger is the study's
 }
-PIN = 0.001  # of the resource that every node has one of: trials live on the study's node and take no CPU
+# Of the resource that every node has one of. Trials live on the study's node, and take no CPU there.
+MAX_SHARE = 1.0
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,20 @@ def tune_trials(search: LedgerSearch, part: Part, callbacks: list[Any], own: Map
     """One call of Ray Tune. Trials live on the study's node, where its folder is; their workers live anywhere."""
     os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
     here = f"node:{ray.util.get_node_ip_address()}"
-    place = tune.PlacementGroupFactory([{here: PIN, **own}])
+    share = math.floor(MAX_SHARE / search.slots() * 1e4) / 1e4  # a paused population may start again as it likes
+    place = tune.PlacementGroupFactory([{here: share, **own}])
     trainable: Any = tune.with_resources(tune.with_parameters(TrialRun, part=part), place)
-    quiet = logging.getLogger("ray.tune")
-    quiet.setLevel(logging.CRITICAL)  # what becomes of trials is told by the board
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what becomes of trials is told by the board
+    scheduler = build_scheduler(part.study, search.ledger.trials)
+    space: dict[str, Any] = {}
+    chosen = tune.TuneConfig(search_alg=search, scheduler=scheduler, num_samples=-1)
+    if part.study.search.kind == "population":  # Ray Tune lets no search choose its members
+        space = {"member": tune.grid_search([member(trial) for trial in search.population()])}
+        chosen, callbacks = tune.TuneConfig(scheduler=scheduler), [*callbacks, Members(search)]
     tune.Tuner(
         trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=search, scheduler=build_scheduler(part.study, search.ledger.trials), num_samples=-1
-        ),
+        param_space=space,
+        tune_config=chosen,
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(part.study.folder / "ray"),
