@@ -2,7 +2,8 @@
 
 MLflow retries a dead server for minutes and its database layer for another two.  A user who mistyped
 an address should hear of it at once, so MLflow's patience is shortened, unless the environment
-already says how long it should be.
+already says how long it should be.  How long an answer may take is left as it is (two minutes): a
+server that passes a large file on to S3 answers when it lies there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_fixed
+
 from ..config import Config
 from ..errors import UserError, redact
 
@@ -26,12 +29,12 @@ T = TypeVar("T")
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    # A request whose answer was lost has been heard: asked again, MLflow makes a second run or version. We look first.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # there is one bar, and it is the training's
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints the address with its password
 }
+TRIES = 3
 START_TIMEOUT_S = 30.0
 # Making the tables of a new database took 12 s on two busy cores.
 SQLITE_START_TIMEOUT_S = 120.0
@@ -51,7 +54,7 @@ def tame_mlflow() -> None:
     """Have MLflow give up on a dead server in seconds, unless the environment says otherwise, and chat less."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    for name in ("mlflow.store.db.utils", "mlflow.pyfunc"):
+    for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -70,16 +73,22 @@ def make_client(uri: str) -> MlflowClient:
 def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
     """The result of `action(client)`: the first calls to a server, which say whether it is there.
 
+    Args:
+        action: is called again after a fault, so it must look for what it is about to make.
     Raises:
         UserError: the server does not answer in time, or refuses.
     """
     _check_sqlite(uri)
     outcome: list[T] = []
     failure: list[Exception] = []
+    # a connection may break, and a server may be restarted
+    again = Retrying(
+        stop=stop_after_attempt(TRIES), wait=wait_fixed(1), retry=retry_if_not_exception_type(UserError), reraise=True
+    )
 
     def attempt() -> None:
         try:
-            outcome.append(action(make_client(uri)))
+            outcome.append(again(lambda: action(make_client(uri))))
         except Exception as error:  # whatever MLflow's client, its HTTP or its database layer raises
             failure.append(error)
 

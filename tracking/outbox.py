@@ -104,7 +104,7 @@ class Outbox:
             self._update(parcels=(*others, parcel))
 
     def close(self, status: str, timeout_s: float) -> bool:
-        """Send what is left and how the run ended, for at most so many seconds.  False: some is still here, and kept."""
+        """Send what is left and how the run ended, within so many seconds.  False: not all went, the rest is kept."""
         self._status = status
         self._closing.set()
         self._thread.join(timeout_s)

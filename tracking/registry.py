@@ -63,7 +63,7 @@ def publish(client: MlflowClient, run_id: str, folder: Path, register_as: str | 
     if not register_as:
         return PublishedModel(f"models:/{logged.model_id}")
     for made in client.search_model_versions(f"name = '{checked(register_as)}' and run_id = '{run_id}'"):
-        if made.model_id == logged.model_id:
+        if made.source == logged.artifact_location:  # the model id is not kept
             client.set_registered_model_alias(register_as, CHALLENGER, made.version)
             return PublishedModel(f"models:/{register_as}@{CHALLENGER}", register_as, str(made.version))
     return register(client, register_as, logged, run_id)

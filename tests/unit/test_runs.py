@@ -49,6 +49,7 @@ def server(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(outbox, "POLL_S", 0.05)
+    monkeypatch.setattr(outbox, "PATIENCE_S", 1.0)
 
 
 def wait_until(condition, limit_s=20):
@@ -178,14 +179,14 @@ def test_a_run_deleted_on_the_server_is_made_anew_with_everything(tmp_path, serv
 def test_a_server_that_goes_away_delays_nothing_and_gets_everything_later(tmp_path, server, caplog, monkeypatch):
     run = TrackedRun.open(make_config(server), tmp_path)
     wait_until(lambda: not run._outbox.waiting())
-    away, send = [True], run._client.log_batch
+    away, send = [True], run._outbox._client.log_batch
 
     def log_batch(*args, **kwargs):
         if away[0]:
             raise ConnectionError("https://me:secret@tracker refused")
         return send(*args, **kwargs)
 
-    monkeypatch.setattr(run._client, "log_batch", log_batch)
+    monkeypatch.setattr(run._outbox._client, "log_batch", log_batch)
     with caplog.at_level(logging.INFO, "glann.tracking"):
         for step in range(1, 2501):  # more than one request holds
             run.log_metrics({"stage": "glo", "loss": float(step)}, step)
@@ -202,7 +203,9 @@ def test_a_server_that_goes_away_delays_nothing_and_gets_everything_later(tmp_pa
 def test_what_was_not_sent_at_the_end_is_said_and_sent_by_the_next_run(tmp_path, server, caplog, monkeypatch):
     run = TrackedRun.open(make_config(server), tmp_path)
     wait_until(lambda: not run._outbox.waiting())
-    monkeypatch.setattr(run._client, "log_batch", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("gone")))
+    monkeypatch.setattr(
+        run._outbox._client, "log_batch", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("gone"))
+    )
     with caplog.at_level(logging.WARNING, "glann.tracking"):
         run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
         run.finish(timeout_s=10)
@@ -215,7 +218,7 @@ def test_what_was_not_sent_at_the_end_is_said_and_sent_by_the_next_run(tmp_path,
 def test_a_server_that_hangs_is_left_behind_in_bounded_time(tmp_path, server, monkeypatch):
     run = TrackedRun.open(make_config(server), tmp_path)
     wait_until(lambda: not run._outbox.waiting())
-    monkeypatch.setattr(run._client, "log_batch", lambda *a, **k: time.sleep(30))
+    monkeypatch.setattr(run._outbox._client, "log_batch", lambda *a, **k: time.sleep(30))
     run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
     started = time.monotonic()
     run.finish(timeout_s=0.5)
