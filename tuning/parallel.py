@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 WORST = "#8d949c"
 ASIDE = -0.16  # where lines pass an axis that they have no place on
 LEAST_GAP = 0.1  # between ticks, of the length of an axis
+MAX_NAMED = 12  # steps between choices that are named on an axis
 PER_AXIS, HEIGHT = 1.55, 4.6  # inches
 
 
@@ -92,7 +93,7 @@ def parallel_coordinates(study: StudyConfig, lines: list[Line], title: str) -> M
                 linewidth=1.3 if is_trial else 2.6,
             )
         for at, (key, dimension) in enumerate(space.items()):
-            _axis(axes, at, key.replace(".", ".\n"), _ticks(dimension))
+            _axis(axes, at, key.replace(".", ".\n"), ticks_of(dimension))
             if any(place(dimension, line.params, key) == ASIDE for line in lines):
                 axes.annotate("not searched", (at, ASIDE - 0.02), ha="center", va="top", fontsize=9)
         _axis(axes, last, study.metric.replace("_", "_\n", 1), scale.ticks(), right=True)
@@ -123,11 +124,15 @@ def _scale(dimension: Dimension) -> Scale:
     return Scale(low, high, dimension.log)
 
 
-def _ticks(dimension: Dimension) -> list[tuple[float, str]]:
+def ticks_of(dimension: Dimension) -> list[tuple[float, str]]:
+    """(place, text) on the axis of a key; of many choices only some are named."""
     if dimension.choice is None:
         return _scale(dimension).ticks(whole=dimension.kind.endswith("integer"))
     last = len(dimension.choice) - 1
-    return [(at / last, _short(text(value))) for at, value in enumerate(dimension.choice)]
+    shown = (
+        sorted({round(at * last / MAX_NAMED) for at in range(MAX_NAMED + 1)}) if last > MAX_NAMED else range(last + 1)
+    )
+    return [(at / last, _short(text(dimension.choice[at]))) for at in shown]
 
 
 def _short(words: str) -> str:

@@ -165,7 +165,10 @@ def gain(best: float, base: float, study: StudyConfig) -> str:
     difference = base - best if study.minimize else best - base
     if study.metric == "psnr":
         return f"{difference:.2f} dB"
-    return f"{difference / abs(base):.1%}" if base else f"{difference:.3g}"
+    if not base:
+        return f"{difference:.3g}"
+    share = difference / abs(base)
+    return f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
 
 
 def samples(facts: StudyFacts) -> list[tuple[str, str, Figure]]:

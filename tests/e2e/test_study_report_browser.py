@@ -52,7 +52,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A study that went its way, one that has not begun, and a run of the first: the same frame."""
     folder = tmp_path_factory.mktemp("studies")
-    full, empty = make_study(folder), make_study(folder, name="a-study-of-a-very-long-name-" + "x" * 50)
+    full, empty = make_study(folder, name="long-" + "x" * 70), make_study(folder, name="y" * 80)
     fill_study(full)
     return {"full": write_report(full), "empty": write_report(empty), "run": run_report(full.run_dir(0))}
 

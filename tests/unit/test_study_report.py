@@ -15,7 +15,7 @@ from glann.tuning.charts import apart
 from glann.tuning.importance import MIN_TRIALS, best_count, importances
 from glann.tuning.leaderboard import as_yaml, command, leaderboard, recipe_params, text
 from glann.tuning.ledger import Ledger, Trial
-from glann.tuning.parallel import ASIDE, Scale, place
+from glann.tuning.parallel import ASIDE, MAX_NAMED, Scale, place, ticks_of
 from glann.tuning.report import MAX_ROWS, gain, write_report
 from glann.tuning.space import Dimension
 from html_page import Page
@@ -231,7 +231,12 @@ def test_the_recipe_has_values_for_the_keys_that_apply_to_it(study):
 
 @pytest.mark.parametrize(
     ("metric", "best", "base", "told"),
-    [("fd_squeezenet", 0.75, 1.0, "25.0%"), ("psnr", 22.0, 20.5, "1.50 dB"), ("l1", -1.0, 0.0, "1")],
+    [
+        ("fd_squeezenet", 0.75, 1.0, "25.0%"),
+        ("l1", 0.9999, 1.0, "less than 0.1%"),
+        ("psnr", 22.0, 20.5, "1.50 dB"),
+        ("l1", -1.0, 0.0, "1"),
+    ],
 )
 def test_what_was_gained_is_told_in_the_unit_of_the_metric(study, metric, best, base, told):
     assert gain(best, base, study.model_copy(update={"metric": metric})) == told
@@ -295,6 +300,13 @@ def test_ticks_are_at_both_ends_and_do_not_crowd():
         assert ticks[-1][0] == 1
         assert all(after - before >= 0.0999 for (before, _), (after, _) in pairwise(ticks))
     assert Scale(0.3, 0.3, False).ticks() == [(0.5, "0.3")]
+
+
+def test_of_many_choices_the_first_the_last_and_some_between_are_named():
+    ticks = ticks_of(Dimension(choice=tuple(range(1000))))
+    assert len(ticks) == MAX_NAMED + 1
+    assert (ticks[0], ticks[-1]) == ((0, "0"), (1, "999"))
+    assert [text for _, text in ticks_of(Dimension(choice=("a", "b" * 50)))] == ["a", "b" * 15 + "…"]
 
 
 def test_a_place_on_an_axis_is_by_magnitude_by_number_or_by_choice():
