@@ -51,7 +51,8 @@ test: $(VENV)/.installed-test system-test-packages  ## run the test suite
 test-cluster: $(VENV)/.installed-test  ## nodes in network namespaces, and every fault (root)
 	@$(BIN)/python -m pytest tests/netns -m "netns or matrix" -s $(PYTEST_ARGS)
 
-test-faults: $(VENV)/.installed-test  ## faults, drains, changes of size, submitted jobs, secrets
+test-faults: SYSTEM_TEST_PACKAGES := postgresql
+test-faults: $(VENV)/.installed-test system-test-packages  ## faults, drains, changes of size, jobs, secrets, MLflow on PostgreSQL
 	@$(BIN)/python -m pytest tests/dist tests/e2e -m matrix -s $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed-test  ## 10,000 tampered files, new ones every time; none may do harm
