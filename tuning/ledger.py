@@ -124,7 +124,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every line with the number of its trial, as far as it is one of a ledger."""
     begun: set[int] = set()
     for end, line in read(path):
-        number, event = line.get("trial"), line.get("event")
+        number: Any = line.get("trial")
+        event = line.get("event")
         good = isinstance(number, int) and not isinstance(number, bool) and number >= 0
         if event == "started":
             good = good and isinstance(line.get("params"), dict) and number not in begun
