@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that fails on demand, and remembers who asked for what."""
+"""A proxy in front of an HTTP server, such as S3, that fails on demand, and remembers who asked for what."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Kind = Literal["status", "reset", "stall", "truncate"]
+Kind = Literal["status", "reset", "lost", "stall", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class Request:
 
 @dataclass
 class Fault:
-    """What the next `times` requests that `wanted` accepts will meet. `value`: status code, or seconds of a stall."""
+    """What the next `times` requests that `wanted` accepts will meet. `value`: status code, or seconds of a stall.
+
+    `reset` breaks the connection before the server hears of the request, `lost` when it has done what was asked.
+    """
 
     kind: Kind
     times: int
@@ -122,13 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
                 status = int(fault.value)
                 self.answer(status, {"Content-Type": "application/xml"}, _error_body(status))
             else:
-                status = self.pass_on(body, truncate=fault is not None and fault.kind == "truncate")
+                status = self.pass_on(body, fault.kind if fault else None)
         finally:
             self.owner.note(self.client_address[0], self.command, self.path, status, fault)
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+    do_GET = do_PUT = do_POST = do_PATCH = do_HEAD = do_DELETE = handle_any
 
-    def pass_on(self, body: bytes, truncate: bool) -> int:
+    def pass_on(self, body: bytes, fault: Kind | None) -> int:
         upstream = http.client.HTTPConnection(*self.owner.upstream, timeout=60)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -143,10 +146,13 @@ class _Handler(BaseHTTPRequestHandler):
             return 502
         finally:
             upstream.close()
+        if fault == "lost":
+            self.reset()
+            return 0
         headers = {name: value for name, value in answer.getheaders() if name.lower() not in _OF_THE_CONNECTION}
         if self.command == "HEAD":
             headers["Content-Length"] = answer.getheader("Content-Length") or "0"
-        self.answer(answer.status, headers, data, len(data) // 2 if truncate else None)
+        self.answer(answer.status, headers, data, len(data) // 2 if fault == "truncate" else None)
         return answer.status
 
     def answer(self, status: int, headers: dict[str, str], data: bytes, sent: int | None = None) -> None:
