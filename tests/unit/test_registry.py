@@ -161,6 +161,22 @@ def test_training_and_registering_by_hand_write_the_same(home, name):
     assert len(home.client.get_run(run_id).outputs.model_outputs) == 1  # nothing was uploaded twice
 
 
+def test_what_is_measured_just_before_the_model_is_sent_is_on_its_version(home, name, monkeypatch):
+    config = make_config("late")
+    make_run(config)
+    send = outbox.Outbox._send_parcels
+
+    def send_late(self):  # the journal has been looked at, and the model waits
+        if any(parcel.kind == "model" for parcel in self._state.parcels):
+            with open("runs/late/metrics.jsonl", "a") as journal:
+                journal.write(json.dumps({"stage": "evaluation", "step": 9, "late": 1.5}) + "\n")
+        send(self)
+
+    monkeypatch.setattr(outbox.Outbox, "_send_parcels", send_late)
+    track(config, home.uri, register_as=name)
+    assert tags(home.client, name, 1)["glann.metric.late"] == "1.5"
+
+
 def test_registering_a_run_again_changes_nothing(home, name, capsys):
     register_run("runs/good", name)
     register_run("runs/bad", name)
