@@ -58,7 +58,8 @@ def publish(client: MlflowClient, run_id: str, folder: Path, register_as: str | 
             save_pyfunc(folder, path, run_id=run_id, model_id=logged.model_id)
             client.log_model_artifacts(logged.model_id, str(path))
         client.finalize_logged_model(logged.model_id, "READY")
-    if logged.model_id not in [output.model_id for output in run.outputs.model_outputs]:
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if logged.model_id not in [output.model_id for output in outputs]:
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     if not register_as:
         return PublishedModel(f"models:/{logged.model_id}")
