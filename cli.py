@@ -16,6 +16,7 @@ import typer
 from .cli_data import Endpoint, data_app, s3_at
 from .cli_jobs import jobs_app, submit
 from .cli_registry import registry_app
+from .cli_tune import tune
 from .errors import GlannError, UserError, redact
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def root(
     glann sample runs/digits --out samples.png  new images from a finished run
     glann doctor celebahq-1024                  is this cluster ready for it?
     glann submit celebahq-1024 ...              train on a cluster that is somewhere else
+    glann tune digits                           search for better values of a recipe
     """
 
 
@@ -121,6 +123,7 @@ def train(
 
 
 app.command()(submit)
+app.command()(tune)
 
 
 @app.command()

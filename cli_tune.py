@@ -53,6 +53,7 @@ def tune(
 
 def tell_best(study: StudyConfig, console: Console) -> None:
     """The best trial beside the base recipe, and how to go on with it."""
+    from .tuning.leaderboard import command
     from .tuning.ledger import BASELINE, best_of, in_words, trials
 
     found = trials(study.folder)
@@ -66,4 +67,5 @@ def tell_best(study: StudyConfig, console: Console) -> None:
     console.print(f"best: trial {best.number}, {study.metric} {best.value:.4g}, {values}", soft_wrap=True)
     if base is not None and base.value is not None and best.number != BASELINE:
         console.print(f"base recipe: {study.metric} {base.value:.4g}")
+    console.print(f"train it again: {command(study, best)}", soft_wrap=True, highlight=False)
     console.print(f"register it: glann registry register {study.run_dir(best.number)} --as NAME", soft_wrap=True)

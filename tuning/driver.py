@@ -15,7 +15,7 @@ import torch
 
 from ..config import Config
 from ..datasets.assets import load_weights
-from ..errors import UserError
+from ..errors import GlannError, UserError
 from ..metrics.extractors import build_extractor
 from ..tracking.connection import redacted_config
 from ..tracking.runs import Status, TrackedRun
@@ -66,29 +66,60 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
     return study.folder / "report.html"
 
 
+def run_on_cluster(
+    study: StudyConfig,
+    base: Config,
+    ledger: Ledger,
+    tracked: TrackedRun,
+    console: Console,
+    mirror: RunMirror,
+) -> None:
+    """Have the trials that are left run on the recipe's cluster.
+
+    Raises:
+        RunStopped: SIGINT or SIGTERM.
+    """
+    interrupted = threading.Event()
+    with ray_cluster(base), stop_on_signal(partial(say_stopping, interrupted, console)):
+        from .trials import Conduct, run_trials  # Ray reads its settings when it is imported
+
+        run_trials(Conduct(study, base, ledger, tracked, console, interrupted, mirror.send_soon))
+    if interrupted.is_set():
+        raise RunStopped(f"study {study.name} was stopped and is saved; the same command goes on with it")
+
+
 def conduct(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console) -> None:
     """Run the trials that are left, and report, telling MLflow how it ended."""
     status: Status = "FAILED"
-    ledger, interrupted, mirror = Ledger(study.folder), threading.Event(), RunMirror(base, of_study)
+    ledger, mirror = Ledger(study.folder), RunMirror(base, of_study)
+    wanted, trials = study.trials_in_all, ledger.trials
+    done = len(trials) >= wanted and all(trial.ended for trial in trials)
     try:
-        with ray_cluster(base), stop_on_signal(partial(say_stopping, interrupted, console)):
-            from .trials import Conduct, run_trials  # Ray reads its settings when it is imported
-
-            run_trials(Conduct(study, base, ledger, tracked, console, interrupted, mirror.send_soon))
-        if interrupted.is_set():
-            raise RunStopped(f"study {study.name} was stopped and is saved; the same command goes on with it")
+        if done:
+            console.print(f"all {wanted} trials have ended; more with --trials")
+        else:
+            run_on_cluster(study, base, ledger, tracked, console, mirror)
         status = "FINISHED"
     except (RunStopped, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
-        if any(trial.ended for trial in ledger.trials):
-            for path in (study.folder / FILE, write_report(study), study.folder / "leaderboard.csv"):
-                tracked.log_artifact(path)
+        tell(study, ledger, tracked, console)
         ledger.close()
         tracked.finish(status)
         mirror.close(console.print)
         shutil.rmtree(study.folder / "ray", ignore_errors=True)
+
+
+def tell(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Console) -> None:
+    """Write the report, finished or not; that it cannot be written must not hide how the study ended."""
+    if not any(trial.ended for trial in ledger.trials):
+        return
+    try:
+        for path in (study.folder / FILE, write_report(study), study.folder / "leaderboard.csv"):
+            tracked.log_artifact(path)
+    except GlannError as error:
+        console.print(f"the report of {study.name} could not be written: {error}", soft_wrap=True)
 
 
 def say_stopping(interrupted: threading.Event, console: Console) -> None:

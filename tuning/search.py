@@ -113,7 +113,8 @@ class LedgerSearch(NotKept, Searcher):
         # Ended for Ray, and not let go of their run folders yet; those that an earlier start did not come to, too.
         self.closing: list[Trial] = [trial for trial in ledger.trials if trial.state == "stopped"]
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
+        """Values for a new trial; None: ask again later; FINISHED: there are no more."""
         self.settle()
         if self.over():
             return None if self.closing or self.running else Searcher.FINISHED

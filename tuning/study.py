@@ -158,6 +158,13 @@ class StudyConfig(Section):
     def minimize(self) -> bool:
         return LOWER_IS_BETTER[self.metric] if self.direction is None else self.direction == "minimize"
 
+    @property
+    def trials_in_all(self) -> int:
+        """How many trials it has once it is done, if nothing else ends it: a grid may have fewer than the budget."""
+        if self.search.kind != "grid":
+            return self.budget.trials
+        return min(self.budget.trials, 1 + sum(1 for _ in grid(self.space)))
+
     def with_absolute_paths(self) -> Self:
         """The same study for processes with another working folder, such as trials."""
         here = {"studies_dir": absolute(self.studies_dir), "stage_one": self.stage_one and absolute(self.stage_one)}

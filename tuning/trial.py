@@ -62,7 +62,8 @@ class Part:
 class TrialRun(tune.Trainable):
     """A trial as Ray Tune knows it; it lives on the study's node, its workers anywhere."""
 
-    def setup(self, config: dict[str, Any], part: Part) -> None:
+    def setup(self, config: dict[str, Any], **given: Part) -> None:
+        part = given["part"]
         self.part, self.number = part, own_number(part.study, self.trial_id, config["member"]["number"])
         self.params = {} if self.number == BASELINE else dict(config["member"]["params"])
         self.donor: Path | None = None
@@ -102,8 +103,9 @@ class TrialRun(tune.Trainable):
         folder = self.part.config(self.number, {}).run_dir
         (Path(checkpoint_dir) / DONOR).write_text(json.dumps({"run": str(folder), "number": self.number}))
 
-    def load_checkpoint(self, checkpoint_dir: str | None) -> None:
-        told = json.loads((Path(checkpoint_dir or "") / DONOR).read_text())
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """`checkpoint`: the folder that the other was told to save to."""
+        told = json.loads((Path(checkpoint) / DONOR).read_text())
         if told["number"] != self.number:
             self.donor = Path(told["run"])
 

@@ -22,9 +22,10 @@ START_PATIENCE_S = 180.0
 
 @dataclass(frozen=True)
 class Head:
-    """The dashboard's address, what a client needs in its environment, and the home folder of the head's user."""
+    """Addresses of the dashboard and of the cluster, what a client needs in its environment, and the user's home."""
 
     address: str
+    cluster: str
     env: dict[str, str]
     home: Path
 
@@ -71,7 +72,7 @@ def ray_head(cpus: int = 4) -> Iterator[Head]:
         try:
             address = f"http://127.0.0.1:{dashboard}"
             _wait_for(address, process, log)
-            yield Head(address, auth, home)
+            yield Head(address, f"127.0.0.1:{port}", auth, home)
         finally:
             process.terminate()  # ends its children, too
             try:
