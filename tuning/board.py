@@ -31,7 +31,7 @@ class Board(NotKept, tune.Callback):
         self.study, self.ledger, self.console = study, ledger, console
         self.latest: dict[int, dict[str, Any]] = {}
         self.told: set[tuple[int, str]] = {(trial.number, trial.state) for trial in ledger.trials if trial.ended}
-        self.running = 0
+        self.running, self.total = 0, study.trials_in_all
         self.live = Live(console=console, refresh_per_second=2, transient=True, get_renderable=self.screen)
 
     def __enter__(self) -> Self:
@@ -119,7 +119,7 @@ class Board(NotKept, tune.Callback):
     def title(self, trials: list[Trial]) -> str:
         ended = [trial for trial in trials if trial.ended]
         best = self.best()
-        words = f"{self.study.name}: {len(ended)} of {self.study.budget.trials} trials"
+        words = f"{self.study.name}: {len(ended)} of {self.total} trials"
         words += f", best {best.value:.4g} (trial {best.number})" if best is not None else ""
         left = self.seconds_left(ended)
         return words + (f", about {max(1, round(left / 60))} min left" if left is not None else "")
@@ -129,7 +129,7 @@ class Board(NotKept, tune.Callback):
         seconds = [trial.seconds for trial in ended if trial.seconds]
         if not seconds:
             return None
-        left = self.study.budget.trials - len(ended)
+        left = self.total - len(ended)
         if left <= 0:
             return None
         return left * statistics.fmean(seconds) / max(1, self.running)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from ..trainers.plan import Estimate, make_plan
 from .ledger import Trial, in_words, trials
 from .search import first_trials
-from .space import grid
 from .study import StudyConfig
 
 if TYPE_CHECKING:
@@ -84,14 +83,7 @@ def forecast(study: StudyConfig) -> Forecast:
     # besides the base recipe; later ones depend on results
     known = study.search.startup if study.search.kind == "tpe" else study.budget.trials
     planned = first_trials(study, min(1 + known, SHOWN)) if begun == 0 else []
-    return Forecast(study, total_of(study), begun, planned, plan.estimates, whole, share)
-
-
-def total_of(study: StudyConfig) -> int:
-    """Trials of the whole study; a grid may end before its budget does."""
-    if study.search.kind != "grid":
-        return study.budget.trials
-    return min(study.budget.trials, 1 + sum(1 for _ in grid(study.space)))
+    return Forecast(study, study.trials_in_all, begun, planned, plan.estimates, whole, share)
 
 
 def expected(study: StudyConfig) -> float:

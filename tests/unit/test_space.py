@@ -80,6 +80,7 @@ def inside(dimension: Dimension, value: Any) -> bool:
     return whole and low <= value <= high
 
 
+@settings(deadline=None)
 @given(dimensions, st.data())
 def test_what_is_encoded_is_decoded_to_the_same(dimension: Dimension, data: st.DataObject):
     if dimension.choice is not None:
@@ -94,6 +95,7 @@ def test_what_is_encoded_is_decoded_to_the_same(dimension: Dimension, data: st.D
     assert dimension.encode(json.loads(json.dumps(value))) == encoded  # by way of the ledger
 
 
+@settings(deadline=None)
 @given(dimensions)
 def test_what_lies_outside_is_nothing_of_the_dimensions(dimension: Dimension):
     assert dimension.encode({"neither": "this"}) is None
@@ -121,7 +123,7 @@ def test_suggested_values_are_inside_and_conditions_hold(space: Space, kind: str
         trials.append(Trial(len(trials), params, "finished", result))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 @given(spaces(small=True))
 def test_a_grid_is_every_combination_once(space: Space):
     assert sorted(map(text, grid(space))) == sorted(map(text, by_force(space)))
@@ -130,9 +132,8 @@ def test_a_grid_is_every_combination_once(space: Space):
 def by_force(space: Space) -> list[Params]:
     """Every combination, thrown together first; keys whose conditions fail are struck out until none is left."""
     found: dict[str, Params] = {}
-    every = [
-        d.choice if d.choice is not None else range(int(d.bounds[0]), int(d.bounds[1]) + 1) for d in space.values()
-    ]
+    whole = {key: range(int(d.bounds[0]), int(d.bounds[1]) + 1) for key, d in space.items() if d.choice is None}
+    every = [whole.get(key) or dimension.choice or () for key, dimension in space.items()]
     for combination in itertools.product(*every):
         params = dict(zip(space, combination, strict=True))
         while failed := [
@@ -150,6 +151,7 @@ def text(params: Params) -> str:
     return json.dumps(params, sort_keys=True)
 
 
+@settings(deadline=None)
 @given(spaces())
 def test_every_key_comes_after_those_it_depends_on(space: Space):
     order = dependencies_first(space)
@@ -177,14 +179,10 @@ def test_premises_of_keys_that_depend_on_all_before_are_found_at_once():
 
 @pytest.mark.parametrize(
     ("dimension", "shares"),
-    [({"log_uniform": [1e-4, 1.0]}, (0.25, 0.25)), ({"uniform": [0.0, 1.0]}, (0.0001, 0.99))],
+    [({"log_uniform": [1e-4, 1.0]}, (0.25, 0.25)), ({"uniform": [0.0, 1.0]}, (0.001, 0.9))],
 )
 def test_a_logarithmic_range_is_even_over_orders_of_magnitude(dimension: dict[str, Any], shares: tuple[float, float]):
     study = study_of({"imle.lr": Dimension.model_validate(dimension)}, "random")
-    drawn = [
-        (suggest(study, [Trial(n, {}, "finished", 0.0) for n in range(number)]) or {})["imle.lr"]
-        for number in range(1, 201)
-    ]
+    drawn = [(suggest(study, [Trial(0, {})] * count) or {})["imle.lr"] for count in range(1, 201)]
     found = (sum(value < 1e-3 for value in drawn) / 200, sum(value > 1e-1 for value in drawn) / 200)
-    assert found[0] == pytest.approx(shares[0], abs=0.1)
-    assert (found[1] > 0.8) == (dimension.get("uniform") is not None)
+    assert found == pytest.approx(shares, abs=0.1)

@@ -259,7 +259,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: bytes, expecte
 @pytest.mark.parametrize(
     "choices", [BOMB, "- 2020-01-01\n- 1\n", "- !!binary aGk=\n- 1\n", "- &a [*a]\n- 1\n", f"- 0x{'f' * 9000}\n- 1\n"]
 )
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_choices_that_no_ledger_can_hold_are_refused_at_once(tmp_path: Path, choices: str):
     path = tmp_path / "hostile.yaml"
     indented = "".join(f"    {line}\n" for line in choices.splitlines())
@@ -269,7 +269,7 @@ def test_choices_that_no_ledger_can_hold_are_refused_at_once(tmp_path: Path, cho
     assert len(message) < 2000
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_conditions_that_stand_for_billions_are_refused_at_once(tmp_path: Path):
     path = tmp_path / "hostile.yaml"
     indented = "".join(f"    {line}\n" for line in BOMB.splitlines())
