@@ -72,7 +72,7 @@ def show(name: Name) -> None:
 def register(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="a finished run folder, such as runs/digits, or the id of an MLflow run"),
+        typer.Argument(metavar="RUN", help="a run folder, that of a study (its best trial), or an MLflow run id"),
     ],
     name: Annotated[str | None, typer.Option("--as", metavar="NAME", help="empty means the name of the run")] = None,
 ) -> None:
@@ -80,13 +80,17 @@ def register(
 
     \b
     glann registry register runs/digits
-    glann registry register studies/digits/trials/digits-0007 --as digits
+    glann registry register studies/digits-study --as digits                     its best trial
+    glann registry register studies/digits-study/trials/digits-study-0007 --as digits
 
     `tracking.register_as=NAME` does the same at the end of `glann train`. A run that MLflow does not have
     (tracking.enabled=false) is sent there first. Registering a run twice makes one version.
     """
     from .tracking.registration import register_run
+    from .tuning.folder import best_run, is_study
 
+    if is_study(run):
+        run = str(best_run(run))
     made = register_run(run, name)
     if made.fresh:
         typer.echo(f"{run} is version {made.version} of {made.name}, its challenger")

@@ -24,9 +24,10 @@ from ..trainers.mirror import RunMirror, take_back
 from ..trainers.objective import build_objective
 from ..trainers.prepare import LOCK, open_data, refuse_other_configuration
 from ..trainers.recovery import RunStopped, stop_on_signal
+from .folder import is_study, refuse_other_study
 from .ledger import Ledger
 from .report import write_report
-from .study import FILE, StudyConfig, refuse_other_study
+from .study import FILE, StudyConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +41,7 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
         RunStopped: SIGINT or SIGTERM; every trial is saved.
     """
     study, fresh = study.with_absolute_paths(), not study.folder.exists()
-    if resume and not (study.folder / FILE).exists():
+    if resume and not is_study(study.folder):
         raise UserError(f"{study.folder} holds no study to resume; leave --resume out to start one")
     base = study.base()
     try:

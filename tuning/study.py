@@ -139,11 +139,11 @@ class StudyConfig(Section):
     def folder(self) -> Path:
         return Path(self.studies_dir) / self.name
 
-    def run_dir(self, number: int) -> Path:
-        """The run folder of a trial."""
+    def run_dir(self, number: int, folder: Path | None = None) -> Path:
+        """The run folder of a trial; `folder`: where the study's lies now, if it was moved."""
         if self.stage_one and number == BASELINE:
             return Path(self.stage_one)
-        return self.folder / "trials" / trial_name(self.name, number)
+        return (folder or self.folder) / "trials" / trial_name(self.name, number)
 
     @property
     def second_stage_only(self) -> bool:
@@ -245,26 +245,6 @@ def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
         raise UserError("\n       ".join([f"{faults[0]}; in {path}", *faults[1:]])) from error
     _try_out(study, path)
     return study
-
-
-def refuse_other_study(study: StudyConfig) -> None:
-    """A study folder belongs to one study, but for its budget.
-
-    Raises:
-        UserError: naming the first key that differs.
-    """
-    path = study.folder / FILE
-    if not path.exists():
-        return
-    try:
-        saved = StudyConfig.model_validate(plain_data(path.read_text(encoding="utf-8")))
-    except (ValidationError, ValueError) as error:
-        raise UserError(f"{path} is damaged; restore it, or give the study another name") from error
-    there, here = saved.model_dump(mode="json"), study.model_dump(mode="json")
-    for key in here:
-        if key not in ("budget", "studies_dir") and there[key] != here[key]:
-            told = f"{key} is {shown(there[key])} there and {shown(here[key])} here"
-            raise UserError(f"{study.folder} holds another study: {told}; give this one another name")
 
 
 def _find(file: str | Path) -> Path:
