@@ -34,7 +34,7 @@ log = logging.getLogger("glann.tracking")
 STATE = "tracking.json"
 POLL_S = 2.0
 MAX_DELAY_S = 60.0
-PATIENCE_S = 30.0  # a run that has ended does not wait for a server that has been away so long
+PATIENCE_S = 30.0  # a run that has ended waits so long for a server that fails
 MAX_METRICS = 1000  # per request, MLflow's limit
 _NOT_METRICS = ("stage", "step", "time")
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9_.\- :/]")
@@ -91,7 +91,7 @@ class Outbox:
         self._state = state
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._status, self._ended = "", False
+        self._status, self._give_up_at, self._ended = "", 0.0, False
         self._failing_since: float | None = None
         self.model: PublishedModel | None = None
         self._thread = threading.Thread(target=self._loop, name="glann-mlflow", daemon=True)
@@ -105,7 +105,7 @@ class Outbox:
 
     def close(self, status: str, timeout_s: float) -> bool:
         """Send what is left and how the run ended, within so many seconds.  False: not all went, the rest is kept."""
-        self._status = status
+        self._status, self._give_up_at = status, time.monotonic() + PATIENCE_S
         self._closing.set()
         self._thread.join(timeout_s)
         return self._ended
@@ -129,9 +129,9 @@ class Outbox:
                     self._client.set_terminated(self.run_id, self._status)
                     self._ended = True
             except Exception as error:  # of MLflow's client, HTTP, database or disk: training must not notice
-                away_s = self._say_failing(error)
+                self._say_failing(error)
                 if closing:
-                    if away_s > PATIENCE_S:
+                    if time.monotonic() > self._give_up_at:
                         return
                     time.sleep(POLL_S)
                 delay_s = min(2 * delay_s, MAX_DELAY_S)
@@ -177,8 +177,7 @@ class Outbox:
         self._state = self._state.model_copy(update=changes)
         self._state.save(self._run_dir)
 
-    def _say_failing(self, error: Exception) -> float:
-        """Say once that it fails; for how many seconds it has by now."""
+    def _say_failing(self, error: Exception) -> None:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
             detail = redact(" ".join(str(error).split()))[:200] or type(error).__name__
@@ -188,7 +187,6 @@ class Outbox:
                 detail,
                 self._run_dir / journal.FILE,
             )
-        return time.monotonic() - self._failing_since
 
     def _say_working(self) -> None:
         if self._failing_since is not None:
