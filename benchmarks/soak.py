@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from cluster_faults import MOMENTS, SHARD, TRAINER, Script, Strike
+from cluster_faults import MOMENTS, SHARD, TRAINER, Missed, Script, Strike
 from cluster_job import GLO_EPOCHS, ROWS, End, Job, pack_digits
 from cluster_nodes import HEAD, MLFLOW, Cluster
 from netns import why_not
@@ -68,15 +69,10 @@ def soak(cluster: Cluster, wanted: End, minutes: float, seed: int) -> int:
         chosen = sorted(lottery.sample(list(MOMENTS), lottery.randint(*FAULTS_OF_A_JOB)), key=list(PHASES).index)
         faults = [(phase, lottery.choice(list(FAULTS))) for phase in chosen]
         try:
-            for phase, name in faults:
-                tallies[name].injected += 1
-                strike = FAULTS[name](script, phase)
-                print(f"soak-{jobs}: {strike}", flush=True)
-                if strike.back_s is not None:
-                    tallies[name].back_s.append(strike.back_s)
+            struck = inject(script, faults, tallies)
             status = job.wait(JOB_LIMIT_S)
             end = job.end()
-        except (RuntimeError, TimeoutError, OSError) as error:
+        except (RuntimeError, TimeoutError, TimeoutExpired, OSError) as error:
             print(f"soak-{jobs}: NOT survived: {error}", flush=True)
             cluster.kill(HEAD)
             cluster.repair()
@@ -86,12 +82,30 @@ def soak(cluster: Cluster, wanted: End, minutes: float, seed: int) -> int:
         differing = end.differences(wanted)
         unequal += bool(differing)
         if status == 0 and not differing:
-            for _, name in faults:
+            for name in struck:
                 tallies[name].survived += 1
         else:
             print(f"soak-{jobs}: status {status}, differing {differing[:5]}\n{job.said()[-2000:]}", flush=True)
     report(tallies, (time.monotonic() - began) / 60, seed, jobs, lost, twice, unequal)
     return int(bool(lost or twice or unequal) or any(t.survived < t.injected for t in tallies.values()))
+
+
+def inject(script: Script, faults: list[tuple[str, str]], tallies: dict[str, Tally]) -> list[str]:
+    """Strike in each (phase, fault); the faults that struck. A job may be past a phase when its turn comes."""
+    struck = []
+    for phase, name in faults:
+        tallies[name].injected += 1
+        try:
+            strike = FAULTS[name](script, phase)
+        except Missed as missed:
+            tallies[name].injected -= 1
+            print(f"{script.job.name}: {str(missed).splitlines()[0]}", flush=True)
+            continue
+        struck.append(name)
+        print(f"{script.job.name}: {strike}", flush=True)
+        if strike.back_s is not None:
+            tallies[name].back_s.append(strike.back_s)
+    return struck
 
 
 def report(

@@ -37,6 +37,10 @@ class Strike:
         return f"{self.fault}, {self.phase} ({self.place}): {back}"
 
 
+class Missed(RuntimeError):
+    """The job was past the phase, or ended: the fault has not struck."""
+
+
 @dataclass
 class Script:
     """Strikes at seeded random moments of one job. `name` and the seed fix every choice."""
@@ -53,8 +57,11 @@ class Script:
         return self.job.cluster
 
     def strike(self, fault: str, phase: str, act: Callable[[], Any]) -> Strike:
-        """Wait for a random moment of the phase, act, and note it."""
-        place = MOMENTS[phase](self)
+        """Wait for a random moment of the phase, act, and note it. Raises Missed if there is none left."""
+        try:
+            place = MOMENTS[phase](self)
+        except (RuntimeError, TimeoutError) as error:
+            raise Missed(f"{fault} found no moment of {phase}: {error}") from error
         at = time.time()
         act()
         self.strikes.append(Strike(fault, phase, place, at))
@@ -64,9 +71,8 @@ class Script:
         """Wait until the job has taken a step after the strike, and note how long that took."""
 
         def back() -> bool:
-            return any(entry["time"] > strike.at for entry in starts(self.job))
+            return any(entry["time"] > strike.at for entry in starts(self.job)) or self.job.check_running()
 
-        check_running(self.job)
         wait_until(back, seconds, f"no new step {seconds:g} s after {strike.fault}:\n{self.job.said()[-3000:]}")
         strike.back_s = next(entry["time"] for entry in starts(self.job) if entry["time"] > strike.at) - strike.at
 
@@ -116,11 +122,6 @@ def starts(job: Job) -> list[dict[str, Any]]:
     return [entry for entry in job.notes() if entry["event"] in ("started", "restarted", "resumed")]
 
 
-def check_running(job: Job) -> None:
-    if job.process is not None and job.process.poll() is not None:
-        raise RuntimeError(f"the run ended with {job.process.returncode}:\n{job.said()[-3000:]}")
-
-
 # Moments -------------------------------------------------------------------------------------
 
 
@@ -161,7 +162,7 @@ def in_save(script: Script) -> str:
 
     in_glo(script)
     held = proxy.inject("stall", 1, SAVE_HELD_S, part)
-    wait_until(lambda: held.times == 0 or check_running(script.job) is not None, 120, "no checkpoint was begun", 0.01)
+    wait_until(lambda: held.times == 0 or script.job.check_running(), 120, "no checkpoint was begun", 0.01)
     later = script.uniform(0, 0.8 * SAVE_HELD_S)
     time.sleep(later)
     return f"{later:.2f} s into a checkpoint"

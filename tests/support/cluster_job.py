@@ -90,6 +90,12 @@ class Job:
         assert self.process is not None
         return self.process.wait(seconds)
 
+    def check_running(self) -> bool:
+        """False: what is waited for has not come, but may. Raises RuntimeError if the command has ended."""
+        if self.process is not None and self.process.poll() is not None:
+            raise RuntimeError(f"the run ended with {self.process.returncode}:\n{self.said()[-3000:]}")
+        return False
+
     def said(self) -> str:
         """What the command has printed, over all its starts."""
         return self.log.read_text(errors="replace")
@@ -115,9 +121,7 @@ class Job:
 
         def there() -> bool:
             found[:] = [e for e in self.epochs() if (e["stage"], e["epoch"]) == (stage, epoch)]
-            if not found and self.process is not None and self.process.poll() is not None:
-                raise RuntimeError(f"the run ended with {self.process.returncode}:\n{self.said()[-3000:]}")
-            return bool(found)
+            return bool(found) or self.check_running()
 
         wait_until(
             there, seconds, f"{self.name}: no {stage} epoch {epoch} in {seconds} s:\n{self.said()[-3000:]}", 0.02
@@ -134,7 +138,7 @@ class Job:
 
         def there() -> bool:
             found[:] = [note for note in self.notes() if note["event"] == event and note["time"] > after]
-            return bool(found)
+            return bool(found) or self.check_running()
 
         wait_until(there, seconds, f"{self.name}: no word of {event!r} in {seconds:g} s:\n{self.said()[-3000:]}", 0.02)
         return found[0]
@@ -143,9 +147,8 @@ class Job:
         """Until the workers have said, after that time, that they entered the phase."""
 
         def there() -> bool:
-            return any(
-                note["event"] == "phase" and note["phase"] == phase and note["time"] > after for note in self.notes()
-            )
+            entered = [note for note in self.notes() if note["event"] == "phase" and note["phase"] == phase]
+            return any(note["time"] > after for note in entered) or self.check_running()
 
         wait_until(there, seconds, f"{self.name}: no phase {phase} in {seconds:g} s:\n{self.said()[-3000:]}", 0.02)
 

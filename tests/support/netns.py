@@ -67,10 +67,10 @@ def sweep() -> None:
 class Network:
     """Hosts on one bridge. Use as a context manager: leaving it ends every process in it and removes it."""
 
-    prefix = "10.77.0."
-
     def __init__(self, label: str = "") -> None:
         sweep()
+        # Of its own: processes see those of other networks, and Ray starts no head at an address where it finds one.
+        self.prefix = f"10.{77 + os.getpid() // 250 % 100}.{os.getpid() % 250}."
         self.id = f"glann-{os.getpid()}{label and '-'}{label}"
         self.folder = Path(tempfile.mkdtemp(prefix=f"gn{os.getpid()}-"))  # short: Ray's sockets lie below it
         self.home = self.folder / "home"  # a folder of its own on each host
