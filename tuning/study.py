@@ -110,6 +110,10 @@ class StudyConfig(Section):
             raise ValueError(
                 f"metric={self.metric} is measured by {needed}, not by evaluation.extractor={shown(given)}"
             )
+        if self.second_stage_only and (needed is None or self.metric.endswith("_glo")):
+            raise ValueError(
+                f"metric={self.metric} judges stage 1, which imle.* does not change; take fd_lite0 or such"
+            )
         if self.stage_one:
             done = [key for key in (*self.space, *self.overrides) if not _of_second_stage(key)]
             if done:

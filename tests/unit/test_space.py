@@ -64,7 +64,7 @@ def study_of(space: Space, kind: str) -> StudyConfig:
         {
             "name": "s",
             "recipe": "digits",
-            "metric": "l1",
+            "metric": "fd_lite0",
             "space": {"imle.lr": {"uniform": [0, 1]}},
             "search": {"kind": kind, "startup": 2},
         }

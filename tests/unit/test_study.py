@@ -9,7 +9,8 @@ import pytest
 import yaml
 from glann.config import load
 from glann.errors import UserError
-from glann.tuning.study import STUDIES, StudyConfig, load_study, refuse_other_study
+from glann.tuning.folder import refuse_other_study
+from glann.tuning.study import STUDIES, StudyConfig, load_study
 
 GOOD: dict[str, Any] = {
     "name": "small",
@@ -76,6 +77,8 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"space": {}}, "space={} is not possible"),
         ({"recipe": None}, "give one of: recipe (both stages), or stage_one"),
         ({"stage_one": "runs/x"}, "give one of: recipe (both stages), or stage_one"),
+        (SECOND | {"metric": "l1"}, "metric=l1 judges stage 1, which imle.* does not change"),
+        (SECOND | {"metric": "fd_lite0_glo"}, "metric=fd_lite0_glo judges stage 1"),
         ({"metric": "fd_lite0", "overrides": {"evaluation.extractor": "vgg16"}}, "is measured by lite0, not by"),
     ],
 )
@@ -263,7 +266,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: bytes, expecte
 def test_choices_that_no_ledger_can_hold_are_refused_at_once(tmp_path: Path, choices: str):
     path = tmp_path / "hostile.yaml"
     indented = "".join(f"    {line}\n" for line in choices.splitlines())
-    path.write_text(f"name: s\nrecipe: digits\nmetric: l1\nspace:\n  imle.noise_dim:\n   choice:\n{indented}")
+    path.write_text(f"name: s\nrecipe: digits\nmetric: fd_lite0\nspace:\n  imle.noise_dim:\n   choice:\n{indented}")
     message = refused(path)
     assert "choice is of numbers, words, or short lists of them" in message
     assert len(message) < 2000
@@ -275,7 +278,7 @@ def test_conditions_that_stand_for_billions_are_refused_at_once(tmp_path: Path):
     indented = "".join(f"    {line}\n" for line in BOMB.splitlines())
     keys = "  imle.noise_dim: {integer: [8, 32]}\n  imle.lr:\n   uniform: [0.1, 1]\n"
     condition = f"   when:\n    imle.noise_dim:\n{indented}"
-    path.write_text(f"name: s\nrecipe: digits\nmetric: l1\nspace:\n{keys}{condition}")
+    path.write_text(f"name: s\nrecipe: digits\nmetric: fd_lite0\nspace:\n{keys}{condition}")
     assert "which imle.noise_dim never is" in refused(path)
 
 
