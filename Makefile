@@ -72,7 +72,7 @@ types: $(VENV)/.installed-dev  ## check types
 	@mkdir -p .mypy_cache/root && ln -sfn ../.. .mypy_cache/root/glann
 	@$(BIN)/mypy
 
-docs: $(VENV)/.installed-run  ## write docs/configuration.md from the configuration models
+docs: $(VENV)/.installed-run  ## write the tables of keys in docs/ from the models
 	@$(BIN)/python docs/generate.py
 
 clean:  ## remove the environment and the caches (not runs/ and data/)

@@ -1,6 +1,6 @@
 """The configuration in words: every key, what it may be, its default and its meaning.
 
-`glann config --keys` and docs/configuration.md are made from this.
+`glann config --keys`, docs/configuration.md and the tables of docs/studies.md are made from this.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from .config import known_keys
+from .config import Config, known_keys
 
 BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
@@ -27,10 +27,10 @@ class Key:
     meaning: str
 
 
-def describe_keys() -> list[Key]:
+def describe_keys(section: type[BaseModel] = Config) -> list[Key]:
     """Every key that holds a value (not the sections), in the order of the models."""
     described = []
-    for name, field in known_keys().items():
+    for name, field in known_keys(section).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             continue
         bounds = [
@@ -54,6 +54,10 @@ def _kind(annotation: Any) -> str:
         return " | ".join(str(value) for value in get_args(annotation))
     if get_origin(annotation) is Annotated:
         return _kind(get_args(annotation)[0])
+    if annotation is Any:
+        return "value"
+    if get_origin(annotation) is dict:
+        return "keys and values"
     if get_origin(annotation) is tuple:
         return "list of " + _kind(get_args(annotation)[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -1,4 +1,7 @@
-"""Writes docs/configuration.md from the configuration models: `make docs`. A test checks that it is current."""
+"""Writes what follows from the models into docs/: configuration.md, and the tables of keys in studies.md: `make docs`.
+
+A test checks that both are current.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,12 @@ from pathlib import Path
 
 from glann.config import Config
 from glann.reference import Key, describe_keys
+from glann.tuning.space import Dimension
+from glann.tuning.study import StudyConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
+STUDIES = Path(__file__).with_name("studies.md")
+BEGIN, END = "<!-- Written by docs/generate.py: {} -->\n", "<!-- to here -->\n"
 
 INTRODUCTION = """\
 <!-- Written by docs/generate.py from config.py; change it there and run `make docs`. -->
@@ -44,6 +51,16 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def studies_page(text: str) -> str:
+    """docs/studies.md with its tables of keys as the models have them."""
+    keys = [key for key in describe_keys(StudyConfig) if not key.name.startswith("space.")]
+    for name, described in (("keys", keys), ("dimensions", describe_keys(Dimension))):
+        begin = BEGIN.format(name)
+        before, _, rest = text.partition(begin)
+        text = before + begin + table(described) + END + rest.partition(END)[2]
+    return text
+
+
 def table(keys: list[Key]) -> str:
     """A Markdown table of keys."""
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
@@ -58,4 +75,5 @@ def escape(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    STUDIES.write_text(studies_page(STUDIES.read_text(encoding="utf-8")), encoding="utf-8")
+    print(PAGE, STUDIES, sep="\n")

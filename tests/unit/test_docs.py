@@ -9,7 +9,8 @@ from pathlib import Path
 import glann
 import pytest
 from glann.cli import app
-from glann.config import RECIPES, known_keys
+from glann.config import RECIPES, known_keys, load
+from glann.tuning.study import STUDIES, load_study
 from typer.main import get_command
 
 ROOT = Path(glann.__file__).parent
@@ -22,13 +23,15 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def test_the_configuration_reference_is_current():
+def test_the_references_are_current():
     spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs" / "configuration.md").read_text() == module.page(), "run `make docs`"
+    studies = (ROOT / "docs" / "studies.md").read_text()
+    assert studies == module.studies_page(studies), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -62,6 +65,24 @@ def test_recipes_that_are_named_exist(page: Path):
     recipes = {path.stem for path in RECIPES.glob("*.yaml")}
     for name in re.findall(r"glann (?:train|config|doctor) +(?:configs/)?([a-z0-9-]+)", page.read_text()):
         assert name in recipes or name.startswith("-"), f"{named(page)} uses the recipe {name}"
+
+
+@pytest.mark.parametrize("page", SHELL_TEXTS, ids=named)
+def test_studies_that_are_named_exist(page: Path):
+    for name in re.findall(r"glann tune +([a-z0-9.-]+)", page.read_text()):
+        assert name.endswith(".yaml") or (STUDIES / f"{name}.yaml").is_file(), f"{named(page)} uses the study {name}"
+
+
+@pytest.mark.parametrize(
+    "text", re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
+)
+def test_the_studies_that_are_shown_can_be_started(tmp_path: Path, text: str):
+    runs = tmp_path / "runs" / "digits"
+    runs.mkdir(parents=True)
+    (runs / "config.yaml").write_text(load("digits").to_yaml())
+    path = tmp_path / "study.yaml"
+    path.write_text(text.replace("runs/digits", str(runs)))
+    load_study(path)
 
 
 def test_the_demo_is_the_digits_recipe():
