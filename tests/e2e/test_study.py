@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from ray_head import ray_head
 
 NAME, TRIALS = "mini", 5
+STATES = {0: "finished", 1: "finished", 2: "failed", 3: "stopped", 4: "failed"}
 STUDY = {
     "name": NAME,
     "recipe": "digits",
@@ -33,11 +34,12 @@ STUDY = {
         "preview.every_epochs": 100,
         "evaluation.samples": 50,
     },
-    # a generator that learns at 1e30 is not finite: one of two values always fails
-    "space": {"glo.generator_lr": {"choice": [0.003, 1e30]}, "imle.noise_dim": {"choice": [4, 8]}},
+    # A generator that learns at 1e30 is not finite, so two of the four combinations fail; codes that do not move are
+    # worse than those that do, so one is stopped early.
+    "space": {"glo.latent_lr": {"choice": [0.03, 1e-9]}, "glo.generator_lr": {"choice": [0.003, 1e30]}},
     "metric": "fd_squeezenet",
     "search": {"kind": "grid"},
-    "scheduler": {"kind": "none"},
+    "scheduler": {"kind": "asha", "grace": 2, "reduction": 2},
     "budget": {"trials": TRIALS},
 }
 pytestmark = pytest.mark.timeout(900)
@@ -84,10 +86,17 @@ class Study:
 
 @pytest.fixture(scope="module")
 def disturbed(glann, head):
-    """The study, whose command was killed (SIGKILL) within the second trial and given again."""
+    """The study, whose command was interrupted (Ctrl-C) and then killed (SIGKILL) within the second trial."""
     (glann.folder / "mini.yaml").write_text(yaml.safe_dump(STUDY))
     env = head.env | {"RAY_ADDRESS": head.cluster}
     study = Study(glann, NAME)
+    process = glann.start("tune", "mini.yaml", **env)
+    study.wait_until(lambda: len(study.epochs(0)) >= 2, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 75, out + err
+    assert "is saved; the same command goes on with it" in err
+    assert study.ended() == {}
     process = glann.start("tune", "mini.yaml", **env)
     study.wait_until(lambda: 0 in study.ended() and len(study.epochs(1)) >= 2, process)
     before = (study.run_dir(0) / "metrics.jsonl").read_bytes()
@@ -113,15 +122,21 @@ def test_no_trial_is_lost_and_none_is_run_again(disturbed):
 
 def test_a_configuration_that_always_fails_does_not_end_the_study(disturbed):
     study, _, again = disturbed
-    params = {line["trial"]: line["params"] for line in study.lines() if line["event"] == "started"}
+    assert {number: line["state"] for number, line in study.ended().items()} == STATES
     for number, line in study.ended().items():
-        bad = params[number].get("glo.generator_lr") == 1e30
-        assert line["state"] == ("failed" if bad else "finished"), line
-        assert ("not finite" in line["why"]) == bad
-        assert (line["value"] is None) == bad
-    assert sum(line["state"] == "failed" for line in study.ended().values()) == 2
+        assert ("not finite" in line["why"]) == (STATES[number] == "failed")
+        assert (line["value"] is not None) == (STATES[number] == "finished")
     assert "not finite" in again.stdout
     assert "Traceback" not in again.stdout + again.stderr
+
+
+def test_a_trial_that_does_badly_is_stopped_early_and_keeps_no_checkpoint(disturbed):
+    study = disturbed[0]
+    stopped, finished = study.run_dir(3), study.run_dir(1)
+    assert study.ended()[3]["epoch"] < 9
+    assert not [path for path in (stopped / "checkpoints").rglob("*") if path.is_file()]
+    assert not (stopped / "summary.json").exists(), "its sampler was evaluated"
+    assert list((finished / "checkpoints").rglob("manifest.json"))
 
 
 def test_it_leaves_nothing_on_the_cluster(disturbed, head):
