@@ -42,12 +42,11 @@ def test_processes_are_killed_around_checkpoints(cluster, undisturbed, strikes):
     ends_like(undisturbed, script.job)
 
 
-def test_a_node_dies_and_there_is_a_spare(cluster, undisturbed, strikes):
-    script = strikes(Job(cluster, "spare").start())
-    for phase in ("checkpoint", "neighbour search"):
-        node = script.node()
-        script.training_again(script.strike("node SIGKILL, with a spare", phase, lambda: cluster.kill(node)))  # noqa: B023
-        cluster.start(node)
+@pytest.mark.parametrize("phase", ["checkpoint", "neighbour search"])
+def test_a_node_dies_and_there_is_a_spare(cluster, undisturbed, strikes, phase):
+    script = strikes(Job(cluster, f"spare-{phase.split()[-1]}").start())
+    node = script.node()
+    script.training_again(script.strike("node SIGKILL, with a spare", phase, lambda: cluster.kill(node)))
     ends_like(undisturbed, script.job)
 
 

@@ -82,8 +82,11 @@ class Script:
     # Who is hit ------------------------------------------------------------------------------
 
     def node(self) -> str:
-        """A node with a training worker."""
-        return self.random.choice(training_nodes(self.cluster))
+        """A node with a training worker. Raises Missed if the job has ended."""
+        try:
+            return self.random.choice(training_nodes(self.job))
+        except RuntimeError as error:
+            raise Missed(f"no node trains: {error}") from error
 
     def kill_process(self, title: str) -> None:
         """SIGKILL to the process of that title on one of the training nodes."""
@@ -105,13 +108,13 @@ class Script:
         self.job.process.wait(30)
 
 
-def training_nodes(cluster: Cluster) -> list[str]:
-    """The nodes that hold a training worker now."""
+def training_nodes(job: Job) -> list[str]:
+    """The nodes that hold a training worker of the job, which is the only one."""
     found: list[str] = []
 
     def some() -> bool:
-        found[:] = [node for node in WORKERS if cluster.processes(node, f"ray::{SHARD}")]
-        return bool(found)
+        found[:] = [node for node in WORKERS if job.cluster.processes(node, f"ray::{SHARD}")]
+        return bool(found) or job.check_running()
 
     wait_until(some, 240, "no node has a training worker")
     return found
