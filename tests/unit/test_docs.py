@@ -16,6 +16,7 @@ from typer.main import get_command
 ROOT = Path(glann.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL_TEXTS = [*PAGES, ROOT / "ray_cluster.yaml", ROOT / "Makefile", *sorted(RECIPES.glob("*.yaml"))]
+PHASES = {"GLO", "checkpoint", "between the stages", "neighbour search", "IMLE updates"}
 MADE_BY_THE_DEMO = {"docs/images/demo-samples.png"}
 
 
@@ -87,6 +88,23 @@ def test_the_studies_that_are_shown_can_be_started(tmp_path: Path, text: str):
 
 def test_the_demo_is_the_digits_recipe():
     assert "glann train configs/digits.yaml" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_tests_that_are_named_exist(page: Path):
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", page.read_text()):
+        assert f"def {name}(" in written, f"{named(page)} names {name}"
+
+
+def test_the_fault_matrix_is_that_of_the_tests():
+    matrix = (ROOT / "docs" / "reliability.md").read_text().split("## The matrix")[1].split("\n## ")[0]
+    written = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "netns" / "test_faults.py").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(test_\w+)`", matrix)) == set(written)
+    rows = [[cell.strip() for cell in row.split("|")[1:3]] for row in matrix.splitlines() if row.count("|") == 5]
+    for family in ("training worker|latent actor", "node|link", "driver|head", "S3"):
+        struck = {phase for fault, phases in rows if re.match(family, fault) for phase in phases.split(", ")}
+        assert struck >= PHASES, f"no fault of {family} strikes in {PHASES - struck}"
 
 
 def known_commands() -> dict[str, set[str]]:
