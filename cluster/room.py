@@ -57,6 +57,14 @@ def cluster_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def node_resources() -> dict[str, float]:
+    """What the node of this process has in all."""
+    import ray
+
+    here = this_node()
+    return next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+
+
 def draining_nodes() -> dict[str, int]:
     """Nodes with a drain notice by id, with the time they have left to: milliseconds since 1970, 0 is unknown.
 

@@ -125,7 +125,9 @@ def tell(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Conso
 
 def say_stopping(interrupted: threading.Event, console: Console) -> None:
     interrupted.set()
-    console.print("saving every trial, then stopping (press Ctrl-C again to stop at once, without saving)")
+    console.print(
+        "saving every trial, then stopping (press Ctrl-C again to stop at once, without saving)", soft_wrap=True
+    )
 
 
 @contextmanager

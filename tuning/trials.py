@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
-from ..cluster.room import cluster_nodes, places_on
-from ..config import Config
+from ..cluster.room import cluster_nodes, node_resources, places_on
+from ..config import ClusterConfig, Config
 from ..tracking.connection import default_uri
 from ..tracking.runs import TrackedRun
 from ..trainers.driver import train
@@ -46,8 +47,8 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # of its own state, which nobody reads: the ledger is the study's
 }
-# Of the resource that every node has one of. Trials live on the study's node, and take no CPU there.
-MAX_SHARE = 1.0
+PIN = 1e-4  # of the resource that every node has one of: trials live on the study's node, and take no CPU there
+PROCESS_LOSSES = 2  # after which a trial fails; its run goes on from its checkpoint each time
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,15 @@ class Conduct:
 def run_trials(conduct: Conduct) -> None:
     """Have Ray Tune run trials until the budget is spent, all are done or somebody stops it."""
     study, base, ledger = conduct.study, conduct.base, conduct.ledger
-    resources, workers, work = resources_of(base.cluster), base.cluster.max_workers, train_both_stages
+    work: Work = train_both_stages
     own: dict[str, float] = {}  # what a trial takes itself, besides what its workers take
+    slots, gpus = partial(groups_of_workers, base.cluster), base.cluster.gpus_per_worker * base.cluster.max_workers
     if study.second_stage_only:
-        shared = load_stage_one(first_stage(conduct), base.evaluation.extractor)
-        work, workers, own = partial(train_second_stage, shared=shared), 1, resources
+        work = partial(train_second_stage, shared=load_stage_one(first_stage(conduct), base.evaluation.extractor))
+        own = on_this_node(resources_of(base.cluster))
+        slots, gpus = partial(processes_here, own), own.get("GPU", 0.0)
     if conduct.interrupted.is_set():
         return
-
-    def slots() -> int:
-        return max(1, places_on(cluster_nodes(), resources) // workers)
-
-    gpus = base.cluster.gpus_per_worker * workers
     budget = Budget(study, ledger, conduct.tracked, gpus, conduct.told)
     search = LedgerSearch(study, ledger, slots, lambda: conduct.interrupted.is_set() or budget.spent())
     with Board(study, ledger, conduct.console) as board:
@@ -95,17 +93,19 @@ def tune_trials(search: LedgerSearch, part: Part, callbacks: list[Any], own: Map
     """One call of Ray Tune. Trials live on the study's node, where its folder is; their workers live anywhere."""
     os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
     here = f"node:{ray.util.get_node_ip_address()}"
-    share = math.floor(MAX_SHARE / search.slots() * 1e4) / 1e4  # a paused population may start again as it likes
+    population = part.study.search.kind == "population"
+    # Members that were paused start again as Ray Tune likes, so Ray has to count them; others the search counts.
+    share = math.floor(1e4 / search.slots()) / 1e4 if population else PIN
     place = tune.PlacementGroupFactory([{here: share, **own}])
     trainable: Any = tune.with_resources(tune.with_parameters(TrialRun, part=part), place)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what becomes of trials is told by the board
     scheduler = build_scheduler(part.study, search.ledger.trials)
     space: dict[str, Any] = {}
     chosen = tune.TuneConfig(search_alg=search, scheduler=scheduler, num_samples=-1)
-    if part.study.search.kind == "population":  # Ray Tune lets no search choose its members
+    if population:  # Ray Tune lets no search choose its members
         space = {"member": tune.grid_search([member(trial) for trial in search.population()])}
         chosen, callbacks = tune.TuneConfig(scheduler=scheduler), [*callbacks, Members(search)]
-    tune.Tuner(
+    tuner = tune.Tuner(
         trainable,
         param_space=space,
         tune_config=chosen,
@@ -115,8 +115,26 @@ def tune_trials(search: LedgerSearch, part: Part, callbacks: list[Any], own: Map
             verbose=0,
             callbacks=callbacks,
             stop=lambda trial_id, result: search.over(),
+            failure_config=tune.FailureConfig(max_failures=PROCESS_LOSSES),
         ),
-    ).fit()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's notes to its own developers
+        tuner.fit()
+
+
+def groups_of_workers(cluster: ClusterConfig) -> int:
+    """How many trials the cluster has room for, each with as many workers as it may have: none waits for another."""
+    return max(1, places_on(cluster_nodes(), resources_of(cluster)) // cluster.max_workers)
+
+
+def on_this_node(resources: Mapping[str, float]) -> dict[str, float]:
+    """What of this there is on the study's node, where trials of stage 2 alone run: a head may have no GPU."""
+    return {name: amount for name, amount in resources.items() if node_resources().get(name, 0.0) >= amount}
+
+
+def processes_here(own: Mapping[str, float]) -> int:
+    return max(1, places_on([node_resources()], own)) if own else 1
 
 
 def train_both_stages(config: Config, console: Console, supervision: Supervision) -> Metrics:
