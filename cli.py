@@ -220,16 +220,19 @@ def evaluate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/digits")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="of a run or a study, such as runs/digits")],
 ) -> None:
-    """Write report.html of a run, finished or not: one file with losses, images and timings.
+    """Write report.html of a run or a study, finished or not: one file with all that there is to see.
 
     \b
     glann report runs/digits
+    glann report studies/digits-study
     """
-    from .tracking.report import write_report
+    from .tracking.report import write_report as write_run
+    from .tuning.folder import is_study, saved_study
+    from .tuning.report import write_report as write_study
 
-    typer.echo(write_report(run))
+    typer.echo(write_study(saved_study(folder)) if is_study(folder) else write_run(folder))
 
 
 @app.command("config")

@@ -27,20 +27,21 @@ def best_run(folder: str | Path) -> Path:
     best = best_of(trials(Path(folder)).values(), study.minimize)
     if best is None:
         raise UserError(f"no trial of {folder} has finished yet")
-    return study.run_dir(best.number, Path(folder))
+    return study.run_dir(best.number)
 
 
 def saved_study(folder: Path) -> StudyConfig:
-    """The study that a folder holds.
+    """The study that a folder holds, wherever that was moved.
 
     Raises:
         UserError: it is damaged.
     """
     path = folder / FILE
     try:
-        return StudyConfig.model_validate(plain_data(path.read_text(encoding="utf-8")))
+        study = StudyConfig.model_validate(plain_data(path.read_text(encoding="utf-8")))
     except (ValidationError, ValueError, OSError) as error:
         raise UserError(f"{path} is damaged; restore it, or give the study another name") from error
+    return study.model_copy(update={"studies_dir": str(folder.absolute().parent)})
 
 
 def refuse_other_study(study: StudyConfig) -> None:

@@ -143,11 +143,11 @@ class StudyConfig(Section):
     def folder(self) -> Path:
         return Path(self.studies_dir) / self.name
 
-    def run_dir(self, number: int, folder: Path | None = None) -> Path:
-        """The run folder of a trial; `folder`: where the study's lies now, if it was moved."""
+    def run_dir(self, number: int) -> Path:
+        """The run folder of a trial."""
         if self.stage_one and number == BASELINE:
             return Path(self.stage_one)
-        return (folder or self.folder) / "trials" / trial_name(self.name, number)
+        return self.folder / "trials" / trial_name(self.name, number)
 
     @property
     def second_stage_only(self) -> bool:
