@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import logging
 import os
 import threading
@@ -92,6 +93,7 @@ def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
         except Exception as error:  # whatever MLflow's client, its HTTP or its database layer raises
             failure.append(error)
 
+    importlib.import_module("mlflow")  # takes seconds, and they are not the server's
     # A thread, since there is no other way to bound what MLflow's database layer does on connecting.
     thread = threading.Thread(target=attempt, name="glann-mlflow-connect", daemon=True)
     thread.start()

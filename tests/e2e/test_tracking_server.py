@@ -16,7 +16,7 @@ import torch
 from glann.config import Config
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
-from glann.tracking import outbox
+from glann.tracking import connection, outbox
 from glann.tracking.packaged import export_model, load_model
 from glann.tracking.runs import TrackedRun
 from mlflow import MlflowClient
@@ -25,13 +25,15 @@ from tracking_server import BUCKET, TrackingServer, missing, tracking_server
 
 pytestmark = pytest.mark.matrix
 
-FOREVER = 10**9
+FOREVER, PATIENT_S = 10**9, 300.0
 WRITER = """
 import sys, time
 from pathlib import Path
 from glann.config import load
+from glann.tracking import connection
 from glann.tracking.runs import TrackedRun
 
+connection.START_TIMEOUT_S = 300
 folder = Path(sys.argv[1])
 run = TrackedRun.open(load(folder.with_suffix(".yaml")), folder)
 step = 0
@@ -53,6 +55,8 @@ def served(tmp_path_factory):
 @pytest.fixture
 def server(served, monkeypatch) -> TrackingServer:
     monkeypatch.setattr(outbox, "POLL_S", 0.2)
+    monkeypatch.setattr(outbox, "PATIENCE_S", PATIENT_S)  # a busy machine is not what is tested
+    monkeypatch.setattr(connection, "START_TIMEOUT_S", PATIENT_S)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", served.url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):  # the server has them, a client needs none
         monkeypatch.delenv(name, raising=False)
@@ -110,8 +114,8 @@ def test_a_study_and_its_trial_with_metrics_images_and_model_are_found_by_others
     run.log_image(picture)
     folder = package(tmp_path / "trial" / "model", config)
     run.log_model(folder)
-    run.finish()
-    study.finish()
+    run.finish(timeout_s=PATIENT_S)
+    study.finish(timeout_s=PATIENT_S)
 
     client = MlflowClient(server.url)
     experiment = client.get_experiment_by_name("glann")
@@ -149,7 +153,7 @@ def test_a_killed_run_goes_on_as_the_same_run_without_a_doubled_metric(server, t
         assert process.poll() is None, process.communicate()
         return outbox.State.load(folder) if (folder / outbox.STATE).exists() else None
 
-    wait_until(lambda: (held := state()) is not None and held.sent_bytes > 0, "no metric arrived", 120)
+    wait_until(lambda: (held := state()) is not None and held.sent_bytes > 0, "no metric arrived", PATIENT_S)
     time.sleep(1)
     process.kill()
     process.communicate()
@@ -158,7 +162,7 @@ def test_a_killed_run_goes_on_as_the_same_run_without_a_doubled_metric(server, t
     run = TrackedRun.open(config, folder)
     for step in range(written, written + 20):
         run.log_metrics({"stage": "glo", "loss": float(step)}, step)
-    run.finish()
+    run.finish(timeout_s=PATIENT_S)
     assert run.run_id == first.run_id
     assert history(server, run.run_id) == climb(written + 20)
     client = MlflowClient(server.url)
@@ -171,7 +175,7 @@ def test_a_big_file_gets_through_in_parts(server, tmp_path):
     data = np.random.default_rng(1).bytes(60 << 20)
     (tmp_path / "big.bin").write_bytes(data)
     run.log_artifact(tmp_path / "big.bin", "files")
-    run.finish()
+    run.finish(timeout_s=PATIENT_S)
     (key,) = [key for key in server.objects() if key.endswith(f"{run.run_id}/artifacts/files/big.bin")]
     stored = server.s3.head_object(Bucket=BUCKET, Key=key)
     assert stored["ContentLength"] == len(data)
@@ -209,7 +213,7 @@ def test_a_slow_server_and_one_that_is_gone_hold_nothing_up_and_get_everything(s
     wait_until(lambda: server.requests("runs/log-batch") > met, "it is not tried again", 90)
     server.start()
     log_500(1500)
-    run.finish()
+    run.finish(timeout_s=PATIENT_S)
 
     assert gone.times < FOREVER
     assert caplog.text.count("does not take metrics") == 1
@@ -238,7 +242,7 @@ def test_a_model_is_logged_and_registered_once_however_often_connections_break(s
     fault = server.proxy.inject(kind, FOREVER, wanted=first_of_its_kind)
     run = TrackedRun.open(config, tmp_path)
     run.log_model(folder)
-    run.finish()
+    run.finish(timeout_s=PATIENT_S)
     server.proxy.clear()
     assert FOREVER - fault.times > 8
     client = MlflowClient(server.url)

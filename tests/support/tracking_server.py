@@ -82,7 +82,7 @@ def postgres() -> Iterator[str]:
             server = subprocess.Popen([programs / "postgres", *words], stdout=log, stderr=log, **options)
         address = f"postgresql://glann:{password}@127.0.0.1:{port}"
         try:
-            wait_until(lambda: _create_database(f"{address}/postgres"), 60, server, folder / "log")
+            wait_until(lambda: _create_database(f"{address}/postgres"), 120, server, folder / "log")
             yield f"{address}/mlflow"
         finally:
             server.send_signal(signal.SIGQUIT)  # at once, and its children with it
@@ -127,7 +127,7 @@ class TrackingServer:
         with open(self._log, "ab") as log:
             command = [str(BIN / "mlflow"), *words]
             self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-        wait_until(self._healthy, 120, self._process, self._log)
+        wait_until(self._healthy, 300, self._process, self._log)
 
     def kill(self) -> None:
         """SIGKILL to all of its processes."""
