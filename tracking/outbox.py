@@ -56,6 +56,7 @@ class State(Section):
     run_id: str | None = None
     sent_bytes: int = Field(0, ge=0, description="how much of metrics.jsonl the server has")
     parcels: tuple[Parcel, ...] = ()
+    ended: bool = Field(False, description="whether the server has everything, and how the run ended")
     lineage: dict[str, str] = Field({}, description="tags of the run that say which study and trial it is")
 
     @classmethod
@@ -127,6 +128,8 @@ class Outbox:
                 self._send_parcels()
                 if closing and not self.waiting():
                     self._client.set_terminated(self.run_id, self._status)
+                    with self._lock:
+                        self._update(ended=True)
                     self._ended = True
             except Exception as error:  # of MLflow's client, HTTP, database or disk: training must not notice
                 self._say_failing(error)

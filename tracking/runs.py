@@ -78,12 +78,18 @@ class TrackedRun:
                 "MLflow run %s of %s is gone from %s; a new one gets everything", state.run_id, run_dir, state.uri
             )
             state = state.model_copy(update={"sent_bytes": 0})
-        state = state.model_copy(update={"run_id": run_id, "lineage": lineage})
+        state = state.model_copy(update={"run_id": run_id, "lineage": lineage, "ended": False})
         state.save(run_dir)
         (run_dir / TRACKED_CONFIG).write_text(redacted_config(config).to_yaml(), encoding="utf-8")
         run = cls(run_dir, Outbox(client, run_id, run_dir, state, config.tracking.register_as))
         run.log_artifact(run_dir / TRACKED_CONFIG)
         return run
+
+    @staticmethod
+    def waits(run_dir: Path) -> bool:
+        """Whether MLflow has not taken everything of a run that was tracked."""
+        state = State.load(run_dir)
+        return state is not None and not state.ended
 
     @property
     def run_id(self) -> str | None:

@@ -47,7 +47,11 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
             console.print(f"going on with the copy of the run folder beside {config.checkpoint_url}")
         refuse_other_configuration(config)
         if finish.is_finished(config):
-            console.print(f"{config.run_dir} is finished already; nothing to do")
+            if config.tracking.enabled and TrackedRun.waits(config.run_dir):
+                console.print(f"{config.run_dir} is finished; sending MLflow what it has not taken yet")
+                TrackedRun.open(config, config.run_dir).finish()
+            else:
+                console.print(f"{config.run_dir} is finished already; nothing to do")
             return finish.summary_table(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night

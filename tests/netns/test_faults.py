@@ -154,6 +154,9 @@ def test_mlflow_is_away_for_a_minute(cluster, undisturbed, strikes):
     ends_like(undisturbed, job)
     assert "does not take metrics" in job.said()
     assert "training goes on" in job.said()
+    cluster.wait_for_mlflow()
+    job.start()  # sends what a run that ended before the server was back has kept
+    assert job.wait() == 0, job.said()[-3000:]
     with cluster.net.inside(MLFLOW):
         from mlflow import MlflowClient
 

@@ -210,8 +210,10 @@ def test_what_was_not_sent_at_the_end_is_said_and_sent_by_the_next_run(tmp_path,
         run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
         run.finish(timeout_s=10)
     assert "run the same command again" in caplog.text
+    assert TrackedRun.waits(tmp_path)
     again = TrackedRun.open(make_config(server), tmp_path)
     again.finish()
+    assert not TrackedRun.waits(tmp_path)
     assert history(server, again.run_id, "glo/loss") == [(1, 1.0)]
 
 
