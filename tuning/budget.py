@@ -24,7 +24,7 @@ class Budget(NotKept, tune.Callback):
     def __init__(
         self, study: StudyConfig, ledger: Ledger, tracked: TrackedRun, gpus: float, told: Callable[[], None]
     ) -> None:
-        """`gpus`: of a trial that runs. `told`: called after every entry of the journal."""
+        """`gpus`: of each trial that runs. `told`: called after every entry of the journal."""
         self.study, self.ledger, self.tracked, self.gpus, self.told = study, ledger, tracked, gpus, told
         before = [entry for entry in entries(study.folder / JOURNAL) if entry.get("stage") == "study"]
         self.seconds = float(before[-1]["seconds"]) if before else 0.0
@@ -35,8 +35,11 @@ class Budget(NotKept, tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Ray Tune calls this many times a second."""
+        self.count(sum(trial.status == "RUNNING" for trial in trials))
+
+    def count(self, running: int) -> None:
+        """Take the time since the last call, in which so many trials ran."""
         now = monotonic()
-        running = sum(trial.status == "RUNNING" for trial in trials)
         self.seconds += now - self.seen
         self.gpu_seconds += (now - self.seen) * running * self.gpus
         self.seen = now

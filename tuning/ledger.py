@@ -95,6 +95,14 @@ class Ledger:
         self._write(ended, {"event": "ended", "trial": trial.number} | told)
         return ended
 
+    def interrupt(self, trial: Trial, seconds: float) -> Trial:
+        """Enter that a trial was cut short after so many seconds, and is to go on."""
+        paused = replace(trial, seconds=trial.seconds + seconds)
+        self._write(
+            paused, {"event": "interrupted", "trial": trial.number, "state": "running", "seconds": paused.seconds}
+        )
+        return paused
+
     def _write(self, trial: Trial, line: dict[str, Any]) -> None:
         self._journal.append(line)
         self._journal.sync()
@@ -114,7 +122,7 @@ def trials(folder: Path) -> dict[int, Trial]:
     for number, line in _lines(folder / FILE):
         if line["event"] == "started":
             found[number] = Trial(number, line["params"])
-        elif line["event"] == "ended":
+        else:
             facts = {key: value for key, value in line.items() if key in _FACTS}
             found[number] = replace(found[number], **facts)
     return found
@@ -131,7 +139,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             good = good and isinstance(line.get("params"), dict) and number not in begun
         else:
             known = line.get("state") in STATES and number in begun
-            good = good and event == "ended" and known and _are_facts(line)
+            good = good and event in ("ended", "interrupted") and known and _are_facts(line)
         if not good:
             raise UserError(f"{path} is damaged before byte {end}: no line of a study; remove that line")
         begun.add(number)

@@ -40,7 +40,8 @@ def build_scheduler(study: StudyConfig, trials: list[Trial]) -> TrialScheduler:
         mode="min",
         grace_period=study.scheduler.grace,
         reduction_factor=study.scheduler.reduction,
-        max_t=max(study.base().glo.epochs, study.scheduler.grace),
+        # no rung at the last epoch: who has come so far is measured
+        max_t=max(study.base().glo.epochs - 1, study.scheduler.grace),
         stop_last_trials=False,
     )
     for trial in trials:

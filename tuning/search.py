@@ -160,8 +160,11 @@ class LedgerSearch(NotKept, Searcher):
         if trial is None:
             return
         seconds = monotonic() - self.began.pop(trial_id)
-        ended = outcome(self.study, result, error, self.over())
-        self.closing.append(trial if ended is None else self.ledger.end(trial, seconds, **ended))
+        if (ended := outcome(self.study, result, error, self.over())) is not None:
+            self.closing.append(self.ledger.end(trial, seconds, **ended))
+        else:
+            self.closing.append(self.ledger.interrupt(trial, seconds))
+            self.waiting.append(self.closing[-1])
 
     def save(self, checkpoint_path: str) -> None:
         """Ray Tune keeps nothing of it: the ledger does."""

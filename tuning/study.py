@@ -210,8 +210,8 @@ class StudyConfig(Section):
         if self.extractor_needed:
             _put(tree, "evaluation.extractor", self.extractor_needed)
         tree |= {"name": name, "runs_dir": runs_dir}
-        if self.search.kind == "population":
-            _put(tree, "checkpoint.every_epochs", self.search.interval)
+        if self.search.kind == "population" and "checkpoint.every_epochs" not in self.overrides:
+            _put(tree, "checkpoint.every_epochs", self.search.interval)  # what others go on from
         return validate(tree, f"{self.name} on {path}")
 
     @property

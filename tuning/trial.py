@@ -7,6 +7,7 @@ between them a sign of life; the run itself goes on in a thread, and waits at an
 from __future__ import annotations
 
 import json
+import os
 import threading
 import traceback
 from collections.abc import Callable
@@ -44,10 +45,12 @@ Work = Callable[[Config, "Console", Supervision], Metrics]
 class Part:
     """What every trial of a study is told.
 
-    tracking_uri: with its password, so it must not be part of what Ray shows. work: how a run is trained and measured.
+    home: the working folder of the command, on whose node all trials live. tracking_uri: with its password, so it must
+    not be part of what Ray shows. work: how a run is trained and measured.
     """
 
     study: StudyConfig
+    home: Path
     tracking_uri: str | None
     parent_run_id: str | None
     work: Work
@@ -64,6 +67,7 @@ class TrialRun(tune.Trainable):
 
     def setup(self, config: dict[str, Any], **given: Part) -> None:
         part = given["part"]
+        os.chdir(part.home)  # paths in the recipe mean what they mean to the command
         self.part, self.number = part, own_number(part.study, self.trial_id, config["member"]["number"])
         self.params = {} if self.number == BASELINE else dict(config["member"]["params"])
         self.donor: Path | None = None

@@ -19,6 +19,7 @@ from ray import tune
 
 from ..cluster.room import cluster_nodes, node_resources, places_on
 from ..config import ClusterConfig, Config
+from ..errors import UserError
 from ..tracking.connection import default_uri
 from ..tracking.runs import TrackedRun
 from ..trainers.driver import train
@@ -66,7 +67,7 @@ class Conduct:
     def part(self, work: Work) -> Part:
         """What every trial is told."""
         uri = default_uri(self.base.tracking.uri) if self.base.tracking.enabled else None
-        return Part(self.study, absolute_uri(uri), self.tracked.run_id, work)
+        return Part(self.study, Path.cwd(), absolute_uri(uri), self.tracked.run_id, work)
 
 
 def run_trials(conduct: Conduct) -> None:
@@ -75,13 +76,15 @@ def run_trials(conduct: Conduct) -> None:
     work: Work = train_both_stages
     own: dict[str, float] = {}  # what a trial takes itself, besides what its workers take
     slots, gpus = partial(groups_of_workers, base.cluster), base.cluster.gpus_per_worker * base.cluster.max_workers
+    budget = Budget(study, ledger, conduct.tracked, gpus, conduct.told)
     if study.second_stage_only:
-        work = partial(train_second_stage, shared=load_stage_one(first_stage(conduct), base.evaluation.extractor))
+        run_dir = first_stage(conduct)
+        budget.count(running=1)
+        work = partial(train_second_stage, shared=load_stage_one(run_dir, base.evaluation.extractor))
         own = on_this_node(resources_of(base.cluster))
-        slots, gpus = partial(processes_here, own), own.get("GPU", 0.0)
+        slots, budget.gpus = partial(processes_here, own), own.get("GPU", 0.0)
     if conduct.interrupted.is_set():
         return
-    budget = Budget(study, ledger, conduct.tracked, gpus, conduct.told)
     search = LedgerSearch(study, ledger, slots, lambda: conduct.interrupted.is_set() or budget.spent())
     with Board(study, ledger, conduct.console) as board:
         tune_trials(search, conduct.part(work), [board, budget], own)
@@ -157,7 +160,11 @@ def first_stage(conduct: Conduct) -> Path:
             tags = {"glann.study": study.name, "glann.trial": str(BASELINE)}
             supervision = Supervision(conduct.tracked.run_id, tags)
             metrics = train_both_stages(config, conduct.console, supervision)
-        ledger.end(baseline, monotonic() - began, state="finished", value=metrics[study.metric], metrics=metrics)
+        if not math.isfinite(value := metrics[study.metric]):
+            raise UserError(
+                f"the base recipe ends with {study.metric}={value}: there is nothing to compare trials with"
+            )
+        ledger.end(baseline, monotonic() - began, state="finished", value=value, metrics=metrics)
     return run_dir
 
 

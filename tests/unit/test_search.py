@@ -232,18 +232,28 @@ def test_a_value_that_is_no_number_is_a_failure_and_the_study_goes_on(study: Stu
 @pytest.mark.parametrize(
     ("result", "error"), [(REACHED, False), (REACHED | {"interrupted": True}, False), (None, False), (None, True)]
 )
-def test_trials_that_end_because_the_study_does_are_not_recorded(study: StudyConfig, result: Any, error: bool):
+def test_trials_that_end_because_the_study_does_are_to_go_on(study: StudyConfig, result: Any, error: bool):
     over = False
     search = LedgerSearch(study, Ledger(study.folder), lambda: 9, lambda: over)
     handed(search, 0)
-    before = search.ledger.path.read_bytes()
+    search.began["0"] -= 100
     over = True
     assert search.suggest("more") is None  # one still runs
     search.on_trial_complete("0", result, error)
-    assert search.ledger.path.read_bytes() == before
+    left = ledgers.trials(study.folder)[0]
+    assert (left.state, left.value, left.metrics) == ("running", None, {})
+    assert left.seconds == pytest.approx(100, abs=50)  # what it took is not forgotten
     assert search.suggest("more") == Searcher.FINISHED
     again = LedgerSearch(study, Ledger(study.folder), lambda: 9, lambda: False)
     assert handed(again, 0) == {"number": 0, "params": {}}
+
+
+def test_a_trial_that_is_interrupted_for_a_reason_of_its_own_is_handed_out_again(study: StudyConfig):
+    """Its nodes were taken away, and nobody wants the study to end."""
+    search = LedgerSearch(study, Ledger(study.folder), lambda: 1, lambda: False)
+    first = handed(search, 0)
+    search.on_trial_complete("0", REACHED | {"interrupted": True})
+    assert handed(search, 1) == first
 
 
 def test_a_trial_that_finishes_as_the_study_ends_has_finished(study: StudyConfig):
