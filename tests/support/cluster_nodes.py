@@ -27,14 +27,14 @@ from unittest import mock
 
 from cluster_proxy import FaultyProxy
 from netns import Network, wait_until
-from s3_server import ACCESS, SECRET, find_weed, s3_client, serves, write_identities
+from s3_server import ACCESS, PORTS, SECRET, find_weed, free_ports, s3_client, serves, write_identities
 
 if TYPE_CHECKING:
     from glann.datasets.storage import Store
 
 HEAD, WORKERS, S3, MLFLOW = "head", ("w1", "w2", "w3"), "s3", "mlflow"
 BUCKET = "glann"
-RAY_PORT, S3_PORT, PROXY_PORT, MLFLOW_PORT = 6379, 8333, 9000, 5000
+RAY_PORT, PROXY_PORT, MLFLOW_PORT = 6379, 9000, 5000
 BIN = Path(sys.executable).parent
 
 
@@ -61,7 +61,10 @@ class Cluster:
             self.net.add(S3, 20)
             self.net.add(MLFLOW, 30)
             self.env = self._environment()
-            self.proxy = FaultyProxy((self.net.addresses[S3], PROXY_PORT), (self.net.addresses[S3], S3_PORT))
+            # SeaweedFS names its sockets in /tmp, which all networks share, by its ports.
+            self.s3_ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+            upstream = (self.net.addresses[S3], self.s3_ports["s3.port"])
+            self.proxy = FaultyProxy((self.net.addresses[S3], PROXY_PORT), upstream)
             self.start_s3()
             self.start_mlflow()
             self._start_nodes([HEAD])
@@ -226,8 +229,11 @@ class Cluster:
         disk, address = self.net.disk(S3), self.net.addresses[S3]
         write_identities(disk / "s3.json")
         (disk / "data").mkdir(exist_ok=True)
-        arguments = [f"-dir={self.net.home}/data", f"-ip={address}", "-s3", f"-s3.port={S3_PORT}"]
+        arguments = [f"-{name}={port}" for name, port in self.s3_ports.items()]
         arguments += [
+            f"-dir={self.net.home}/data",
+            f"-ip={address}",
+            "-s3",
             f"-s3.config={self.net.home}/s3.json",
             "-master.volumeSizeLimitMB=1024",
             "-volume.max=100",
@@ -248,7 +254,7 @@ class Cluster:
 
     def s3_client(self) -> Any:
         """A client of the server itself, past the proxy; to be used within `net.inside("s3")`."""
-        return s3_client(f"http://{self.net.addresses[S3]}:{S3_PORT}")
+        return s3_client(f"http://{self.net.addresses[S3]}:{self.s3_ports['s3.port']}")
 
     @contextlib.contextmanager
     def store(self, url: str) -> Iterator[Store]:
@@ -257,7 +263,7 @@ class Cluster:
         from glann.datasets.storage import open_store
 
         keys = {"AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET}
-        endpoint = f"http://{self.net.addresses[S3]}:{S3_PORT}"
+        endpoint = f"http://{self.net.addresses[S3]}:{self.s3_ports['s3.port']}"
         with self.net.inside(S3), mock.patch.dict(os.environ, keys):
             yield open_store(url, S3Config(endpoint_url=endpoint))
 
