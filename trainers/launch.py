@@ -59,11 +59,8 @@ def ray_cluster(config: Config) -> Iterator[None]:
             local = {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise EnvironmentFault(
-                f"no Ray cluster at {address}: {reason}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE"
-            ) from error
+        except Exception as error:  # a node that is slow to start is a plain Exception of Ray's
+            raise no_ray(address, error) from error
     if not joined:
         quiet_raylet()
     try:
@@ -72,6 +69,16 @@ def ray_cluster(config: Config) -> Iterator[None]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+def no_ray(address: str | None, error: Exception) -> EnvironmentFault:
+    """What to say where Ray cannot be joined, or started (no address)."""
+    reason = " ".join(redact(str(error)).split())[:200]
+    if address is None:
+        return EnvironmentFault(f"Ray did not start on this machine: {reason}; run the same command again")
+    return EnvironmentFault(
+        f"no Ray cluster at {address}: {reason}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE"
+    )
 
 
 def turn_knobs() -> None:
