@@ -9,13 +9,16 @@ Legend: N images, P pairs, S steps, H W pixels, C channels (1 or 3).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ..datasets.storage import os_fault
 from ..errors import UserError
 
 Images = NDArray[np.uint8]
@@ -69,6 +72,17 @@ def labelled_rows(rows: Sequence[tuple[str, Images]]) -> Image.Image:
         for column, img_HWC in enumerate(img_NHWC):
             picture.paste(_shown(img_HWC, (width, height)), (margin + GAP + column * (width + GAP), top))
     return picture
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG as a whole or not at all: half of one, left by a full disk, would spoil the report."""
+    part = path.with_suffix(".part")
+    try:
+        picture.save(part, "PNG")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise os_fault(error, path) from error
 
 
 def _under_one_another(kinds: Sequence[tuple[str, Images]], columns: int) -> Image.Image:

@@ -72,7 +72,7 @@ def conclude(
     folder = config.run_dir / "images"
     folder.mkdir(exist_ok=True)
     for name, picture in drawn.items():
-        picture.save(folder / f"{name}.png")
+        pictures.save(picture, folder / f"{name}.png")
         tracked.log_image(folder / f"{name}.png")
     tracked.log_metrics({"stage": "evaluation"} | metrics, config.glo.epochs + config.imle.epochs)
     summary = {"metrics": metrics, "timings": timings, "rows": rows, "fingerprint": index.fingerprint}

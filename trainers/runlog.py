@@ -85,7 +85,7 @@ class RunLog:
         """Draw a grid of samples [P, H, W, C] or of pairs [P, 2, H, W, C] into `path`, and have it tracked."""
         path.parent.mkdir(exist_ok=True)
         picture = pictures.grid(images) if kind == "samples" else pictures.reconstructions(images[:, 0], images[:, 1])
-        picture.save(path)
+        pictures.save(picture, path)
         self.tracked.log_image(path)
 
     def on_checkpoint(self, event: dict[str, Any]) -> None:

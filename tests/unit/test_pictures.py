@@ -1,9 +1,11 @@
 """Pictures: every image is where it should be, unharmed, and the nearest training image is the nearest."""
 
+import errno
+
 import numpy as np
 import pytest
 from glann.datasets.reader import CorruptImage
-from glann.errors import UserError
+from glann.errors import EnvironmentFault, UserError
 from glann.tracking import pictures
 from glann.tracking.nearest import nearest_images
 from PIL import Image
@@ -123,3 +125,19 @@ def test_a_copy_of_a_large_image_is_found(rng):
     found = nearest_images(training[3:4], Rows(training))
     assert found.rows_N[0] == 3
     assert found.distance_N[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_picture_that_finds_no_room_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    pictures.save(Image.new("L", (8, 8)), path)
+    before = path.read_bytes()
+
+    def torn(self, target, *_):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", torn)
+    with pytest.raises(EnvironmentFault, match=f"disk full while writing {path}"):
+        pictures.save(Image.new("L", (9, 9)), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
