@@ -46,6 +46,14 @@ def default_uri(configured: str | None) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
+def absolute_uri(uri: str) -> str:
+    """A tracking address that means the same in every working folder: sqlite's default is a file in ours."""
+    prefix = "sqlite:///"
+    if not uri.startswith(prefix) or uri.startswith(prefix + "/"):
+        return uri
+    return prefix + str(Path(uri.removeprefix(prefix)).absolute())
+
+
 def registry_uri(tracking_uri: str) -> str:
     """The registry's address: the environment's, else the tracking server."""
     return os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri

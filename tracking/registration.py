@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import EnvironmentFault, UserError
 from .card import FILE as CARD_FILE
 from .card import write_card
-from .connection import default_uri, redact
+from .connection import absolute_uri, default_uri, redact
 from .facts import RunFacts
 from .lineage import FINGERPRINT
 from .outbox import State
@@ -63,7 +63,7 @@ def _register_folder(folder: Path, name: str | None) -> Registered:
     name, address = checked(name or facts.config.name), default_uri(None)
     state = State.load(folder)
     if state and state.run_id:
-        if state.uri != redact(address):
+        if absolute_uri(state.uri) != absolute_uri(redact(address)):
             raise UserError(f"{folder} is tracked at {state.uri}, not at {redact(address)}; set MLFLOW_TRACKING_URI")
         with opened(f"the MLflow run of {folder} is not") as client:
             if logged := logged_model(client, state.run_id):

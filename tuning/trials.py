@@ -20,7 +20,7 @@ from ray import tune
 from ..cluster.room import cluster_nodes, node_resources, places_on
 from ..config import ClusterConfig, Config
 from ..errors import UserError
-from ..tracking.connection import default_uri
+from ..tracking.connection import absolute_uri, default_uri
 from ..tracking.runs import TrackedRun
 from ..trainers.driver import train
 from ..trainers.evaluation import evaluate
@@ -66,8 +66,8 @@ class Conduct:
 
     def part(self, work: Work) -> Part:
         """What every trial is told."""
-        uri = default_uri(self.base.tracking.uri) if self.base.tracking.enabled else None
-        return Part(self.study, Path.cwd(), absolute_uri(uri), self.tracked.run_id, work)
+        uri = absolute_uri(default_uri(self.base.tracking.uri)) if self.base.tracking.enabled else None
+        return Part(self.study, Path.cwd(), uri, self.tracked.run_id, work)
 
 
 def run_trials(conduct: Conduct) -> None:
@@ -166,11 +166,3 @@ def first_stage(conduct: Conduct) -> Path:
             )
         ledger.end(baseline, monotonic() - began, state="finished", value=value, metrics=metrics)
     return run_dir
-
-
-def absolute_uri(uri: str | None) -> str | None:
-    """A tracking address that means the same in every working folder: sqlite's default is a file in ours."""
-    prefix = "sqlite:///"
-    if uri is None or not uri.startswith(prefix) or uri.startswith(prefix + "/"):
-        return uri
-    return prefix + str(Path(uri.removeprefix(prefix)).absolute())
