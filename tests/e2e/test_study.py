@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from ray_head import ray_head
 
 NAME, TRIALS = "mini", 5
-STATES = {0: "finished", 1: "finished", 2: "failed", 3: "stopped", 4: "failed"}
+STATES = {0: "finished", 1: "finished", 2: "stopped", 3: "failed", 4: "failed"}
 STUDY = {
     "name": NAME,
     "recipe": "digits",
@@ -87,7 +87,7 @@ class Study:
 @pytest.fixture(scope="module")
 def disturbed(glann, head):
     """The study, whose command was interrupted (Ctrl-C) and then killed (SIGKILL) within the second trial."""
-    (glann.folder / "mini.yaml").write_text(yaml.safe_dump(STUDY))
+    (glann.folder / "mini.yaml").write_text(yaml.safe_dump(STUDY))  # its keys in the order of the alphabet
     env = head.env | {"RAY_ADDRESS": head.cluster}
     study = Study(glann, NAME)
     process = glann.start("tune", "mini.yaml", **env)
@@ -132,8 +132,8 @@ def test_a_configuration_that_always_fails_does_not_end_the_study(disturbed):
 
 def test_a_trial_that_does_badly_is_stopped_early_and_keeps_no_checkpoint(disturbed):
     study = disturbed[0]
-    stopped, finished = study.run_dir(3), study.run_dir(1)
-    assert study.ended()[3]["epoch"] < 9
+    stopped, finished = study.run_dir(2), study.run_dir(1)
+    assert study.ended()[2]["epoch"] < 9
     assert not [path for path in (stopped / "checkpoints").rglob("*") if path.is_file()]
     assert not (stopped / "summary.json").exists(), "its sampler was evaluated"
     assert list((finished / "checkpoints").rglob("manifest.json"))
@@ -147,6 +147,7 @@ def test_it_leaves_nothing_on_the_cluster(disturbed, head):
 
 
 NOTHING = {"actors": [], "groups": [], "cpus": 2.0}
+RAYS_OWN = "_AutoscalingCoordinatorActor"  # Ray Train leaves one on a cluster, whoever used it
 LOOK = """
 import json, logging, sys
 import ray
@@ -164,7 +165,8 @@ def what_is_left(head):
     command = [sys.executable, "-c", LOOK, head.cluster, head.address]
     done = subprocess.run(command, env=os.environ | head.env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    left = json.loads(done.stdout.splitlines()[-1])
+    return left | {"actors": [name for name in left["actors"] if name != RAYS_OWN]}
 
 
 def test_its_runs_are_nested_in_mlflow(disturbed, glann):
