@@ -26,7 +26,7 @@ from ..trainers.recovery import RunStopped
 from ..trainers.supervision import Event, Supervision
 from .ledger import BASELINE
 from .population import clone_run
-from .scheduler import EPOCH, LOSS
+from .scheduler import EPOCH, LOSS, losses
 from .study import StudyConfig, trial_name
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ class TrialRun(tune.Trainable):
             sleep(0.2)  # what this trial was a moment ago is still saving
         if self.donor is not None:
             clone_run(self.donor, config)
+        for epoch, loss in losses(config.run_dir):  # how far earlier starts have come
+            self.reached |= {"reached_epoch": epoch, "reached_loss": loss}
         tags = {"glann.study": study.name, "glann.trial": str(self.number)}
         supervision = Supervision(self.part.parent_run_id, tags, self.hear, self.told_to_stop)
         return self.part.work(config, Console(file=file, width=120), supervision)
