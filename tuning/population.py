@@ -14,15 +14,23 @@ from ..tracking.connection import redacted_config
 from ..trainers.evaluation import run_config
 
 
-def clone_run(donor: Path, config: Config) -> None:
-    """Have the run of `config` stand where the donor's newest checkpoint does; what it was before is gone.
+def newest_step(config: Config) -> int | None:
+    """The newest checkpoint of a run."""
+    return checkpoints.latest(open_store(config.checkpoint_url, config.s3))
 
+
+def clone_run(donor: Path, config: Config, told: int | None) -> None:
+    """Have the run of `config` stand where the donor did; what it was before is gone.
+
+    Args:
+        told: the donor's checkpoint when it was chosen. If it is not kept any more, its newest is taken.
     Raises:
         UserError: the donor has no checkpoint.
     """
     source = open_store(run_config(donor).checkpoint_url, config.s3)
     target = open_store(config.checkpoint_url, config.s3)
-    step = checkpoints.latest(source)
+    kept, _ = checkpoints.usable(source)
+    step = told if told in kept else max(kept, default=None)
     if step is None:
         raise UserError(f"{donor} has no checkpoint to go on from yet; use a longer search.interval")
     for key in target.list():

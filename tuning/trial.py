@@ -25,7 +25,7 @@ from ..trainers.prepare import is_worked_on
 from ..trainers.recovery import RunStopped
 from ..trainers.supervision import Event, Supervision
 from .ledger import BASELINE
-from .population import clone_run
+from .population import clone_run, newest_step
 from .scheduler import EPOCH, LOSS, losses
 from .study import StudyConfig, trial_name
 
@@ -70,7 +70,7 @@ class TrialRun(tune.Trainable):
         os.chdir(part.home)  # paths in the recipe mean what they mean to the command
         self.part, self.number = part, own_number(part.study, self.trial_id, config["member"]["number"])
         self.params = {} if self.number == BASELINE else dict(config["member"]["params"])
-        self.donor: Path | None = None
+        self.donor: tuple[Path, int | None] | None = None
         self.reports: Queue[dict[str, Any]] = Queue()
         self.unanswered, self.goes_on = False, threading.Event()
         self.ended, self.stopping = threading.Event(), threading.Event()
@@ -104,14 +104,15 @@ class TrialRun(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Not the run's state, which has checkpoints of its own: only which run this is."""
-        folder = self.part.config(self.number, {}).run_dir
-        (Path(checkpoint_dir) / DONOR).write_text(json.dumps({"run": str(folder), "number": self.number}))
+        config = self.part.config(self.number, {})
+        told = {"run": str(config.run_dir), "number": self.number, "step": newest_step(config)}
+        (Path(checkpoint_dir) / DONOR).write_text(json.dumps(told))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """`checkpoint`: the folder that the other was told to save to."""
         told = json.loads((Path(checkpoint) / DONOR).read_text())
         if told["number"] != self.number:
-            self.donor = Path(told["run"])
+            self.donor = Path(told["run"]), told["step"]
 
     # The thread -------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class TrialRun(tune.Trainable):
         while is_worked_on(config.run_dir) and monotonic() - began < STOP_PATIENCE_S:
             sleep(0.2)  # what this trial was a moment ago is still saving
         if self.donor is not None:
-            clone_run(self.donor, config)
+            clone_run(self.donor[0], config, self.donor[1])
         for epoch, loss in losses(config.run_dir):  # how far earlier starts have come
             self.reached |= {"reached_epoch": epoch, "reached_loss": loss}
         tags = {"glann.study": study.name, "glann.trial": str(self.number)}

@@ -9,14 +9,15 @@ import yaml
 from glann.tuning.ledger import trials
 from ray_head import ray_head
 
-NAME, TRIALS, EPOCHS, INTERVAL = "crowd", 5, 12, 4
+# Long enough for members to reach their changes one after another: an epoch takes half a second.
+NAME, TRIALS, EPOCHS, INTERVAL = "crowd", 5, 48, 4
 BOUNDS = {"glo.latent_lr": (1e-6, 0.1), "glo.generator_lr": (1e-6, 0.01)}
 STUDY = {
     "name": NAME,
     "recipe": "digits",
     "overrides": {
         "cluster.workers": 1,
-        "data.max_rows": 200,
+        "data.max_rows": 600,
         "generator.width": 8,
         "generator.latent_dim": 8,
         "loss.kind": "l1",
@@ -26,6 +27,7 @@ STUDY = {
         "imle.noise_dim": 8,
         "preview.every_epochs": 100,
         "evaluation.samples": 50,
+        "checkpoint.keep": 20,  # so quick a member has gone on by more than a few before another starts from it
         "tracking.enabled": False,
     },
     "space": {key: {"log_uniform": list(bounds)} for key, bounds in BOUNDS.items()},
