@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_table import print_table
+
 if TYPE_CHECKING:
     from .cluster.jobs import Job, JobSubmissionClient
 
@@ -103,17 +105,7 @@ def list_jobs(address: Address = HERE) -> None:
         found = jobs.list_jobs(client)
     head = ("RUN", "ATTEMPT", "STATE", "STARTED", "TOOK", "CHECKPOINTS")
     rows = [(job.name, job.id, _state(job), _clock(job.started), _took(job), job.checkpoints) for job in found]
-    if not sys.stdout.isatty():
-        for row in (head, *rows):
-            typer.echo("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table if rows else f"no runs were submitted to {address} yet")
+    print_table(head, rows, f"no runs were submitted to {address} yet")
 
 
 @jobs_app.command()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .cli_table import print_table
 
 if TYPE_CHECKING:
     from .tracking.catalogue import Entry, Version
@@ -44,7 +44,7 @@ def list_models() -> None:
         )
         for entry in entries
     ]
-    _table(("NAME", "VERSIONS", "CHAMPION", "CHALLENGER", "METRICS"), rows, "no model is registered yet")
+    print_table(("NAME", "VERSIONS", "CHAMPION", "CHALLENGER", "METRICS"), rows, "no model is registered yet")
 
 
 @registry_app.command()
@@ -61,7 +61,7 @@ def show(name: Name) -> None:
     with opened(f"no model {name}") as client:
         entry = catalogue.read(client, name)
     rows = [_row(entry, version) for version in entry.versions]
-    _table(("VERSION", "ALIASES", "REGISTERED", "DATA", "METRICS", "RUN", "FROM"), rows, f"{name} has no versions")
+    print_table(("VERSION", "ALIASES", "REGISTERED", "DATA", "METRICS", "RUN", "FROM"), rows, f"{name} has no versions")
     for event in history(entry):
         instead = f" instead of {event.previous}" if event.previous else ""
         forced, why = " (forced)" if event.forced else "", f": {event.why}" if event.why else ""
@@ -170,18 +170,3 @@ def _metrics(version: Version) -> str:
     """The first few metrics, the baseline's left out."""
     shown = [(name, value) for name, value in sorted(version.metrics.items()) if not name.endswith("_glo")]
     return ", ".join(f"{name} {float(value):.4g}" for name, value in shown[:METRICS_SHOWN]) or "-"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], empty: str) -> None:
-    rows = list(rows)
-    if not sys.stdout.isatty():
-        for row in (head, *rows):
-            typer.echo("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table if rows else empty)

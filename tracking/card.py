@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from .. import __version__
-from ..datasets.storage import os_fault
 from .connection import redact
 from .facts import RunFacts
 from .lineage import CARD as FILE
 from .lineage import STUDY, TRIAL
 from .outbox import State
-from .report import commands, environment, headline, metric_rows
+from .page import environment, write_page
+from .report import commands, headline, metric_rows
 
 
 def write_card(run_dir: Path) -> Path:
@@ -40,10 +39,4 @@ def write_card(run_dir: Path) -> Path:
             samples="images/samples.png" if facts.picture("samples") else None,
         )
     )
-    path, temporary = run_dir / FILE, run_dir / f".{FILE}.tmp"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise os_fault(error, path) from error
-    return path
+    return write_page(run_dir / FILE, text)

@@ -23,7 +23,7 @@ from . import finish
 from .launch import ray_cluster
 from .mirror import RunMirror, take_back
 from .objective import build_objective
-from .prepare import open_data, refuse_other_configuration, sole_driver
+from .prepare import open_data, refuse_other_configuration, sole_command
 from .recovery import GOES_ON, RunStopped, run_workers
 from .runlog import RunLog
 from .supervision import ALONE, Event, Supervision
@@ -58,7 +58,7 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
         build_extractor(config.evaluation.extractor, load_weights)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         store = open_store(config.checkpoint_url, config.s3)
-        with sole_driver(config), hold(store, console.print) as lease:
+        with sole_command(config.run_dir, "train"), hold(store, console.print) as lease:
             tags = {"glann.fingerprint": index.fingerprint, **supervision.tags}
             tracked = TrackedRun.open(config, config.run_dir, tags, parent_run_id=supervision.parent_run_id)
             ran = True

@@ -98,14 +98,14 @@ def is_free(key: str) -> bool:
 
 
 @contextmanager
-def sole_driver(config: Config) -> Iterator[None]:
-    """Refuse a second command on the same run folder while this one works on it."""
-    with (config.run_dir / LOCK).open("w") as file:
+def sole_command(folder: Path, command: str) -> Iterator[None]:
+    """Refuse a second command on the folder of a run or of a study while this one works on it."""
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"another `glann train` is working on {config.run_dir}; wait for it, or use another name=..."
+                f"another `glann {command}` is working on {folder}; wait for it, or choose another name"
             ) from error
         yield
 

@@ -31,7 +31,7 @@ from . import finish
 from .evaluation import open_images, reconstruction, run_config, training_images
 from .imle import MappingTrainer, train_imle
 from .mailbox import NOTHING, STOP
-from .prepare import refuse_other_configuration, sole_driver
+from .prepare import refuse_other_configuration, sole_command
 from .recovery import RunStopped
 from .resume import final_weights, load
 from .supervision import Supervision
@@ -92,7 +92,7 @@ def train_second_stage(
     if finish.is_finished(config):
         return finish.read_summary(config)["metrics"]
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    with sole_driver(config):
+    with sole_command(config.run_dir, "train"):
         (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
         tags = {"glann.fingerprint": shared.index.fingerprint, **supervision.tags}
         tracked = TrackedRun.open(config, config.run_dir, tags, parent_run_id=supervision.parent_run_id)

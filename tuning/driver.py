@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +19,7 @@ from ..tracking.runs import Status, TrackedRun
 from ..trainers.launch import ray_cluster
 from ..trainers.mirror import RunMirror, take_back
 from ..trainers.objective import build_objective
-from ..trainers.prepare import LOCK, open_data, refuse_other_configuration
+from ..trainers.prepare import open_data, refuse_other_configuration, sole_command
 from ..trainers.recovery import RunStopped, stop_on_signal
 from .folder import is_study, refuse_other_study
 from .ledger import Ledger
@@ -53,7 +50,7 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
         build_objective(base, torch.device("cpu"))  # fetches what trials need, once
         build_extractor(base.evaluation.extractor, load_weights)
         study.folder.mkdir(parents=True, exist_ok=True)
-        with sole_study(study):
+        with sole_command(study.folder, "tune"):
             tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}
             tracked = TrackedRun.open(base, study.folder, tags)
             fresh = False
@@ -128,19 +125,6 @@ def say_stopping(interrupted: threading.Event, console: Console) -> None:
     console.print(
         "saving every trial, then stopping (press Ctrl-C again to stop at once, without saving)", soft_wrap=True
     )
-
-
-@contextmanager
-def sole_study(study: StudyConfig) -> Iterator[None]:
-    """Refuse a second command on the same study while this one works on it."""
-    with (study.folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another `glann tune` is working on {study.folder}; wait for it, or give the study another name"
-            ) from error
-        yield
 
 
 def of_study(key: str) -> bool:

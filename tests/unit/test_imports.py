@@ -25,6 +25,7 @@ FLOORS = {
     "tracking": 4,
     "trainers": 5,
     "tuning": 6,
+    "cli_table": 6,
     "cli_data": 7,
     "cli_jobs": 7,
     "cli_tune": 7,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glann.trainers.prepare import sole_driver
+from glann.trainers.prepare import sole_command
 from glann.tuning import ledger as ledgers
 from glann.tuning.ledger import Ledger, Trial
 from glann.tuning.search import LedgerSearch, first_trials, outcome, suggest
@@ -282,7 +282,7 @@ def training(study: StudyConfig, number: int) -> Iterator[Path]:
     saved.mkdir(parents=True)
     (saved / "manifest.json").write_text("{}")
     (config.run_dir / "metrics.jsonl").write_text("")
-    with sole_driver(config):
+    with sole_command(config.run_dir, "train"):
         yield saved.parent
 
 

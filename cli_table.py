@@ -1,0 +1,24 @@
+"""How commands list things: a table for people, tab-separated lines for programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import typer
+
+
+def print_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], empty: str) -> None:
+    """Print rows below their headings; `empty` says to people that there are none."""
+    rows = list(rows)
+    if not sys.stdout.isatty():
+        for row in (head, *rows):
+            typer.echo("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table if rows else empty)
