@@ -4,6 +4,7 @@
 
 Theme: the failure model of docs/reliability.md over hours. Jobs run one after another, each with a few faults at
 random moments; a fault is survived if the job takes a step again and ends bit for bit where an undisturbed one ends.
+Every fault strikes in every phase, in random order, before any pair of them comes again.
 Needs root, iproute2 and the test tools (`pip install -e .[test]`); about 6 GB of memory.
 """
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from cluster_faults import MOMENTS, SHARD, TRAINER, Missed, Script, Strike
+from cluster_faults import FILLER, MOMENTS, SHARD, TRAINER, Missed, Script, Strike, fill, small_disk
 from cluster_job import GLO_EPOCHS, ROWS, End, Job, pack_digits
 from cluster_nodes import HEAD, MLFLOW, Cluster
 from netns import why_not
@@ -38,6 +41,7 @@ class Tally:
 
     injected: int = 0
     survived: int = 0
+    phases: set[str] = field(default_factory=set)
     back_s: list[float] = field(default_factory=list)
 
 
@@ -55,21 +59,20 @@ def main() -> int:
         if undisturbed.wait(JOB_LIMIT_S):
             print(f"error: the undisturbed job failed\n{undisturbed.said()[-3000:]}", file=sys.stderr)
             return 1
-        return soak(cluster, undisturbed.end(), arguments.minutes, arguments.seed)
+        with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder) / "runs", megabytes=48) as disk:
+            return soak(cluster, undisturbed.end(), disk, arguments.minutes, arguments.seed)
 
 
-def soak(cluster: Cluster, wanted: End, minutes: float, seed: int) -> int:
-    """Run jobs until the time is up, and print the table; 0 if nothing was lost."""
-    lottery, tallies = random.Random(seed), {name: Tally() for name in FAULTS}
+def soak(cluster: Cluster, wanted: End, disk: Path, minutes: float, seed: int) -> int:
+    """Run jobs until the time is up, and print the table; 0 if nothing was lost. `disk` holds the run folders."""
+    deck, tallies = Deck(seed), {name: Tally() for name in FAULTS}
     began, jobs, lost, twice, unequal = time.monotonic(), 0, 0, 0, 0
     while time.monotonic() - began < 60 * minutes:
         jobs += 1
-        job = Job(cluster, f"soak-{jobs}", "s3.timeout_s=4", "cluster.max_failures=10").start()
+        job = Job(cluster, f"soak-{jobs}", "s3.timeout_s=4", "cluster.max_failures=10", runs_dir=str(disk)).start()
         script = Script(job, seed)
-        chosen = sorted(lottery.sample(list(MOMENTS), lottery.randint(*FAULTS_OF_A_JOB)), key=list(PHASES).index)
-        faults = [(phase, lottery.choice(list(FAULTS))) for phase in chosen]
         try:
-            struck = inject(script, faults, tallies)
+            struck = inject(script, deck, tallies)
             status = job.wait(JOB_LIMIT_S)
             end = job.end()
         except (RuntimeError, TimeoutError, TimeoutExpired, OSError) as error:
@@ -77,6 +80,8 @@ def soak(cluster: Cluster, wanted: End, minutes: float, seed: int) -> int:
             cluster.kill(HEAD)
             cluster.repair()
             continue
+        finally:
+            shutil.rmtree(job.folder, ignore_errors=True)
         rows = np.full(ROWS, GLO_EPOCHS)
         lost, twice = lost + int((end.visits_N < rows).sum()), twice + int((end.visits_N > rows).sum())
         differing = end.differences(wanted)
@@ -90,21 +95,45 @@ def soak(cluster: Cluster, wanted: End, minutes: float, seed: int) -> int:
     return int(bool(lost or twice or unequal) or any(t.survived < t.injected for t in tallies.values()))
 
 
-def inject(script: Script, faults: list[tuple[str, str]], tallies: dict[str, Tally]) -> list[str]:
-    """Strike in each (phase, fault); the faults that struck. A job may be past a phase when its turn comes."""
+class Deck:
+    """Every (phase, fault), dealt in random order; all of them again when none is left."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.left: list[tuple[str, str]] = []
+
+    def deal(self) -> list[tuple[str, str]]:
+        """A few for one job: of different phases, in the order of a run."""
+        if not self.left:
+            self.left = [(phase, fault) for phase in MOMENTS for fault in FAULTS]
+            self.random.shuffle(self.left)
+        hand: dict[str, str] = {}
+        count = self.random.randint(*FAULTS_OF_A_JOB)
+        for phase, fault in self.left:
+            if len(hand) < count:
+                hand.setdefault(phase, fault)
+        self.left = [pair for pair in self.left if pair not in hand.items()]
+        return sorted(hand.items(), key=lambda pair: list(MOMENTS).index(pair[0]))
+
+
+def inject(script: Script, deck: Deck, tallies: dict[str, Tally]) -> list[str]:
+    """Strike a few times; the faults that struck. A job may be past a phase when its turn comes: another one's then."""
     struck = []
-    for phase, name in faults:
-        tallies[name].injected += 1
+    for phase, name in deck.deal():
+        tally = tallies[name]
+        tally.injected += 1
         try:
             strike = FAULTS[name](script, phase)
         except Missed as missed:
-            tallies[name].injected -= 1
+            tally.injected -= 1
+            deck.left.append((phase, name))
             print(f"{script.job.name}: {str(missed).splitlines()[0]}", flush=True)
             continue
         struck.append(name)
+        tally.phases.add(phase)
         print(f"{script.job.name}: {strike}", flush=True)
         if strike.back_s is not None:
-            tallies[name].back_s.append(strike.back_s)
+            tally.back_s.append(strike.back_s)
     return struck
 
 
@@ -112,15 +141,15 @@ def report(
     tallies: dict[str, Tally], minutes: float, seed: int, jobs: int, lost: int, twice: int, unequal: int
 ) -> None:
     """The table, as docs/reliability.md holds it."""
-    print("\n| fault | injected | survived | median s | worst s |\n|---|---|---|---|---|")
+    print("\n| fault | phases | injected | survived | median s | worst s |\n|---|---|---|---|---|---|")
     for name, tally in tallies.items():
         times = tally.back_s
         median, worst = (f"{statistics.median(times):.1f}", f"{max(times):.1f}") if times else ("-", "-")
-        print(f"| {name} | {tally.injected} | {tally.survived} | {median} | {worst} |")
+        print(f"| {name} | {len(tally.phases)} | {tally.injected} | {tally.survived} | {median} | {worst} |")
     everything = [seconds for tally in tallies.values() for seconds in tally.back_s]
     injected, survived = (sum(getattr(t, key) for t in tallies.values()) for key in ("injected", "survived"))
     median, worst = (f"{statistics.median(everything):.1f}", f"{max(everything):.1f}") if everything else ("-", "-")
-    print(f"| all | {injected} | {survived} | {median} | {worst} |")
+    print(f"| all | {len(MOMENTS)} | {injected} | {survived} | {median} | {worst} |")
     print(f"\n{minutes:.0f} minutes, seed {seed}: {jobs} jobs; rows lost {lost}, rows visited twice {twice}, ", end="")
     print(f"jobs that ended elsewhere than the undisturbed one {unequal}")
 
@@ -193,6 +222,20 @@ def restart_mlflow(script: Script, phase: str) -> Strike:
     return strike
 
 
+def fill_the_disk(script: Script, phase: str) -> Strike:
+    disk = script.job.folder.parent
+    strike = script.strike("disk full", phase, lambda: fill(disk))
+    try:
+        status = script.job.wait(120)
+    finally:
+        (disk / FILLER).unlink()
+    if status != 1:
+        raise RuntimeError(f"a full disk ended the run with {status}, not 1:\n{script.job.said()[-3000:]}")
+    script.job.start()
+    script.training_again(strike)
+    return strike
+
+
 FAULTS: dict[str, Callable[[Script, str], Strike]] = {
     "training worker SIGKILL": kill_a_process(TRAINER),
     "latent actor SIGKILL": kill_a_process(SHARD),
@@ -203,8 +246,8 @@ FAULTS: dict[str, Callable[[Script, str], Strike]] = {
     "head node SIGKILL": lose_the_head,
     "S3: 500, 503, reset, stall, truncation": trouble_s3,
     "MLflow down": restart_mlflow,
+    "disk of the run folder full": fill_the_disk,
 }
-PHASES = ("GLO", "checkpoint", "between the stages", "neighbour search", "IMLE updates")  # in the order of a run
 
 if __name__ == "__main__":
     sys.exit(main())

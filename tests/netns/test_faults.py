@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 import time
 
 import numpy as np
 import pytest
-from cluster_faults import SHARD, TRAINER
+from cluster_faults import FILLER, SHARD, TRAINER, fill, small_disk
 from cluster_job import GLO_EPOCHS, ROWS, Job
 from cluster_nodes import HEAD, MLFLOW, WORKERS
 from glann.trainers.recovery import SETTLE_S
@@ -174,7 +172,7 @@ def test_the_disk_of_the_run_folder_fills_up(cluster, undisturbed, strikes, tmp_
         assert "error: disk full while writing" in job.said()
         assert "Traceback" not in job.said()
         assert job.checkpoints(), "the last checkpoint is gone"
-        (disk / "filler").unlink()
+        (disk / FILLER).unlink()
         job.start()
         script.training_again(strike)
         ends_like(undisturbed, job)
@@ -204,21 +202,3 @@ def final_loss(job, stage):
 
 def is_get(method, path):
     return method == "GET"
-
-
-@contextlib.contextmanager
-def small_disk(folder, megabytes):
-    """A file system of that size, which the nodes see too."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(disk):
-    """Leave no room on it."""
-    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))

@@ -5,12 +5,15 @@ A moment is found from what the product itself shows: the journal's epochs and p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cluster_job import GLO_EPOCHS, IMLE_EPOCHS, Job
@@ -19,6 +22,7 @@ from netns import wait_until
 
 SEED = int(os.environ.get("GLANN_FAULT_SEED", "3"))
 TRAINER, SHARD = "RayTrainWorker", "LatentShard"
+FILLER = "filler"
 SAVE_HELD_S = 3.0  # how long a checkpoint is kept from its end so that a fault can strike within it
 
 
@@ -125,6 +129,27 @@ def starts(job: Job) -> list[dict[str, Any]]:
     return [entry for entry in job.notes() if entry["event"] in ("started", "restarted", "resumed")]
 
 
+# Disks ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of that size, which the nodes see too."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leave no room on it, until its file `FILLER` is removed."""
+    with open(disk / FILLER, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 # Moments -------------------------------------------------------------------------------------
 
 
@@ -189,10 +214,10 @@ def _some_epoch(script: Script, stage: str, epochs: int) -> int:
     return script.random.randint(first, max(first, epochs - 3))
 
 
-MOMENTS: dict[str, Callable[[Script], str]] = {
+MOMENTS: dict[str, Callable[[Script], str]] = {  # in the order of a run
     "GLO": in_glo,
+    "checkpoint": in_save,
     "between the stages": between,
     "neighbour search": in_search,
     "IMLE updates": in_updates,
-    "checkpoint": in_save,
 }
