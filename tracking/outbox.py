@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from ..config import Section
 from ..datasets.storage import os_fault
-from ..errors import UserError
+from ..errors import EnvironmentFault, GlannError, UserError
 from . import journal
 from .connection import redact
 from .registry import PublishedModel, publish
@@ -83,6 +83,10 @@ class State(Section):
             raise os_fault(error, path) from error
 
 
+class Unnoted(EnvironmentFault):
+    """The run folder does not take the note of what was sent; the server is not to blame."""
+
+
 class Outbox:
     """The sending thread of one run."""
 
@@ -134,7 +138,7 @@ class Outbox:
             except Exception as error:  # of MLflow's client, HTTP, database or disk: training must not notice
                 self._say_failing(error)
                 if closing:
-                    if time.monotonic() > self._give_up_at:
+                    if isinstance(error, Unnoted) or time.monotonic() > self._give_up_at:
                         return
                     time.sleep(POLL_S)
                 delay_s = min(2 * delay_s, MAX_DELAY_S)
@@ -178,23 +182,25 @@ class Outbox:
 
     def _update(self, **changes: Any) -> None:
         self._state = self._state.model_copy(update=changes)
-        self._state.save(self._run_dir)
+        try:
+            self._state.save(self._run_dir)
+        except GlannError as error:
+            raise Unnoted(str(error)) from error
 
     def _say_failing(self, error: Exception) -> None:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
             detail = redact(" ".join(str(error).split()))[:200] or type(error).__name__
-            log.warning(
-                "the MLflow server %s does not take metrics (%s); training goes on, they are kept in %s and sent later",
-                self._state.uri,
-                detail,
-                self._run_dir / journal.FILE,
-            )
+            wrong = f"the MLflow server {self._state.uri} does not take metrics"
+            if isinstance(error, Unnoted):
+                wrong = "metrics are not sent to MLflow, because what was sent cannot be noted"
+            kept = self._run_dir / journal.FILE
+            log.warning("%s (%s); training goes on, they are kept in %s and sent later", wrong, detail, kept)
 
     def _say_working(self) -> None:
         if self._failing_since is not None:
             away_s = time.monotonic() - self._failing_since
-            log.warning("the MLflow server %s is back after %.0f s; everything was sent", self._state.uri, away_s)
+            log.warning("metrics go to MLflow at %s again after %.0f s; everything was sent", self._state.uri, away_s)
             self._failing_since = None
 
 

@@ -1,5 +1,6 @@
 """A tracked run: its journal survives crashes, its MLflow run is found again, a dead server never stops it."""
 
+import errno
 import json
 import logging
 import socket
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from glann.config import Config
+from glann.datasets.storage import os_fault
 from glann.errors import UserError
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
@@ -196,7 +198,7 @@ def test_a_server_that_goes_away_delays_nothing_and_gets_everything_later(tmp_pa
         run.finish()
     assert caplog.text.count("does not take metrics") == 1
     assert "secret" not in caplog.text
-    assert "is back" in caplog.text
+    assert "again after" in caplog.text
     assert history(server, run.run_id, "glo/loss") == [(step, float(step)) for step in range(1, 2501)]
 
 
@@ -225,6 +227,31 @@ def test_a_server_that_hangs_is_left_behind_in_bounded_time(tmp_path, server, mo
     started = time.monotonic()
     run.finish(timeout_s=0.5)
     assert time.monotonic() - started < 10
+
+
+def test_a_full_disk_is_not_laid_at_the_servers_door_nor_waited_for(tmp_path, server, caplog, monkeypatch):
+    run = TrackedRun.open(make_config(server), tmp_path)
+    wait_until(lambda: not run._outbox.waiting())
+    monkeypatch.setattr(outbox, "PATIENCE_S", 60.0)
+    save, full = outbox.State.save, OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(self, run_dir):
+        raise os_fault(full, run_dir / outbox.STATE)
+
+    monkeypatch.setattr(outbox.State, "save", refuse)
+    with caplog.at_level(logging.WARNING, "glann.tracking"):
+        run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
+        wait_until(lambda: "cannot be noted (disk full while writing" in caplog.text)
+        started = time.monotonic()
+        run.finish("FAILED")
+    assert time.monotonic() - started < 20
+    assert "does not take metrics" not in caplog.text
+    assert TrackedRun.waits(tmp_path)
+    monkeypatch.setattr(outbox.State, "save", save)
+    again = TrackedRun.open(make_config(server), tmp_path)
+    again.finish()
+    assert not TrackedRun.waits(tmp_path)
+    assert history(server, again.run_id, "glo/loss") == [(1, 1.0)]
 
 
 def test_secrets_reach_neither_server_nor_disk(tmp_path, server):
