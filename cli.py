@@ -15,6 +15,7 @@ import typer
 
 from .cli_data import Endpoint, data_app, s3_at
 from .cli_jobs import jobs_app, submit
+from .cli_leave import leave
 from .cli_registry import registry_app
 from .cli_tune import tune
 from .errors import GlannError, UserError, redact
@@ -124,6 +125,7 @@ def train(
 
 app.command()(submit)
 app.command()(tune)
+app.command()(leave)
 
 
 @app.command()

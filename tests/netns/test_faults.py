@@ -48,6 +48,19 @@ def test_a_node_dies_and_there_is_a_spare(cluster, undisturbed, strikes, phase):
     ends_like(undisturbed, script.job)
 
 
+def test_a_node_is_left_before_it_goes_away(cluster, undisturbed, strikes):
+    script = strikes(Job(cluster, "leaves").start())
+    node, log = script.node(), cluster.logs / "leave.log"
+    strike = script.strike("glann leave", "GLO", lambda: cluster.glann("leave", "--within", "90", node=node, log=log))
+    left = script.job.wait_for_note("restarted", strike.at)
+    script.training_again(strike)
+    done = [entry["epoch"] for entry in script.job.epochs() if entry["stage"] == "glo" and entry["time"] < left["time"]]
+    assert left["place"]["epoch"] == max(done), "work was lost though there was time to save it"
+    ends_like(undisturbed, script.job)
+    assert "the node was left" in log.read_text()
+    assert not [note for note in script.job.notes() if note["event"] == "lost"]
+
+
 def test_a_node_dies_and_there_is_no_spare(cluster, undisturbed, strikes):
     spare = WORKERS[0]
     cluster.kill(spare)

@@ -79,6 +79,15 @@ def test_a_stopped_pod_or_job_has_the_time_to_save(spec: dict):
     assert all(pod["terminationGracePeriodSeconds"] > needed for pod in pods(spec))
 
 
+def test_a_pod_that_goes_is_left_first(spec: dict):
+    """Kubernetes runs the hook before SIGTERM, and its time counts against the grace period."""
+    needed = load("celebahq-1024").checkpoint.timeout_s
+    for pod in pods(spec):
+        glann_, *words = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert (glann_, *words[:2]) == ("glann", "leave", "--within")
+        assert needed < int(words[2]) < pod["terminationGracePeriodSeconds"]
+
+
 def test_the_job_runs_a_command_that_glann_understands(capsys: pytest.CaptureFixture[str]):
     shell = shlex.split(documents("rayjob.yaml")["RayJob"]["spec"]["entrypoint"])
     assert shell[:2] == ["sh", "-c"]

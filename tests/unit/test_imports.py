@@ -28,6 +28,7 @@ FLOORS = {
     "cli_table": 6,
     "cli_data": 7,
     "cli_jobs": 7,
+    "cli_leave": 7,
     "cli_tune": 7,
     "cli_registry": 7,
     "cli": 8,

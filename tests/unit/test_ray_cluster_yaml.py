@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import glann
@@ -40,6 +41,14 @@ def test_all_nodes_start_ray_from_that_installation_with_a_token(cluster: dict):
         assert len(start) == 1
         assert "PATH=$HOME/glann-venv/bin:$PATH RAY_AUTH_MODE=token ray start" in start[0]
     assert "--dashboard-host=0.0.0.0" not in str(cluster)
+
+
+def test_a_spot_machine_waits_for_its_notice_with_a_token(cluster: dict):
+    [watch] = [line for line in cluster["worker_start_ray_commands"] if "glann leave --on-spot-notice" in line]
+    assert cluster["worker_start_ray_commands"].index(watch) > 1, "there is no node to leave before `ray start`"
+    assert "RAY_AUTH_MODE=token RAY_ADDRESS=$RAY_HEAD_IP:6379" in watch
+    assert watch.endswith("&")
+    assert subprocess.run(["bash", "-n", "-c", f"({watch})"]).returncode == 0
 
 
 def test_both_gpu_types_are_as_many_as_the_large_recipe_asks_for(cluster: dict):
