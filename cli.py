@@ -125,7 +125,6 @@ def train(
 
 app.command()(submit)
 app.command()(tune)
-app.command()(leave)
 
 
 @app.command()
@@ -299,6 +298,9 @@ def doctor(config: MaybeRecipe = None, overrides: Overrides = None) -> None:
     if bad:
         typer.echo(f"{bad} of the checks {'is' if bad == 1 else 'are'} bad", err=True)
         raise typer.Exit(1)
+
+
+app.command()(leave)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

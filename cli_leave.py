@@ -20,8 +20,8 @@ def leave(
     """Tell Ray that the node of this machine goes away, and wait until the runs have left it.
 
     \b
-    glann leave --within 600                 before maintenance; as the preStop hook of a pod
-    glann leave --on-spot-notice             in the background of a spot machine
+    glann leave --within 600        before maintenance; a pod's preStop hook
+    glann leave --on-spot-notice    in the background of a spot machine
 
     Runs save at their next step and go on elsewhere; one that finds no room ends with status 75. The exit status is 1
     if something still ran at the end of the time.

@@ -15,9 +15,11 @@ import sys
 import time
 import urllib.request
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
+from urllib.parse import urlsplit
 
 from ..errors import EnvironmentFault, redact
+from .exposure import listens, ray_address
 
 POLL_S = 1.0
 NOTICE_POLL_S = 5.0  # as EC2 advises
@@ -26,8 +28,8 @@ METADATA = "http://169.254.169.254"
 
 # A failed connection can end the process that tries it, and so can the end of the node that it is connected to.
 _WHERE = """
-import ray
-ray.init(log_to_driver=False, logging_level="ERROR")
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 context = ray.get_runtime_context()
 print("NODE", context.get_node_id(), context.gcs_address)
 """
@@ -46,14 +48,14 @@ def leave(within_s: float, why: str) -> bool:
     Raises:
         EnvironmentFault: there is no Ray node here, or its head does not take the notice.
     """
-    from ray import NodeID
-    from ray._raylet import GcsClient  # what `ray drain-node` uses, which does not wait (Ray 2.60)
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    from ray import NodeID, _raylet
+    from ray.core.generated import autoscaler_pb2
 
     node, head = this_machines_node()
     deadline = time.time() + within_s
-    client: Any = GcsClient(address=head)
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    raylet, messages = cast(Any, _raylet), cast(Any, autoscaler_pb2)
+    client = raylet.GcsClient(address=head)  # as `ray drain-node` does, which does not wait (Ray 2.60)
+    reason = messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     try:
         accepted, refusal = client.drain_node(node, reason, why, int(1000 * deadline), timeout=JOIN_S)
     except Exception as error:  # Ray has no common class for what a head may answer
@@ -70,11 +72,13 @@ def leave(within_s: float, why: str) -> bool:
 
 def this_machines_node() -> tuple[str, str]:
     """Id of the Ray node that runs here, and the address of its head. Raises EnvironmentFault: there is none."""
+    address = ray_address(None) or "auto"
+    split = urlsplit(f"//{address}")
+    if split.hostname and split.port and not listens(split.hostname, split.port):
+        raise EnvironmentFault(f"no Ray node runs on this machine: nothing answers at {address}; check RAY_ADDRESS")
     try:
-        words = [sys.executable, "-c", _WHERE]
-        # without an address Ray would start a cluster of its own
-        env = {"RAY_ADDRESS": "auto"} | os.environ
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=JOIN_S)
+        words = [sys.executable, "-c", _WHERE, address]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=JOIN_S)
     except subprocess.TimeoutExpired as error:
         raise EnvironmentFault(f"Ray does not answer on this machine within {JOIN_S:g} s") from error
     for line in done.stdout.splitlines():
@@ -82,7 +86,7 @@ def this_machines_node() -> tuple[str, str]:
             _, node, head = line.split()
             return node, head
     said = redact(done.stderr).strip().splitlines() or ["no reason was given"]
-    raise EnvironmentFault(f"no Ray node runs on this machine ({said[-1][:200]}); see `ray status` and RAY_AUTH_MODE")
+    raise EnvironmentFault(f"no Ray node runs on this machine: {said[-1][:200]}; check RAY_ADDRESS and RAY_AUTH_MODE")
 
 
 def wait_for_spot_notice() -> float:

@@ -68,10 +68,12 @@ def test_a_machine_that_is_not_of_ec2_is_one_line(monkeypatch):
         leaving.wait_for_spot_notice()
 
 
-def test_a_machine_without_ray_is_one_line(monkeypatch, capsys):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "auto"])
+def test_a_machine_without_ray_is_one_line(monkeypatch, capsys, tmp_path, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where Ray looks for a node that was started here
     with pytest.raises(SystemExit) as ended:
         cli.main(["leave"])
     assert ended.value.code == 1
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: no Ray node runs on this machine")
+    assert line.startswith("error: no Ray node runs on this machine: ")
