@@ -191,7 +191,7 @@ class Groups:
         if leaving and self.asked < STOP:
             named = ", ".join(sorted(node[:12] for node in leaving))
             self.asked, self.reason = STOP, f"node {named} is being taken away"
-            self.on_event({"kind": "leaving", "node": named})
+            self.on_event({"kind": "leaving", "node": named, "goes_on": self.here not in leaving})
             if self.here in leaving:  # a driver cannot move
                 self.stopping = f"the driver's node {self.here[:12]} is being taken away: the run was stopped"
         elif self.asked == NOTHING and (more := wanted.held()):

@@ -111,7 +111,8 @@ class RunLog:
 
     def on_leaving(self, event: dict[str, Any]) -> None:
         self.note("leaving", node=event["node"])
-        self.say(f"node {event['node']} is being taken away: saving, then going on elsewhere")
+        then = "going on elsewhere" if event["goes_on"] else "stopping, because this command runs there"
+        self.say(f"node {event['node']} is being taken away: saving, then {then}")
 
     def on_room(self, event: dict[str, Any]) -> None:
         self.note("room", workers=event["workers"])

@@ -50,15 +50,27 @@ def test_a_node_dies_and_there_is_a_spare(cluster, undisturbed, strikes, phase):
 
 def test_a_node_is_left_before_it_goes_away(cluster, undisturbed, strikes):
     script = strikes(Job(cluster, "leaves").start())
-    node, log = script.node(), cluster.logs / "leave.log"
-    strike = script.strike("glann leave", "GLO", lambda: cluster.glann("leave", "--within", "90", node=node, log=log))
-    left = script.job.wait_for_note("restarted", strike.at)
+    strike, left = leave(script, script.node())
+    again = script.job.wait_for_note("restarted", strike.at)
     script.training_again(strike)
-    done = [entry["epoch"] for entry in script.job.epochs() if entry["stage"] == "glo" and entry["time"] < left["time"]]
-    assert left["place"]["epoch"] == max(done), "work was lost though there was time to save it"
+    done = max(place_of(entry) for entry in script.job.epochs() if entry["time"] < again["time"])
+    assert place_of(again["place"]) >= done, "work was lost though there was time to save it"
+    assert left.wait(90) == 0, "something still ran on the node"
     ends_like(undisturbed, script.job)
-    assert "the node was left" in log.read_text()
     assert not [note for note in script.job.notes() if note["event"] == "lost"]
+
+
+def test_the_drivers_node_is_left_before_it_goes_away(cluster, undisturbed, strikes):
+    script = strikes(Job(cluster, "driver-leaves").start())
+    strike, left = leave(script, HEAD)
+    assert script.job.wait() == 75, script.job.said()[-3000:]
+    assert "is being taken away: the run was stopped and is saved" in script.job.said()
+    assert left.wait(90) == 0, "something still ran on the node"
+    cluster.kill(HEAD)
+    cluster.repair()
+    script.job.start()
+    script.training_again(strike)
+    ends_like(undisturbed, script.job)
 
 
 def test_a_node_dies_and_there_is_no_spare(cluster, undisturbed, strikes):
@@ -191,6 +203,14 @@ def test_the_disk_of_the_run_folder_fills_up(cluster, undisturbed, strikes, tmp_
         ends_like(undisturbed, job)
 
 
+def leave(script, node):
+    """Tell a node to go, early enough: the command takes a few seconds until Ray has the notice."""
+    left = []
+    log = script.cluster.logs / f"leave-{script.job.name}.log"
+    act = lambda: left.append(script.cluster.glann("leave", "--within", "90", node=node, log=log))  # noqa: E731
+    return script.strike("node told to go", "GLO", act), left[0]
+
+
 # Ends ----------------------------------------------------------------------------------------
 
 
@@ -207,6 +227,12 @@ def ends_like(undisturbed, job):
     np.testing.assert_array_equal(end.visits_N, np.full(ROWS, GLO_EPOCHS))
     assert end.differences(undisturbed.end) == []
     assert end.state == undisturbed.end.state
+
+
+def place_of(entry):
+    """Orders the epochs of both stages; a place between the stages is the beginning of the second."""
+    stage, epoch = entry["stage"], entry["epoch"]
+    return (1, 0) if (stage, epoch) == ("glo", GLO_EPOCHS) else (int(stage == "imle"), epoch)
 
 
 def final_loss(job, stage):
