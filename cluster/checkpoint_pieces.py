@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..datasets.storage import Store
 from .checkpoint_layout import File, Files
+from .frozen import FrozenRows
 
 BLOCK_BYTES = 256 << 20  # a file of tensors or of latent rows is of about this size
 _HASH_BYTES = 4 << 20
@@ -151,14 +152,12 @@ def put(store: Store, key: str, data: Iterator[memoryview]) -> File:
     return File(size=size, sha256=digest.hexdigest())
 
 
-def write_rows(store: Store, folder: str, first_row: int, rows: Mapping[str, Tensor], block_bytes: int) -> Files:
-    """Write rows of the latent table, given as contiguous tensors of one entry a row, in blocks below `folder`."""
-    count = len(next(iter(rows.values()), ()))
-    row_bytes = sum(tensor[:1].nbytes for tensor in rows.values())
-    step = max(1, block_bytes // max(1, row_bytes))
+def write_rows(store: Store, folder: str, first_row: int, rows: FrozenRows, block_bytes: int) -> Files:
+    """Write rows of the latent table in blocks below `folder`; a block is in memory while it is sent."""
+    count, step = len(rows), max(1, block_bytes // max(1, rows.row_bytes))
     files: Files = {}
     for at in range(0, count, step):
-        block = {name: tensor[at : at + step] for name, tensor in rows.items()}
-        name = f"latents-{first_row + at}-{first_row + min(at + step, count)}.safetensors"
-        files[name] = put(store, f"{folder}/{name}", serialized(block))
+        stop = min(at + step, count)
+        name = f"latents-{first_row + at}-{first_row + stop}.safetensors"
+        files[name] = put(store, f"{folder}/{name}", serialized(rows.read(at, stop)))
     return files

@@ -25,6 +25,7 @@ from ..datasets.storage import Store
 from ..errors import EnvironmentFault, UserError
 from .checkpoint_layout import Files
 from .checkpoint_pieces import write_rows
+from .frozen import FrozenRows
 from .noise import Stream, noise
 from .row_optimizers import Constraint, project, row_optimizer, usable_rows
 
@@ -55,6 +56,7 @@ class LatentShard:
         self._z_nD = project(first_nD, "sphere", first_nD)
         self._moments_n = self._optimizer.moments(len(rows), dim)
         self._visits_n = torch.zeros(len(rows), dtype=torch.int32)
+        self._frozen: list[FrozenRows] = []
         self._saving: Future[Files] = Future()
 
     def gather(self, rows_B: Rows) -> np.ndarray:
@@ -95,6 +97,7 @@ class LatentShard:
             raise ValueError(f"gradient of shape {grad_BD.shape} for {len(at_B)} codes")
         gradient_BD = torch.tensor(grad_BD, dtype=torch.float32)  # a copy: arrays from Ray are read-only
         self._refuse_unusable(gradient_BD, at_B)
+        self._keep(visited_at)
         self._visits_n[visited_at] += 1
         self._move(at_B, gradient_BD, lr)
         self.position = (epoch, step)
@@ -119,21 +122,17 @@ class LatentShard:
         return {name: tensor.numpy().copy() for name, tensor in self._state().items()}
 
     def start_saving(self, store: Store, folder: str, block_bytes: int) -> None:
-        """Write a consistent copy of the state as `latents-*.safetensors` below `folder`, behind what is called next.
-
-        The copy takes as much memory again as the shard, until it is written.
-        """
-        copy = {name: tensor.clone() for name, tensor in self._state().items()}
-        saving: Future[Files] = Future()
-        self._saving = saving
+        """Write the rows as they are now as `latents-*.safetensors` below `folder`, behind what is called next."""
+        frozen, saving = FrozenRows(self._state()), Future[Files]()
+        self._frozen, self._saving = [*self._frozen, frozen], saving
 
         def write() -> None:
             try:
-                saving.set_result(write_rows(store, folder, self.rows.start, copy, block_bytes))
+                saving.set_result(write_rows(store, folder, self.rows.start, frozen, block_bytes))
             except BaseException as error:  # told by `saved`
                 saving.set_exception(error)
             finally:
-                copy.clear()
+                self._frozen = [other for other in self._frozen if other is not frozen]
 
         threading.Thread(target=write, name="latents", daemon=True).start()
 
@@ -160,9 +159,15 @@ class LatentShard:
                     f"the saved latent table has {name} as {held.dtype}{list(held.shape)} where "
                     f"{needed.dtype}{list(needed.shape)} is needed; resume with the configuration of the run"
                 )
+        self._keep(torch.arange(len(self.rows)))
         for name, tensor in state.items():
             tensor.numpy()[...] = arrays[name]
         self.position = position
+
+    def _keep(self, at_B: Tensor) -> None:
+        """These rows are about to change: who is saving them as they are must have them."""
+        for frozen in self._frozen:
+            frozen.keep(at_B)
 
     def _state(self) -> dict[str, Tensor]:
         return {"z": self._z_nD, **self._moments_n, "steps": self._visits_n}
@@ -299,7 +304,7 @@ class LatentTable:
     def start_saving(self, store: Store, folder: str, block_bytes: int) -> Callable[[], Files | None]:
         """Have the shard write its rows as they are after every update; see `LatentShard.start_saving`.
 
-        Returns at once: calls made later reach the shard after it has made its copy.
+        Returns at once: calls made later change nothing of what is written.
         """
         self.flush()
         started = [self._shard.start("start_saving", store, folder, block_bytes)]

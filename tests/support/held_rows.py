@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from glann.cluster.checkpoint_pieces import write_rows
+from glann.cluster.frozen import FrozenRows
 
 
 class Held:
@@ -15,4 +16,4 @@ class Held:
 
     def start_saving(self, store, folder, block_bytes):
         copy = {name: torch.tensor(array) for name, array in self.arrays.items()}
-        return lambda: write_rows(store, folder, self.first_row, copy, block_bytes)
+        return lambda: write_rows(store, folder, self.first_row, FrozenRows(copy), block_bytes)
