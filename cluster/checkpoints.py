@@ -81,7 +81,7 @@ class Rows(Protocol):
     """Whoever holds this rank's rows of the latent table and can write them (`LatentTable`)."""
 
     def start_saving(self, store: Store, folder: str, block_bytes: int) -> Callable[[], Files | None]:
-        """Copy the rows now and write them from then on; the result tells the files, or None until they are there."""
+        """Write the rows as they are now, from now on; the result tells the files, or None until they are there."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class CheckpointWriter:
         report = self.wait()
         if report is not None and report.step == step:
             return
-        # First the rows: their holder copies them while the tensors are copied here.
+        # First the rows: their holder begins to write while the tensors are copied here.
         rows = latents.start_saving(self._store, self._folder(step), self._block_bytes) if latents else dict
         share = copy_share(tensors or {}, self._rank, self._world, self._block_bytes)
         job = _Job(step, share, rows, state if self._rank == 0 else None, score)

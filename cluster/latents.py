@@ -124,7 +124,8 @@ class LatentShard:
     def start_saving(self, store: Store, folder: str, block_bytes: int) -> None:
         """Write the rows as they are now as `latents-*.safetensors` below `folder`, behind what is called next."""
         frozen, saving = FrozenRows(self._state()), Future[Files]()
-        self._frozen, self._saving = [*self._frozen, frozen], saving
+        self._frozen.append(frozen)
+        self._saving = saving
 
         def write() -> None:
             try:
@@ -132,7 +133,7 @@ class LatentShard:
             except BaseException as error:  # told by `saved`
                 saving.set_exception(error)
             finally:
-                self._frozen = [other for other in self._frozen if other is not frozen]
+                self._frozen.remove(frozen)
 
         threading.Thread(target=write, name="latents", daemon=True).start()
 
@@ -166,7 +167,7 @@ class LatentShard:
 
     def _keep(self, at_B: Tensor) -> None:
         """These rows are about to change: who is saving them as they are must have them."""
-        for frozen in self._frozen:
+        for frozen in tuple(self._frozen):  # the threads that write take theirs out
             frozen.keep(at_B)
 
     def _state(self) -> dict[str, Tensor]:
