@@ -26,7 +26,7 @@ from .supervision import ALONE, Event, Supervision
 
 POLL_S = 0.2
 WATCH_S = 2.0  # between looks at nodes that leave or come
-SETTLE_S = 3.0  # an elastic run takes the room there is once it has not grown for so long
+SETTLE_S = 3.0  # an elastic run takes the room there is once it has not grown so long; Ray tries to place every second
 PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)  # before another try, the longer the more often in a row nothing was gained
 ANSWER_S = 10.0
 GOES_ON = "the same command goes on from the last checkpoint"
@@ -313,9 +313,9 @@ def of_ray(error: BaseException) -> bool:
 
 
 def last_line(error: BaseException) -> str:
-    """The line of a remote traceback that names the error."""
+    """The line of a remote traceback that names the error, without the advice that follows its first sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    return lines[-1].split(". ")[0][:300] if lines else type(error).__name__
 
 
 @contextmanager

@@ -30,7 +30,11 @@ def lost(text: str) -> WorkerHealthCheckFailedError:
         (group(RESET, lost("killed")), EnvironmentFault, "^worker 1 lost$"),
         (group(lost("its node has died"), RESET, lost("gone")), EnvironmentFault, "^workers 0, 2 lost"),
         (group(RESET), EnvironmentFault, "worker 0 failed .*Connection closed by peer"),
-        (ControllerError(WorkerGroupStartupTimeoutError(2)), EnvironmentFault, "the workers did not start"),
+        (
+            ControllerError(WorkerGroupStartupTimeoutError(2)),
+            EnvironmentFault,
+            r"^the workers did not start \(.*waiting for 2 workers\)$",
+        ),
         (OSError(28, "No space left on device"), EnvironmentFault, "No space left"),
         (ValueError("a bug in the driver"), ValueError, "a bug in the driver"),
     ],
