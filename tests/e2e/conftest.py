@@ -28,6 +28,14 @@ SMALL = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard():
+    """A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that these tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Glann:
     """`glann` in a folder of its own."""
 
