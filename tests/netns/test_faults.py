@@ -102,8 +102,10 @@ def test_an_elastic_run_shrinks_and_grows(cluster, undisturbed, strikes):
     assert workers[-1] == 3, "it did not grow again"
     end = job.end()
     np.testing.assert_array_equal(end.visits_N, np.full(ROWS, GLO_EPOCHS))
-    for stage in ("glo", "imle"):
-        assert final_loss(job, stage) == pytest.approx(final_loss(undisturbed.job, stage), rel=0.02)
+    # Stage 2 draws new noise each epoch: this job undisturbed with 1, 2 and 3 workers differs by up to 2.6 % in a single
+    # epoch, and by 0.8 % in the mean of its last three.
+    for stage, epochs in (("glo", 1), ("imle", 3)):
+        assert final_loss(job, stage, epochs) == pytest.approx(final_loss(undisturbed.job, stage, epochs), rel=0.02)
 
 
 def test_a_link_is_slow_then_cut_then_healed(cluster, undisturbed, strikes):
@@ -235,8 +237,9 @@ def place_of(entry):
     return (1, 0) if (stage, epoch) == ("glo", GLO_EPOCHS) else (int(stage == "imle"), epoch)
 
 
-def final_loss(job, stage):
-    return [entry["loss"] for entry in job.epochs() if entry["stage"] == stage][-1]
+def final_loss(job, stage, epochs):
+    """The mean over the last so many epochs."""
+    return np.mean([entry["loss"] for entry in job.epochs() if entry["stage"] == stage][-epochs:])
 
 
 def is_get(method, path):
