@@ -102,7 +102,7 @@ def test_an_elastic_run_shrinks_and_grows(cluster, undisturbed, strikes):
     assert workers[-1] == 3, "it did not grow again"
     end = job.end()
     np.testing.assert_array_equal(end.visits_N, np.full(ROWS, GLO_EPOCHS))
-    # Stage 2 draws new noise each epoch: this job undisturbed with 1, 2 and 3 workers differs by up to 2.6 % in a single
+    # Stage 2 draws new noise each epoch: this job undisturbed with 1, 2 and 3 workers differs by up to 2.6 % in one
     # epoch, and by 0.8 % in the mean of its last three.
     for stage, epochs in (("glo", 1), ("imle", 3)):
         assert final_loss(job, stage, epochs) == pytest.approx(final_loss(undisturbed.job, stage, epochs), rel=0.02)
