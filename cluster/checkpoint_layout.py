@@ -95,6 +95,8 @@ def survey(store: Store, only: int | None = None) -> Survey:
             manifest = load_manifest(store, step)
             check_sizes(store, manifest, sizes)
             found.good[step] = manifest
+        except MissingObject:  # removed since it was listed
+            continue
         except UserError as error:
             found.damaged[step] = str(error)
     return found

@@ -169,14 +169,14 @@ class LocalStore:
             os.replace(temporary.name, path)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        if not self.root.exists():
-            return {}
-        if not self.root.is_dir():
+        if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file, not a folder")
+        above = prefix.rpartition("/")[0]
+        folder = self.path(above) if above else self.root
+        if not folder.is_dir():
+            return {}
         with self._faults(prefix):
-            found = {
-                os.path.relpath(path, self.root).replace(os.sep, "/"): size for path, size in _walk(str(self.root))
-            }
+            found = {os.path.relpath(path, self.root).replace(os.sep, "/"): size for path, size in _walk(str(folder))}
         return {key: found[key] for key in sorted(found) if key.startswith(prefix)}
 
     def list(self, prefix: str = "") -> list[str]:
@@ -291,23 +291,31 @@ def _link(temporary: str, target: Path) -> None:
 
 
 def _walk(root: str) -> Iterator[tuple[str, int]]:
-    """Path and size of every finished file below `root`, each folder once however it is linked."""
+    """Path and size of every finished file below `root`, each folder once however it is linked.
+
+    Others may remove files and folders meanwhile: those are left out. A link that leads nowhere is a fault.
+    """
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unless_gone):
+        here = _stat(folder)
+        if here is None or (here.st_dev, here.st_ino) in seen:
             subfolders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
         subfolders.sort()
         for name in names:
             path = os.path.join(folder, name)
-            try:
-                if not name.startswith(_TEMPORARY):
-                    yield path, os.stat(path).st_size
-            except FileNotFoundError:
-                if os.path.lexists(path):  # a dangling link is a fault; a file deleted meanwhile is not
-                    raise
+            if not name.startswith(_TEMPORARY) and (found := _stat(path)):
+                yield path, found.st_size
+
+
+def _stat(path: str) -> os.stat_result | None:
+    """What the system knows of a file; None where it was removed meanwhile."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError as error:
+        _unless_gone(error)
+        return None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -320,5 +328,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _unless_gone(error: OSError) -> None:
+    """Raise it, but for what was removed while it was looked at."""
+    if not isinstance(error, FileNotFoundError) or os.path.lexists(error.filename):
+        raise error

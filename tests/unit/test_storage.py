@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -173,6 +174,39 @@ def test_folders_that_link_to_themselves_are_listed_once(tmp_path):
     LocalStore(tmp_path).write("a/x", b"1")
     (tmp_path / "a" / "again").symlink_to(tmp_path)
     assert LocalStore(tmp_path).list() == ["a/x"]
+
+
+@pytest.mark.parametrize("gone", ["step-1", "step-1/a", "step-1/a/x"])
+def test_what_is_removed_while_it_is_listed_is_left_out(tmp_path, monkeypatch, gone):
+    """One rank may remove an old checkpoint at the moment in which another one looks for a new one."""
+    store = LocalStore(tmp_path)
+    store.write("step-1/a/x", b"1")
+    store.write("step-2/a/x", b"22")
+    looks = {name: getattr(os, name) for name in ("stat", "scandir")}
+
+    def removing(name):
+        def look(path, *args, **kwargs):
+            if str(path) == str(tmp_path / gone):
+                shutil.rmtree(tmp_path / "step-1", ignore_errors=True)
+            return looks[name](path, *args, **kwargs)
+
+        return look
+
+    for name in looks:
+        monkeypatch.setattr(os, name, removing(name))
+    assert store.sizes() == {"step-2/a/x": 2}
+    assert not (tmp_path / "step-1").exists()
+
+
+def test_a_prefix_is_looked_for_where_it_is(tmp_path):
+    store = LocalStore(tmp_path)
+    for key in ("step-1/a", "step-10/a", "step-1-old", "other/step-1/a"):
+        store.write(key, b"1")
+    assert store.list("step-1") == ["step-1-old", "step-1/a", "step-10/a"]
+    assert store.list("step-1/") == ["step-1/a"]
+    assert store.list("step-3/") == store.list("step-1-old/") == []
+    with pytest.raises(UserError, match="not a usable file name"):
+        store.list("../")
 
 
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", ".", "a\\..\\b", "x\0", "a/./b"])
