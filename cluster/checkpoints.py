@@ -277,7 +277,10 @@ class CheckpointWriter:
         """The parts of this attempt that are there, by rank."""
         parts = {}
         for key in self._store.list(self._part(step, "").removesuffix(".json")):
-            part = parse(Part, self._store.read(key), key)
+            try:
+                part = parse(Part, self._store.read(key), key)
+            except MissingObject:  # rank 0 has made the checkpoint meanwhile
+                continue
             if (part.attempt, part.world) == (self._attempt, self._world):
                 parts[int(key.rpartition("-")[2].removesuffix(".json"))] = part
         return parts

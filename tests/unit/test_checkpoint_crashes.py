@@ -23,7 +23,7 @@ from glann.cluster.checkpoints import (
 from glann.cluster.lease import RunTaken
 from glann.cluster.placement import ranges
 from glann.datasets.storage import LocalStore
-from glann.errors import UserError
+from glann.errors import EnvironmentFault, UserError
 from held_rows import Held
 
 ROWS = 12
@@ -202,6 +202,22 @@ def flip(store, key):
     data = bytearray(store.read(key))
     data[-1] ^= 1
     store.write(key, bytes(data))
+
+
+def test_a_rank_that_gives_up_just_when_the_parts_go_may_still_try_again(tmp_path):
+    class Removing(LocalStore):
+        """Rank 0 removes the parts between the listing of them and the reading."""
+
+        def list(self, prefix=""):
+            keys = super().list(prefix)
+            for key in keys:
+                self.delete(key)
+            return keys
+
+    writer = CheckpointWriter(Removing(tmp_path), 1, 2, 1, timeout=0.05, attempt="a")
+    writer.save(1, {"generator": {"a": torch.ones(8)}})
+    with pytest.raises(EnvironmentFault, match="saving step 1 gave up"):  # not MissingObject, which would end the run
+        writer.wait()
 
 
 def test_a_damaged_file_is_found_by_loading_and_an_older_checkpoint_stays_usable(tmp_path):
