@@ -120,7 +120,7 @@ def train(
     from .trainers.driver import train as run
 
     console = _console()
-    console.print(run(resolved, console))
+    console.print(run(resolved, console), soft_wrap=True)
 
 
 app.command()(submit)

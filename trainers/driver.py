@@ -29,11 +29,10 @@ from .runlog import RunLog
 from .supervision import ALONE, Event, Supervision
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console, Group
 
 
-def train(config: Config, console: Console, supervision: Supervision = ALONE) -> Table:
+def train(config: Config, console: Console, supervision: Supervision = ALONE) -> Group:
     """Train both stages, or go on where an interrupted run stopped, and say what came out.
 
     Raises:
@@ -52,7 +51,7 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
                 TrackedRun.open(config, config.run_dir).finish()
             else:
                 console.print(f"{config.run_dir} is finished already; nothing to do")
-            return finish.summary_table(config)
+            return finish.told(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night
         build_extractor(config.evaluation.extractor, load_weights)
@@ -67,7 +66,7 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
         if fresh and not (ran and has_begun(config)):
             shutil.rmtree(config.run_dir, ignore_errors=True)
         raise
-    return finish.summary_table(config)
+    return finish.told(config)
 
 
 def has_begun(config: Config) -> bool:

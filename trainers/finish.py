@@ -31,8 +31,9 @@ from .resume import final_weights, load
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.table import Table
+    from rich.text import Text
 
 SUMMARY, REPORT = "summary.json", "report.html"
 PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples between which is interpolated
@@ -114,34 +115,36 @@ def read_summary(config: Config) -> dict[str, Any]:
     return json.loads((config.run_dir / SUMMARY).read_text(encoding="utf-8"))
 
 
-def summary_table(config: Config) -> Table:
-    """What was trained, how good it is, where to look, and what to try next."""
+def told(config: Config) -> Group:
+    """What was trained, how good it is, where to look, and what to try next; print it with `soft_wrap`."""
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     summary = read_summary(config)
     run = config.run_dir
     metrics, timings = summary["metrics"], summary["timings"]
     cluster = config.cluster
     workers = "-".join(str(count) for count in sorted({cluster.min_workers, cluster.max_workers}))
-    table = Table(title=f"{config.name}: done", show_header=False, title_justify="left", box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row(
-        "trained",
+    trained = (
         f"{summary['rows']:,} images of {config.data.resolution} px, {config.generator.kind}, "
-        f"d={config.generator.latent_dim}; "
-        f"{config.glo.epochs} + {config.imle.epochs} epochs, {workers} workers, "
-        f"{timings['train_s'] / 60:.1f} min",
+        f"d={config.generator.latent_dim}; {config.glo.epochs} + {config.imle.epochs} epochs, {workers} workers, "
+        f"{timings['train_s'] / 60:.1f} min"
     )
+    table = Table(show_header=False, box=None, pad_edge=False)
     for title, value, _ in metric_rows(metrics):
-        table.add_row(title, value)
-    table.add_row("look at", f"{run}/report.html and {run}/images/samples.png")
-    table.add_row("try next", f"{program('glann')} sample {run} --n 100 --seed 1 --out more.png")
-    table.add_row("", f"{program('glann')} interpolate {run} --out between.png")
+        table.add_row(f"  {title}", value)
+    look = [f"{run}/report.html", f"{run}/images/samples.png"]
+    try_next = [
+        f"{program('glann')} sample {run} --n 100 --seed 1 --out more.png",
+        f"{program('glann')} interpolate {run} --out between.png",
+    ]
     if config.tracking.enabled:
-        store = redact(default_uri(config.tracking.uri))
-        table.add_row("", f"{program('mlflow')} ui --backend-store-uri {store}")
-    return table
+        try_next.append(f"{program('mlflow')} ui --backend-store-uri {redact(default_uri(config.tracking.uri))}")
+    parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table]
+    for title, lines in (("look at", look), ("try next", try_next)):  # whole lines, to be copied
+        parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]
+    return Group(*parts)
 
 
 def program(name: str) -> str:

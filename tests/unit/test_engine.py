@@ -77,7 +77,7 @@ def test_padding_changes_nothing(seed):
             assert result.applied
             assert torch.equal(result.grad_BD[7:], torch.zeros(5, 5))
             real = (net(z_BD[:7]) - x[:7]).abs().mean((1, 2, 3)).mean()
-            assert result.loss == pytest.approx(float(real), rel=1e-5)
+            assert result.loss == pytest.approx(real.item(), rel=1e-5)
         else:  # a NaN in padding reaches the weights' gradient as 0 x NaN; the guard must see it
             assert not result.applied
 
