@@ -51,7 +51,6 @@ def main() -> int:
         wait_for_checkpoint(cluster)
         for words in ("jobs logs digits-2", "jobs stop digits-2", "jobs status digits-2", f"{SUBMIT} --wait"):
             show(cluster, words)
-        show(cluster, "jobs list")
     return 0
 
 

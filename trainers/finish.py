@@ -140,7 +140,11 @@ def told(config: Config) -> Group:
         f"{program('glann')} interpolate {run} --out between.png",
     ]
     if config.tracking.enabled:
-        try_next.append(f"{program('mlflow')} ui --backend-store-uri {redact(default_uri(config.tracking.uri))}")
+        store = redact(default_uri(config.tracking.uri))
+        if store.startswith(("http://", "https://")):  # a server shows itself
+            look.append(store)
+        else:
+            try_next.append(f"{program('mlflow')} ui --backend-store-uri {store}")
     parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table]
     for title, lines in (("look at", look), ("try next", try_next)):  # whole lines, to be copied
         parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]
