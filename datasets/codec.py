@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Crop = Literal["center", "pad", "none"]
 ImageFormat = Literal["jpeg", "png", "webp"]
@@ -42,6 +42,8 @@ def decode_any(data: bytes) -> Image.Image:
         return _plain(ImageOps.exif_transpose(image))
     except BadImage:
         raise
+    except UnidentifiedImageError as error:  # whose own words name an object in memory
+        raise BadImage("not a JPEG, PNG, WebP, BMP, PPM, TIFF or GIF, or damaged at its beginning") from error
     except Exception as error:  # a damaged file can raise almost anything from within a decoder
         raise BadImage(f"not a readable image ({_first_line(error)})") from error
 

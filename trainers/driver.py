@@ -51,7 +51,7 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
                 TrackedRun.open(config, config.run_dir).finish()
             else:
                 console.print(f"{config.run_dir} is finished already; nothing to do")
-            return finish.told(config)
+            return finish.summary_of(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night
         build_extractor(config.evaluation.extractor, load_weights)
@@ -66,7 +66,7 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
         if fresh and not (ran and has_begun(config)):
             shutil.rmtree(config.run_dir, ignore_errors=True)
         raise
-    return finish.told(config)
+    return finish.summary_of(config)
 
 
 def has_begun(config: Config) -> bool:

@@ -115,7 +115,7 @@ def read_summary(config: Config) -> dict[str, Any]:
     return json.loads((config.run_dir / SUMMARY).read_text(encoding="utf-8"))
 
 
-def told(config: Config) -> Group:
+def summary_of(config: Config) -> Group:
     """What was trained, how good it is, where to look, and what to try next; print it with `soft_wrap`."""
     from rich.console import Group
     from rich.table import Table

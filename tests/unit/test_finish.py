@@ -7,7 +7,7 @@ import json
 
 import pytest
 from glann.config import Config, load
-from glann.trainers.finish import SUMMARY, told
+from glann.trainers.finish import SUMMARY, summary_of
 from rich.console import Console
 
 
@@ -18,7 +18,7 @@ def lines_told(config: Config) -> list[str]:
     summary = {"rows": 5000, "metrics": metrics, "timings": {"train_s": 90}}
     (config.run_dir / SUMMARY).write_text(json.dumps(summary))
     out = io.StringIO()
-    Console(file=out, width=40).print(told(config), soft_wrap=True)
+    Console(file=out, width=40).print(summary_of(config), soft_wrap=True)
     return [line.strip() for line in out.getvalue().splitlines()]
 
 
