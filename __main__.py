@@ -1,5 +1,5 @@
 """`python -m glann` is the `glann` command."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -32,11 +32,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 import torch.distributed as dist
-from glann.cluster.checkpoints import CheckpointWriter
+from glann.cluster.checkpoints.writer import CheckpointWriter
 from glann.cluster.latents import LatentTable
 from glann.cluster.placement import ranges
-from glann.config import S3Config
-from glann.datasets.storage import open_store
+from glann.config.sections import S3Config
+from glann.storage.open import open_store
 
 STEP_S, BATCH, TENSOR = 0.05, 64, 1 << 20
 PERIOD_S = 300.0  # one checkpoint per five minutes

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..datasets.storage import Store
 from ..errors import EnvironmentFault, UserError
-from .checkpoint_layout import Files
-from .checkpoint_pieces import write_rows
-from .frozen import FrozenRows
-from .noise import Stream, noise
+from ..models.noise import Stream, noise
+from ..storage.base import Store
+from .checkpoints.layout import Files
+from .checkpoints.pieces import write_rows
 from .row_optimizers import Constraint, project, row_optimizer, usable_rows
+from .snapshot import FrozenRows
 
 Position = tuple[int, int]  # (epoch, step)
 Arrays = dict[str, np.ndarray]

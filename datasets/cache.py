@@ -20,8 +20,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..storage.base import Store
+from ..storage.files import os_fault, read_at
 from .index import Shard
-from .storage import Store, os_fault, read_at
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import DataConfig
+from ..config.sections import DataConfig
 from ..errors import UserError
 from .index import Index
 

@@ -18,10 +18,11 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..config import S3Config
+from ..config.sections import S3Config
 from ..errors import UserError
+from ..storage.base import MissingObject
+from ..storage.open import open_store
 from .codec import EXTENSIONS
-from .storage import MissingObject, open_store
 
 INDEX_FILE = "index.json"
 IMAGES_FILE = "images.bin"

@@ -22,13 +22,16 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
-from ..config import S3Config
+from ..config.sections import S3Config
 from ..errors import UserError
+from ..storage.base import Store
+from ..storage.files import os_fault
+from ..storage.open import open_store
 from .codec import CROPS, EXTENSIONS, BadImage, decode_any, encode, fit
 from .index import INDEX_FILE, PACKING_FILE, Index, parse
 from .shards import Packing, ShardWriter
-from .sources import Item, Source, identity, open_source
-from .storage import Store, open_store, os_fault
+from .sources.base import Item, Source, identity
+from .sources.open import open_source
 
 log = logging.getLogger(__name__)
 

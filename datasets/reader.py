@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import S3Config
+from ..config.sections import S3Config
 from ..errors import EnvironmentFault, UserError
+from ..storage.base import MissingObject, TruncatedObject
+from ..storage.local import LocalStore
+from ..storage.open import open_store
 from .cache import ShardCache
 from .codec import BadImage, decode_packed
 from .index import Index, Shard
-from .storage import LocalStore, MissingObject, TruncatedObject, open_store
 
 
 class CorruptImage(EnvironmentFault):
@@ -118,6 +120,6 @@ class ImageRows:
 def _cache_folder(cache_dir: str | None) -> Path:
     if cache_dir:
         return Path(cache_dir).expanduser()
-    from .assets import cache_dir as default  # the registry is not needed where the folder is given
+    from .assets.catalogue import cache_dir as default  # the registry is not needed where the folder is given
 
     return default() / "shards"

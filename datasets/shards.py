@@ -13,9 +13,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import UserError
-from .archives import MAX_MEMBER_BYTES, tar_members
+from ..storage.base import Store
+from ..storage.files import read_at
+from ..storage.local import LocalStore
 from .index import IMAGES_FILE, INDEX_FILE, PACKING_FILE, RECORD, Sha256, Shard, build, image_key
-from .storage import LocalStore, Store, read_at
+from .sources.archives import MAX_MEMBER_BYTES, tar_members
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from ..config import S3Config
+from ..config.sections import S3Config
 from ..errors import UserError
-from .archives import tar_members
+from ..storage.base import MissingObject, Store, TruncatedObject
+from ..storage.files import read_at
+from ..storage.local import LocalStore
+from ..storage.open import open_store
 from .codec import BadImage, decode_packed
 from .index import Index, Shard
-from .storage import LocalStore, MissingObject, Store, TruncatedObject, open_store, read_at
+from .sources.archives import tar_members
 
 Progress = Callable[[int, int], None]  # images checked, images in all
 

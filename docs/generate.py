@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from glann.config import Config
-from glann.reference import Key, describe_keys
+from glann.config.reference import Key, describe_keys
+from glann.config.run import Config
 from glann.tuning.space import Dimension
 from glann.tuning.study import StudyConfig
 
@@ -17,7 +17,7 @@ STUDIES = Path(__file__).with_name("studies.md")
 BEGIN, END = "<!-- Written by docs/generate.py: {} -->\n", "<!-- to here -->\n"
 
 INTRODUCTION = """\
-<!-- Written by docs/generate.py from config.py; change it there and run `make docs`. -->
+<!-- Written by docs/generate.py from config/; change it there and run `make docs`. -->
 # Configuration
 
 A run is one YAML recipe plus overrides on the command line:

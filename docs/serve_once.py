@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from glann.tracking.pictures import grid
+from glann.reports.pictures import grid
 
 START_PATIENCE_S = 120.0
 

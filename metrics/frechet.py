@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UserError
-from .extractors import Extractor
+from .features.extractor import Extractor
 
 Float64 = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..config import GeneratorConfig
+from ..config.sections import GeneratorConfig
 from ..errors import UserError
 from .norm import SharedBatchNorm, frozen_statistics
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import LossConfig
+from ..config.sections import LossConfig
 from ..errors import UserError
 from .patches import crop
 from .perceptual import FeatureNet

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ImleConfig
+from ..config.sections import ImleConfig
 from .norm import SharedBatchNorm
 
 Constraint = Literal["sphere", "ball"]

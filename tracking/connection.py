@@ -16,18 +16,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_fixed
 
-from ..config import Config
 from ..errors import UserError, redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
 T = TypeVar("T")
-
 DEFAULT_URI = "sqlite:///mlflow.db"
 SETTINGS = {
     # A request whose answer was lost has been heard: asked again, MLflow makes a second run or version. We look first.
@@ -137,19 +134,6 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     if found is None or found.lifecycle_stage != "active":
         raise UserError(f"the MLflow experiment {name!r} was deleted; restore it or set tracking.experiment to another")
     return found.experiment_id
-
-
-def redacted_config(config: Config) -> Config:
-    """The configuration as it may be shown to others: addresses without credentials."""
-    return Config.model_validate(_redacted(config.model_dump(mode="json")))
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _redacted(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_redacted(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from ..config import Section
-from ..datasets.storage import os_fault
+from ..config.sections import Section
 from ..errors import EnvironmentFault, GlannError, UserError
-from . import journal
+from ..storage import journal
+from ..storage.files import os_fault
 from .connection import redact
-from .registry import PublishedModel, publish
+from .registry.models import PublishedModel, publish
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,6 +101,11 @@ class Outbox:
         self.model: PublishedModel | None = None
         self._thread = threading.Thread(target=self._loop, name="glann-mlflow", daemon=True)
         self._thread.start()
+
+    @property
+    def state(self) -> State:
+        """Where the run stands with the server."""
+        return self._state
 
     def put(self, parcel: Parcel) -> None:
         """Have a file sent; one that is waiting already (a grid drawn anew) is sent once."""

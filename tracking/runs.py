@@ -17,19 +17,19 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from ..config import Config
-from ..datasets.storage import os_fault
-from .connection import default_uri, experiment_id, reach, redact, redacted_config
-from .journal import FILE, Journal
-from .lineage import PARENT, STUDY, TRACKED_CONFIG, TRIAL
+from ..config.parse import flatten
+from ..config.run import Config, redacted_config
+from ..reports.card import TrackedAs
+from ..storage.files import os_fault
+from ..storage.journal import FILE, Journal
+from .connection import default_uri, experiment_id, reach, redact
 from .outbox import Outbox, Parcel, State
-from .registry import PublishedModel
+from .registry.lineage import PARENT, STUDY, TRACKED_CONFIG, TRIAL
+from .registry.models import PublishedModel
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
 log = logging.getLogger("glann.tracking")
-
 RUN_TAG = "glann.run_id"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 MAX_KEY, MAX_VALUE, MAX_PARAMS = 250, 6000, 100  # MLflow's limits
@@ -92,6 +92,14 @@ class TrackedRun:
         return state is not None and not state.ended
 
     @property
+    def tracked_as(self) -> TrackedAs:
+        """What the model card says of the run."""
+        state = self._outbox.state if self._outbox else State.load(self.run_dir)
+        if state is None:
+            return TrackedAs()
+        return TrackedAs(state.run_id, state.lineage.get(STUDY), state.lineage.get(TRIAL))
+
+    @property
     def run_id(self) -> str | None:
         """MLflow's id of the run; None where tracking is off."""
         return self._outbox.run_id if self._outbox else None
@@ -134,17 +142,6 @@ class TrackedRun:
         home = self.run_dir.absolute()
         name = path.relative_to(home) if path.is_relative_to(home) else path
         self._outbox.put(Parcel(kind=kind, path=str(name), target=target))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def code_revision(folder: Path = Path(__file__).parent) -> str | None:

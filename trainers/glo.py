@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..cluster.latents import LatentTable
 from ..cluster.placement import Share, epoch_plan, steps_left
-from ..config import Config
+from ..config.run import Config
+from ..config.schedule import factor
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
 from ..models.patches import patch_seeds
-from .engine import Engine
-from .schedules import factor
+from .engine.step import Engine
 
 
 @dataclass(frozen=True)

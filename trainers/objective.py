@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..config import Config
-from ..datasets.assets import PERCEPTUAL, load_weights
+from ..config.run import Config
+from ..datasets.assets.catalogue import PERCEPTUAL, load_weights
 from ..models.losses import build_loss
 from ..models.perceptual import build_features
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .ledger import Ledger, Trial, best_of, in_words
-from .not_kept import NotKept
+from .not_pickled import NotKept
 from .study import StudyConfig
 
 if TYPE_CHECKING:

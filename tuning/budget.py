@@ -8,11 +8,11 @@ from typing import Any
 
 from ray import tune
 
-from ..tracking.journal import FILE as JOURNAL
-from ..tracking.journal import entries
+from ..storage.journal import FILE as JOURNAL
+from ..storage.journal import entries
 from ..tracking.runs import TrackedRun
 from .ledger import Ledger, best_of
-from .not_kept import NotKept
+from .not_pickled import NotKept
 from .study import StudyConfig
 
 TELL_EVERY_S = 30.0  # a study that is killed forgets at most so much of what it took

@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import Config
-from ..datasets.assets import load_weights
+from ..cluster.nodes.ray import ray_cluster
+from ..config.run import Config, redacted_config
+from ..datasets.assets.catalogue import load_weights
 from ..errors import GlannError, UserError
-from ..metrics.extractors import build_extractor
-from ..tracking.connection import redacted_config
+from ..metrics.features.extractor import build_extractor
 from ..tracking.runs import Status, TrackedRun
-from ..trainers.launch import ray_cluster
-from ..trainers.mirror import RunMirror, take_back
 from ..trainers.objective import build_objective
-from ..trainers.prepare import open_data, refuse_other_configuration, sole_command
-from ..trainers.recovery import RunStopped, stop_on_signal
+from ..trainers.run.mirror import RunMirror, take_back
+from ..trainers.run.preflight import open_data, refuse_other_configuration, sole_command
+from ..trainers.run.recovery import RunStopped, stop_on_signal
 from .folder import is_study, refuse_other_study
 from .ledger import Ledger
-from .report import write_report
+from .report.study import write_report
 from .study import FILE, StudyConfig
 
 if TYPE_CHECKING:

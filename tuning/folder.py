@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ..config.parse import plain_data, shown
 from ..errors import UserError
-from ..faults import plain_data, shown
 from .ledger import best_of, trials
 from .study import FILE, StudyConfig
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..trainers.plan import Estimate, make_plan
+from ..trainers.plan.estimate import Estimate, make_plan
 from .ledger import Trial, in_words, trials
 from .search import first_trials
 from .study import StudyConfig

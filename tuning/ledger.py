@@ -14,7 +14,7 @@ from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
 from ..errors import UserError
-from ..tracking.journal import Journal, read
+from ..storage.journal import Journal, read
 
 FILE = "trials.jsonl"
 BASELINE = 0  # number of the trial that is the base recipe itself

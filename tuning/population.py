@@ -5,18 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..cluster import checkpoints
-from ..cluster.checkpoint_layout import folder_name
-from ..config import Config
-from ..datasets.storage import Store, open_store
+from ..cluster.checkpoints import retention
+from ..cluster.checkpoints.layout import folder_name
+from ..config.run import Config, redacted_config
 from ..errors import UserError
-from ..tracking.connection import redacted_config
-from ..trainers.evaluation import run_config
+from ..reports.run_folder import read_config
+from ..storage.base import Store
+from ..storage.open import open_store
 
 
 def newest_step(config: Config) -> int | None:
     """The newest checkpoint of a run."""
-    return checkpoints.latest(open_store(config.checkpoint_url, config.s3))
+    return retention.latest(open_store(config.checkpoint_url, config.s3))
 
 
 def clone_run(donor: Path, config: Config, told: int | None) -> None:
@@ -27,9 +27,9 @@ def clone_run(donor: Path, config: Config, told: int | None) -> None:
     Raises:
         UserError: the donor has no checkpoint.
     """
-    source = open_store(run_config(donor).checkpoint_url, config.s3)
+    source = open_store(read_config(donor).checkpoint_url, config.s3)
     target = open_store(config.checkpoint_url, config.s3)
-    kept, _ = checkpoints.usable(source)
+    kept, _ = retention.usable(source)
     step = told if told in kept else max(kept, default=None)
     if step is None:
         raise UserError(f"{donor} has no checkpoint to go on from yet; use a longer search.interval")

@@ -11,8 +11,8 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
-from ..tracking.journal import FILE as JOURNAL
-from ..tracking.journal import entries
+from ..storage.journal import FILE as JOURNAL
+from ..storage.journal import entries
 from .ledger import BASELINE, Trial
 from .study import StudyConfig
 

@@ -16,10 +16,10 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.utils.util import flatten_dict
 
-from ..datasets.storage import open_store
-from ..trainers.prepare import is_worked_on
+from ..storage.open import open_store
+from ..trainers.run.preflight import is_worked_on
 from .ledger import BASELINE, Ledger, Trial
-from .not_kept import NotKept
+from .not_pickled import NotKept
 from .space import Dimension, Params, dependencies_first, grid
 from .study import StudyConfig
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from ..config import Section
-from ..faults import shown
+from ..config.parse import shown
+from ..config.sections import Section
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -20,11 +20,12 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from ..config import RECIPES, Config, Section, absolute, find_recipe, known_keys, validate
+from ..config.parse import explain, plain_data, shown, suggest
+from ..config.run import RECIPES, Config, absolute, find_recipe, known_keys, validate
+from ..config.sections import Section
 from ..errors import UserError
-from ..faults import explain, plain_data, shown, suggest
-from ..metrics.extractors import EXTRACTORS
-from ..trainers.prepare import is_free
+from ..metrics.features.extractor import EXTRACTORS
+from ..trainers.run.preflight import is_free
 from .ledger import BASELINE
 from .space import Dimension, dependencies_first, grid, premises
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from ..config import Config
+from ..config.run import Config
 from ..errors import GlannError, redact
-from ..trainers.prepare import is_worked_on
-from ..trainers.recovery import RunStopped
-from ..trainers.supervision import Event, Supervision
+from ..trainers.run.hooks import Event, Supervision
+from ..trainers.run.preflight import is_worked_on
+from ..trainers.run.recovery import RunStopped
 from .ledger import BASELINE
 from .population import clone_run, newest_step
 from .scheduler import EPOCH, LOSS, losses

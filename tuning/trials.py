@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
-from ..cluster.room import cluster_nodes, node_resources, places_on
-from ..config import ClusterConfig, Config
+from ..cluster.nodes.capacity import cluster_nodes, node_resources, places_on
+from ..cluster.nodes.ray import resources_of
+from ..config.run import Config
+from ..config.sections import ClusterConfig
 from ..errors import UserError
+from ..inference.package import open_model
+from ..metrics.evaluate import evaluate
+from ..reports.run_folder import read_config
 from ..tracking.connection import absolute_uri, default_uri
 from ..tracking.runs import TrackedRun
-from ..trainers.driver import train
-from ..trainers.evaluation import evaluate
-from ..trainers.finish import read_summary
-from ..trainers.launch import resources_of
-from ..trainers.second_stage import load_stage_one, train_second_stage
-from ..trainers.supervision import Supervision
+from ..trainers.run.driver import train
+from ..trainers.run.finish import read_summary
+from ..trainers.run.hooks import Supervision
+from ..trainers.run.local import load_stage_one, train_second_stage
 from .board import Board
 from .budget import Budget
 from .ledger import BASELINE, Ledger
@@ -154,7 +157,8 @@ def first_stage(conduct: Conduct) -> Path:
     if not baseline.ended:
         began = monotonic()
         if study.stage_one:
-            metrics = evaluate(run_dir, conduct.base.evaluation.extractor, conduct.base.evaluation.samples)
+            config = read_config(run_dir).model_copy(update={"evaluation": conduct.base.evaluation})
+            metrics = evaluate(config, *open_model(run_dir, s3=config.s3))
         else:
             config = conduct.part(train_both_stages).config(BASELINE, {})
             tags = {"glann.study": study.name, "glann.trial": str(BASELINE)}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
-from glann.cluster.checkpoints import CheckpointWriter, latest, load_rows, load_tensors
+from glann.cluster.checkpoints.writer import CheckpointWriter
+from glann.cluster.checkpoints.reader import load_rows, load_tensors
+from glann.cluster.checkpoints.retention import latest
 from glann.cluster.latents import LatentTable
 from glann.cluster.placement import ranges
-from glann.datasets.storage import open_store
+from glann.storage.open import open_store
 
 ROWS, DIM = 31, 2
 

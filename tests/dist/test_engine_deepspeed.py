@@ -11,8 +11,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from glann.config import validate
-from glann.trainers.engine import build_engine
+from glann.config.run import validate
+from glann.trainers.engine.build import build_engine
 from torch import nn
 
 BATCH, STEPS = 12, 5

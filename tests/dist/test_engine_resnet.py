@@ -10,9 +10,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from glann.config import validate
+from glann.config.run import validate
 from glann.models.generators import build_generator
-from glann.trainers.engine import build_engine
+from glann.trainers.engine.build import build_engine
 
 BATCH, STEPS, DIM = 8, 5, 12
 

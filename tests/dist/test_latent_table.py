@@ -9,7 +9,7 @@ import pytest
 import torch
 from glann.cluster.latents import LatentTable
 from glann.cluster.placement import Share, epoch_plan
-from glann.datasets.storage import LocalStore
+from glann.storage.local import LocalStore
 from glann.errors import EnvironmentFault, UserError
 from safetensors.numpy import load_file
 

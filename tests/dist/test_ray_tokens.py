@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from glann.cluster import doctor
-from glann.config import load
+from glann.cluster.doctor import checks as doctor
+from glann.config.run import load
 
 HEAD = """
 import ray

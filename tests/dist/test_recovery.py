@@ -12,13 +12,13 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from glann.cluster import checkpoints
-from glann.cluster.lease import hold
-from glann.config import validate
+from glann.cluster.checkpoints import reader, retention
+from glann.cluster.checkpoints.lease import hold
+from glann.config.run import validate
 from glann.datasets.pack import pack
-from glann.datasets.storage import open_store
+from glann.storage.open import open_store
 from glann.errors import EnvironmentFault, UserError
-from glann.trainers import recovery
+from glann.trainers.run import recovery
 
 ROWS, CPUS = 240, 4
 
@@ -90,7 +90,7 @@ def processes(name):
 
 def visits(settings):
     store = open_store(settings.checkpoint_url)
-    return checkpoints.load_rows(store, checkpoints.latest(store), range(ROWS))["steps"]
+    return reader.load_rows(store, retention.latest(store), range(ROWS))["steps"]
 
 
 def run(settings, events, on_event):
@@ -157,7 +157,7 @@ def test_losses_count_only_while_nothing_is_gained(local_ray, others, packed, tm
         run(settings, events, on_event)
     assert len(going(events)) == 3
     assert [event["kind"] for event in events].count("lost") == 2
-    assert checkpoints.latest(open_store(settings.checkpoint_url)) > going(events)[1]["from"]["serial"]
+    assert retention.latest(open_store(settings.checkpoint_url)) > going(events)[1]["from"]["serial"]
 
 
 @pytest.mark.timeout(300)

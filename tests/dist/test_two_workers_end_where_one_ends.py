@@ -12,11 +12,11 @@ import os
 import numpy as np
 import torch
 from glann.cluster.latents import LatentTable
-from glann.config import validate
+from glann.config.run import validate
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
-from glann.trainers.engine import build_engine
-from glann.trainers.imle import MappingTrainer, train_imle
+from glann.trainers.engine.build import build_engine
+from glann.samplers.imle import MappingTrainer, train_imle
 
 ROWS, BATCH = 26, 8
 

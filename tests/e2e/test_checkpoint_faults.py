@@ -7,8 +7,8 @@ import signal
 import time
 
 import pytest
-from glann.cluster import checkpoints
-from glann.datasets.storage import LocalStore
+from glann.cluster.checkpoints import reader, retention
+from glann.storage.local import LocalStore
 
 pytestmark = pytest.mark.matrix
 
@@ -19,7 +19,7 @@ def test_a_second_command_is_refused_and_a_killed_one_goes_on_before_a_damaged_c
     store = LocalStore(place / "held" / "checkpoints")
     process = glann.start(*command)
     deadline = time.monotonic() + 360
-    while len(checkpoints.usable(store)[0]) < 2:  # one to damage and one to go on from
+    while len(retention.usable(store)[0]) < 2:  # one to damage and one to go on from
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -35,10 +35,10 @@ def test_a_second_command_is_refused_and_a_killed_one_goes_on_before_a_damaged_c
 
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    newest, before = checkpoints.latest(store), None
+    newest, before = retention.latest(store), None
     while newest != before:  # its workers end a little later
         time.sleep(15)
-        newest, before = checkpoints.latest(store), newest
+        newest, before = retention.latest(store), newest
     key = store.list(f"step-{newest:06d}/")[0]
     data = bytearray(store.read(key))
     data[-1] ^= 1
@@ -51,4 +51,4 @@ def test_a_second_command_is_refused_and_a_killed_one_goes_on_before_a_damaged_c
     assert f"damaged checkpoint of step {newest} is passed over" in said
     assert "is not what was saved" in said
     assert "going on from the checkpoint" in said
-    assert checkpoints.load_state(store, checkpoints.latest(store))["position"]["stage"] == "done"
+    assert reader.load_state(store, retention.latest(store))["position"]["stage"] == "done"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from digit_judge import judge_samples, train_judge
-from glann.datasets import assets
+from glann.datasets.assets import catalogue as assets
 
 SAMPLES = 1000
 

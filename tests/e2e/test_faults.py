@@ -12,9 +12,9 @@ import time
 import numpy as np
 import psutil
 import pytest
-from glann.cluster import checkpoints
-from glann.config import S3Config
-from glann.datasets.storage import open_store
+from glann.cluster.checkpoints import reader, retention
+from glann.config.sections import S3Config
+from glann.storage.open import open_store
 
 ROWS = 600
 
@@ -22,11 +22,11 @@ ROWS = 600
 def final(glann, run):
     """Every array of the last checkpoint of a run, and its counters."""
     store = open_store(str(glann.folder / "runs" / run / "checkpoints"), S3Config())
-    step = checkpoints.latest(store)
+    step = retention.latest(store)
     arrays = {}
-    for name in checkpoints.names(store, step):
-        arrays |= {f"{name}/{key}": t.numpy() for key, t in checkpoints.load_tensors(store, step, name).items()}
-    return arrays | checkpoints.load_rows(store, step, range(ROWS)), checkpoints.load_state(store, step)["position"]
+    for name in reader.names(store, step):
+        arrays |= {f"{name}/{key}": t.numpy() for key, t in reader.load_tensors(store, step, name).items()}
+    return arrays | reader.load_rows(store, step, range(ROWS)), reader.load_state(store, step)["position"]
 
 
 def wait_for(process, condition, what):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from glann.tracking.packaged import load_model
+from glann.tracking.source import load_model
 from mlflow import MlflowClient
 from registered_runs import make_config, make_run, track
 

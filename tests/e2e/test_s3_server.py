@@ -5,17 +5,20 @@ import os
 import numpy as np
 import pytest
 import torch
-from glann.cluster.checkpoints import CheckpointWriter, latest, load_rows, load_tensors
+from glann.cluster.checkpoints.lease import RunTaken, hold, require
+from glann.cluster.checkpoints.reader import load_rows, load_tensors
+from glann.cluster.checkpoints.retention import latest
+from glann.cluster.checkpoints.writer import CheckpointWriter
 from glann.cluster.latents import LatentTable
-from glann.cluster.lease import RunTaken, hold, require
 from glann.cluster.placement import ranges
-from glann.config import S3Config
+from glann.config.sections import S3Config
 from glann.datasets.loader import BadRows, PlannedBatch, batches
 from glann.datasets.pack import pack
 from glann.datasets.reader import ImageRows
-from glann.datasets.storage import MissingObject, ObjectExists, open_store
 from glann.datasets.verify import verify
 from glann.errors import EnvironmentFault, UserError
+from glann.storage.base import MissingObject, ObjectExists
+from glann.storage.open import open_store
 from s3_server import ACCESS, SECRET, find_weed, free_ports, s3_server
 
 
@@ -29,7 +32,7 @@ def endpoint(tmp_path_factory):
 
 @pytest.fixture
 def s3(endpoint, monkeypatch):
-    from glann.datasets import s3 as s3_module
+    from glann.storage import s3 as s3_module
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
@@ -94,7 +97,7 @@ def test_conditional_writes_hold(s3):
 
 
 def test_a_checkpoint_is_streamed_in_parts_and_comes_back(s3, monkeypatch):
-    from glann.datasets import s3 as s3_module
+    from glann.storage import s3 as s3_module
 
     monkeypatch.setattr(s3_module, "STREAM_BYTES", 5 << 20)
     store = open_store("s3://images/runs/a/checkpoints", s3)
@@ -139,7 +142,7 @@ def test_a_run_is_held_by_one_command(s3):
 
 
 def test_wrong_keys_are_one_line_without_the_keys(s3, monkeypatch):
-    from glann.datasets import s3 as s3_module
+    from glann.storage import s3 as s3_module
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     s3_module._client.cache_clear()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glann.tracking.report import write_report as run_report
-from glann.tuning.report import write_report
+from glann.reports.run import write_report as run_report
+from glann.tuning.report.study import write_report
 from study_folder import fill_study, make_study
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

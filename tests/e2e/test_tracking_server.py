@@ -13,12 +13,13 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from glann.config import Config
+from glann.config.run import Config
+from glann.inference.package import export_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from glann.tracking import connection, outbox
-from glann.tracking.packaged import export_model, load_model
 from glann.tracking.runs import TrackedRun
+from glann.tracking.source import load_model
 from mlflow import MlflowClient
 from PIL import Image
 from tracking_server import BUCKET, TrackingServer, missing, tracking_server

@@ -10,9 +10,9 @@ import mlflow
 import numpy as np
 import pytest
 import yaml
-from glann.cluster import checkpoints
-from glann.config import S3Config
-from glann.datasets.storage import open_store
+from glann.cluster.checkpoints import reader, retention
+from glann.config.sections import S3Config
+from glann.storage.open import open_store
 from safetensors.numpy import load_file
 
 
@@ -26,11 +26,11 @@ def undisturbed(glann):
 def final(glann, run):
     """Every array of the last checkpoint of a run, and its rows in order."""
     store = open_store(str(glann.folder / "runs" / run / "checkpoints"), S3Config())
-    step = checkpoints.latest(store)
+    step = retention.latest(store)
     arrays = {}
-    for name in checkpoints.names(store, step):
-        arrays |= {f"{name}/{key}": t.numpy() for key, t in checkpoints.load_tensors(store, step, name).items()}
-    return arrays | checkpoints.load_rows(store, step, range(600)), checkpoints.load_state(store, step)
+    for name in reader.names(store, step):
+        arrays |= {f"{name}/{key}": t.numpy() for key, t in reader.load_tensors(store, step, name).items()}
+    return arrays | reader.load_rows(store, step, range(600)), reader.load_state(store, step)
 
 
 def last_loss(glann, run, stage):

@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 from glann.datasets.codec import BadImage, decode_any, decode_packed
 from glann.datasets.shards import scan
-from glann.datasets.sources import open_source
-from glann.datasets.storage import TruncatedObject
+from glann.datasets.sources.open import open_source
+from glann.storage.base import TruncatedObject
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import numbers, tampered, texts

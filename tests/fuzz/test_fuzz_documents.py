@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from glann import config as configuration
-from glann.cluster import checkpoints
-from glann.cluster.checkpoint_layout import Part, parse
-from glann.cluster.lease import Lease
-from glann.config import Config
+from glann.cluster.checkpoints import reader, retention, writer
+from glann.cluster.checkpoints.layout import Part, parse
+from glann.cluster.checkpoints.lease import Lease
+from glann.config import run as configuration
+from glann.config.run import Config
 from glann.datasets.index import Index, _fingerprint
 from glann.datasets.pack import pack
 from glann.datasets.reader import ImageRows
-from glann.datasets.storage import LocalStore
 from glann.datasets.verify import verify
+from glann.inference.package import export_model, load_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
-from glann.tracking.facts import RunFacts
+from glann.reports.facts import RunFacts
+from glann.reports.run import headline, metric_rows, render, timing_rows
+from glann.storage.local import LocalStore
 from glann.tracking.outbox import State
-from glann.tracking.packaged import export_model, load_model
-from glann.tracking.report import headline, metric_rows, render, timing_rows
-from glann.trainers.resume import load as load_saved
+from glann.trainers.run.state import load as load_saved
 from held_rows import Held
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,10 +80,10 @@ def make_run(root: Path) -> None:
         "rows": ROWS,
         "fingerprint": index.fingerprint,
     }
-    writer = checkpoints.CheckpointWriter(LocalStore(root / "saved"), 0, 1, 3, 20.0, "a1", block_bytes=60)
+    checkpoint_writer = writer.CheckpointWriter(LocalStore(root / "saved"), 0, 1, 3, 20.0, "a1", block_bytes=60)
     latents = {"z": z_ND.numpy(), "steps": np.ones(ROWS, np.int32)}
-    writer.save(4, {"generator": generator, "generator_ema": generator}, Held(0, latents), state)
-    writer.wait()
+    checkpoint_writer.save(4, {"generator": generator, "generator_ema": generator}, Held(0, latents), state)
+    checkpoint_writer.wait()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -179,10 +179,10 @@ def test_unfinished_pack(jail, workshop, data):
 def read_checkpoint(folder: Path, index: Index) -> None:
     """What a run does with its folder of checkpoints when it goes on."""
     store = LocalStore(folder)
-    step = checkpoints.latest(store)
-    for name in checkpoints.names(store, 4 if step is None else step):
-        checkpoints.load_tensors(store, 4 if step is None else step, name)
-    checkpoints.load_rows(store, 4 if step is None else step, range(1, ROWS))
+    step = retention.latest(store)
+    for name in reader.names(store, 4 if step is None else step):
+        reader.load_tensors(store, 4 if step is None else step, name)
+    reader.load_rows(store, 4 if step is None else step, range(1, ROWS))
     load_saved(store, 4 if step is None else step, index, ROWS)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from glann.cluster.neighbours import nearest
-from glann.cluster.noise import noise
-from glann.config import validate
+from glann.config.run import validate
 from glann.models.generators import build_generator
 from glann.models.losses import build_loss
+from glann.models.noise import noise
 from glann.models.perceptual import build_features
-from glann.trainers.engine import build_engine
+from glann.trainers.engine.build import build_engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")

@@ -12,7 +12,7 @@ import pytest
 from cluster_faults import FILLER, SHARD, TRAINER, fill, small_disk
 from cluster_job import GLO_EPOCHS, ROWS, Job
 from cluster_nodes import HEAD, MLFLOW, WORKERS
-from glann.trainers.recovery import SETTLE_S
+from glann.trainers.run.recovery import SETTLE_S
 
 # The limit is for a machine that does other things too.
 pytestmark = [pytest.mark.netns, pytest.mark.matrix, pytest.mark.timeout(1200)]

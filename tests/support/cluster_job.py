@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from cluster_nodes import BUCKET, Cluster
-from glann.cluster import checkpoint_reading
-from glann.cluster.checkpoint_layout import survey
+from glann.cluster.checkpoints import reader
+from glann.cluster.checkpoints.layout import survey
 from netns import wait_until
 
 ROWS, GLO_EPOCHS, IMLE_EPOCHS, BATCH = 600, 6, 6, 40
@@ -41,7 +41,7 @@ OVERRIDES = (
 
 def pack_digits(cluster: Cluster, shard_size_mb: float = 0.02) -> None:
     """Pack the first digits into S3, in small shards, so that the rows of a worker lie in shards of their own."""
-    from glann.datasets.assets import fetch
+    from glann.datasets.assets.catalogue import fetch
 
     with np.load(fetch("digits")) as digits:
         images = digits[digits.files[0]] if "images" not in digits.files else digits["images"]
@@ -161,13 +161,13 @@ class Job:
         """What the newest checkpoint holds; every byte is checked against the manifest."""
         with self.cluster.store(self._checkpoints) as store:
             serial = max(survey(store).good)
-            state = checkpoint_reading.load_state(store, serial)
+            state = reader.load_state(store, serial)
             digest = {
                 f"{group}.{name}": _hash(tensor.numpy())
-                for group in checkpoint_reading.names(store, serial)
-                for name, tensor in checkpoint_reading.load_tensors(store, serial, group).items()
+                for group in reader.names(store, serial)
+                for name, tensor in reader.load_tensors(store, serial, group).items()
             }
-            rows = checkpoint_reading.load_rows(store, serial, range(state["rows"]))
+            rows = reader.load_rows(store, serial, range(state["rows"]))
         digest |= {f"latents.{name}": _hash(array) for name, array in rows.items()}
         return End(serial, digest, rows["steps"], state)
 

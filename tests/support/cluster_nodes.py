@@ -30,7 +30,7 @@ from netns import Network, wait_until
 from s3_server import ACCESS, PORTS, SECRET, find_weed, free_ports, s3_client, serves, write_identities
 
 if TYPE_CHECKING:
-    from glann.datasets.storage import Store
+    from glann.storage.base import Store
 
 HEAD, WORKERS, S3, MLFLOW = "head", ("w1", "w2", "w3"), "s3", "mlflow"
 BUCKET = "glann"
@@ -104,8 +104,8 @@ class Cluster:
         return f"http://{self.net.addresses[MLFLOW]}:{MLFLOW_PORT}"
 
     def _environment(self) -> dict[str, str]:
-        from glann.datasets.assets import cache_dir
-        from glann.trainers.launch import KNOBS  # how soon Ray notices a dead node
+        from glann.cluster.nodes.ray import KNOBS  # how soon Ray notices a dead node
+        from glann.datasets.assets.catalogue import cache_dir
 
         health = {name: value for name, value in KNOBS.items() if name.startswith("RAY_health_check_")}
         ours = ("RAY_", "AWS_", "MLFLOW_", "GLANN_", "GLOO_", "TORCH_")
@@ -259,8 +259,8 @@ class Cluster:
     @contextlib.contextmanager
     def store(self, url: str) -> Iterator[Store]:
         """An address in S3, past the proxy, as the product reads it."""
-        from glann.config import S3Config
-        from glann.datasets.storage import open_store
+        from glann.config.sections import S3Config
+        from glann.storage.open import open_store
 
         keys = {"AWS_ACCESS_KEY_ID": ACCESS, "AWS_SECRET_ACCESS_KEY": SECRET}
         endpoint = f"http://{self.net.addresses[S3]}:{self.s3_ports['s3.port']}"

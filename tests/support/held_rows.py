@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from glann.cluster.checkpoint_pieces import write_rows
-from glann.cluster.frozen import FrozenRows
+from glann.cluster.checkpoints.pieces import write_rows
+from glann.cluster.snapshot import FrozenRows
 
 
 class Held:

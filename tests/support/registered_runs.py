@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from glann.config import Config
+from glann.config.run import Config
 from glann.datasets.index import Index
 from glann.datasets.pack import pack
+from glann.inference.package import export_model, load_model
+from glann.metrics.evaluate import evaluate
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
-from glann.tracking.journal import Journal
-from glann.tracking.lineage import FINGERPRINT
-from glann.tracking.packaged import export_model, load_model
+from glann.storage.journal import Journal
+from glann.tracking.registry.lineage import FINGERPRINT
 from glann.tracking.runs import TrackedRun
+from glann.tracking.source import is_registered, open_model, run_config
 from torch import Tensor
 
 ROWS, DIM, NOISE = 300, 6, 5
@@ -81,18 +83,26 @@ def make_run(config: Config, share: float = 0.0, metrics: dict[str, float] | Non
 
 def track(config: Config, uri: str, tags: dict[str, str] | None = None, register_as: str | None = None) -> str:
     """Give the run to MLflow as `glann train` does at its end; its MLflow id."""
-    from glann.tracking.card import write_card
+    from glann.reports.card import write_card
 
     tracking = config.tracking.model_copy(update={"enabled": True, "uri": uri, "register_as": register_as})
     config = config.model_copy(update={"tracking": tracking})
     fingerprint = Index.load(config.data.url, config.s3).fingerprint
     run = TrackedRun.open(config, config.run_dir, {FINGERPRINT: fingerprint} | (tags or {}))
-    run.log_artifact(write_card(config.run_dir))
+    run.log_artifact(write_card(config.run_dir, run.tracked_as))
     run.log_model(config.run_dir / "model")
     run.finish()
     assert run.run_id is not None
     assert run.model is not None
     return run.run_id
+
+
+def measured(source: str, extractor: str, samples: int, seed: int = 0) -> dict[str, float]:
+    """What `glann evaluate` measures of a run folder or a registered model."""
+    config = run_config(source)
+    chosen = config.evaluation.model_copy(update={"extractor": extractor, "samples": samples})
+    config = config.model_copy(update={"evaluation": chosen})
+    return evaluate(config, *open_model(source, s3=config.s3), seed=seed, with_codes=not is_registered(source))
 
 
 def _pack(config: Config) -> None:

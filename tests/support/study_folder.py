@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from glann.tracking import pictures
-from glann.tracking.journal import Journal
+from glann.reports import pictures
+from glann.storage.journal import Journal
 from glann.tuning.ledger import Ledger, Trial
 from glann.tuning.study import StudyConfig
 

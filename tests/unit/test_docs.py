@@ -8,8 +8,8 @@ from pathlib import Path
 
 import glann
 import pytest
-from glann.cli import app
-from glann.config import RECIPES, known_keys, load
+from glann.cli.main import app
+from glann.config.run import RECIPES, known_keys, load
 from glann.tuning.study import STUDIES, load_study
 from typer.main import get_command
 

@@ -21,24 +21,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from glann import config as configuration
-from glann.cli import explain
-from glann.cluster import checkpoints
-from glann.cluster.checkpoints import CheckpointWriter
-from glann.config import Config
+from glann.cli.main import explain
+from glann.cluster.checkpoints import reader, retention
+from glann.cluster.checkpoints.writer import CheckpointWriter
+from glann.config import run as configuration
+from glann.config.run import Config
 from glann.datasets.codec import BadImage, decode_any
 from glann.datasets.index import Index
 from glann.datasets.shards import scan
-from glann.datasets.sources import open_source
-from glann.datasets.storage import open_store
+from glann.datasets.sources.open import open_source
 from glann.errors import UserError, redact
+from glann.inference.package import export_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
-from glann.tracking import journal
-from glann.tracking.facts import RunFacts
+from glann.reports.facts import RunFacts
+from glann.storage import journal
+from glann.storage.open import open_store
 from glann.tracking.outbox import State
-from glann.tracking.packaged import export_model, load_model
-from glann.trainers.resume import checked_state
+from glann.tracking.source import load_model
+from glann.trainers.run.state import checked_state
 from held_rows import Held
 
 MIB = 1 << 20
@@ -106,7 +107,7 @@ def saved(tmp_path):
     rows = Held(0, {"z": np.ones((4, 2), np.float32), "steps": np.ones(4, np.int32)})
     writer.save(1, {"generator": {"a": torch.ones(2)}}, rows, {"rows": 4})
     writer.wait()
-    assert torch.equal(checkpoints.load_tensors(store, 1, "generator")["a"], torch.ones(2))
+    assert torch.equal(reader.load_tensors(store, 1, "generator")["a"], torch.ones(2))
     return store
 
 
@@ -123,7 +124,7 @@ def put(store, name: str, content: bytes) -> None:
 def test_hostile_tensors_of_a_checkpoint_are_refused(saved, content):
     put(saved, "generator.safetensors", content)
     with pytest.raises(UserError) as refusal:
-        checkpoints.load_tensors(saved, 1, "generator")
+        reader.load_tensors(saved, 1, "generator")
     one_line(refusal)
 
 
@@ -131,10 +132,10 @@ def test_a_pickle_by_the_name_of_a_checkpoint_is_never_run(saved, tmp_path):
     for evil in (pickle.dumps(Exploit(tmp_path / "evil")), torch_zip(tmp_path / "evil")):
         put(saved, "generator.safetensors", evil)
         with pytest.raises(UserError):
-            checkpoints.load_tensors(saved, 1, "generator")
+            reader.load_tensors(saved, 1, "generator")
         put(saved, "latents-0-4.safetensors", evil)
         with pytest.raises(UserError):
-            checkpoints.load_rows(saved, 1, range(4))
+            reader.load_rows(saved, 1, range(4))
     assert not (tmp_path / "evil").exists()
 
 
@@ -169,9 +170,9 @@ def test_a_manifest_with_an_impossible_value_is_refused(saved, key, value):
     parts = [f'"{name}": {value if name == key else json.dumps(held)}' for name, held in manifest.items()]
     saved.write("step-000001/manifest.json", ("{" + ", ".join(parts) + "}").encode())
     with pytest.raises(UserError) as refusal:
-        checkpoints.load_tensors(saved, 1, "generator")
+        reader.load_tensors(saved, 1, "generator")
     one_line(refusal)
-    assert checkpoints.latest(saved) is None
+    assert retention.latest(saved) is None
 
 
 def test_of_a_key_given_twice_only_what_is_used_counts(saved):
@@ -180,9 +181,9 @@ def test_of_a_key_given_twice_only_what_is_used_counts(saved):
     evil = '"files": {"../x.json": {"size": 1, "sha256": "' + "0" * 64 + '"}}'
     saved.write("step-000001/manifest.json", (text[:-1] + ", " + evil + "}").encode())
     with pytest.raises(UserError):
-        checkpoints.load_tensors(saved, 1, "generator")
+        reader.load_tensors(saved, 1, "generator")
     saved.write("step-000001/manifest.json", ("{" + evil + ", " + text[1:]).encode())
-    assert torch.equal(checkpoints.load_tensors(saved, 1, "generator")["a"], torch.ones(2))
+    assert torch.equal(reader.load_tensors(saved, 1, "generator")["a"], torch.ones(2))
 
 
 GOOD_STATE = {
@@ -228,7 +229,7 @@ def test_nothing_is_written_or_removed_through_a_link_out_of_a_store(tmp_path):
     for attempt in (
         lambda: store.delete("step-000002/letters"),
         lambda: store.write("step-000002/letters", b"mine"),
-        lambda: checkpoints.remove_torn(store),
+        lambda: retention.remove_torn(store),
     ):
         with pytest.raises(UserError, match="leads out of"):
             attempt()
@@ -434,9 +435,9 @@ def read_source(path: Path) -> None:
 
 def test_bombs_are_refused_before_they_go_off(tmp_path, monkeypatch):
     """Few bytes that unpack to many: refused by what they say, and cut off where they say less than there is."""
-    from glann.datasets import sources
+    from glann.datasets.sources import arrays
 
-    monkeypatch.setattr(sources, "MAX_ARRAY_BYTES", 8 * MIB)
+    monkeypatch.setattr(arrays, "MAX_ARRAY_BYTES", 8 * MIB)
     size = (16, 1024, 1024)
     header = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in size)
     (tmp_path / "honest-ubyte.gz").write_bytes(gzip.compress(header + bytes(16 * MIB)))

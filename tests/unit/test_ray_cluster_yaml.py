@@ -8,7 +8,7 @@ from pathlib import Path
 import glann
 import pytest
 import yaml
-from glann.config import load
+from glann.config.run import load
 
 ROOT = Path(glann.__file__).parent
 SPOT, ON_DEMAND = "gpu_spot", "gpu_on_demand"

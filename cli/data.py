@@ -1,0 +1,129 @@
+"""`glann data`: pack images into shards, look at them, check them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum, StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..config.sections import S3Config
+
+data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, look at them, check them.")
+
+Endpoint = Annotated[
+    str | None, typer.Option("--endpoint-url", help="S3 endpoint; empty means AWS_ENDPOINT_URL, then AWS")
+]
+
+
+class Crop(Enum):
+    """How an image becomes a square."""
+
+    center = "center"
+    pad = "pad"
+    none = "none"
+
+
+class Format(StrEnum):
+    """How images are stored."""
+
+    jpeg = "jpeg"
+    png = "png"
+    webp = "webp"
+
+
+@data_app.command()
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="folder, zip, idx, npz, parquet, or an asset: digits, mnist, fashion-mnist, orl-faces"
+        ),
+    ],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="a folder or s3://bucket/prefix")],
+    resolution: Annotated[int, typer.Option(help="side of the packed square images in pixels")],
+    channels: Annotated[int, typer.Option(help="3 (RGB) or 1 (grey)")] = 3,
+    crop: Annotated[
+        Crop, typer.Option(help="center: cut the middle; pad: keep all; none: refuse what is not square")
+    ] = Crop.center,
+    image_format: Annotated[Format | None, typer.Option("--format", help="empty: png up to 64 px, jpeg above")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="of jpeg and webp")] = 95,
+    shard_size: Annotated[float, typer.Option(min=0.001, help="megabytes per shard")] = 256.0,
+    workers: Annotated[int, typer.Option(min=1, help="encoding threads")] = 2,
+    name: Annotated[str | None, typer.Option(help="prefix of the shards; empty: the last part of DST")] = None,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="leave unreadable images out; each is named")
+    ] = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Pack images into webdataset shards with an index. Interrupted? The same command goes on.
+
+    \b
+    glann data pack digits data/digits-28 --resolution 28 --channels 1
+    glann data pack ~/CelebA-HQ s3://bucket/celebahq-1024 --resolution 1024 --workers 16
+    """
+    from ..datasets.pack import pack as run
+
+    with _progress("packing") as progress:
+        index = run(
+            source,
+            destination,
+            resolution=resolution,
+            channels=channels,
+            crop=crop.value,
+            image_format=image_format.value if image_format else None,
+            quality=quality,
+            shard_size_mb=shard_size,
+            workers=workers,
+            name=name,
+            skip_corrupt=skip_corrupt,
+            s3=s3_at(endpoint),
+            progress=progress,
+        )
+    typer.echo(f"{index.rows} images of {index.resolution} px in {len(index.shards)} shards: {destination}")
+
+
+@data_app.command()
+def info(url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoint = None) -> None:
+    """Say what a packed data set holds."""
+    from ..datasets.verify import describe
+
+    for key, value in describe(url, s3_at(endpoint)).items():
+        typer.echo(f"{key:14} {value}")
+
+
+@data_app.command()
+def verify(url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoint = None) -> None:
+    """Read every shard and compare it with the index; the exit status is 1 if anything is damaged."""
+    from ..datasets.verify import verify as run
+
+    with _progress("verifying") as progress:
+        faults = run(url, s3_at(endpoint), progress=progress)
+    for fault in faults:
+        typer.echo(fault, err=True)
+    if faults:
+        raise typer.Exit(1)
+    typer.echo(f"{url} is intact")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved by calling with images done and images in all."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def s3_at(endpoint: str | None) -> S3Config:
+    """S3 as the environment says, at another endpoint if one is given."""
+    from ..config.sections import S3Config
+
+    return S3Config(endpoint_url=endpoint)

@@ -1,0 +1,255 @@
+"""`glann submit` and `glann jobs`: runs as jobs of a Ray cluster that is somewhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .table import print_table
+
+if TYPE_CHECKING:
+    from ..cluster.jobs.client import Job, JobSubmissionClient
+
+INTERRUPTED = 130
+
+jobs_app = typer.Typer(no_args_is_help=True, help="Look at submitted runs, read their logs, stop them.")
+
+Address = Annotated[
+    str,
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS", show_envvar=True, help="the cluster's dashboard, e.g. http://HEAD:8265"
+    ),
+]
+HERE = "http://127.0.0.1:8265"
+Name = Annotated[str, typer.Argument(metavar="NAME", help="the run's name, or one attempt at it such as faces.2")]
+
+
+def submit(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="a recipe's name or a YAML file; see `glann recipes`")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. glo.epochs=100, as for `glann train`")
+    ] = None,
+    address: Address = HERE,
+    name: Annotated[
+        str | None, typer.Option(help="of the run, its checkpoints and the job; empty means the recipe's")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="follow the log and end with the job's exit status; or return")
+    ] = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="pass this variable of yours to the job; repeat it for more; no other goes"),
+    ] = None,
+) -> None:
+    """Train on a Ray cluster: `glann train` as a job there, with this machine's version of glann.
+
+    \b
+    glann submit celebahq-1024 data.url=s3://bucket/celebahq-1024 checkpoint.url=s3://bucket/runs
+    glann submit my.yaml --name trial-3 --address http://10.0.0.5:8265 --wait
+    glann submit my.yaml --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY
+
+    The same command again goes on with a run that was stopped or lost, and follows one that is active: a name is one
+    run. Ctrl-C while waiting leaves the job running; `glann jobs stop NAME` saves and stops it. The cluster's token
+    is taken from ~/.ray/auth_token or RAY_AUTH_TOKEN. Relative paths of the job, such as runs_dir, lie in
+    ~/glann-jobs on the head.
+    """
+    from ..cluster.jobs import client as jobs
+    from ..cluster.jobs import shipping, versions
+    from ..config.run import load
+
+    given = [*(overrides or []), *([f"name={name}"] if name else [])]
+    resolved = shipping.for_cluster(load(config, given))
+    variables = shipping.environment(env or [])
+    with _connected(address) as client:
+        last = jobs.last_attempt(client, resolved.name)
+        if last is not None and last.active:
+            jobs.refuse_fork(last, resolved)
+            typer.echo(f"{last.id} is {last.state} already; nothing was started")
+            job = last
+        else:
+            typer.echo(f"checking what {address} has")
+            found = versions.refuse_misfit(client, address)
+            typer.echo(f"it fits: {_fitting(found)}")
+            job = jobs.start(client, resolved, variables, last)
+            goes_on = f", which goes on with {last.id} ({_state(last)})" if last else ""
+            typer.echo(f"submitted {job.id}{goes_on}")
+        if hint := shipping.forgotten_keys(resolved, variables):
+            typer.echo(f"note: {hint}", err=True)
+        if not wait:
+            typer.echo(f"log: glann jobs logs {job.name} --follow{_at(address)}")
+            typer.echo(f"stop: glann jobs stop {job.name}{_at(address)}")
+            return
+        _follow(client, job, address)
+        ended = jobs.wait(client, job)
+        status = jobs.exit_status(client, ended)
+        typer.echo(f"{ended.id}: {jobs.outcome(ended, status)}", err=True)
+    raise typer.Exit(status)
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address = HERE) -> None:
+    """List the submitted runs of a cluster, every attempt, the newest first; tab-separated if not on a terminal.
+
+    \b
+    glann jobs list
+    glann jobs list --address http://10.0.0.5:8265
+    """
+    from ..cluster.jobs import client as jobs
+
+    with _connected(address) as client:
+        found = jobs.list_jobs(client)
+    head = ("RUN", "ATTEMPT", "STATE", "STARTED", "TOOK", "CHECKPOINTS")
+    rows = [(job.name, job.id, _state(job), _clock(job.started), _took(job), job.checkpoints) for job in found]
+    print_table(head, rows, f"no runs were submitted to {address} yet")
+
+
+@jobs_app.command()
+def status(name: Name, address: Address = HERE) -> None:
+    """Say how a submitted run stands.
+
+    \b
+    glann jobs status celebahq-1024
+    """
+    from ..cluster.jobs import client as jobs
+
+    with _connected(address) as client:
+        job = jobs.find(client, name)
+        if job.active:
+            how = job.state + (f": {job.message}" if job.state == "pending" else "")
+        else:
+            how = jobs.outcome(job, jobs.exit_status(client, job))
+    told = {
+        "run": job.name,
+        "attempt": job.id,
+        "state": how,
+        "started": _clock(job.started),
+        "took": _took(job),
+        "checkpoints": job.checkpoints,
+        "environment": ", ".join(job.variables) or "nothing was passed",
+    }
+    for key, value in told.items():
+        typer.echo(f"{key:12} {value}")
+
+
+@jobs_app.command()
+def logs(
+    name: Name,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="until the job ends; Ctrl-C leaves it running")
+    ] = False,
+    address: Address = HERE,
+) -> None:
+    """Print what a submitted run has said.
+
+    \b
+    glann jobs logs celebahq-1024 --follow
+    glann jobs logs celebahq-1024.1          of its first attempt
+    """
+    from ..cluster.jobs import client as jobs
+
+    with _connected(address) as client:
+        job = jobs.find(client, name)
+        if follow:
+            _follow(client, job, address)
+        else:
+            typer.echo(client.get_job_logs(job.id), nl=False)
+
+
+@jobs_app.command()
+def stop(
+    name: Name,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="until it has saved; or return at once")] = True,
+    address: Address = HERE,
+) -> None:
+    """Save and stop a submitted run; the same `glann submit` goes on with it.
+
+    \b
+    glann jobs stop celebahq-1024
+
+    The job has `checkpoint.timeout_s` and a minute to save before Ray ends it by force. The exit status is 1 if it
+    ended without having saved.
+    """
+    from ..cluster.jobs import client as jobs
+
+    with _connected(address) as client:
+        job = jobs.find(client, name)
+        if job.active:
+            jobs.stop(client, job)
+            if not wait:
+                typer.echo(f"{job.id} was asked to save and stop; see glann jobs status {job.name}")
+                return
+            typer.echo(f"{job.id} was asked to save and stop; waiting (Ctrl-C does not take that back)")
+            job = jobs.wait(client, job)
+        else:
+            typer.echo(f"{job.id} has ended already")
+        status = jobs.exit_status(client, job)
+        typer.echo(f"{job.id}: {jobs.outcome(job, status)}")
+    if job.state == "stopped" and status not in (0, jobs.STOPPED_AND_SAVED):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[JobSubmissionClient]:
+    from ..cluster.jobs.client import connect, told
+
+    client = connect(address)
+    with told(address):
+        yield client
+
+
+def _follow(client: JobSubmissionClient, job: Job, address: str) -> None:
+    """Show the log until the job ends; Ctrl-C ends the showing and not the job."""
+    from ..cluster.jobs import client as jobs
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        jobs.follow(client, job, show)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\n{job.id} goes on without you; log: glann jobs logs {job.name} --follow{_at(address)}; "
+            f"stop: glann jobs stop {job.name}{_at(address)}",
+            err=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _at(address: str) -> str:
+    import os
+
+    return "" if address == os.environ.get("RAY_API_SERVER_ADDRESS", HERE) else f" --address {address}"
+
+
+def _fitting(found: dict[str, dict[str, str | None]]) -> str:
+    """Nodes and the versions that matter most, such as are there."""
+    shown = ("python", "ray", "torch", "deepspeed")
+    kinds = sorted({", ".join(f"{name} {versions[name]}" for name in shown) for versions in found.values()})
+    return f"{len(found)} node{'s' if len(found) > 1 else ''} with {' or '.join(kinds)}"
+
+
+def _state(job: Job) -> str:
+    failed = job.state == "failed" and job.exit_status is not None
+    return f"failed, exit status {job.exit_status}" if failed else job.state
+
+
+def _clock(seconds: float | None) -> str:
+    from datetime import datetime
+
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S") if seconds else "-"
+
+
+def _took(job: Job) -> str:
+    import time
+
+    if job.started is None:
+        return "-"
+    seconds = int((job.ended or time.time()) - job.started)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -1,0 +1,254 @@
+"""Who may write a run: a lease in the run's checkpoint store, so that two commands never train the same run.
+
+The lease is a numbered object, `lease-000007.json`, created on condition that it is absent. The highest
+number is in force; its holder renews it by counting up in it. Whoever finds that count unchanged for
+`PATIENCE_S` by his own clock creates the next number, and of several who do only one succeeds. So no two
+clocks are compared. A holder that finds a higher number has lost the run and must not commit any more.
+A holder on this machine whose process is gone is not waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import logging
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...errors import EnvironmentFault, UserError
+from ...storage.base import MissingObject, ObjectExists, Store
+from .layout import parse
+
+log = logging.getLogger(__name__)
+
+RENEW_S = 3.0
+PATIENCE_S = 15.0  # a killed command is followed by another one after so long, on whatever machine
+_POLL_S = 0.5
+_LEASE = re.compile(r"^lease-(\d{6,12})\.json$")
+
+
+class RunTaken(UserError):
+    """Another command holds the run."""
+
+
+class Lease(BaseModel):
+    """What the object says. `count` is all that anyone acts upon; the rest names the holder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    number: int = Field(ge=1)
+    owner: str = Field(pattern=r"^[0-9a-f]{1,64}$")
+    holder: str = Field(max_length=300, description="user, machine and process, for people")
+    since: str = Field(max_length=40, description="UTC, by the holder's clock, for people")
+    process: str = Field(max_length=300, description="machine and process, to tell on the same machine if it is gone")
+    count: int = Field(ge=0)
+    released: bool = False
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What the holder hands to its workers, so that they can ask whether the run is still theirs."""
+
+    number: int
+    owner: str
+
+
+def require(store: Store, ticket: Ticket) -> None:
+    """Raise RunTaken if the lease of `ticket` is not in force any more. To be asked right before a commit."""
+    newest = _newest(store)
+    if newest is None or (newest.number, newest.owner) != (ticket.number, ticket.owner):
+        by = f"was taken over by {newest.holder}" if newest else "has lost its lease: its checkpoint folder was removed"
+        raise RunTaken(f"the run at {store.url} {by}; this command stops, and has written nothing since")
+
+
+class HeldLease:
+    """A lease in force, renewed by a thread until it is released. Made by `hold`."""
+
+    def __init__(self, store: Store, lease: Lease):
+        self._store, self._lease = store, lease
+        self.ticket = Ticket(lease.number, lease.owner)
+        self._lost: RunTaken | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise RunTaken if the last renewal found that another command has taken over. Contacts nobody."""
+        if self._lost:
+            raise self._lost
+
+    def release(self) -> None:
+        """Let the next command have the run at once."""
+        self._end.set()
+        self._thread.join(RENEW_S)
+        with contextlib.suppress(RunTaken, EnvironmentFault):
+            require(self._store, self.ticket)
+            _write(self._store, self._lease.model_copy(update={"released": True}))
+
+    def _renew(self) -> None:
+        while not self._end.wait(RENEW_S):
+            try:
+                require(self._store, self.ticket)
+                self._lease = self._lease.model_copy(update={"count": self._lease.count + 1})
+                _write(self._store, self._lease)
+            except RunTaken as error:
+                self._lost = error
+                return
+            except Exception as error:  # while nobody has taken over it is ours; a commit needs the store anyway
+                log.warning("the lease of %s could not be renewed: %s", self._store.url, error)
+
+
+@contextlib.contextmanager
+def hold(store: Store, say: Callable[[str], None]) -> Iterator[HeldLease]:
+    """Hold the lease of a run as long as inside, after waiting at most `PATIENCE_S` for a holder that may be gone.
+
+    Args:
+        say: is told in one line what the user should know.
+    Raises:
+        RunTaken: another command is at work; the message says who, since when and what to do.
+    """
+    if not enforces_conditions(store):
+        say(
+            f"{store.url}: this server does not enforce If-None-Match, so a second command on the same run that starts "
+            "at the same moment might not be refused"
+        )
+    held = HeldLease(store, _take(store, say))
+    try:
+        yield held
+    finally:
+        held.release()
+
+
+def enforces_conditions(store: Store) -> bool:
+    """Whether a second conditional write to the same key is refused. Leaves nothing behind."""
+    key = f"lease-probe-{secrets.token_hex(8)}"
+    try:
+        for body in (b"1", b"2"):
+            store.write(key, body, only_if_absent=True)
+    except ObjectExists:
+        return store.read(key) == b"1"
+    finally:
+        store.delete(key)
+    return False
+
+
+def _take(store: Store, say: Callable[[str], None]) -> Lease:
+    """Create the next lease once the one in force is free or not renewed any more."""
+    waited_for: Lease | None = None
+    since = time.monotonic()
+    while True:
+        newest = _newest(store)
+        if newest is None or newest.released or _is_gone(newest.process):
+            if newest and not newest.released:
+                say(f"the last command on this run, {newest.holder}, is gone; going on in its place")
+        elif waited_for is None or newest.owner != waited_for.owner:
+            if waited_for is None:
+                waited_for, since = newest, time.monotonic()
+                say(f"looking whether {newest.holder} still works on this run (at most {PATIENCE_S:g} s)")
+                continue
+            raise _taken(store, newest)
+        elif newest.count != waited_for.count:
+            raise _taken(store, newest)
+        elif time.monotonic() - since < PATIENCE_S:
+            time.sleep(_POLL_S)
+            continue
+        else:
+            say(f"{newest.holder} has not renewed its lease for {PATIENCE_S:g} s; going on in its place")
+        mine = _new(newest.number + 1 if newest else 1)
+        if _create(store, mine):
+            for number in _numbers(store):
+                if number < mine.number:
+                    store.delete(_key(number))
+            return mine
+
+
+def _taken(store: Store, lease: Lease) -> RunTaken:
+    return RunTaken(
+        f"{lease.holder} has been training the run at {store.url} since {lease.since} and is at work; wait for it, "
+        f"stop it, or use another name=...; this command may take over once that one ends, or {PATIENCE_S:g} s after "
+        "it last renewed its lease"
+    )
+
+
+def _new(number: int) -> Lease:
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    holder = f"{_user()}@{socket.gethostname()} (process {os.getpid()})"
+    return Lease(
+        number=number, owner=secrets.token_hex(16), holder=holder, since=now, process=_process(os.getpid()), count=0
+    )
+
+
+def _create(store: Store, lease: Lease) -> bool:
+    """Create the object; False if another was faster."""
+    with contextlib.suppress(ObjectExists):  # which may be ours, where only the answer to it was lost
+        store.write(_key(lease.number), lease.model_dump_json().encode(), only_if_absent=True)
+    newest = _newest(store)
+    return newest is not None and newest.owner == lease.owner
+
+
+def _write(store: Store, lease: Lease) -> None:
+    store.write(_key(lease.number), lease.model_dump_json().encode())
+
+
+def _newest(store: Store) -> Lease | None:
+    """The lease in force."""
+    while numbers := _numbers(store):
+        key = _key(numbers[-1])
+        try:
+            return parse(Lease, store.read(key), f"{store.url}/{key}")
+        except MissingObject:  # removed by a newer holder between the two requests
+            continue
+    return None
+
+
+def _numbers(store: Store) -> list[int]:
+    return sorted(int(match[1]) for key in store.list("lease-") if (match := _LEASE.match(key)))
+
+
+def _key(number: int) -> str:
+    return f"lease-{number:06d}.json"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without an entry for its user
+        return f"user {os.getuid()}"
+
+
+def _process(pid: int) -> str:
+    """This boot of this machine, the process namespace, and a process by id and start; empty where that is unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {pid} {_started(pid)}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in ticks since boot; a process id may be given to another one later."""
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return "" if state in "ZX" else fields[18]
+
+
+def _is_gone(process: str) -> bool:
+    """Whether it ran on this boot of this machine and does not any more; False where that cannot be told."""
+    parts, here = process.split(), _process(os.getpid()).split()
+    if len(parts) != 4 or len(here) != 4 or parts[:2] != here[:2] or not parts[2].isdecimal():
+        return False
+    try:
+        return _started(int(parts[2])) != parts[3]
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False

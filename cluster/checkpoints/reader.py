@@ -1,0 +1,98 @@
+"""Reading a checkpoint back, whatever number of workers wrote it: every byte is verified before it is parsed.
+
+What is not as it was written is a `DamagedCheckpoint`, so that the caller may go back to an older one.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import safetensors.torch
+from torch import Tensor
+
+from ...storage.base import Store
+from .layout import (
+    GROUP,
+    ROWS,
+    DamagedCheckpoint,
+    check_cover,
+    checked_safetensors,
+    file_key,
+    folder_name,
+    group_files,
+    load_manifest,
+    read_verified,
+    row_blocks,
+)
+
+Arrays = dict[str, np.ndarray]
+
+_ROW_TYPES = ("float32", "int32")
+
+
+def names(store: Store, step: int) -> list[str]:
+    """The groups of tensors that a checkpoint holds."""
+    files = load_manifest(store, step).files
+    return sorted({match[1] for name in files if (match := GROUP.match(name)) and not ROWS.match(name)})
+
+
+def load_state(store: Store, step: int) -> dict[str, Any]:
+    """The counters and seeds that were saved. Raises DamagedCheckpoint if they are not what was written."""
+    data = read_verified(store, load_manifest(store, step), "state.json")
+    try:
+        state = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{store.url}/{folder_name(step)}/state.json is not valid JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{store.url}/{folder_name(step)}/state.json does not hold an object")
+    return state
+
+
+def load_tensors(store: Store, step: int, group: str) -> dict[str, Tensor]:
+    """A group of tensors by name, on the CPU. Raises DamagedCheckpoint if it is not what was written."""
+    manifest = load_manifest(store, step)
+    tensors: dict[str, Tensor] = {}
+    for name in group_files(store, manifest, group):
+        data = read_verified(store, manifest, name)
+        with checked_safetensors(f"{store.url}/{file_key(manifest, name)}", data):
+            tensors |= safetensors.torch.load(data)
+    return tensors
+
+
+def load_rows(store: Store, step: int, rows: range) -> Arrays:
+    """The latent table of any range of rows, whatever ranges wrote it, for `LatentTable.restore`.
+
+    Raises:
+        UserError: a row is missing. DamagedCheckpoint: a block is not what was written.
+    """
+    manifest = load_manifest(store, step)
+    where = f"{store.url}/{folder_name(step)}"
+    blocks = [block for block in row_blocks(manifest.files) if block.start < rows.stop and rows.start < block.stop]
+    check_cover(blocks, rows, where)
+    arrays: Arrays = {}
+    for block in blocks:
+        name = f"latents-{block.start}-{block.stop}.safetensors"
+        data = read_verified(store, manifest, name)
+        with checked_safetensors(f"{where}/{name}", data):
+            held = safetensors.numpy.load(data)
+        _check_block(held, block, arrays, f"{where}/{name}")
+        first, last = max(block.start, rows.start), min(block.stop, rows.stop)
+        for key, array in held.items():
+            target = arrays.setdefault(key, np.empty((len(rows), *array.shape[1:]), array.dtype))
+            target[first - rows.start : last - rows.start] = array[first - block.start : last - block.start]
+    return arrays
+
+
+def _check_block(held: Arrays, block: range, before: Arrays, where: str) -> None:
+    for name, array in held.items():
+        if array.ndim < 1 or len(array) != len(block) or array.dtype.name not in _ROW_TYPES:
+            raise DamagedCheckpoint(
+                f"{where}: {name} is {array.dtype}{list(array.shape)}, which cannot be {len(block)} rows"
+            )
+        if before and (name not in before or before[name].shape[1:] != array.shape[1:]):
+            raise DamagedCheckpoint(f"{where}: {name} does not go with the blocks before it")
+    if before and set(before) != set(held):
+        raise DamagedCheckpoint(f"{where} holds {sorted(held)} where the blocks before it hold {sorted(before)}")

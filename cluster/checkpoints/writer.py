@@ -1,0 +1,297 @@
+"""Checkpoints: a folder `step-000123/` of safetensors and JSON that knows no number of workers.
+
+    <attempt>/generator.safetensors ...            tensors by name; a large group is cut into several files
+    <attempt>/latents-<start>-<stop>.safetensors   rows start..stop-1 of the latent table, written by their owners
+    <attempt>/state.json                           counters and seeds
+    manifest.json                                  files, sizes, SHA-256: written last; no manifest, no checkpoint
+
+Saving is collective and asynchronous: every rank copies its share of the tensors at once and a thread
+sends it, while the rank's latent shard sends its own rows from where they are. The ranks meet in the
+store itself: each leaves `part-<rank>.json` with the hashes of its files, rank 0 waits for all of them
+and writes the manifest, and every rank waits for that. So a collective operation of the training never
+mixes with one of the saving, and whoever does not arrive can be named. The files of each start of the
+workers (attempt) lie in a folder of their own and the manifest is never overwritten, so two writers
+that do not know of one another cannot mix their files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...errors import EnvironmentFault, UserError
+from ...storage.base import MissingObject, ObjectExists, Store
+from .layout import (
+    DAMAGED,
+    MANIFEST,
+    DamagedCheckpoint,
+    Files,
+    Manifest,
+    Part,
+    check_cover,
+    check_sizes,
+    file_key,
+    folder_name,
+    load_manifest,
+    parse,
+    row_blocks,
+    survey,
+)
+from .pieces import BLOCK_BYTES, Groups, copy_share, put, serialized
+from .retention import remove_torn, retain
+
+log = logging.getLogger(__name__)
+_POLL_S = (0.02, 1.0)  # first and longest pause while waiting for another rank
+
+
+class Rows(Protocol):
+    """Whoever holds this rank's rows of the latent table and can write them (`LatentTable`)."""
+
+    def start_saving(self, store: Store, folder: str, block_bytes: int) -> Callable[[], Files | None]:
+        """Write the rows as they are now, from now on; the result tells the files, or None until they are there."""
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What a finished save cost this rank: its own bytes, and the seconds until all ranks were done."""
+
+    step: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    step: int
+    share: dict[str, dict[str, Tensor]]
+    rows: Callable[[], Files | None]
+    state: Mapping[str, Any] | None
+    score: float | None
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run; every rank holds one and calls `save` at the same steps."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world: int,
+        keep: int,
+        timeout: float,
+        attempt: str | None = None,
+        block_bytes: int = BLOCK_BYTES,
+        fence: Callable[[], None] = lambda: None,
+    ):
+        """Made by all ranks together, in the thread that uses torch.distributed.
+
+        Args:
+            keep: how many checkpoints stay, besides the best by score.
+            timeout: seconds that ranks wait for one another.
+            attempt: names this start of the workers, so that what a killed one left behind is never
+                taken for a part of this one. None: rank 0 removes such left-overs and draws a name
+                for all ranks.
+            block_bytes: size of a file of tensors or of latent rows.
+            fence: raises if this run is not the writer's any more; rank 0 asks it before it commits or removes.
+        """
+        self._store, self._rank, self._world, self._keep = store, rank, world, keep
+        self._timeout, self._block_bytes, self._fence = timeout, block_bytes, fence
+        self._attempt = self._begin() if attempt is None else attempt
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._report: SaveReport | None = None
+
+    def save(
+        self,
+        step: int,
+        tensors: Groups | None = None,
+        latents: Rows | None = None,
+        state: Mapping[str, Any] | None = None,
+        score: float | None = None,
+    ) -> None:
+        """Start saving; returns once everything is copied, so training may go on and change it.
+
+        A step that is saved already is left as it is.
+
+        Args:
+            step: of the whole run; it names the checkpoint.
+            tensors: groups of named tensors, the same on every rank; each copies and writes its share.
+            latents: holder of this rank's rows.
+            state: what JSON can hold. Only rank 0's is written.
+            score: lower is better; the best checkpoint is kept however old it is. Rank 0's counts.
+        Raises:
+            The error of the previous save, if it failed.
+        """
+        report = self.wait()
+        if report is not None and report.step == step:
+            return
+        # First the rows: their holder begins to write while the tensors are copied here.
+        rows = latents.start_saving(self._store, self._folder(step), self._block_bytes) if latents else dict
+        share = copy_share(tensors or {}, self._rank, self._world, self._block_bytes)
+        job = _Job(step, share, rows, state if self._rank == 0 else None, score)
+        self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
+        self._thread.start()
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> SaveReport | None:
+        """Wait until the save under way, if any, is committed by all ranks; raises its error.
+
+        Returns:
+            The report of the last save.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._report
+
+    def _run(self, job: _Job) -> None:
+        try:
+            self._save(job)
+        except BaseException as error:  # raised by the next `save` or `wait`
+            self._error = error
+
+    def _save(self, job: _Job) -> None:
+        began, before = time.monotonic(), self._committed(job.step)
+        if self._rank == 0:
+            self._fence()
+        if job.step in survey(self._store, job.step).good:
+            log.info("step %d is saved already", job.step)
+            for name in self._written_rows(job):
+                self._store.delete(f"{self._folder(job.step)}/{name}")
+            return
+        files = self._write(job)
+        part = Part(attempt=self._attempt, world=self._world, files=files)
+        self._store.write(self._part(job.step, self._rank), part.model_dump_json().encode())
+        if self._rank == 0:
+            self._commit(job, lambda: self._committed(job.step) not in (None, before))
+        else:
+            self._wait_until(lambda: self._committed(job.step) not in (None, before), job.step)
+        written, seconds = sum(file.size for file in files.values()), time.monotonic() - began
+        self._report = SaveReport(job.step, written, seconds)
+        log.info("saved step %d: %.1f MB of rank %d in %.2f s", job.step, written / 1e6, self._rank, seconds)
+        if self._rank == 0:
+            self._fence()
+            retain(self._store, self._keep)
+
+    def _write(self, job: _Job) -> Files:
+        """Send this rank's share, letting go of each file's copy once it is there."""
+        files: Files = {}
+        for name in list(job.share):
+            files[name] = put(self._store, f"{self._folder(job.step)}/{name}", serialized(job.share.pop(name)))
+        if job.state is not None:
+            data = json.dumps(job.state, allow_nan=False, indent=1).encode()
+            files["state.json"] = put(self._store, f"{self._folder(job.step)}/state.json", iter([memoryview(data)]))
+        return files | self._written_rows(job)
+
+    def _written_rows(self, job: _Job) -> Files:
+        """The files of latent rows, once their holder has written them; raises its error."""
+        pause = _POLL_S[0]
+        while (files := job.rows()) is None:
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_S[1])
+        return files
+
+    def _commit(self, job: _Job, by_another: Callable[[], bool]) -> None:
+        """Rank 0: make it a checkpoint once every rank's part is there."""
+        self._wait_until(lambda: len(self._parts(job.step)) == self._world or by_another(), job.step)
+        if by_another():
+            raise self._overtaken(job.step)
+        files = {name: file for part in self._parts(job.step).values() for name, file in part.files.items()}
+        blocks = row_blocks(files)
+        rows = blocks[-1].stop if blocks else 0
+        check_cover(blocks, range(rows), f"the parts of step {job.step}")
+        manifest = Manifest(step=job.step, attempt=self._attempt, rows=rows, score=job.score, files=files)
+        folder = folder_name(job.step)
+        try:
+            check_sizes(self._store, manifest, self._store.sizes(f"{folder}/{self._attempt}/"))
+        except DamagedCheckpoint as error:
+            raise EnvironmentFault(f"step {job.step} was not stored as it was sent: {error}") from error
+        self._fence()
+        if job.step in survey(self._store, job.step).damaged:
+            for name in (MANIFEST, DAMAGED):  # it makes way, and is torn from here on
+                self._store.delete(f"{folder}/{name}")
+        try:
+            data = manifest.model_dump_json(indent=1).encode()
+            self._store.write(f"{folder}/{MANIFEST}", data, only_if_absent=True)
+        except ObjectExists as error:  # our own, if only the answer to it was lost
+            if self._committed(job.step) != self._attempt:
+                raise self._overtaken(job.step) from error
+        whole = {file_key(manifest, name) for name in files} | {f"{folder}/{MANIFEST}"}
+        for key in self._store.list(f"{folder}/"):  # the parts, and what a killed attempt left in this folder
+            if key not in whole:
+                self._store.delete(key)
+
+    def _overtaken(self, step: int) -> UserError:
+        return UserError(
+            f"{self._store.url}/{folder_name(step)} was written by another command at the same moment; only one may "
+            "train a run: stop the other, then start this one again"
+        )
+
+    def _folder(self, step: int) -> str:
+        return f"{folder_name(step)}/{self._attempt}"
+
+    def _part(self, step: int, rank: int | str) -> str:
+        return f"{self._folder(step)}/part-{rank}.json"
+
+    def _parts(self, step: int) -> dict[int, Part]:
+        """The parts of this attempt that are there, by rank."""
+        parts = {}
+        for key in self._store.list(self._part(step, "").removesuffix(".json")):
+            try:
+                part = parse(Part, self._store.read(key), key)
+            except MissingObject:  # rank 0 has made the checkpoint meanwhile
+                continue
+            if (part.attempt, part.world) == (self._attempt, self._world):
+                parts[int(key.rpartition("-")[2].removesuffix(".json"))] = part
+        return parts
+
+    def _committed(self, step: int) -> str | None:
+        """The attempt that made this step a checkpoint, if one did."""
+        try:
+            return load_manifest(self._store, step).attempt
+        except MissingObject:
+            return None
+        except DamagedCheckpoint:
+            return ""
+
+    def _wait_until(self, ready: Callable[[], bool], step: int) -> None:
+        deadline, pause = time.monotonic() + self._timeout, _POLL_S[0]
+        while not ready():
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(self._world)) - set(self._parts(step))) or [0]
+                raise EnvironmentFault(
+                    f"saving step {step} gave up after {self._timeout:g} s: no word from rank "
+                    f"{', '.join(map(str, missing))}; look at the logs of these workers, or raise checkpoint.timeout_s"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_S[1])
+
+    def _begin(self) -> str:
+        """A new attempt's name, the same on all ranks, after rank 0 has cleaned up behind the last one."""
+        if self._rank == 0:
+            self._fence()
+            for folder in remove_torn(self._store):
+                log.info("removed %s, which was never finished", folder)
+        if self._world == 1:
+            return secrets.token_hex(7)
+        device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+        number = torch.tensor(secrets.randbits(56), dtype=torch.int64, device=device)
+        dist.broadcast(number, 0)
+        return f"{int(number):014x}"

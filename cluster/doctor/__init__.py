@@ -1,0 +1,1 @@
+"""`glann doctor`: what is missing, and what is exposed."""

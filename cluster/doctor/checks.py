@@ -1,0 +1,293 @@
+"""Preflight: what `glann doctor` looks at before hours of machine time are spent.
+
+Every check answers one question with one line: good, or bad and what to do.  A check never
+changes anything, except that a place for checkpoints is tried by writing and removing one object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from ...config.run import Config
+from ...datasets.fit import require_fit
+from ...datasets.index import Index
+from ...errors import GlannError, UserError, redact
+from ...storage.base import MissingObject
+from ...storage.open import open_store
+from ..checkpoints.lease import enforces_conditions
+from . import security as exposure
+from .check import Check
+from .security import ray_address
+
+MAIN_PACKAGES = ("torch", "ray", "deepspeed", "mlflow")  # told one by one; the others share a line
+RAY_TIMEOUT_S = 60.0
+GIB = 1 << 30
+MIN_DISK_GIB = 5
+MIN_SHM_GIB = 1
+PROBE_KEY = "glann-doctor-probe"
+
+# A failed connection can end the process that tries it, so another process asks the cluster.
+_RAY_PROBE = """
+import json, sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+print("RESOURCES " + json.dumps(ray.cluster_resources()))
+import grpc
+from ray.core.generated import gcs_service_pb2 as messages, gcs_service_pb2_grpc as services
+head = services.NodeInfoGcsServiceStub(grpc.insecure_channel(ray.get_runtime_context().gcs_address))
+try:
+    head.CheckAlive(messages.CheckAliveRequest(), timeout=10)  # without a token
+    print("OPEN")
+except grpc.RpcError:
+    pass
+"""
+
+
+def checks(config: Config | None = None) -> Iterator[Check]:
+    """All checks, one after the other; with a configuration also its data, cluster and tracking."""
+    yield from package_checks()
+    yield accelerators(config)
+    yield exposure.auth_mode(config)
+    yield ray_cluster(config)
+    yield from disk_checks(config)
+    yield shared_memory()
+    if config is not None:
+        yield from tracking(config)
+        if transport := exposure.storage_transport(config):
+            yield transport
+        yield data_set(config)
+        yield checkpoints(config)
+
+
+def package_checks() -> Iterator[Check]:
+    """Installed versions against the ranges that glann declares."""
+    try:
+        declared = metadata.metadata("glann")
+    except metadata.PackageNotFoundError:
+        yield Check(
+            "packages", False, "glann is not installed here as a package", "pip install -c constraints.txt -e ."
+        )
+        return
+    python = platform.python_version()
+    yield _in_range("python", python, SpecifierSet(declared["Requires-Python"]), "use a Python in that range")
+    requirements = [Requirement(text) for text in metadata.requires("glann") or []]
+    needed = [need for need in requirements if need.marker is None or need.marker.evaluate({"extra": ""})]
+    others = []
+    for need in needed:
+        check = _package(need)
+        if need.name in MAIN_PACKAGES or not check.ok:
+            yield check
+        else:
+            others.append(need.name)
+    yield Check("packages", True, f"{len(others)} others in range")
+
+
+def _package(need: Requirement) -> Check:
+    remedy = "pip install -c constraints.txt -e ."
+    try:
+        version = metadata.version(need.name)
+    except metadata.PackageNotFoundError:
+        return Check(need.name, False, "not installed", remedy)
+    return _in_range(need.name, version, need.specifier, remedy)
+
+
+def _in_range(name: str, version: str, allowed: SpecifierSet, remedy: str) -> Check:
+    if allowed.contains(version, prereleases=True):
+        return Check(name, True, version)
+    return Check(name, False, f"{version} is outside {allowed}", remedy)
+
+
+def accelerators(config: Config | None) -> Check:
+    """GPUs of this machine, and whether a local run has as many as it asks for."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = f"no GPU; {os.cpu_count()} CPU cores, torch {torch.__version__}"
+    if count:
+        properties = [torch.cuda.get_device_properties(device) for device in range(count)]
+        found = ", ".join(f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in properties)
+    if config is None or ray_address(config):
+        return Check("accelerators", True, found)
+    needed = config.cluster.min_workers * config.cluster.gpus_per_worker
+    if needed > count:
+        return Check(
+            "accelerators",
+            False,
+            f"{found}; {config.name} asks for {needed:g} GPUs on this machine",
+            "join a cluster with cluster.address=…, or set cluster.gpus_per_worker=0 to train on CPUs",
+        )
+    return Check("accelerators", True, found)
+
+
+def ray_cluster(config: Config | None) -> Check:
+    """Whether the cluster answers and has what the run asks for."""
+    address = ray_address(config)
+    if address is None:
+        return Check("ray", True, "a local Ray will be started")
+    split = urlsplit(address if "://" in address else f"//{address}")
+    if split.hostname and split.port and not exposure.listens(split.hostname, split.port):
+        return Check("ray", False, f"nothing answers at {address}", "check cluster.address and the head's firewall")
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", _RAY_PROBE, address], capture_output=True, text=True, timeout=RAY_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return Check("ray", False, f"{address} did not answer in {RAY_TIMEOUT_S:.0f} s", "see `ray status` on the head")
+    answer = [line for line in result.stdout.splitlines() if line.startswith("RESOURCES ")]
+    if result.returncode or not answer:
+        reason = (result.stderr.strip().splitlines() or ["no answer"])[-1]
+        return Check("ray", False, f"{address}: {reason}", "compare Ray versions and RAY_AUTH_MODE with the head's")
+    if "OPEN" in result.stdout.splitlines():
+        return Check("ray", False, f"{address} takes code to run from anyone, without a token", exposure.RAY_REMEDY)
+    return _enough(address, json.loads(answer[0].removeprefix("RESOURCES ")), config)
+
+
+def _enough(address: str, resources: dict[str, float], config: Config | None) -> Check:
+    """Compare what the cluster has with what the workers ask for."""
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    found = f"{address}: {cpus:g} CPUs, {gpus:g} GPUs"
+    if config is not None:
+        need_cpus = config.cluster.min_workers * config.cluster.cpus_per_worker
+        need_gpus = config.cluster.min_workers * config.cluster.gpus_per_worker
+        if cpus < need_cpus or gpus < need_gpus:
+            return Check(
+                "ray",
+                False,
+                f"{found}; {config.name} asks for {need_cpus:g} CPUs, {need_gpus:g} GPUs",
+                "wait for the cluster to grow, or lower cluster.workers, cpus_per_worker or gpus_per_worker",
+            )
+    return Check("ray", True, found)
+
+
+def disk_checks(config: Config | None) -> Iterator[Check]:
+    """Free space where a run, the asset cache and Ray write."""
+    cache = Path(os.environ.get("GLANN_CACHE") or Path.home() / ".cache" / "glann")
+    places = {"run folder": Path(config.runs_dir) if config else Path.cwd(), "cache": cache}
+    for name, place in places.items():
+        folder = _nearest_existing(place)
+        free = shutil.disk_usage(folder).free
+        need = MIN_DISK_GIB * GIB
+        if name == "cache" and config and config.data.url.startswith("s3://") and config.data.cache_dir is None:
+            need += int(config.data.cache_gb * 1e9)
+        found = f"{name} {place}: {free / GIB:.0f} GiB free"
+        if not os.access(folder, os.W_OK):
+            yield Check(
+                "disk", False, f"{name} {place} cannot be written", "choose another folder (runs_dir, GLANN_CACHE)"
+            )
+        elif free < need:
+            yield Check("disk", False, f"{found}, {need / GIB:.0f} needed", "free some, or choose another folder")
+        else:
+            yield Check("disk", True, found)
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def shared_memory() -> Check:
+    """Ray keeps its objects in shared memory; a container's default of 64 MB makes it crawl."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Check("shared memory", True, "not limited on this system")
+    free = shutil.disk_usage(folder).free
+    if free < MIN_SHM_GIB * GIB:
+        return Check(
+            "shared memory", False, f"{free >> 20} MiB free in {folder}", "docker run --shm-size=8g, or free some"
+        )
+    return Check("shared memory", True, f"{free / GIB:.0f} GiB free")
+
+
+def tracking(config: Config) -> Iterator[Check]:
+    """MLflow: a server that answers, and to whom, or a database file that can be written."""
+    if not config.tracking.enabled:
+        yield Check("mlflow server", True, "tracking is off")
+        return
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme, where = uri.partition("://")[0] if "://" in uri else "", redact(uri)
+    if scheme in ("http", "https"):
+        yield from exposure.tracking_server(config)
+    elif scheme == "sqlite":
+        folder = _nearest_existing(Path(uri.removeprefix("sqlite:///")).parent)
+        writable = os.access(folder, os.W_OK)
+        found = where if writable else f"{folder} cannot be written"
+        yield Check("mlflow server", writable, found, "" if writable else "set tracking.uri to another place")
+    elif scheme in ("", "file"):
+        found = f"{where}: MLflow no longer has a file store"
+        yield Check("mlflow server", False, found, "use sqlite:///FILE or http://")
+    else:
+        yield Check("mlflow server", True, f"{where} (a database or service of its own: not tried)")
+
+
+def data_set(config: Config) -> Check:
+    """The index, its fit to the configuration, and the last image of the first and last shard."""
+    return _told("data", lambda: _read_data(config))
+
+
+def _read_data(config: Config) -> str:
+    data = config.data
+    try:
+        index = Index.load(data.url, config.s3)
+    except UserError as error:
+        if data.source is not None and isinstance(error.__cause__, MissingObject):
+            return f"nothing at {data.url} yet; training will pack {data.source} into it"
+        raise
+    require_fit(index, data, config.cluster.max_workers)
+    store = open_store(data.url, config.s3)
+    first_shard_end = int(index.first_S[1]) - 1 if len(index.first_S) > 1 else index.rows - 1
+    for row in sorted({first_shard_end, index.rows - 1}):
+        record = index.records_N[row]
+        shard = index.shards[index.shard_of(row)]
+        image = store.read_range(shard.file, int(record["offset"]), int(record["length"]))
+        if hashlib.sha256(image).digest() != record["sha256"].tobytes():
+            raise UserError(
+                f"{shard.file} in {data.url} is damaged at {index.key(row)}; run `glann data verify {data.url}`"
+            )
+    return f"{data.url}: {index.rows} images of {index.resolution} px in {len(index.shards)} shards"
+
+
+def checkpoints(config: Config) -> Check:
+    """Whether the place for checkpoints takes an object, gives it back and lets it go."""
+    return _told("checkpoints", lambda: _try_checkpoints(config))
+
+
+def _try_checkpoints(config: Config) -> str:
+    url = config.checkpoint_url
+    if not url.startswith("s3://"):
+        folder = _nearest_existing(Path(url))
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{folder} cannot be written; set checkpoint.url or runs_dir")
+        return f"{url} (every machine of the cluster must share it)" if ray_address(config) else url
+    store = open_store(url, config.s3)
+    store.write(PROBE_KEY, b"probe")
+    try:
+        echoed = store.read(PROBE_KEY)
+    finally:
+        store.delete(PROBE_KEY)
+    if echoed != b"probe":
+        raise UserError(f"{url} gave back other bytes than were written; check the server behind it")
+    if not enforces_conditions(store):
+        return f"{url} (written and read back; no If-None-Match: a second command on one run may not be refused)"
+    return f"{url} (written and read back)"
+
+
+def _told(name: str, question: Callable[[], str]) -> Check:
+    """A check whose bad answer is an error that already says what to do."""
+    try:
+        return Check(name, True, question())
+    except GlannError as error:
+        return Check(name, False, str(error))

@@ -1,0 +1,174 @@
+"""What strangers on the network, or other users of this machine, could reach: the part of `glann doctor` that looks
+for open doors.
+
+Ray's ports run any code that is sent to them, an MLflow server without accounts takes anybody's word, and plain
+HTTP can be read and changed on the way.  What listens on this machine's loopback alone is nobody else's.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import ipaddress
+import os
+import socket
+import stat
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from ...config.run import Config
+from ...errors import redact
+from .check import Check
+
+TIMEOUT_S = 5.0
+SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"  # a call that MLflow's accounts protect
+RAY_REMEDY = "start every node with RAY_AUTH_MODE=token and the same token (`ray get-auth-token --generate`)"
+
+
+def ray_address(config: Config | None) -> str | None:
+    """The cluster a run would join; None for a Ray of its own on this machine."""
+    address = (config.cluster.address if config else None) or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
+
+
+def auth_mode(config: Config | None) -> Check:
+    """Head, joiners and drivers must agree on token authentication, or they wait and fail."""
+    mode, local = os.environ.get("RAY_AUTH_MODE"), ray_address(config) is None
+    if mode is None:
+        if local:
+            return Check("ray auth", True, "a local Ray gets a token of its own")
+        return Check("ray auth", False, "RAY_AUTH_MODE is not set", "export RAY_AUTH_MODE=token as on the head node")
+    if mode == "disabled":
+        remedy = "unset RAY_AUTH_MODE: a local Ray then gets a token of its own" if local else RAY_REMEDY
+        return Check("ray auth", False, "disabled: whoever reaches Ray's ports may run code here", remedy)
+    if mode != "token":
+        return Check("ray auth", False, f"RAY_AUTH_MODE={mode}", "use token")
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return Check("ray auth", True, "token")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.is_file():
+        if local:
+            return Check("ray auth", True, f"token; a local Ray makes one in {path}")
+        return Check("ray auth", False, f"no token at {path}", "copy ~/.ray/auth_token from the head node")
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return Check("ray auth", False, f"other users of this machine can use the token in {path}", f"chmod 600 {path}")
+    return Check("ray auth", True, "token")
+
+
+def tracking_server(config: Config) -> Iterator[Check]:
+    """MLflow's server at an http address: whether it answers, and to whom else."""
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    shown = redact(uri)
+    try:
+        split = urlsplit(uri)
+        base = f"{split.scheme}://{_place(split)}{split.path.rstrip('/')}"
+    except ValueError:  # a port that is none
+        yield Check("mlflow server", False, f"{shown} is not an address", "correct tracking.uri")
+        return
+    remedy = "start it with `mlflow server`, correct tracking.uri, or set tracking.enabled=false"
+    status, reason = _get(f"{base}/health", _authorization(split))
+    if status != 200:
+        yield Check("mlflow server", False, f"{shown}: {reason}", remedy)
+        return
+    yield Check("mlflow server", True, shown)
+    yield _mlflow_access(split, base)
+
+
+def _mlflow_access(split: SplitResult, base: str) -> Check:
+    """Who can use the tracking server."""
+    here = is_loopback(split.hostname or "")
+    secured = split.scheme == "https" or here
+    if not secured and (split.password or any(os.environ.get(name) for name in _MLFLOW_SECRETS)):
+        return Check("mlflow access", False, f"the password goes to {base} unencrypted", "serve it by https://")
+    outside = base if not here else _from_outside(split)
+    if outside and _get(f"{outside}{SEARCH}", {"Host": split.netloc.rpartition("@")[2]})[0] == 200:
+        return Check(
+            "mlflow access",
+            False,
+            f"{outside} takes runs and models from whoever reaches it",
+            "start it with `mlflow server --app-name basic-auth`, or with --host 127.0.0.1 for this machine alone",
+        )
+    return Check("mlflow access", True, "this machine alone" if here and not outside else "asks who is there")
+
+
+_MLFLOW_SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
+
+def _from_outside(split: SplitResult) -> str:
+    """The address at which others find the server that this machine finds on its loopback, or ""."""
+    port = split.port or 80
+    address = own_address()
+    if address is None or not listens(address, port):
+        return ""
+    return f"{split.scheme}://{address}:{port}{split.path.rstrip('/')}"
+
+
+def storage_transport(config: Config) -> Check | None:
+    """Whether what goes to S3 and comes from it can be read and changed on the way; None without S3."""
+    urls = (config.data.url, config.data.source or "", config.checkpoint_url)
+    if not any(url.startswith("s3://") for url in urls):
+        return None
+    endpoint = config.s3.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    split = urlsplit(endpoint or "https://s3.amazonaws.com")
+    if split.scheme == "http" and not is_loopback(split.hostname or ""):
+        return Check(
+            "s3 transport",
+            False,
+            f"{redact(str(endpoint))} is not encrypted: images and models can be read and changed on the way",
+            "serve S3 by https:// and set s3.endpoint_url (or AWS_ENDPOINT_URL) to that",
+        )
+    return Check("s3 transport", True, "encrypted" if split.scheme == "https" else "this machine alone")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the name or address is this machine as it talks to itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def own_address() -> str | None:
+    """The address under which others know this machine; None where it has no network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # of a datagram socket: nothing is sent
+        except OSError:
+            return None
+        address = str(probe.getsockname()[0])
+    return None if is_loopback(address) else address
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether a server takes connections there."""
+    try:
+        with socket.create_connection((host, port), TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _place(split: SplitResult) -> str:
+    host = f"[{split.hostname}]" if ":" in (split.hostname or "") else split.hostname or ""
+    return f"{host}:{split.port}" if split.port else host
+
+
+def _authorization(split: SplitResult) -> dict[str, str]:
+    if not split.password:
+        return {}
+    pair = f"{unquote(split.username or '')}:{unquote(split.password)}"
+    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+
+
+def _get(url: str, headers: dict[str, str]) -> tuple[int, str]:
+    """The status of a page, 0 without an answer, and what went wrong in words."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
+            return answer.status, ""
+    except urllib.error.HTTPError as error:
+        return error.code, f"answers with HTTP {error.code}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return 0, redact(str(getattr(error, "reason", error)))

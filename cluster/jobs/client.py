@@ -1,0 +1,337 @@
+"""Runs as jobs of a Ray cluster: submitted, listed, followed and stopped over the dashboard's address.
+
+A job is called by its run's name.  Ray's own id of it is `NAME.1`, and `NAME.2` after it was started
+again: attempts of one run, which its checkpoints tie together.  While one of them is active there is
+no second, because Ray takes an id only once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...config.run import Config
+from ...errors import EnvironmentFault, UserError, redact
+from . import shipping
+
+if TYPE_CHECKING:
+    from ray.dashboard.modules.job.pydantic_models import JobDetails
+    from ray.job_submission import JobSubmissionClient
+
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own; it would override an address that is given
+NAME, ATTEMPT, DIGEST, CHECKPOINTS = "glann.name", "glann.attempt", "glann.config.run", "glann.checkpoints"
+STOPPED_AND_SAVED = 75
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 120.0
+POLL_S = 1.0
+SILENCE_S = 30.0  # without a line of log for so long, ask whether the cluster is still there
+RECONNECTS = 5
+HEAD_STARTS = 9  # times 10 s, which the dashboard waits for the agent that starts jobs
+STOP_MARGIN_S = 60.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt at a run, as the cluster tells it. Times are seconds since 1970."""
+
+    id: str
+    name: str
+    attempt: int
+    state: str  # pending, running, stopped, succeeded or failed
+    exit_status: int | None
+    message: str
+    started: float | None
+    ended: float | None
+    digest: str
+    checkpoints: str
+    variables: tuple[str, ...]  # names only
+
+    @property
+    def active(self) -> bool:
+        return self.state in ("pending", "running")
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the dashboard at `address`, with the token of this machine if there is one.
+
+    Raises:
+        UserError: not an http address, or no or a wrong token. EnvironmentFault: nothing answers.
+    """
+    if "://" not in address:
+        address = f"http://{address}"
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"--address {address}: give the dashboard's, such as http://HEAD:8265")
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        """Ray's, with a bound on how long an answer may take, and patience with a head that has just started."""
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S), **options)
+
+        def submit_job(self, **given: Any) -> str:
+            for _ in range(HEAD_STARTS):
+                try:
+                    return super().submit_job(**given)
+                except RuntimeError as error:
+                    if "No available agent" not in str(error):
+                        raise
+            return super().submit_job(**given)
+
+    for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    given = {key: os.environ.pop(key) for key in (ADDRESS_VARIABLE, "RAY_ADDRESS") if key in os.environ}
+    try:
+        with told(address):
+            return Client(address)
+    finally:
+        os.environ.update(given)
+
+
+@contextmanager
+def told(address: str) -> Iterator[None]:
+    """Faults of the job server in one line."""
+    import requests
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        kind = (
+            "no token was given" if "required" in str(error).split("\n", 1)[0].lower() else "the token is not its own"
+        )
+        raise UserError(
+            f"{address} wants a token and {kind}; copy the head's ~/.ray/auth_token here and set RAY_AUTH_MODE=token"
+        ) from error
+    except (ConnectionError, requests.RequestException) as error:
+        raise EnvironmentFault(
+            f"no Ray dashboard answers at {address}; check --address, or the tunnel to it (docs/cluster.md)"
+        ) from error
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # the way out of a command is one, too
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told_first = lines[0][:160] if lines else type(error).__name__
+        last = f" ... {lines[-1][:160]}" if len(lines) > 1 else ""
+        raise EnvironmentFault(f"{address}: {told_first}{last}") from error
+
+
+def from_details(details: JobDetails) -> Job | None:
+    """The job, or None if it was not submitted by `glann submit`."""
+    metadata = details.metadata or {}
+    if NAME not in metadata or details.submission_id is None:
+        return None
+    variables = sorted((details.runtime_env or {}).get("env_vars") or {})
+    return Job(
+        id=details.submission_id,
+        name=metadata[NAME],
+        attempt=int(metadata[ATTEMPT]),
+        state=details.status.value.lower(),
+        exit_status=details.driver_exit_code,
+        message=(details.message or "").splitlines()[0] if details.message else "",
+        started=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+        digest=metadata.get(DIGEST, ""),
+        checkpoints=metadata.get(CHECKPOINTS, ""),
+        variables=tuple(name for name in variables if name != "RAY_JOB_STOP_WAIT_TIME_S"),
+    )
+
+
+def list_jobs(client: JobSubmissionClient) -> list[Job]:
+    """All attempts at all runs that this cluster knows, the newest first."""
+    jobs = [job for details in client.list_jobs() if (job := from_details(details))]
+    return sorted(jobs, key=lambda job: (job.started or 0.0, job.attempt), reverse=True)
+
+
+def find(client: JobSubmissionClient, name: str) -> Job:
+    """The last attempt at the run of that name, or the attempt of that id.
+
+    Raises:
+        UserError: this cluster knows none.
+    """
+    jobs = list_jobs(client)
+    if attempts := [job for job in jobs if job.name == name]:
+        return max(attempts, key=lambda job: job.attempt)
+    for job in jobs:
+        if job.id == name:
+            return job
+    names = ", ".join(sorted({job.name for job in jobs})) or "none"
+    raise UserError(f"no job {name} on this cluster; jobs: {names}")
+
+
+def last_attempt(client: JobSubmissionClient, name: str) -> Job | None:
+    return max((job for job in list_jobs(client) if job.name == name), key=lambda job: job.attempt, default=None)
+
+
+def refuse_fork(running: Job, config: Config) -> None:
+    """A run that is active may be followed, but not asked to be another.
+
+    Raises:
+        UserError: the active one has another configuration.
+    """
+    if running.digest != shipping.digest(config):
+        raise UserError(
+            f"{running.id} is {running.state} with another configuration; stop it first "
+            f"(`glann jobs stop {running.name}`; the same checkpoints go on) or give another --name"
+        )
+
+
+def start(client: JobSubmissionClient, config: Config, variables: dict[str, str], last: Job | None) -> Job:
+    """Submit the next attempt at the run `config.name`.
+
+    Args:
+        config: from `shipping.for_cluster`.
+        variables: the only environment variables that the job is given, values included.
+        last: the attempt before, ended.
+    Raises:
+        UserError: somebody else started the run in this moment.
+    """
+    attempt = last.attempt + 1 if last else 1
+    # Ray reads this of the job's own environment: how long a stopped job may save before it is killed.
+    patience = math.ceil(config.checkpoint.timeout_s + STOP_MARGIN_S)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        try:
+            job = client.submit_job(
+                entrypoint=shipping.entrypoint(config.name),
+                submission_id=f"{config.name}.{attempt}",
+                runtime_env={
+                    "py_modules": [str(shipping.stage_package(folder))],
+                    "working_dir": str(shipping.stage_run(folder, config)),
+                    "env_vars": variables | {"RAY_JOB_STOP_WAIT_TIME_S": str(patience)},
+                },
+                metadata={
+                    NAME: config.name,
+                    ATTEMPT: str(attempt),
+                    DIGEST: shipping.digest(config),
+                    CHECKPOINTS: redact(config.checkpoint_url),
+                },
+            )
+        except RuntimeError as error:
+            if "already exists" in str(error):
+                raise UserError(
+                    f"{config.name} was started by somebody else just now; see `glann jobs list`"
+                ) from error
+            raise
+    return find(client, job)
+
+
+def follow(client: JobSubmissionClient, job: Job, write: Callable[[str], Any]) -> None:
+    """Hand the job's log to `write` as it grows, until the job ends; a dropped connection is made again.
+
+    Raises:
+        EnvironmentFault: the cluster does not answer any more.
+    """
+    seen = failures = 0
+
+    def take(text: str) -> None:
+        nonlocal seen
+        seen += len(text)
+        write(text)
+
+    while True:
+        try:
+            asyncio.run(_copy_log(client, job.id, seen, take))
+            if not refreshed(client, job).active:
+                return
+        except (OSError, RuntimeError, _client_errors()) as error:
+            failures += 1
+            if failures > RECONNECTS:
+                raise EnvironmentFault(
+                    f"lost the cluster while following {job.id}; once it is back: `glann jobs status {job.name}`, "
+                    "and if the job is gone, the same `glann submit` goes on from its checkpoints"
+                ) from error
+        time.sleep(POLL_S)
+
+
+def _client_errors() -> type[Exception]:
+    import aiohttp
+
+    return aiohttp.ClientError
+
+
+async def _copy_log(client: JobSubmissionClient, job_id: str, skip: int, write: Callable[[str], None]) -> None:
+    """The log from character `skip` on; in silence the cluster is asked for the job, so a dead link is noticed."""
+    lines = client.tail_job_logs(job_id)
+    waiting: asyncio.Future[str] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(lines.__anext__())
+            if not (await asyncio.wait({waiting}, timeout=SILENCE_S))[0]:
+                await asyncio.to_thread(client.get_job_info, job_id)
+                continue
+            text, waiting = waiting.result(), None
+            if fresh := text[skip:]:
+                write(fresh)
+            skip = max(0, skip - len(text))
+    except StopAsyncIteration:
+        return
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+
+
+def refreshed(client: JobSubmissionClient, job: Job) -> Job:
+    """The same attempt, as it is now."""
+    now = from_details(client.get_job_info(job.id))
+    if now is None:
+        raise EnvironmentFault(f"{job.id} is no longer known to the cluster")
+    return now
+
+
+def exit_status(client: JobSubmissionClient, job: Job) -> int:
+    """The exit status of the `glann train` of a job that has ended; 1 if it was ended without one.
+
+    Ray keeps none of a job that was stopped, so the job says it in the last line of its log.
+    """
+    if job.state == "succeeded":
+        return 0
+    if job.state == "failed" and job.exit_status is not None:
+        return job.exit_status if job.exit_status > 0 else 128 - job.exit_status
+    said = [
+        line.removeprefix(shipping.STATUS_LINE).strip()
+        for line in client.get_job_logs(job.id).splitlines()
+        if line.startswith(shipping.STATUS_LINE)
+    ]
+    status = int(said[-1]) if said and said[-1].isdigit() else 1
+    return status or 1 if job.state == "failed" else status
+
+
+def outcome(job: Job, status: int) -> str:
+    """How a job ended, in words, and what to do about it."""
+    if job.state == "succeeded":
+        return "finished"
+    again = "the same `glann submit` goes on with it"
+    if status == STOPPED_AND_SAVED:
+        return f"stopped and saved; {again}"
+    if job.state == "stopped" and status == 0:
+        return "finished before it could be stopped"
+    if job.state == "stopped" and status == 128 + signal.SIGTERM:
+        return f"stopped before it began to train; {again}"
+    if job.state == "stopped":
+        return f"ended by force before it had saved; {again} from the last checkpoint"
+    return f"failed with exit status {status}; `glann jobs logs {job.name}` says why"
+
+
+def stop(client: JobSubmissionClient, job: Job) -> None:
+    """Ask an active job to save and end; Ray kills it when `checkpoint.timeout_s` and a margin have passed."""
+    client.stop_job(job.id)
+
+
+def wait(client: JobSubmissionClient, job: Job) -> Job:
+    """The job once it has ended."""
+    while (now := refreshed(client, job)).active:
+        time.sleep(POLL_S)
+    return now

@@ -1,0 +1,133 @@
+"""What travels with a submitted job: the package's own files, and the run's configuration.
+
+Ray unpacks both on every node that the job uses.  A wheel would be installed there with all its
+dependencies, torch and Ray included; a folder is put on the path as it is.  So the nodes have the
+dependencies from their image or set-up commands, and a job brings the code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...config.run import Config
+from ...datasets.assets.catalogue import ASSETS
+from ...errors import UserError
+
+PACKAGE = Path(__file__).parents[2]
+DATA_SUFFIXES = {".yaml", ".html", ".md"}  # `package-data` in pyproject.toml
+ROOT_FILES = ("__init__.py", "__main__.py", "errors.py", "py.typed")
+CONFIG_FILE, START_FILE = "config.yaml", "start.sh"
+JOBS_FOLDER = "glann-jobs"  # in the home folder on the head: relative paths of a job, such as runs_dir, start there
+STATUS_LINE = "glann: exit status"
+
+# Ray signals every process of a stopped job. The shell waits for `glann train`, which saves, and then tells its status:
+# Ray keeps no exit status of a job that was stopped. `-P`: a folder called glann in the working folder is not imported.
+START_SCRIPT = f"""\
+trap : INT TERM
+config="$PWD/{CONFIG_FILE}"
+mkdir -p "$HOME/{JOBS_FOLDER}" && cd "$HOME/{JOBS_FOLDER}" || exit 1
+python3 -P -m glann train "$config"
+status=$?
+echo "{STATUS_LINE} $status"
+exit $status
+"""
+
+
+def package_files(root: Path = PACKAGE) -> list[Path]:
+    """The files of the built package, relative to `root`; never tests, data, runs or caches.
+
+    A folder belongs to the package if it has an `__init__.py`, so this holds in a checkout and in site-packages.
+    """
+    files = [root / name for name in ROOT_FILES if (root / name).is_file()]
+    for folder in sorted(path.parent for path in root.rglob("__init__.py") if path.parent != root):
+        between = folder.relative_to(root).parents
+        if all((root / parent / "__init__.py").is_file() for parent in between):
+            files += [path for path in folder.iterdir() if path.suffix in {".py", *DATA_SUFFIXES} and path.is_file()]
+    return sorted(path.relative_to(root) for path in files)
+
+
+def stage_package(folder: Path) -> Path:
+    """A copy of the package as `folder/glann`, for `py_modules`."""
+    staged = folder / "glann"
+    for file in package_files():
+        (staged / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACKAGE / file, staged / file)
+    return staged
+
+
+def stage_run(folder: Path, config: Config) -> Path:
+    """The configuration and the script that starts it as `folder/run`, for `working_dir`."""
+    staged = folder / "run"
+    staged.mkdir()
+    (staged / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    (staged / START_FILE).write_text(START_SCRIPT, encoding="utf-8")
+    return staged
+
+
+def entrypoint(name: str) -> str:
+    """The command of a job; the name is for people who read it in Ray's own lists."""
+    return f"exec sh {START_FILE} {shlex.quote(name)}"
+
+
+def for_cluster(config: Config) -> Config:
+    """The configuration as the cluster's head reads it.
+
+    Raises:
+        UserError: a path that means something on this machine only, or checkpoints that would end with the head.
+    """
+    cluster = config.cluster.model_copy(update={"address": "auto"})
+    config = config.model_copy(update={"cluster": cluster})
+    advice = "give s3://bucket/prefix, or the absolute path of a folder that every node shares"
+    if config.checkpoint.url is None:
+        raise UserError(f"checkpoint.url is empty, so a job could not go on elsewhere; {advice}")
+    for key, value in (("data.url", config.data.url), ("checkpoint.url", config.checkpoint.url)):
+        if not _travels(value):
+            raise UserError(f"{key}={value} is a path of this machine; {advice}")
+    for key, given in (("data.source", config.data.source), ("loss.weights", config.loss.weights)):
+        if given and given not in ASSETS and not _travels(given):
+            raise UserError(f"{key}={given} is a path of this machine; name an asset, or {advice}")
+    return config
+
+
+def _travels(place: str) -> bool:
+    return "://" in place or place.startswith("/")
+
+
+def digest(config: Config) -> str:
+    """A short name of exactly this configuration, to tell whether two submissions ask for the same."""
+    return hashlib.sha256(config.to_yaml().encode()).hexdigest()[:16]
+
+
+def environment(keys: Iterable[str]) -> dict[str, str]:
+    """The variables of this process that a job is to have, and no other.
+
+    Raises:
+        UserError: one of them is not set here.
+    """
+    told = {}
+    for key in keys:
+        if "=" in key:
+            raise UserError(f"--env {key.partition('=')[0]}=...: give the name alone; its value is taken from here")
+        if key not in os.environ:
+            raise UserError(f"--env {key}: not set here; export it first")
+        told[key] = os.environ[key]
+    return told
+
+
+def forgotten_keys(config: Config, variables: Iterable[str]) -> str | None:
+    """A hint if the data lie on S3 and this machine's way to reach it was not passed on."""
+    if not any(url.startswith("s3://") for url in (config.data.url, config.checkpoint_url)):
+        return None
+    usual = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
+    left = [key for key in usual if key in os.environ and key not in variables]
+    if "AWS_ENDPOINT_URL" in left and config.s3.endpoint_url:
+        left.remove("AWS_ENDPOINT_URL")
+    if not left:
+        return None
+    flags = " ".join(f"--env {key}" for key in left)
+    return f"{', '.join(left)} of this machine do not go with the job; if the nodes have no role of their own: {flags}"

@@ -1,0 +1,91 @@
+"""Configurations as they are given: YAML that nobody vouches for, and what is wrong with it in words.
+
+Each fault is one line, however large what was given is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    pass
+
+MAX_YAML, MAX_NESTING = 1 << 20, 100  # characters and brackets of a recipe; PyYAML is slow with more, and then slower
+MAX_SHOWN = 300  # characters of what was given
+
+
+def plain_data(text: str) -> Any:
+    """What YAML says, as plain data.
+
+    Raises:
+        ValueError: it is not YAML, or is more than data; in one line.
+    """
+    if len(text) > MAX_YAML:
+        raise ValueError(f"it has {len(text)} characters, more than {MAX_YAML}")
+    depth = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}" and depth > 0)
+        if depth > MAX_NESTING:
+            raise ValueError(f"more than {MAX_NESTING} brackets are open")
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # besides its own errors PyYAML lets out those of dates, numbers and deep nesting
+        raise ValueError(" ".join(str(error).split())[:500]) from error
+
+
+def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) -> str:
+    """One line for a fault that pydantic found.
+
+    Args:
+        known: every dotted key with its field.
+        hidden: parts of places that are not keys.
+    """
+    key = ".".join(str(part) for part in fault["loc"] if part not in hidden)[:MAX_SHOWN]
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key}{suggest(key, known)}; see `glann config --help`"
+    if fault["type"] == "missing":
+        field = known.get(key)
+        return f"missing key {key}: {(field and field.description) or 'a value is needed'}"
+    if fault["type"] == "value_error" and not key:
+        return str(fault["ctx"]["error"])
+    prefix = f"{key}={shown(fault['input'])}" if key else shown(fault["input"])
+    allowed = fault["msg"].removeprefix("Value error, ")
+    return f"{prefix} is not possible: {allowed[0].lower()}{allowed[1:]}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, also where a few lines of YAML stand for a billion words."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, MAX_SHOWN, MAX_SHOWN, MAX_SHOWN
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes out no number of more than 4,300 digits
+        return "a number of too many digits"
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """The known key most like `key`: as a whole, or by its last part where only the section is wrong."""
+
+    def likeness(other: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, other).ratio()
+        last = difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], other.rsplit(".", 1)[-1]).ratio()
+        return max(whole, 0.99 * last)
+
+    best = max(known, key=likeness)
+    return f" (did you mean {best}?)" if likeness(best) >= 0.6 else ""
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,66 @@
+"""The configuration in words: every key, what it may be, its default and its meaning.
+
+`glann config --keys`, docs/configuration.md and the tables of docs/studies.md are made from this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from .run import Config, known_keys
+
+BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configurable value, in words: dotted name, what it may be, its default and its meaning."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def describe_keys(section: type[BaseModel] = Config) -> list[Key]:
+    """Every key that holds a value (not the sections), in the order of the models."""
+    described = []
+    for name, field in known_keys(section).items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue
+        bounds = [
+            f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in BOUNDS if hasattr(rule, key)
+        ]
+        kind = " ".join([_kind(field.annotation), *bounds])
+        described.append(Key(name, kind, _default(field), field.description or ""))
+    return described
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is None:
+        return "empty"
+    return yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if annotation is Any:
+        return "value"
+    if get_origin(annotation) is dict:
+        return "keys and values"
+    if get_origin(annotation) is tuple:
+        return "list of " + _kind(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
+    parts = [part for part in get_args(annotation) if part is not NoneType]
+    return " | ".join(_kind(part) for part in parts) if parts else annotation.__name__

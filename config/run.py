@@ -1,0 +1,205 @@
+"""Typed, validated and frozen configuration: a YAML recipe plus dotted overrides.
+
+`load(recipe, overrides)` is the only way in.  Whatever is unknown or impossible is refused
+before anything starts, naming the key, what was given, what is allowed and the closest key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from ..errors import UserError, redact
+from .parse import explain, plain_data, shown
+from .sections import (
+    UNION_TAGS,
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    GloConfig,
+    ImleConfig,
+    LossConfig,
+    PreviewConfig,
+    S3Config,
+    Section,
+    TrackingConfig,
+)
+
+if TYPE_CHECKING:
+    pass
+MAX_FAULTS = 20  # that are told at once
+RECIPES = Path(__file__).parent.parent / "configs"
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="run name; its folder is runs_dir/name")
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything that is random in the run")
+    runs_dir: str = Field("runs", description="where run folders are made")
+    data: DataConfig
+    s3: S3Config = S3Config()
+    generator: GeneratorConfig
+    loss: LossConfig = LossConfig()
+    glo: GloConfig
+    imle: ImleConfig = ImleConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    preview: PreviewConfig = PreviewConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.generator.kind == "infogan" and self.data.resolution > 64:
+            raise ValueError(
+                f"generator.kind=infogan makes images up to 64 px, data.resolution is {self.data.resolution}; "
+                "use generator.kind=resnet"
+            )
+        if self.generator.kind == "resnet" and self.data.resolution < 64:
+            raise ValueError(
+                f"generator.kind=resnet makes images from 64 px, data.resolution is {self.data.resolution}; "
+                "use generator.kind=infogan"
+            )
+        least, most = self.cluster.min_workers, self.cluster.max_workers
+        if least > most:
+            raise ValueError(f"cluster.workers has min={least} and max={most}; min must not be larger")
+        if self.glo.batch_size < most * self.engine.accumulation:
+            raise ValueError(
+                f"glo.batch_size={self.glo.batch_size} leaves no row for some of {most} workers x engine.accumulation="
+                f"{self.engine.accumulation} micro-batches; use at least {most * self.engine.accumulation}"
+            )
+        if self.engine.kind == "torch" and (most > 1 or self.engine.zero):
+            raise ValueError("engine.kind=torch is one process without ZeRO; set cluster.workers=1 and engine.zero=0")
+        if self.loss.patch and self.loss.patch > self.data.resolution:
+            raise ValueError(f"loss.patch={self.loss.patch} is larger than data.resolution={self.data.resolution}")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def checkpoint_url(self) -> str:
+        """Folder or s3:// prefix that holds this run's checkpoints."""
+        if self.checkpoint.url is None:
+            return str((self.run_dir / "checkpoints").absolute())
+        return f"{self.checkpoint.url.rstrip('/')}/{self.name}/checkpoints"
+
+    def with_absolute_paths(self) -> Self:
+        """The same run for processes with another working folder, such as workers."""
+        data = {"url": absolute(self.data.url), "cache_dir": self.data.cache_dir and absolute(self.data.cache_dir)}
+        checkpoint = {"url": self.checkpoint.url and absolute(self.checkpoint.url)}
+        return self.model_copy(
+            update={
+                "runs_dir": absolute(self.runs_dir),
+                "data": self.data.model_copy(update=data),
+                "checkpoint": self.checkpoint.model_copy(update=checkpoint),
+            }
+        )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute; an address such as s3://bucket/prefix as it is."""
+    return url if "://" in url else str(Path(url).expanduser().absolute())
+
+
+def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration of `recipe` (a YAML file, or the name of a recipe that ships with glann).
+
+    Args:
+        overrides: `dotted.key=value` strings; the value is read as YAML.
+    Raises:
+        UserError: in one line per fault.
+    """
+    path = find_recipe(recipe)
+    try:
+        tree = plain_data(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(tree, str(path))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: a path, or the bundled recipe of that name."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    bundled = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent.as_posix() in (".", "configs") and bundled.is_file():
+        return bundled
+    names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    close = difflib.get_close_matches(path.stem, names, 1)
+    hint = f"did you mean {close[0]}?" if close else "recipes: " + ", ".join(names)
+    raise UserError(f"no such recipe: {recipe} ({hint})")
+
+
+def validate(tree: dict[str, Any], where: str) -> Config:
+    """A frozen configuration from plain data, or a UserError with one line per fault."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        lines = [explain(fault, known_keys(), UNION_TAGS) for fault in faults[:MAX_FAULTS]]
+        lines += [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+        raise UserError("\n       ".join([f"{lines[0]}; in {where}", *lines[1:]])) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"cannot read override {shown(override)}: write section.key=value, e.g. glo.epochs=100")
+    try:
+        value = plain_data(text) if text else None
+    except ValueError as error:
+        raise UserError(f"cannot read the value of override {shown(override)} as YAML") from error
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {shown(override)}: {parent[:100]} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the configuration with its field, sections included."""
+    keys: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        keys[prefix + name] = field
+        forms = [get_args(part)[0] if get_args(part) else part for part in get_args(field.annotation)]
+        for form in [field.annotation, *forms]:  # a section, or a union that one is part of
+            if isinstance(form, type) and issubclass(form, BaseModel):
+                keys |= known_keys(form, f"{prefix}{name}.")
+    return keys
+
+
+def redacted_config(config: Config) -> Config:
+    """The configuration as it may be shown to others: addresses without credentials."""
+    return Config.model_validate(_redacted(config.model_dump(mode="json")))
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value

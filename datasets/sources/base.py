@@ -1,0 +1,74 @@
+"""Where images come from: folders, archives, idx and npz files, parquet, named assets, packed data sets.
+
+A source is a fixed, ordered list of images.  It never writes: archives are read member by member
+and nothing is extracted.  Legend: N images, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...errors import UserError
+from ...storage.base import check_key
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".gif")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source: a name for messages and a function that reads its bytes or its pixels.
+
+    `read` may be called from any thread; pixels are uint8 [H, W] or [H, W, C].
+    """
+
+    name: str
+    read: Callable[[], bytes | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An ordered list of `count` images. `identity` is a hash of what the source holds, not of where it lies."""
+
+    name: str
+    count: int
+    identity: str
+    items: Callable[[int], Iterator[Item]]  # the images from this position on
+
+
+def is_image(key: str) -> bool:
+    """Whether the name is that of an image; hidden files and macOS's shadow files are not."""
+    name = key.rsplit("/", 1)[-1]
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not key.startswith("__MACOSX/")
+
+
+def safe_members(where: str, names: list[str]) -> None:
+    """Refuse an archive with a name that would leave the folder it is unpacked in, or with one name twice."""
+    seen: set[str] = set()
+    for name in names:
+        try:
+            check_key(name.removeprefix("./"))
+        except UserError as error:
+            raise UserError(f"{where} holds the hostile member name {name!r}; it is refused") from error
+        if name in seen:
+            raise UserError(f"{where} holds {name!r} twice; it is refused")
+        seen.add(name)
+
+
+def natural(key: str) -> tuple:
+    """Sort key with numbers in names by value; ties by the name itself."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", key)], key
+
+
+def identity(kind: str, contents: list) -> str:
+    """A hash of what a source holds, to recognise it when packing goes on."""
+    return hashlib.sha256(json.dumps([kind, contents], separators=(",", ":")).encode()).hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,117 @@
+"""Parquet files as Hugging Face writes image data sets: a column of struct {bytes, path}."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from ...errors import UserError
+from ...storage.base import Store
+from ...storage.seekable import open_file
+from ..codec import BadImage
+from .base import Item, Source, identity, natural
+
+log = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 32  # full-size photographs are held this many at a time
+
+
+def open_parquet(store: Store, sizes: dict[str, int], name: str) -> Source:
+    """The images of these parquet files (key -> bytes), in natural order of the keys, split after split."""
+    keys = sorted(sizes, key=natural)
+    columns, counts = {}, {}
+    for key in keys:
+        columns[key], counts[key] = _inspect(store, key)
+    if len(keys) > 1:
+        log.info("%d parquet files: %s ... %s", len(keys), keys[0], keys[-1])
+
+    def items(start: int) -> Iterator[Item]:
+        for key in keys:
+            if start >= counts[key]:
+                start -= counts[key]
+                continue
+            yield from _rows(store, key, columns[key], start)
+            start = 0
+
+    contents = [(key, sizes[key], counts[key]) for key in keys]
+    return Source(name.removesuffix(".parquet"), sum(counts.values()), identity("parquet", contents), items)
+
+
+def _open(store: Store, key: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(open_file(store, key))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{store.url}/{key} is not a readable parquet file ({_first_line(error)})") from error
+
+
+def _inspect(store: Store, key: str) -> tuple[str, int]:
+    """The column of encoded images, as `column` or `column.bytes`, and the number of rows."""
+    import pyarrow.types as types
+
+    try:
+        with _open(store, key) as file:
+            columns, rows = [(column.name, column.type) for column in file.schema_arrow], file.metadata.num_rows
+    except UserError:
+        raise
+    except Exception as error:  # a damaged schema can raise many kinds, such as names that are no text
+        raise UserError(f"{store.url}/{key} is not a readable parquet file ({_first_line(error)})") from error
+    candidates = []
+    for name, kind in columns:
+        if types.is_struct(kind):
+            position = kind.get_field_index("bytes")
+            if position >= 0 and _is_binary(kind.field(position).type):
+                candidates.append(f"{name}.bytes")
+        elif _is_binary(kind):
+            candidates.append(name)
+    for wanted in ("image.bytes", "image", "img.bytes", "img", "jpg", "png"):
+        if wanted in candidates:
+            return wanted, rows
+    if len(candidates) != 1:
+        found = ", ".join(candidates) or "none"
+        raise UserError(f"{store.url}/{key} must have a column `image` of encoded images (binary columns: {found})")
+    return candidates[0], rows
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _rows(store: Store, key: str, column: str, start: int) -> Iterator[Item]:
+    """The images of one file from row `start` on; whole row groups before it are not read."""
+    import pyarrow
+
+    row = 0
+    with _open(store, key) as file:
+        for group in range(file.metadata.num_row_groups):
+            try:
+                rows = file.metadata.row_group(group).num_rows
+                if row + rows <= start:
+                    row += rows
+                    continue
+                for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
+                    values = table.column(0)
+                    values = values.field("bytes") if pyarrow.types.is_struct(values.type) else values
+                    for value in values:
+                        if row >= start:
+                            yield Item(f"{store.url}/{key}: row {row}", partial(_bytes, value))
+                        row += 1
+            except Exception as error:  # as above
+                raise UserError(f"{store.url}/{key} is damaged in row group {group} ({_first_line(error)})") from error
+
+
+def _bytes(value: Any) -> bytes:
+    data = value.as_py()
+    if not data:
+        raise BadImage("the row holds no image bytes (perhaps only a path)")
+    return data
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

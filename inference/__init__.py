@@ -1,0 +1,1 @@
+"""A trained model: its package on disk, and drawing from it."""

@@ -1,0 +1,160 @@
+"""Named feature extractors: functions from uint8 images to one feature vector per image.
+
+A distance between features means something only together with the network they come from, so the
+metric carries its name: `fd_lite0`, `fd_squeezenet`, ...  Only Inception's is called `fid`.
+
+    extractor = build_extractor("lite0", assets.load_weights, device)
+    features_BF = extractor(img_BCHW)
+
+Another extractor is added by `EXTRACTORS["name"] = Recipe(...)`.
+
+Legend: B batch, C channels (1 or 3), H and W pixels, F feature dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import UserError
+from ...models.perceptual import build_features
+from . import efficientnet_lite, inception
+
+CPU_BATCH = 8
+
+Weights = dict[str, Tensor]
+# name or path of weights -> (tensors, convention of their input); `datasets.assets.load_weights` is one
+LoadWeights = Callable[[str], tuple[Weights, str]]
+Network = Callable[[Tensor], Tensor]  # prepared images -> features_BF
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an extractor is made.
+
+    `build(weights, convention)` gives a frozen module; `prepare` takes float images 0..255, [B, 3, H, W],
+    to what that module wants; `weights` is the asset used when no other is asked for.  There is one such
+    asset, never a list of alternatives: other weights would be another metric under the same name.
+    """
+
+    weights: str
+    dim: int
+    build: Callable[[Weights, str], nn.Module]
+    prepare: Callable[[Tensor], Tensor]
+    metric: str
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Callable: uint8 images [B, C, H, W] (grey or RGB, any size) -> float32 features [B, F] on the CPU.
+
+    The features of an image do not depend on its batch mates.
+    """
+
+    name: str
+    metric: str
+    dim: int
+    device: torch.device
+    _prepare: Callable[[Tensor], Tensor]
+    _network: nn.Module
+
+    @torch.inference_mode()
+    def __call__(self, img_BCHW: Tensor) -> Tensor:
+        if img_BCHW.dtype != torch.uint8 or img_BCHW.ndim != 4 or img_BCHW.shape[1] not in (1, 3):
+            raise UserError(
+                f"extractor {self.name} takes uint8 images [B, 1 or 3, H, W], "
+                f"not {img_BCHW.dtype} {list(img_BCHW.shape)}"
+            )
+        if len(img_BCHW) == 0:
+            return torch.zeros(0, self.dim)
+        # On a CPU few images at a time stay in the cache: a quarter of the time of a hundred at once.
+        parts = img_BCHW.split(CPU_BATCH if self.device.type == "cpu" else len(img_BCHW))
+        return torch.cat([self._features(part) for part in parts])
+
+    def _features(self, img_BCHW: Tensor) -> Tensor:
+        img_B3HW = self._prepare(img_BCHW.to(self.device).float().expand(-1, 3, -1, -1))
+        return self._network(img_B3HW.contiguous(memory_format=torch.channels_last)).float().cpu()
+
+
+def build_extractor(
+    name: str, load_weights: LoadWeights, device: torch.device | str = "cpu", weights: str | None = None
+) -> Extractor:
+    """The extractor of that name.
+
+    Args:
+        load_weights: reads weights by asset name or safetensors path.
+        weights: asset or file to use in place of the extractor's own.
+    Raises:
+        UserError: no such extractor, or the weights are of another network.
+    """
+    if name not in EXTRACTORS:
+        raise UserError(f"no feature extractor {name!r}; there are {', '.join(sorted(EXTRACTORS))}")
+    recipe = EXTRACTORS[name]
+    source = weights or recipe.weights
+    tensors, convention = load_weights(source)
+    try:
+        network = recipe.build(tensors, convention)
+    except (RuntimeError, KeyError) as error:  # torch's strict load, or a name that cannot be translated
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights {source} do not fit extractor {name}: {detail}") from error
+    device = torch.device(device)
+    return Extractor(
+        name,
+        recipe.metric,
+        recipe.dim,
+        device,
+        recipe.prepare,
+        cast(Any, network.to(device)).to(memory_format=torch.channels_last),
+    )
+
+
+class _PooledTap(nn.Module):
+    """The mean over the picture of one feature map of a perceptual network."""
+
+    def __init__(self, features: nn.Module, tap: str) -> None:
+        super().__init__()
+        self.features, self.tap = features, tap
+
+    def forward(self, img_B3HW: Tensor) -> Tensor:
+        (map_BFHW,) = self.features(img_B3HW, (self.tap,))
+        return map_BFHW.mean((2, 3))
+
+
+def _perceptual(network: str, tap: str) -> Callable[[Weights, str], nn.Module]:
+    return lambda weights, convention: _PooledTap(build_features(network, weights, convention), tap)
+
+
+def _resized(side: int, mean: float, scale: float) -> Callable[[Tensor], Tensor]:
+    """(img - mean) / scale at side x side pixels; low-pass filtered where that is smaller (no aliasing)."""
+
+    def prepare(img_B3HW: Tensor) -> Tensor:
+        img_B3HW = F.interpolate(img_B3HW, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        return (img_B3HW - mean) / scale
+
+    return prepare
+
+
+def _as_in_fid(img_B3HW: Tensor) -> Tensor:
+    return (inception.resize(img_B3HW) - 128.0) / 128.0
+
+
+EXTRACTORS: dict[str, Recipe] = {
+    # 128 px keeps the last feature map at 7 x 7 and an image at 0.2 GFLOP: cheap enough for a CPU.
+    "squeezenet": Recipe(
+        "squeezenet-caffe", 512, _perceptual("squeezenet", "fire9"), _resized(128, 0.0, 255.0), "fd_squeezenet"
+    ),
+    "vgg16": Recipe("vgg16-caffe", 512, _perceptual("vgg16", "relu5_3"), _resized(224, 0.0, 255.0), "fd_vgg16"),
+    "lite0": Recipe(
+        "lite0",
+        efficientnet_lite.HEAD,
+        lambda weights, _: efficientnet_lite.build(weights),
+        _resized(224, 127.0, 128.0),
+        "fd_lite0",
+    ),
+    "inception": Recipe("inception", 2048, lambda weights, _: inception.build(weights), _as_in_fid, "fid"),
+}

@@ -1,0 +1,48 @@
+"""MODEL_CARD.md: what a trained model is, how good it is and what it is not for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import __version__
+from ..errors import redact
+from .facts import RunFacts
+from .page import environment, write_page
+from .run import commands, headline, metric_rows
+
+FILE = "MODEL_CARD.md"
+
+
+@dataclass(frozen=True)
+class TrackedAs:
+    """The MLflow run of a run folder, and the study and trial that it is part of; None where there is none."""
+
+    run_id: str | None = None
+    study: str | None = None
+    trial: str | None = None
+
+
+def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
+    """Write the model card of a run folder.
+
+    Raises:
+        UserError: the folder is not a run, or one of its files is damaged.
+    """
+    facts = RunFacts.read(run_dir)
+    text = (
+        environment()
+        .get_template("card.md")
+        .render(
+            facts=facts,
+            config=facts.config,
+            data_url=redact(facts.config.data.url),
+            version=__version__,
+            headline=headline(facts),
+            metrics=metric_rows(facts.metrics),
+            commands=commands(facts),
+            tracked=tracked,
+            samples="images/samples.png" if facts.picture("samples") else None,
+        )
+    )
+    return write_page(run_dir / FILE, text)

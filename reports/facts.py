@@ -1,0 +1,144 @@
+"""What a run folder says about its run, read once for the report and the model card.
+
+A run that is still going, or was interrupted, has no summary yet and perhaps no images: everything
+here may be empty but the configuration.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..config import run as configuration
+from ..config.run import Config
+from ..errors import UserError
+from ..storage import journal
+from ..storage.journal import Entry
+
+STAGES = {"glo": "GLO", "imle": "IMLE"}
+_PREVIEW = re.compile(r"(glo|imle)-epoch-(\d+)-(reconstructions|samples)\.png")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture drawn while training."""
+
+    stage: str
+    epoch: int
+    kind: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """A stage as the journal tells it.
+
+    The losses are means over the first and the last twentieth of its entries; `seconds` is between its
+    first and last entry, interruptions left out.
+    """
+
+    name: str
+    epochs: int
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    seconds: float
+    images_per_s: float | None
+    stall_s: float
+    entries: list[Entry] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything in a run folder that is worth telling."""
+
+    run_dir: Path
+    config: Config
+    stages: list[StageFacts]
+    previews: list[Preview]
+    summary: dict[str, Any]
+
+    @classmethod
+    def read(cls, run_dir: Path) -> RunFacts:
+        """Raises UserError where the folder is not a run, or a file in it is damaged."""
+        path = run_dir / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
+        entries = journal.entries(run_dir / journal.FILE)
+        stages = [_stage(name, [e for e in entries if e.get("stage") == name]) for name in STAGES]
+        return cls(
+            run_dir,
+            configuration.load(path),
+            [stage for stage in stages if stage.entries],
+            _previews(run_dir / "images"),
+            _summary(run_dir / "summary.json"),
+        )
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.summary.get("metrics", {})
+
+    @property
+    def timings(self) -> dict[str, Any]:
+        return self.summary.get("timings", {})
+
+    def picture(self, name: str) -> Path | None:
+        """images/<name>.png, if it was drawn."""
+        path = self.run_dir / "images" / f"{name}.png"
+        return path if path.is_file() else None
+
+
+def series(entries: list[Entry], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the entries that have a number under `key`."""
+    pairs = [(e["step"], float(e[key])) for e in entries if isinstance(e.get(key), int | float) and "step" in e]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _stage(name: str, entries: list[Entry]) -> StageFacts:
+    _, losses = series(entries, "loss")
+    _, speeds = series(entries, "images_per_s")
+    _, stalls = series(entries, "checkpoint_stall_s")
+    share = max(1, len(losses) // 20)
+    times = sorted(series(entries, "time")[1])
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    # an interruption is a gap far beyond the usual one between two entries
+    usual = 20 * statistics.median(gaps) + 60 if gaps else 0.0
+    return StageFacts(
+        name=STAGES[name],
+        epochs=max((int(e.get("epoch") or 0) for e in entries), default=0),
+        steps=max((int(e["step"]) for e in entries if e.get("step") is not None), default=0),
+        first_loss=statistics.fmean(losses[:share]) if losses else None,
+        last_loss=statistics.fmean(losses[-share:]) if losses else None,
+        seconds=sum(gap for gap in gaps if gap <= usual),
+        images_per_s=statistics.median(speeds) if speeds else None,
+        stall_s=sum(stalls),
+        entries=entries,
+    )
+
+
+def _previews(folder: Path) -> list[Preview]:
+    named = ((path, _PREVIEW.fullmatch(path.name)) for path in folder.glob("*.png"))
+    found = [Preview(match[1], int(match[2]), match[3], path) for path, match in named if match]
+    return sorted(found, key=lambda preview: (preview.stage, preview.kind, preview.epoch))
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary = journal.strict_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON; remove it and run the same command again") from error
+    if not isinstance(summary, dict) or not all(
+        isinstance(summary.get(key, {}), dict) for key in ("metrics", "timings")
+    ):
+        raise UserError(f"{path} must hold an object; remove it and run the same command again")
+    return summary

@@ -1,0 +1,156 @@
+"""report.html: a run folder in one self-contained page that needs no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from .. import __version__
+from ..config.run import redacted_config
+from .charts import line_chart
+from .facts import STAGES, RunFacts, series
+from .page import Figure, duration, environment, figure, number, write_page
+
+FILE = "report.html"
+MAX_PREVIEWS = 12
+
+# What the metrics are called in words, and which way is better.
+METRICS = {
+    "l1": ("L1 reconstruction error", "mean absolute difference of pixels, range 0 to 1; lower is better", "{:.4f}"),
+    "psnr": ("PSNR of reconstructions", "peak signal-to-noise ratio in dB; higher is better", "{:.2f} dB"),
+    "fid": ("FID", "Fréchet Inception Distance; lower is better", "{:.2f}"),
+}
+FRECHET = "Fréchet distance of {} features; lower is better. Not FID: compare it only with itself"
+PICTURES = {
+    "samples": ("Samples", "New images G(T(e)): one noise vector each."),
+    "interpolations": ("Interpolations", "Each row goes from one sample to another along a great circle of the noise."),
+    "nearest": ("Nearest training images", "Under each sample the training image that differs least in its pixels."),
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html of a run folder, finished or not.
+
+    Raises:
+        UserError: the folder is not a run, or one of its files is damaged.
+    """
+    return write_page(run_dir / FILE, render(RunFacts.read(run_dir)))
+
+
+def render(facts: RunFacts) -> str:
+    """The page as text."""
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            facts=facts,
+            config=facts.config,
+            version=__version__,
+            headline=headline(facts),
+            metrics=metric_rows(facts.metrics),
+            charts=_charts(facts),
+            films=_films(facts),
+            pictures=[
+                (name, title, text, figure(path, title))
+                for name, (title, text) in PICTURES.items()
+                if (path := facts.picture(name))
+            ],
+            timings=timing_rows(facts.timings),
+            settings=redacted_config(facts.config).to_yaml(),
+            commands=commands(facts),
+        )
+    )
+
+
+def headline(facts: RunFacts) -> str:
+    """What was trained, in one sentence."""
+    config = facts.config
+    kind = "grey" if config.data.channels == 1 else "colour"
+    rows = facts.summary.get("rows")
+    images = f"{rows:,} {kind} images" if isinstance(rows, int) else f"{kind} images"
+    done = " and ".join(f"{stage.name} for {_epochs(stage.epochs)}" for stage in facts.stages)
+    state = "" if facts.finished else " The run has not finished."
+    return (
+        f"{images} of {config.data.resolution} × {config.data.resolution} px, "
+        f"{config.generator.kind} generator with {config.generator.latent_dim}-dimensional codes; "
+        f"{done or 'nothing trained yet'}.{state}"
+    )
+
+
+def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
+    """(name, value, meaning) of each metric, for people."""
+    rows = []
+    for name, value in metrics.items():
+        if not isinstance(value, int | float):
+            continue
+        baseline = name.endswith("_glo")
+        if name.startswith("fd_") or name == "fid_glo":
+            extractor = name.removeprefix("fd_").removesuffix("_glo")
+            title = f"Fréchet distance ({extractor})" + (", GLO baseline" if baseline else "")
+            drawn = "; samples drawn from a Gaussian over the codes, without stage 2" if baseline else ""
+            rows.append((title, f"{value:.4g}", FRECHET.format(extractor) + drawn))
+        elif name in METRICS:
+            title, meaning, form = METRICS[name]
+            rows.append((title, form.format(value), meaning))
+        else:
+            rows.append((name.replace("_", " "), number(value), ""))
+    return rows
+
+
+def timing_rows(timings: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, how long) of the summary's timings: keys ending in _s are seconds."""
+    rows = []
+    for name, value in timings.items():
+        if not isinstance(value, int | float):
+            continue
+        seconds = name.endswith(("_s", "seconds")) and not name.endswith("per_s")
+        words = name.removesuffix("_s").removesuffix("_seconds") if seconds else name
+        rows.append((words.replace("_per_s", "/s").replace("_", " "), duration(value) if seconds else number(value)))
+    return rows
+
+
+def commands(facts: RunFacts) -> list[str]:
+    """How to draw from the model again."""
+    run = facts.run_dir.as_posix()
+    return [
+        f"glann sample {run} --n 64 --seed 1",
+        f"glann interpolate {run}",
+        f"glann evaluate {run}",
+    ]
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"
+
+
+def _charts(facts: RunFacts) -> list[Markup]:
+    charts = []
+    for stage in facts.stages:
+        for key, title, label, log in (
+            ("loss", f"{stage.name}: loss", "loss", True),
+            ("images_per_s", f"{stage.name}: throughput", "images/s", False),
+        ):
+            steps, values = series(stage.entries, key)
+            if len(values) >= 2:
+                charts.append(line_chart(steps, values, title=title, label=label, log=log))
+    return charts
+
+
+def _films(facts: RunFacts) -> list[tuple[str, str, list[Figure]]]:
+    """The previews of each stage and kind over time, at most `MAX_PREVIEWS` of them, first and last included."""
+    texts = {
+        "reconstructions": "Rows x: training images. Rows G(z): what the generator makes of their codes.",
+        "samples": "The same noise at every epoch.",
+    }
+    films = []
+    for stage, name in STAGES.items():
+        for kind, text in texts.items():
+            shown = [preview for preview in facts.previews if (preview.stage, preview.kind) == (stage, kind)]
+            if len(shown) > MAX_PREVIEWS:
+                shown = [shown[round(i * (len(shown) - 1) / (MAX_PREVIEWS - 1))] for i in range(MAX_PREVIEWS)]
+            if shown:
+                frames = [figure(preview.path, f"epoch {preview.epoch}") for preview in shown]
+                films.append((f"{name}: {kind} while training", text, frames))
+    return films

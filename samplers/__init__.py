@@ -1,0 +1,1 @@
+"""From normal noise to latent codes: one file per kind of sampler."""

@@ -1,0 +1,157 @@
+"""Files at a url: a local folder or an `s3://bucket/prefix`, behind one small interface.
+
+Everything that outlives a process (shards, indices, checkpoints) is written through a `Store`.
+Its promises: an object is either there as a whole or not at all, a read of the wrong length is
+never returned, a missing object is `MissingObject`, and no message holds a credential.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError
+from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
+from .files import TEMPORARY, fill, os_fault, read_at, sweep, sync_folder, temporary_beside
+
+
+class LocalStore:
+    """A folder. Writes go to a temporary file beside the target, are synced, then renamed."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser()
+        self.url = str(self.root)
+        self._swept: set[Path] = set()
+
+    def path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _own(self, key: str) -> Path:
+        """The path of a key that may be changed: not one that a link inside the folder leads out of it."""
+        path = self.path(key)
+        if not path.parent.resolve().is_relative_to(self.root.resolve()):
+            raise UserError(f"{path.parent} is a link that leads out of {self.root}; remove it")
+        return path
+
+    def read(self, key: str) -> bytes:
+        with self._faults(key):
+            return self.path(key).read_bytes()
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        with self._faults(key), open(self.path(key), "rb") as file:
+            data = read_at(file.fileno(), offset, length)
+        if len(data) != length:
+            raise TruncatedObject(f"{self.path(key)} ends before byte {offset + length}")
+        return data
+
+    def write(self, key: str, data: Data, *, only_if_absent: bool = False) -> None:
+        target = self._own(key)
+        with self._faults(key):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.parent not in self._swept:
+                sweep(target.parent)
+                self._swept.add(target.parent)
+            with temporary_beside(target) as temporary:
+                fill(temporary, data)
+                if only_if_absent:
+                    _link(temporary.name, target)
+                else:
+                    os.replace(temporary.name, target)
+            sync_folder(target.parent)
+
+    def download(self, key: str, path: Path) -> None:
+        with self._faults(key), temporary_beside(path) as temporary:
+            fill(temporary, self.path(key))
+            os.replace(temporary.name, path)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"{self.root} is a file, not a folder")
+        above = prefix.rpartition("/")[0]
+        folder = self.path(above) if above else self.root
+        if not folder.is_dir():
+            return {}
+        with self._faults(prefix):
+            found = {os.path.relpath(path, self.root).replace(os.sep, "/"): size for path, size in _walk(str(folder))}
+        return {key: found[key] for key in sorted(found) if key.startswith(prefix)}
+
+    def list(self, prefix: str = "") -> list[str]:
+        return list(self.sizes(prefix))
+
+    def exists(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def size(self, key: str) -> int:
+        with self._faults(key):
+            return self.path(key).stat().st_size
+
+    def delete(self, key: str) -> None:
+        with self._faults(key):
+            path = self._own(key)
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty yet; object stores have no empty folders either
+            for folder in path.parents[: len(Path(key).parts) - 1]:
+                folder.rmdir()
+
+    def sweep(self, prefix: str = "") -> None:
+        with self._faults(prefix):
+            for folder, _, names in os.walk(self.root):
+                inside = os.path.relpath(folder, self.root).replace(os.sep, "/") + "/"
+                if inside.removeprefix("./").startswith(prefix) and any(n.startswith(TEMPORARY) for n in names):
+                    sweep(Path(folder))
+
+    @contextlib.contextmanager
+    def _faults(self, key: str) -> Iterator[None]:
+        """Explain what the operating system reports."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingObject(f"no such file: {self.root / key}") from error
+        except IsADirectoryError as error:
+            raise UserError(f"{self.root / key} is a folder, not a file") from error
+        except OSError as error:
+            raise os_fault(error, self.root / key) from error
+
+
+def _link(temporary: str, target: Path) -> None:
+    """Give a complete file its name unless that is taken; a rename would overwrite."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError as error:
+        raise ObjectExists(f"{target} exists already") from error
+
+
+def _walk(root: str) -> Iterator[tuple[str, int]]:
+    """Path and size of every finished file below `root`, each folder once however it is linked.
+
+    Others may remove files and folders meanwhile: those are left out. A link that leads nowhere is a fault.
+    """
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unless_gone):
+        here = _stat(folder)
+        if here is None or (here.st_dev, here.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        subfolders.sort()
+        for name in names:
+            path = os.path.join(folder, name)
+            if not name.startswith(TEMPORARY) and (found := _stat(path)):
+                yield path, found.st_size
+
+
+def _stat(path: str) -> os.stat_result | None:
+    """What the system knows of a file; None where it was removed meanwhile."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError as error:
+        _unless_gone(error)
+        return None
+
+
+def _unless_gone(error: OSError) -> None:
+    """Raise it, but for what was removed while it was looked at."""
+    if not isinstance(error, FileNotFoundError) or os.path.lexists(error.filename):
+        raise error

@@ -1,0 +1,318 @@
+"""Files at an `s3://bucket/prefix`: the only place that knows boto3.
+
+Requests are retried by botocore with exponential backoff and jitter (`standard` mode, at most
+`max_attempts` tries); what breaks while a body is read, which botocore leaves alone, is retried here
+inside the same bound.  Keys come from the AWS chain (environment, profile, instance role).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+import urllib3.exceptions
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from ..config.sections import S3Config
+from ..errors import EnvironmentFault, GlannError, UserError
+from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
+from .files import os_fault, temporary_beside
+
+MULTIPART_BYTES = 64 << 20
+STREAM_BYTES = 16 << 20  # of a stream, so much is a part
+STREAM_PARTS = 4  # parts of a stream that are held and under way at a time
+_BROKEN_BODY = (
+    ResponseStreamingError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    urllib3.exceptions.HTTPError,
+    TruncatedObject,
+)
+_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403", "401")
+_MAX_WAIT_S = 20.0
+
+T = TypeVar("T")
+
+
+class S3Store:
+    """Objects under a prefix of a bucket. Safe for use by many threads."""
+
+    def __init__(self, url: str, s3: S3Config):
+        parts = urlsplit(url)
+        if not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
+            raise UserError("an S3 address must be s3://bucket or s3://bucket/prefix, without keys or parameters in it")
+        self.url = url.rstrip("/")
+        self._bucket = parts.netloc
+        self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
+        self._s3 = s3
+        self._endpoint = s3.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        self._check_endpoint()
+        self._client = _client(s3, self._endpoint)
+        self._transfer = TransferConfig(
+            multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 4, max_concurrency=8
+        )
+        self._stream = TransferConfig(
+            multipart_threshold=STREAM_BYTES, multipart_chunksize=STREAM_BYTES, max_concurrency=STREAM_PARTS
+        )
+        self._stream.max_in_memory_upload_chunks = STREAM_PARTS  # boto3 does not pass it on
+
+    def __reduce__(self) -> tuple[type[S3Store], tuple[str, S3Config]]:
+        """A client cannot travel to another process; the address and how to reach it can."""
+        return S3Store, (self.url, self._s3)
+
+    def read(self, key: str) -> bytes:
+        return self._body(key, None)
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        return self._body(key, (offset, length)) if length else b""
+
+    def write(self, key: str, data: Data, *, only_if_absent: bool = False) -> None:
+        place = self._place(key)
+        with self._faults(key):
+            if isinstance(data, Iterator):
+                if only_if_absent:
+                    raise ValueError("a stream cannot be written on condition")
+                # boto3 repeats each part on its own and aborts the upload if one cannot be sent.
+                stream = _Stream(data)
+                self._client.upload_fileobj(stream, place["Bucket"], place["Key"], Config=self._stream)
+                self._check_size(key, stream.size)
+            elif only_if_absent:
+                # One request even for a large file: the condition must hold for the object as a whole.
+                with contextlib.ExitStack() as stack:
+                    body = stack.enter_context(open(data, "rb")) if isinstance(data, Path) else data
+                    self._client.put_object(**place, Body=body, IfNoneMatch="*")
+            elif isinstance(data, Path):
+                self._client.upload_file(str(data), place["Bucket"], place["Key"], Config=self._transfer)
+                self._check_size(key, data.stat().st_size)
+            else:
+                self._client.put_object(**place, Body=data)
+
+    def download(self, key: str, path: Path) -> None:
+        place = self._place(key)
+        with self._faults(key), temporary_beside(path) as temporary:
+            size = self.size(key)
+
+            def once() -> None:
+                temporary.seek(0)
+                temporary.truncate()
+                self._client.download_fileobj(place["Bucket"], place["Key"], temporary, Config=self._transfer)
+                temporary.flush()
+                if os.fstat(temporary.fileno()).st_size != size:
+                    raise TruncatedObject(f"{self.url}/{key}: not all of its {size} bytes arrived")
+
+            self._again(once)
+            os.replace(temporary.name, path)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        found: dict[str, int] = {}
+        with self._faults(prefix):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
+                for entry in page.get("Contents", ()):
+                    if not entry["Key"].endswith("/"):  # consoles make such empty objects for "folders"
+                        found[entry["Key"][len(self._prefix) :]] = entry["Size"]
+        return dict(sorted(found.items()))
+
+    def list(self, prefix: str = "") -> list[str]:
+        return list(self.sizes(prefix))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except MissingObject:
+            return False
+        return True
+
+    def size(self, key: str) -> int:
+        with self._faults(key):
+            return int(self._client.head_object(**self._place(key))["ContentLength"])
+
+    def delete(self, key: str) -> None:
+        with self._faults(key):
+            self._client.delete_object(**self._place(key))
+
+    def sweep(self, prefix: str = "") -> None:
+        """Abort multipart uploads that were never completed; a server that cannot list them keeps them."""
+        with self._faults(prefix):
+            pages = self._client.get_paginator("list_multipart_uploads")
+            try:
+                for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
+                    for upload in page.get("Uploads", ()):
+                        with contextlib.suppress(self._client.exceptions.NoSuchUpload):
+                            place = {"Bucket": self._bucket, "Key": upload["Key"]}
+                            self._client.abort_multipart_upload(**place, UploadId=upload["UploadId"])
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (405, 501):
+                    raise
+
+    def _place(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
+
+    def _body(self, key: str, extent: tuple[int, int] | None) -> bytes:
+        """An object or a range of it, of exactly the length that was announced."""
+        request: dict[str, Any] = self._place(key)
+        if extent:
+            request["Range"] = f"bytes={extent[0]}-{extent[0] + extent[1] - 1}"
+
+        def once() -> bytes:
+            answer = self._client.get_object(**request)
+            with contextlib.closing(answer["Body"]) as body:
+                data = body.read()
+            wanted = extent[1] if extent else answer["ContentLength"]
+            if len(data) != wanted:
+                raise TruncatedObject(f"{self.url}/{key}: {len(data)} bytes arrived instead of {wanted}")
+            return data
+
+        with self._faults(key):
+            return self._again(once)
+
+    def _again(self, once: Callable[[], T]) -> T:
+        """Repeat a download whose body broke off. Requests as such are repeated by botocore."""
+        retrying = Retrying(
+            stop=stop_after_attempt(self._s3.max_attempts),
+            wait=wait_random_exponential(0.5, max=_MAX_WAIT_S),
+            retry=retry_if_exception_type(_BROKEN_BODY),
+            reraise=True,
+        )
+        return retrying(once)
+
+    def _check_size(self, key: str, size: int) -> None:
+        stored = self.size(key)
+        if stored != size:
+            raise TruncatedObject(f"{self.url}/{key}: {stored} of {size} bytes were stored")
+
+    def _check_endpoint(self) -> None:
+        parts = urlsplit(self._endpoint or "https://aws")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError("the S3 endpoint (s3.endpoint_url or AWS_ENDPOINT_URL) must look like https://host:port")
+        if parts.username or parts.password:
+            raise UserError("the S3 endpoint holds a user name or password; give keys by the AWS_* variables instead")
+
+    @contextlib.contextmanager
+    def _faults(self, key: str) -> Iterator[None]:
+        """Say in one line what went wrong, with nothing of the request but its address."""
+        where = f"{self.url}/{key}" if key else self.url
+        server = self._endpoint or "AWS"
+        try:
+            yield
+        except ClientError as error:
+            raise _explain(error, where, self._bucket, server) from error
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise UserError(
+                f"no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            ) from error
+        except GlannError:  # told already
+            raise
+        except (ConnectionError, HTTPClientError, *_BROKEN_BODY) as error:
+            raise EnvironmentFault(
+                f"{where}: cannot reach S3 at {server} after {self._s3.max_attempts} tries "
+                f"({type(error).__name__}); check the network and s3.endpoint_url"
+            ) from error
+        except ParamValidationError as error:
+            raise UserError(f"{where} is not a possible S3 address: {_last_line(error)}") from error
+        except (BotoCoreError, Boto3Error) as error:
+            raise _explain_transfer(error, where, self._bucket, server) from error
+        except OSError as error:
+            raise os_fault(error, error.filename or where) from error
+
+
+class _Stream:
+    """Pieces that follow one another, as the file that boto3 wants; what was read is counted and let go."""
+
+    def __init__(self, pieces: Iterator[memoryview]):
+        self.size = 0
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+
+    def read(self, amount: int = -1) -> bytes:
+        """The next `amount` bytes, fewer only at the end; all that is left if it is negative."""
+        taken: list[memoryview] = []
+        missing = amount if amount >= 0 else 1 << 62
+        while missing:
+            if not self._rest:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    break
+                self._rest = piece
+            taken.append(self._rest[:missing])
+            self._rest = self._rest[missing:]
+            missing -= len(taken[-1])
+        data = b"".join(taken)
+        self.size += len(data)
+        return data
+
+
+def _explain(error: ClientError, where: str, bucket: str, server: str) -> UserError | EnvironmentFault:
+    code = str(error.response.get("Error", {}).get("Code", "unknown"))
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if code == "NoSuchBucket":
+        return UserError(f"there is no bucket {bucket} at {server}; create it or correct the address {where}")
+    if code in ("NoSuchKey", "404", "NotFound"):
+        return MissingObject(f"no such object: {where}")
+    if code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+        return ObjectExists(f"{where} exists already")
+    if code in ("InvalidRange", "416"):
+        return TruncatedObject(f"{where} ends before the bytes that were asked for")
+    if code in _REFUSED or status in (401, 403):
+        return UserError(
+            f"S3 at {server} refuses access to {where} ({code}); check the AWS_* keys and what they permit"
+        )
+    if status in (301, 400) or code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "InvalidBucketName"):
+        return UserError(f"S3 at {server} does not take requests for {where} ({code}); check s3.region and the address")
+    return EnvironmentFault(f"S3 at {server} failed for {where} after the allowed tries ({code}, status {status})")
+
+
+def _explain_transfer(error: Exception, where: str, bucket: str, server: str) -> UserError | EnvironmentFault:
+    """As `_explain`, for boto3's own wrapping of a client error in multipart transfers."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ClientError):
+        return _explain(cause, where, bucket, server)
+    return EnvironmentFault(f"S3 at {server} failed for {where} ({type(error).__name__})")
+
+
+@functools.lru_cache(maxsize=16)
+def _client(s3: S3Config, endpoint: str | None) -> Any:
+    """One client per way to reach S3: they are thread-safe, hold connections and are slow to make."""
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": s3.max_attempts},
+        connect_timeout=s3.timeout_s,
+        read_timeout=s3.timeout_s,
+        s3={"addressing_style": "path" if s3.path_style else "auto"},
+        # Self-hosted servers reject the trailing checksums that botocore sends by default.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        max_pool_connections=64,
+    )
+    try:
+        session = boto3.session.Session()
+        # S3 wants some region in its signatures; self-hosted servers take any.
+        region = s3.region or session.region_name or "us-east-1"
+        return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    except (ProfileNotFound, BotoCoreError, ValueError) as error:
+        raise UserError(f"S3 cannot be set up: {str(error).splitlines()[0]}") from error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).splitlines()[-1][:200]

@@ -1,0 +1,175 @@
+"""The configuration refuses, before anything starts, whatever is unknown or impossible, in one line that helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from glann.config.reference import describe_keys
+from glann.config.run import Config, find_recipe, known_keys, load, validate
+from glann.errors import UserError
+from pydantic import ValidationError
+
+SMALL = {
+    "name": "small",
+    "data": {"url": "data/x", "resolution": 28, "channels": 1},
+    "generator": {"kind": "infogan"},
+    "glo": {"epochs": 2},
+}
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load("digits", list(overrides))
+    assert caught.value.exit_status == 2
+    return str(caught.value)
+
+
+def test_overrides_are_typed_by_yaml_and_leave_the_rest_alone():
+    before, after = load("digits"), load("digits", ["glo.epochs=7", "data.max_rows=null", "loss.taps=[conv1, fire3]"])
+    assert after.glo.epochs == 7
+    assert after.data.max_rows is None
+    assert after.loss.taps == ("conv1", "fire3")
+    assert after.model_copy(update={"glo": before.glo, "loss": before.loss}) == before
+
+
+def test_an_unknown_key_names_the_closest_known_one():
+    assert refusal("glo.epoch=3").startswith("unknown key glo.epoch (did you mean glo.epochs?)")
+
+
+def test_a_known_key_in_the_wrong_section_is_found():
+    assert "did you mean generator.latent_dim?" in refusal("glo.latent_dims=64")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("glo.epochs=many", "glo.epochs='many' is not possible"),
+        ("glo.epochs=0", "glo.epochs=0 is not possible"),
+        ("glo.latent_lr=.inf", "glo.latent_lr=inf is not possible"),
+        ("glo.latent_lr=.nan", "glo.latent_lr=nan is not possible"),
+        ("engine.zero=4", "engine.zero=4 is not possible"),
+        ("data.resolution=100", "data.resolution=100 is not possible"),
+        ("name=../evil", "name='../evil' is not possible"),
+        ("data=3", "data=3 is not possible"),
+        ("data.url.x=3", "data.url is a value, not a section"),
+        ("glo", "cannot read override 'glo'"),
+        ("=3", "cannot read override '=3'"),
+        ("glo.epochs=[", "cannot read the value of override"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_named(override: str, expected: str):
+    message = refusal(override)
+    assert expected in message or expected.replace("data.url is", "url is") in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["data.resolution=128"], "use generator.kind=resnet"),
+        (["generator.kind=resnet"], "use generator.kind=infogan"),
+        (["cluster.workers={min: 1, max: 200}"], "use at least 200"),
+        (["cluster.workers=50", "engine.accumulation=3"], "use at least 150"),
+        (["cluster.workers={min: 3, max: 2}"], "min must not be larger"),
+        (["engine.kind=torch"], "set cluster.workers=1 and engine.zero=0"),
+        (["loss.patch=64"], "loss.patch=64 is larger than data.resolution=28"),
+    ],
+)
+def test_impossible_combinations_name_the_remedy(overrides: list[str], remedy: str):
+    assert remedy in refusal(*overrides)
+
+
+def test_workers_are_a_number_or_a_range():
+    for given, least, most in (("2", 2, 2), ("{min: 1, max: 8}", 1, 8)):
+        config = load("digits", [f"cluster.workers={given}"])
+        assert (config.cluster.min_workers, config.cluster.max_workers) == (least, most)
+        assert validate(yaml.safe_load(config.to_yaml()), "its own YAML") == config
+    assert refusal("cluster.workers={min: 1}").startswith("missing key cluster.workers.max: grow to as many")
+    assert "did you mean cluster.workers.max?" in refusal("cluster.workers={min: 1, maxx: 3}")
+    assert "cluster.workers.min=0 is not possible" in refusal("cluster.workers={min: 0, max: 3}")
+    assert "cluster.workers='many' is not possible" in refusal("cluster.workers=many")
+
+
+def test_every_fault_is_told_at_once():
+    message = refusal("glo.epoch=3", "engine.zero=9")
+    assert "glo.epoch" in message
+    assert "engine.zero=9" in message
+
+
+def test_a_missing_key_says_what_it_is_for():
+    with pytest.raises(UserError, match=r"missing key data: .*; in here"):
+        validate({key: value for key, value in SMALL.items() if key != "data"}, "here")
+    with pytest.raises(UserError, match=r"missing key data.url: folder of a packed data set"):
+        validate(SMALL | {"data": {"resolution": 28}}, "here")
+
+
+def test_a_partial_schedule_keeps_the_published_halving():
+    glo = validate(SMALL | {"glo": {"epochs": 2, "schedule": {"every": 10}}}, "here").glo
+    assert (glo.schedule.kind, glo.schedule.every) == ("halving", 10)
+
+
+def test_values_never_change():
+    config = load("digits")
+    with pytest.raises(ValidationError):
+        config.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.glo.epochs = 3  # type: ignore[misc]
+
+
+def test_the_printed_configuration_is_the_configuration():
+    for name in ("digits", "celebahq-1024"):
+        config = load(name, ["loss.taps=[a, b]", "seed=5"])
+        assert validate(yaml.safe_load(config.to_yaml()), "printed") == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- a\n- b\n", "just words", "a: [", "!!python/object/apply:os.system ['true']", "a: &x [*x]\n", "\0", ""],
+)
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, text: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert "bad.yaml" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_file_of_bytes_is_refused(tmp_path: Path):
+    path = tmp_path / "bytes.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load(path)
+
+
+def test_recipes_are_found_by_name_and_misspelt_ones_suggested():
+    assert find_recipe("digits") == find_recipe("configs/digits.yaml").resolve() or find_recipe("digits").is_file()
+    with pytest.raises(UserError, match="did you mean celebahq-1024"):
+        find_recipe("celebhq-1024")
+    with pytest.raises(UserError, match="no such recipe"):
+        find_recipe("/nowhere/digits.yaml")
+
+
+def test_checkpoints_lie_in_the_run_folder_or_below_the_given_url():
+    assert load("digits").checkpoint_url.endswith("/runs/digits/checkpoints")
+    config = load("digits", ["checkpoint.url=s3://bucket/runs/", "name=a"])
+    assert config.checkpoint_url == "s3://bucket/runs/a/checkpoints"
+
+
+def test_every_key_is_described_and_accepted():
+    """What `glann config --keys` prints is complete: each key has a meaning and is part of the schema."""
+    keys = describe_keys()
+    assert len(keys) > 60
+    assert [key.name for key in keys if not key.meaning] == []
+    assert {key.name for key in keys} < set(known_keys())
+    defaults = {key.name: key.default for key in keys}
+    assert defaults["glo.schedule.kind"] == "halving"
+    assert defaults["imle.schedule.kind"] == "constant"
+    assert defaults["glo.epochs"] == "required"
+    assert defaults["data.max_rows"] == "empty"
+
+
+def test_the_schema_refuses_unknown_keys():
+    assert Config.model_json_schema()["additionalProperties"] is False

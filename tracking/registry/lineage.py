@@ -1,0 +1,135 @@
+"""What a registered version says of itself, all of it from the MLflow run that it came out of.
+
+    glann.fingerprint, glann.rows, glann.resolution, ...   the data it was trained on
+    glann.config.run.KEY                                       the keys that decide most; run and model hold the others
+    glann.metric.NAME                                      as measured at the end of the run
+    glann.run, glann.run_name, glann.study, glann.trial    where it comes from
+
+The description of a version is the model card of its run.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import __version__
+from ...config import run as config
+from ...config.run import Config
+from ...errors import UserError, redact
+from ...inference.package import MANIFEST, Manifest, read_manifest
+from ...reports.card import FILE as CARD
+from .client import fetch, locate, opened
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+FINGERPRINT, RUN, RUN_NAME = "glann.fingerprint", "glann.run", "glann.run_name"
+STUDY, TRIAL, PARENT = "glann.study", "glann.trial", "mlflow.parentRunId"
+METRIC, CONFIG = "glann.metric.", "glann.config.run."
+TRACKED_CONFIG = "tracked-config.yaml"  # among the artifacts of a run
+EVALUATION = "evaluation/"  # the stage under which a run logs what it measured of itself
+CONFIG_KEYS = (
+    "seed",
+    "generator.kind",
+    "generator.latent_dim",
+    "generator.width",
+    "loss.kind",
+    "loss.network",
+    "glo.epochs",
+    "glo.batch_size",
+    "glo.latent_lr",
+    "glo.generator_lr",
+    "glo.constraint",
+    "imle.epochs",
+    "imle.noise_dim",
+    "imle.hidden_dim",
+    "imle.statistics",
+)
+COPIED = {tag: tag for tag in (STUDY, TRIAL, PARENT, "glann.data")} | {"mlflow.source.git.commit": "glann.commit"}
+MAX_DESCRIPTION = 5000  # MLflow's database column; PostgreSQL refuses more
+MAX_CONFIG_BYTES = 1 << 20
+_PICTURE = re.compile(r"^!\[[^\]\n]*\]\([^)\n]*\)\n+", re.MULTILINE)
+
+
+def version_tags(run: Run, manifest: Manifest) -> dict[str, str]:
+    """The tags of a version. Addresses have lost their passwords, whoever wrote the run."""
+    params, metrics = run.data.params, run.data.metrics
+    tags: dict[str, Any] = {
+        FINGERPRINT: manifest.fingerprint,
+        "glann.rows": manifest.rows,
+        "glann.resolution": manifest.resolution,
+        "glann.channels": manifest.channels,
+        "glann.version": __version__,
+        RUN: run.info.run_id,
+        RUN_NAME: run.info.run_name,
+    }
+    tags |= {CONFIG + key: params[key] for key in CONFIG_KEYS if key in params}
+    tags |= {
+        METRIC + name.removeprefix(EVALUATION): f"{value:.6g}"
+        for name, value in metrics.items()
+        if name.startswith(EVALUATION)
+    }
+    tags |= {ours: run.data.tags[theirs] for theirs, ours in COPIED.items() if theirs in run.data.tags}
+    return {name: redact(str(value)) for name, value in tags.items()}
+
+
+def description(client: MlflowClient, run_id: str) -> str | None:
+    """The model card of a run, as long as MLflow lets a description be; None if it has none."""
+    if CARD not in {file.path for file in client.list_artifacts(run_id)}:
+        return None
+    with tempfile.TemporaryDirectory(prefix="glann-card-") as scratch:
+        text = Path(client.download_artifacts(run_id, CARD, scratch)).read_text(encoding="utf-8")
+    return fitted(redact(_PICTURE.sub("", text)), f"\n\n(Cut. The whole card is {CARD} of run {run_id}.)")
+
+
+def fitted(text: str, note: str) -> str:
+    """The text, or as many of its lines as leave room for the note that some are missing."""
+    if len(text) <= MAX_DESCRIPTION:
+        return text
+    head = text[: MAX_DESCRIPTION - len(note)]
+    return head[: head.rfind("\n")].rstrip() + note
+
+
+def manifest_of(client: MlflowClient, logged: LoggedModel) -> Manifest:
+    """model.json of a logged model.
+
+    Raises:
+        UserError: it is not one of glann's.
+    """
+    with tempfile.TemporaryDirectory(prefix="glann-manifest-") as scratch:
+        where = f"{logged.artifact_location.rstrip('/')}/artifacts/model/{MANIFEST}"
+        return read_manifest(fetch(client.tracking_uri, where, Path(scratch)).parent)
+
+
+def origin(uri: str) -> Config:
+    """The configuration that a registered model was made with.
+
+    Raises:
+        UserError: no such model, or its run has no configuration.
+    """
+    with opened(f"no model {uri}") as client:
+        run_id = locate(client, uri)[1]
+        if run_id is None:
+            raise UserError(f"{uri} is of no MLflow run, so its configuration is not known")
+        return run_config(client, run_id)
+
+
+def run_config(client: MlflowClient, run_id: str) -> Config:
+    """The configuration of a run, as MLflow has it: without passwords, and without folders of other machines.
+
+    Raises:
+        UserError: the run has none, or what it has is not one.
+    """
+    with tempfile.TemporaryDirectory(prefix="glann-config-") as scratch:
+        if TRACKED_CONFIG not in {file.path for file in client.list_artifacts(run_id)}:
+            raise UserError(f"MLflow run {run_id} holds no {TRACKED_CONFIG}; it was not made by `glann train`")
+        path = Path(client.download_artifacts(run_id, TRACKED_CONFIG, scratch))
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(f"{TRACKED_CONFIG} of MLflow run {run_id} is larger than {MAX_CONFIG_BYTES} bytes")
+        found = config.load(path)
+    # A cache is emptied as it fills: its folder is chosen here, not by whoever can write to the server.
+    return found.model_copy(update={"data": found.data.model_copy(update={"cache_dir": None})})

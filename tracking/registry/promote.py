@@ -1,0 +1,150 @@
+"""`glann registry promote`: the challenger and the champion measured under the same conditions, and the better kept.
+
+Both draw the same number of images from the same noise, and are compared with the same images by the same
+extractor. A challenger that is not worse becomes champion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...config.run import Config
+from ...errors import UserError, redact
+from ...inference.model import SamplingModel
+from ...inference.package import Manifest
+from ...metrics.evaluate import Judge, build_judge, moved, open_images, require_same
+from ..source import open_model
+from . import catalogue
+from . import history as promotion
+from .catalogue import Version
+from .client import opened
+from .history import Measured
+from .lineage import run_config
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A version with its model, opened."""
+
+    version: Version
+    manifest: Manifest
+    model: SamplingModel
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How the contenders are measured; None takes what the challenger's run was configured with."""
+
+    data: str | None = None
+    extractor: str | None = None
+    samples: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+
+def promote(
+    name: str, number: int | None, conditions: Conditions, *, why: str = "", force: bool = False, say: Say = print
+) -> Version:
+    """Make version `number` of a model, or its challenger, the champion, unless it is worse.
+
+    Args:
+        force: promote it also if it is worse, or cannot be compared with the champion.
+        say: is told what happens, a line at a time.
+    Raises:
+        UserError: no such version, or it is refused; nothing has changed then.
+    """
+    why = promotion.checked_why(why)
+    with opened(f"no model {name}") as client:
+        entry = catalogue.read(client, name)
+        version, champion = entry.candidate(number), entry.champion
+        if version == champion:
+            say(f"version {version.number} of {name} is the champion already; nothing was changed")
+            return version
+        if version.run_id is None:
+            raise UserError(f"{version.uri} is of no MLflow run, so it is not known what it was trained on")
+        config = moved(run_config(client, version.run_id), conditions.data)
+        challenger = _open(version, conditions.device)
+        holder = _open(champion, conditions.device) if champion else None
+        objection = _incomparable(challenger, holder) if holder else None
+        _refuse(objection, force)
+        measured = _measure(challenger, holder, config, conditions, say)
+        objection = objection or _worse(challenger, holder, measured)
+        _refuse(objection, force)
+        if objection:
+            say(f"forced: {objection}")
+        promotion.promote(client, entry, version, measured, why, forced=objection is not None)
+    say(f"version {version.number} of {name} is the champion" + (f", instead of {champion.number}" if champion else ""))
+    return version
+
+
+def _open(version: Version, device: str) -> Contender:
+    manifest, model = open_model(version.uri, device=device)
+    return Contender(version, manifest, model)
+
+
+def _measure(
+    challenger: Contender, holder: Contender | None, config: Config, conditions: Conditions, say: Say
+) -> Measured:
+    """The numbers of both, against all rows that either was trained on, or all images of another address."""
+    contenders = [challenger, *([holder] if holder else [])]
+    rows = None if conditions.data else max(contender.manifest.rows for contender in contenders)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_rows": rows})})
+    images = open_images(config)
+    require_same(images, challenger.manifest, config, conditions.data)
+    extractor = conditions.extractor or config.evaluation.extractor
+    samples = conditions.samples or config.evaluation.samples
+    judge = build_judge(config, images, extractor, samples, conditions.seed, conditions.device)
+    values = [_value(judge, contender, say) for contender in contenders]
+    return Measured(
+        metric=judge.metric,
+        extractor=extractor,
+        samples=samples,
+        seed=conditions.seed,
+        data=redact(config.data.url),
+        data_fingerprint=images.index.fingerprint,
+        rows=len(images),
+        value=values[0],
+        champion_value=values[1] if holder else None,
+    )
+
+
+def _value(judge: Judge, contender: Contender, say: Say) -> float:
+    value = judge.distance(contender.model)
+    say(
+        f"version {contender.version.number}: {judge.metric} {value:.6g} "
+        f"({judge.samples} samples of seed {judge.seed}, {judge.real.count} images)"
+    )
+    return value
+
+
+def _incomparable(challenger: Contender, holder: Contender) -> str | None:
+    """Why the two cannot be measured by the same images, if so."""
+    ours, theirs = challenger.manifest, holder.manifest
+    for what, mine, other in (
+        ("at", f"{ours.resolution} px", f"{theirs.resolution} px"),
+        ("on data", ours.fingerprint[:12], theirs.fingerprint[:12]),
+    ):
+        if mine != other:
+            return (
+                f"version {challenger.version.number} of {challenger.version.name} was trained {what} {mine}, "
+                f"the champion, version {holder.version.number}, {what} {other}"
+            )
+    return None
+
+
+def _worse(challenger: Contender, holder: Contender | None, measured: Measured) -> str | None:
+    """That the challenger is worse, in numbers, if so."""
+    if holder is None or measured.champion_value is None or measured.value <= measured.champion_value:
+        return None
+    return (
+        f"version {challenger.version.number} of {challenger.version.name} is worse than the champion, version "
+        f"{holder.version.number}: {measured.metric} {measured.value:.6g} against {measured.champion_value:.6g}"
+    )
+
+
+def _refuse(objection: str | None, force: bool) -> None:
+    if objection and not force:
+        raise UserError(f"{objection}; nothing was changed; --force promotes it all the same")

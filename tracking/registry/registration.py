@@ -1,0 +1,98 @@
+"""Registering a run that has ended: from its folder, or from its MLflow run.
+
+A model that MLflow has already is registered where it lies. One that it has not (a run with
+`tracking.enabled=false`) is logged first, with its configuration, journal and model card.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import EnvironmentFault, UserError
+from ...inference.package import find_folder, read_manifest
+from ...reports.card import FILE as CARD_FILE
+from ...reports.card import write_card
+from ...reports.facts import RunFacts
+from ..connection import absolute_uri, default_uri, redact
+from ..outbox import State
+from ..runs import TrackedRun
+from .client import opened
+from .lineage import FINGERPRINT
+from .models import PublishedModel, checked, logged_model, register
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Which version a run is; `fresh` if it was made just now."""
+
+    name: str
+    version: str
+    fresh: bool
+
+
+def register_run(run: str, name: str | None = None) -> Registered:
+    """Register the model of a finished run folder, or of an MLflow run, under `name` or the name of the run.
+
+    Raises:
+        UserError: no such run, not finished, tracked by another server, or without a model.
+    """
+    folder = Path(run)
+    if folder.is_dir():
+        return _register_folder(folder, name)
+    if not _RUN_ID.fullmatch(run):
+        raise UserError(f"{run[:200]} is neither a run folder, such as runs/digits, nor the id of an MLflow run")
+    with opened(f"no MLflow run {run}") as client:
+        logged = logged_model(client, run)
+        if logged is None:
+            raise UserError(f"MLflow run {run} has logged no model of glann's; give its run folder")
+        return _register_logged(client, logged, run, name or client.get_run(run).info.run_name)
+
+
+def _register_folder(folder: Path, name: str | None) -> Registered:
+    facts = RunFacts.read(folder)
+    if not facts.finished:
+        raise UserError(f"{folder} has not finished; the same `glann train` goes on with it")
+    name, address = checked(name or facts.config.name), default_uri(None)
+    state = State.load(folder)
+    if state and state.run_id:
+        if absolute_uri(state.uri) != absolute_uri(redact(address)):
+            raise UserError(f"{folder} is tracked at {state.uri}, not at {redact(address)}; set MLFLOW_TRACKING_URI")
+        with opened(f"the MLflow run of {folder} is not") as client:
+            if logged := logged_model(client, state.run_id):
+                return _register_logged(client, logged, state.run_id, name)
+    model = _track(facts, name, address)
+    return Registered(name, str(model.version), fresh=True)
+
+
+def _register_logged(client: MlflowClient, logged: LoggedModel, run_id: str, name: str) -> Registered:
+    for version in client.search_model_versions(f"name='{checked(name)}'"):
+        if version.source == logged.artifact_location:
+            return Registered(name, str(version.version), fresh=False)
+    return Registered(name, str(register(client, name, logged, run_id).version), fresh=True)
+
+
+def _track(facts: RunFacts, name: str, address: str) -> PublishedModel:
+    """Give MLflow a finished run that it does not have, or not all of; its model is registered with it."""
+    folder = facts.run_dir
+    model = find_folder(folder)
+    tracking = facts.config.tracking.model_copy(update={"enabled": True, "uri": address, "register_as": name})
+    run = TrackedRun.open(
+        facts.config.model_copy(update={"tracking": tracking}),
+        folder,
+        {FINGERPRINT: read_manifest(model).fingerprint},
+    )
+    run.log_artifact(folder / CARD_FILE if (folder / CARD_FILE).is_file() else write_card(folder, run.tracked_as))
+    run.log_model(model)
+    run.finish()
+    if run.model is None:
+        raise EnvironmentFault(f"the model of {folder} did not reach {redact(address)}; run the same command again")
+    return run.model

@@ -1,0 +1,1 @@
+"""One optimiser step of a network, through DeepSpeed or plain PyTorch."""

@@ -1,0 +1,259 @@
+"""One optimiser step of a network in plain PyTorch: the reference, and the base of the DeepSpeed engine.
+
+Engines keep fp32 weights and run the network under autocast when `precision` is bf16; with the engine on or off
+the numbers are the same (a test holds them side by side).
+
+Shapes: B rows of this worker's batch, D latent dimension, W workers, R real rows of all workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...cluster.checkpoints.pieces import Live
+from ...config.run import Config
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one global step did.
+
+    loss: mean over the real rows of all workers.  grad_BD: gradient of each row's own loss, not
+    divided by anything.  applied: False if the loss or a gradient was not finite, in which case
+    nothing moved.  votes: sum over workers of the `vote` they passed in.
+    """
+
+    loss: float
+    grad_BD: Tensor
+    applied: bool
+    votes: float
+
+
+class GuardedAdam(torch.optim.Adam):
+    """Adam whose next update can be withheld, whatever wraps it (DeepSpeed calls `step` itself)."""
+
+    withhold = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.withhold else super().step(closure)
+
+
+class Precision(nn.Module):
+    """Runs a network under autocast from inside, since DeepSpeed switches outer autocast off."""
+
+    def __init__(self, network: nn.Module, device: torch.device, bf16: bool) -> None:
+        super().__init__()
+        self.network, self.device, self.bf16 = network, device, bf16
+
+    def forward(self, z_BD: Tensor, weight_B: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.network(z_BD, weight_B)
+
+
+class Engine:
+    """Plain PyTorch, one process: the reference, and the base of `DeepSpeedEngine`.
+
+    Args:
+        state: what `state()` returned, to go on from; its tensors are copied.
+    """
+
+    def __init__(self, network: nn.Module, config: Config, device: torch.device, state: Mapping | None = None) -> None:
+        self.network = network.to(device).train()
+        self.device = device
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.accumulation = config.engine.accumulation
+        self.clip_norm = config.engine.clip_norm
+        if state is not None:
+            network.load_state_dict(state["weights"])
+        self.names = [name for name, _ in network.named_parameters()]
+        self.ema = None
+        forward = Precision(network, device, config.engine.precision == "bf16")
+        self.optimizer = GuardedAdam(
+            network.parameters(),
+            lr=config.glo.generator_lr,
+            betas=config.glo.betas,
+            fused=device.type == "cuda",
+        )
+        self.forward: nn.Module = self._wrap(forward, config)
+        updates = 0.0 if state is None else float(state["updates"])
+        prime(self.optimizer, self._stored_parameters(), updates)
+        if state is not None:
+            self._restore_moments(state)
+        if config.glo.ema:
+            weights = None if state is None else state.get("ema")
+            self.ema = MovingAverage(config.glo.ema, self.shards(), self._as_shards(weights))
+
+    # What DeepSpeed does in another way ------------------------------------------------------
+
+    def _wrap(self, forward: nn.Module, config: Config) -> nn.Module:
+        return forward
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def _update(self) -> bool:
+        """Clip, update and clear the gradients; True if the update was applied."""
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm or float("inf"))
+        self.optimizer.withhold |= not bool(torch.isfinite(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return not self.optimizer.withhold
+
+    def _stored_parameters(self) -> list[Tensor]:
+        """The tensors that the optimiser updates."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def shards(self) -> list[Tensor]:
+        """The part of each parameter that this process stores (here: all of it)."""
+        return [parameter.data for parameter in self.network.parameters()]
+
+    def _as_shards(self, weights: Mapping[str, Tensor] | None) -> list[Tensor] | None:
+        if weights is None:
+            return None
+        return [weights[name].to(self.device) for name in self.names]
+
+    def _moment(self, parameter: Tensor, key: str) -> Tensor:
+        return self.optimizer.state[parameter][key]
+
+    def _set_moment(self, parameter: Tensor, key: str, value: Tensor) -> None:
+        self.optimizer.state[parameter][key].copy_(value)
+
+    # What is the same ------------------------------------------------------------------------
+
+    def step(
+        self,
+        z_BD: Tensor,
+        weight_B: Tensor,
+        loss_of: Callable[[Tensor, slice], Tensor],
+        lr: float,
+        vote: float = 0.0,
+    ) -> StepResult:
+        """One update from the mean loss over the real rows of all workers.
+
+        Args:
+            z_BD: latent codes of this worker's batch, cut into `accumulation` micro-batches.
+            weight_B: 1 for a real row, 0 for padding.
+            loss_of: (images of a slice of the batch, the slice) -> loss per row.
+            vote: any number; the sum over workers comes back, free of a further exchange.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        real_rows = float(self._sum(weight_B.sum()))
+        scale = self.world / max(real_rows, 1.0)  # gradients are averaged over workers
+        micro = -(-len(z_BD) // self.accumulation)
+        grads: list[Tensor] = []
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(z_BD), micro):
+            part = slice(start, start + micro)
+            z_part_BD = z_BD[part].detach().requires_grad_()
+            fake_BCHW = self.forward(z_part_BD, weight_B[part])
+            # where() and not a product: a padding row may be non-finite, and 0 x inf is not 0
+            loss_B = torch.where(weight_B[part] > 0, loss_of(fake_BCHW, part), 0.0)
+            last = start + micro >= len(z_BD)
+            self._backward(loss_B.sum() * scale, last)
+            grads.append(cast(Tensor, z_part_BD.grad) / scale)
+            total += loss_B.detach().sum()
+        grad_BD = torch.cat(grads)
+        seen = torch.stack([total, grad_BD.sum(), torch.tensor(vote, device=self.device)])
+        loss_sum, grad_sum, votes = self._sum(seen).tolist()
+        # a NaN or infinity on any worker makes the sum non-finite on all: every worker agrees
+        self.optimizer.withhold = not (is_finite(loss_sum) and is_finite(grad_sum))
+        applied = self._update()
+        if applied and self.ema:
+            self.ema.update(self.shards())
+        return StepResult(loss_sum / max(real_rows, 1.0), grad_BD, applied, votes)
+
+    def weights(self, averaged: bool = True) -> dict[str, Tensor]:
+        """Whole fp32 weights, and buffers, by name on CPU, of the moving average where there is one. Collective."""
+        held = self.live()
+        chosen = held["weights"] | (held.get("ema", {}) if averaged else {})
+        return {name: tensor.whole().to("cpu", copy=True) for name, tensor in chosen.items()}
+
+    def live(self) -> dict[str, Any]:
+        """All that is needed to go on, by parameter name and independent of W, without a copy of it.
+
+        `weights`, `ema` (if on), `exp_avg`, `exp_avg_sq`: dictionaries of `Live` tensors, which all workers ask for
+        in the same order and before the next step; `updates`: Adam's count.
+        """
+        parameters = dict(self.network.named_parameters())
+
+        def live(of: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> dict[str, Live]:
+            width = {name: 4 if tensor.is_floating_point() else tensor.element_size() for name, tensor in of.items()}
+            sizes = {name: width[name] * full_shape(tensor).numel() for name, tensor in of.items()}
+            return {name: Live(sizes[name], partial(whole, tensor)) for name, tensor in of.items()}
+
+        state: dict[str, Any] = {"weights": live(self.network.state_dict(keep_vars=True), self._whole)}
+        if self.ema:
+            averages = dict(zip(map(id, parameters.values()), self.ema.shards, strict=True))
+            state["ema"] = live(parameters, lambda parameter: self._whole_of(parameter, averages[id(parameter)]))
+        for key in MOMENTS:
+            state[key] = live(parameters, partial(self._moment, key=key))
+        state["updates"] = max(float(slot["step"]) for slot in self.optimizer.state.values())
+        return state
+
+    def state(self) -> dict[str, Any]:
+        """What `live` holds, as whole copies on the CPU of every worker. Collective."""
+        return {
+            key: {name: tensor.whole().to("cpu", copy=True) for name, tensor in held.items()}
+            if isinstance(held, dict)
+            else held
+            for key, held in self.live().items()
+        }
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """A parameter or buffer in fp32; counters as they are."""
+        return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+
+    def _whole_of(self, parameter: Tensor, shard: Tensor) -> Tensor:
+        """What belongs to a parameter and is stored as its shards are."""
+        return shard.float()
+
+    def _restore_moments(self, state: Mapping) -> None:
+        for key in MOMENTS:
+            for name, parameter in zip(self.names, self.network.parameters(), strict=True):
+                self._set_moment(parameter, key, state[key][name].to(self.device))
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+class MovingAverage:
+    """Exponential moving average of the stored shards of the weights."""
+
+    def __init__(self, decay: float, shards: list[Tensor], start: list[Tensor] | None = None) -> None:
+        self.decay = decay
+        self.shards = [shard.detach().clone() for shard in (shards if start is None else start)]
+
+    @torch.no_grad()
+    def update(self, shards: list[Tensor]) -> None:
+        torch._foreach_lerp_(self.shards, shards, 1 - self.decay)
+
+
+def prime(optimizer: torch.optim.Optimizer, parameters: list[Tensor], updates: float) -> None:
+    """Make Adam's state now and not at the first step, so that it can always be saved and restored."""
+    for parameter in parameters:
+        on = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+        optimizer.state[parameter] = {
+            "step": torch.tensor(updates, dtype=torch.float32, device=on),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def is_finite(number: float) -> bool:
+    return number - number == 0.0

@@ -1,0 +1,40 @@
+"""Data sheets of accelerators: what a run could reach at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...config.sections import EngineConfig
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense peaks in TFLOP/s without sparsity, and memory in GiB; the driver's name of it contains `mark`."""
+
+    name: str
+    mark: str
+    bf16: float
+    fp32: float
+    memory: float
+
+    def peak(self, engine: EngineConfig) -> float:
+        """FLOP/s at the engine's precision."""
+        return (self.bf16 if engine.precision == "bf16" else self.fp32) * 1e12
+
+
+GPUS = (
+    Gpu("A10G", "A10G", 70.0, 35.0, 22.5),
+    Gpu("A100 80 GB", "A100", 312.0, 19.5, 79.0),
+    Gpu("H100 SXM", "H100", 989.0, 67.0, 79.0),
+    Gpu("H200", "H200", 989.0, 67.0, 139.0),
+)
+
+
+def peak_of(device: torch.device, engine: EngineConfig) -> float | None:
+    """Peak FLOP/s of a device, or None where no data sheet is known (CPUs, other GPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((gpu.peak(engine) for gpu in GPUS if gpu.mark in name), None)

@@ -1,0 +1,329 @@
+"""What a run will take, before anything starts: `glann train --dry-run`.
+
+Parameters, operations and activations are measured on the networks themselves (`models.cost`), memory
+follows from the ZeRO stage, time from a rate: on CPUs one real step is timed on this machine, for GPUs
+it is the data sheet's peak times an assumed utilisation.  The plan says which.
+
+Legend: N rows, M candidates, D latent dimension, W workers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...cluster.placement import Share, ranges
+from ...config.run import Config
+from ...config.sections import ClusterConfig
+from ...datasets.fit import require_fit
+from ...datasets.index import Index
+from ...errors import GlannError
+from ...models.cost import Cost, cost
+from ...models.generators import Generator, build_generator
+from ...models.losses import ReconstructionLoss, build_loss
+from ...models.mapping import build_mapping
+from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
+from .devices import GPUS
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+KNOWN_ROWS = {"digits": 5_000, "mnist": 60_000, "fashion-mnist": 60_000, "orl-faces": 400}
+ASSUMED_ROWS = 30_000  # CelebA-HQ
+ASSUMED_UTILISATION = 0.3
+TIMED_FLOPS, TIMED_SECONDS = 20_000_000_000, 5.0  # bounds of the step that is timed on CPUs
+FLOAT = 4  # bytes
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many images there are, how that is known, and why the index was not read if it was not."""
+
+    count: int
+    basis: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Hours on so many devices of one kind. `basis`: where the rate comes from; `fits`: whether memory suffices."""
+
+    device: str
+    workers: int
+    flops_per_second: float
+    basis: str
+    hours: float
+    device_hours: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `--dry-run` prints; FLOPs count a multiply-add as two, memory is in bytes per worker."""
+
+    config: Config
+    rows: Rows
+    generator: Cost
+    mapping: Cost
+    loss: Cost
+    flops_per_image: int
+    memory: dict[str, int]
+    latent_bytes: int
+    glo_steps: int
+    imle_steps: int
+    glo_flops: float
+    imle_flops: float
+    estimates: tuple[Estimate, ...]
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(style="bold")
+        for label, text in _lines(self):
+            table.add_row(label, Text(text))
+        return Group(Text(f"plan of {self.config.name}: nothing was started"), table)
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of a run. Works offline, and also when the data set is not there yet.
+
+    Raises:
+        UserError: the data set is there but does not fit the configuration.
+    """
+    rows = count_rows(config)
+    latent_dim = config.generator.latent_dim
+    with torch.device("meta"):
+        mapping = build_mapping(config.imle, latent_dim)
+    generator, loss = training_costs(config)
+    mapping_cost = cost(mapping, (config.imle.noise_dim,))
+    flops_per_image = generator.flops + loss.flops
+    # with few workers each holds most, so what must fit is told for the fewest
+    memory = memory_per_worker(config, generator, loss, config.cluster.min_workers)
+    largest = len(ranges(rows.count, config.cluster.min_workers)[0])
+    glo_flops = float(flops_per_image) * rows.count * config.glo.epochs
+    imle_flops = mapping_flops(config, rows.count, mapping_cost)
+    return Plan(
+        config=config,
+        rows=rows,
+        generator=generator,
+        mapping=mapping_cost,
+        loss=loss,
+        flops_per_image=flops_per_image,
+        memory=memory,
+        latent_bytes=latent_bytes(config, largest),
+        glo_steps=config.glo.epochs * math.ceil(rows.count / config.glo.batch_size),
+        imle_steps=config.imle.epochs * math.ceil(rows.count / config.imle.batch_size),
+        glo_flops=glo_flops,
+        imle_flops=imle_flops,
+        estimates=tuple(
+            estimate
+            for workers in sorted({config.cluster.min_workers, config.cluster.max_workers})
+            for estimate in estimates(
+                config,
+                workers,
+                flops_per_image,
+                glo_flops + imle_flops,
+                memory_per_worker(config, generator, loss, workers),
+            )
+        ),
+    )
+
+
+def training_costs(config: Config) -> tuple[Cost, Cost]:
+    """Costs per image of generator and loss, forward and backward, without allocating them."""
+    generator, loss = build_networks(config, "meta")
+    image = (config.data.channels, config.data.resolution, config.data.resolution)
+    return cost(generator, (config.generator.latent_dim,)), cost(loss, image, image)
+
+
+def count_rows(config: Config) -> Rows:
+    """Rows from the index if it can be read, else an assumption that is named as such."""
+    data = config.data
+    # A plan must not wait minutes for a server that is not there.
+    s3 = config.s3.model_copy(update={"max_attempts": 1, "timeout_s": min(config.s3.timeout_s, 3.0)})
+    try:
+        index = Index.load(data.url, s3)
+    except GlannError as error:
+        count, basis, note = ASSUMED_ROWS, "assumed; time grows with it", str(error)
+        if data.source in KNOWN_ROWS:
+            count, basis, note = KNOWN_ROWS[data.source], f"of {data.source}, to be packed into {data.url}", ""
+        if data.max_rows is not None and data.max_rows < count:
+            count, basis = data.max_rows, f"data.max_rows; {basis}"
+        return Rows(count, basis, note)
+    return Rows(require_fit(index, data, config.cluster.max_workers), f"index of {data.url}")
+
+
+def build_networks(config: Config, device: str) -> tuple[Generator, ReconstructionLoss]:
+    """Generator and loss as they will be trained, with random weights: none need to be fetched for a plan."""
+    with torch.device(device):
+        generator = build_generator(config.generator, config.data.resolution, config.data.channels)
+        features: FeatureNet | None = None
+        if config.loss.kind == "perceptual":
+            network = Vgg16 if config.loss.network == "vgg16" else SqueezeNet
+            features = network("caffe").requires_grad_(False)
+        loss = build_loss(config.loss, config.data.resolution, features)
+    generator.checkpoint_activations = config.engine.activation_checkpointing
+    return generator, loss
+
+
+def memory_per_worker(config: Config, generator: Cost, loss: Cost, workers: int) -> dict[str, int]:
+    """Bytes of each kind on a worker's device while the generator trains (Rajbhandari et al. 2020, Sec. 5).
+
+    Weights and gradients are float32; autocast keeps bfloat16 copies of the weights during a step.
+    Workspace of the convolutions and the memory allocator's reserve come on top.
+    """
+    stage = config.engine.zero
+    weights = FLOAT * generator.parameters
+    half = config.engine.precision == "bf16"
+    batch = micro_batch(config, workers)
+    activations = batch * (generator.activation_bytes + loss.activation_bytes)
+    memory = {
+        "weights": weights // (workers if stage >= 3 else 1),
+        "gradients": weights // (workers if stage >= 2 else 1),
+        "optimiser (Adam)": 2 * weights // (workers if stage >= 1 else 1),
+        "activations": activations // (2 if half else 1),
+        "loss network": FLOAT * loss.frozen_parameters,
+    }
+    if stage >= 1:
+        memory["ZeRO's own copy of its share"] = weights // workers
+    if half:
+        memory["bfloat16 copies"] = (weights + FLOAT * loss.frozen_parameters) // 2
+    if config.glo.ema:
+        memory["averaged generator"] = weights
+    return memory
+
+
+def micro_batch(config: Config, workers: int) -> int:
+    """Rows that a worker computes at once."""
+    accumulation = config.engine.accumulation
+    return Share(config.glo.batch_size, 0, workers, accumulation).size // accumulation
+
+
+def latent_bytes(config: Config, rows: int) -> int:
+    """Bytes of codes, optimiser state and step counters of one worker's rows, in its node's main memory."""
+    code = FLOAT * config.generator.latent_dim
+    state = 2 * code if config.glo.latent_optimizer == "adam" else FLOAT
+    return rows * (code + state + 8)
+
+
+def mapping_flops(config: Config, rows: int, mapping: Cost) -> float:
+    """Operations of stage 2: map M candidates, compare N rows with each of them (2NMD), train on N matches."""
+    candidates = config.imle.candidates * rows
+    search = 2.0 * rows * candidates * config.generator.latent_dim
+    return config.imle.epochs * (candidates * mapping.forward_flops + search + rows * mapping.flops)
+
+
+def estimates(
+    config: Config, workers: int, flops_per_image: int, total_flops: float, memory: dict[str, int]
+) -> tuple[Estimate, ...]:
+    """Hours for the whole run with so many workers: on this machine's CPUs, or on each GPU of the table."""
+    if not config.cluster.gpus_per_worker:
+        rate = flops_per_image / seconds_per_image(config, workers, flops_per_image)
+        share = min(1.0, (os.cpu_count() or 1) / (workers * config.cluster.cpus_per_worker))
+        if config.cluster.address is not None:
+            share = 1.0  # the workers have machines of their own
+        hours = total_flops / (rate * workers * share) / 3600
+        threads = _threads(config)
+        basis = f"measured: one step on this machine, {threads} thread{'s' if threads > 1 else ''} a worker"
+        cores = workers * config.cluster.cpus_per_worker
+        return (Estimate("CPU", workers, rate * share, basis, hours, hours * cores, True),)
+    found = []
+    for gpu in GPUS:
+        peak = gpu.peak(config.engine)
+        rate = peak * ASSUMED_UTILISATION * min(1.0, config.cluster.gpus_per_worker)
+        hours = total_flops / (rate * workers) / 3600
+        basis = f"assumed: {ASSUMED_UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s"
+        fits = sum(memory.values()) < gpu.memory * GIB * min(1.0, config.cluster.gpus_per_worker)
+        gpu_hours = hours * workers * config.cluster.gpus_per_worker
+        found.append(Estimate(gpu.name, workers, rate, basis, hours, gpu_hours, fits))
+    return tuple(found)
+
+
+def seconds_per_image(config: Config, workers: int, flops_per_image: int) -> float:
+    """Time one real step of the generator, Adam included, with the threads and the batch of a worker."""
+    generator, loss = build_networks(config, "cpu")
+    batch = min(micro_batch(config, workers), max(1, TIMED_FLOPS // flops_per_image))
+    optimizer = torch.optim.Adam(generator.parameters(), lr=config.glo.generator_lr)
+    z_BD = torch.randn(batch, config.generator.latent_dim).requires_grad_()
+    real_BCHW = torch.rand(batch, config.data.channels, config.data.resolution, config.data.resolution)
+    seeds = {"patch_seed_B": torch.arange(batch)} if config.loss.patch else {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(_threads(config))
+    try:
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < TIMED_SECONDS:  # the first one also warms up
+            start = perf_counter()
+            loss(generator(z_BD), real_BCHW, **seeds).sum().backward()
+            optimizer.step()
+            times.append(perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return min(times) / batch
+
+
+def _threads(config: Config) -> int:
+    return max(1, min(int(config.cluster.cpus_per_worker), os.cpu_count() or 1))
+
+
+def _lines(plan: Plan) -> list[tuple[str, str]]:
+    """The printed plan: label and text."""
+    config, cluster = plan.config, plan.config.cluster
+    device = f"{cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else f"{cluster.cpus_per_worker:g} CPU"
+    engine = config.engine
+    lines = [
+        ("data", f"{plan.rows.count:,} images of {config.data.resolution} px ({plan.rows.basis})"),
+        *([("", plan.rows.note)] if plan.rows.note else []),
+        ("workers", f"{_count(cluster)} x {device}; {engine.kind}, ZeRO {engine.zero}, {engine.precision}"),
+        ("generator", f"{plan.generator.parameters / 1e6:.2f} M parameters ({config.generator.kind})"),
+        ("mapping", f"{plan.mapping.parameters / 1e6:.3f} M parameters"),
+        (
+            "per image",
+            f"{_flops(plan.flops_per_image)}: generator {_flops(plan.generator.flops)}, loss {_flops(plan.loss.flops)}",
+        ),
+        ("steps", f"{plan.glo_steps:,} of stage 1 (GLO), {plan.imle_steps:,} of stage 2 (IMLE)"),
+        ("in all", f"{_flops(plan.glo_flops)} in stage 1, {_flops(plan.imle_flops)} in stage 2"),
+        ("memory", f"{_bytes(sum(plan.memory.values()))} on each worker's device{_with_fewest(cluster)}"),
+        *(("", f"{_bytes(size):>9}  {name}") for name, size in plan.memory.items()),
+        ("", f"{_bytes(plan.latent_bytes):>9}  latent table, in its node's main memory"),
+    ]
+    for number, estimate in enumerate(plan.estimates):
+        cost_text = f"{estimate.device_hours:,.1f} {'GPU' if cluster.gpus_per_worker else 'core'}-hours"
+        warning = "" if estimate.fits else "; does NOT fit its memory"
+        device = estimate.device + (f" x {estimate.workers}" if cluster.min_workers < cluster.max_workers else "")
+        text = f"{device}: {_duration(estimate.hours)}, {cost_text} ({estimate.basis}){warning}"
+        lines.append(("" if number else "time", text))
+    return lines
+
+
+def _count(cluster: ClusterConfig) -> str:
+    elastic = cluster.min_workers < cluster.max_workers
+    return f"{cluster.min_workers} to {cluster.max_workers}" if elastic else str(cluster.max_workers)
+
+
+def _with_fewest(cluster: ClusterConfig) -> str:
+    fewest = cluster.min_workers
+    return f" where there are {fewest}" if fewest < cluster.max_workers else ""
+
+
+def _flops(flops: float) -> str:
+    power = min(max(int(math.log10(max(flops, 1)) // 3), 2), 6)
+    return f"{flops / 1000**power:.3g} {'MGTPE'[power - 2]}FLOP"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / (1 << 20):.1f} MiB"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{hours * 60:.0f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"

@@ -1,0 +1,1 @@
+"""The life of a run: from the driver to the workers and back."""

@@ -1,0 +1,159 @@
+"""After the last epoch: package the model, measure it, draw it and write the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...cluster.checkpoints import reader, retention
+from ...config.run import Config
+from ...datasets.index import Index
+from ...datasets.reader import ImageRows
+from ...errors import EnvironmentFault
+from ...inference.model import SamplingModel
+from ...inference.package import export_model, open_model
+from ...metrics.copying import nearest_images
+from ...metrics.evaluate import evaluate, open_images
+from ...reports import pictures
+from ...reports.card import write_card
+from ...reports.run import metric_rows, write_report
+from ...storage.open import open_store
+from ...tracking.connection import default_uri, redact
+from ...tracking.runs import TrackedRun
+from .state import final_weights, load
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.console import Console, Group
+    from rich.table import Table
+    from rich.text import Text
+
+SUMMARY, REPORT = "summary.json", "report.html"
+PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples between which is interpolated
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run is trained, packaged and reported."""
+    return (config.run_dir / SUMMARY).exists() and (config.run_dir / REPORT).exists()
+
+
+def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, timings: dict[str, float]) -> None:
+    """Everything that a finished run folder holds, written and tracked; the report comes last.
+
+    Args:
+        timings: seconds and rates of the training, by name.
+    """
+    began = monotonic()
+    console.print("packaging, measuring and drawing")
+    images = open_images(config)
+    package(config, index, len(images))
+    manifest, model = open_model(config.run_dir)
+    drawn = drawn_from(model, config.preview.images) | {"nearest": beside_nearest(model, images)}
+    metrics = evaluate(config, manifest, model)
+    conclude(config, tracked, drawn, metrics, timings | {"finish_s": monotonic() - began}, index, len(images))
+
+
+def conclude(
+    config: Config,
+    tracked: TrackedRun,
+    drawn: dict[str, Image],
+    metrics: dict[str, float],
+    timings: dict[str, float],
+    index: Index,
+    rows: int,
+) -> None:
+    """Write and track what is known of a packaged model: pictures by name, metrics, card, report."""
+    folder = config.run_dir / "images"
+    folder.mkdir(exist_ok=True)
+    for name, picture in drawn.items():
+        pictures.save(picture, folder / f"{name}.png")
+        tracked.log_image(folder / f"{name}.png")
+    tracked.log_metrics({"stage": "evaluation"} | metrics, config.glo.epochs + config.imle.epochs)
+    summary = {"metrics": metrics, "timings": timings, "rows": rows, "fingerprint": index.fingerprint}
+    (config.run_dir / REPORT).unlink(missing_ok=True)
+    (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    tracked.log_artifact(write_card(config.run_dir, tracked.tracked_as))
+    tracked.log_model(config.run_dir / "model")
+    tracked.log_artifact(write_report(config.run_dir))  # last: a run with a report is finished
+
+
+def package(config: Config, index: Index, rows: int) -> None:
+    """Write `model/` from the last checkpoint."""
+    store = open_store(config.checkpoint_url, config.s3)
+    step = retention.latest(store)
+    saved = load(store, step, index, rows) if step is not None else None
+    if saved is None or step is None or saved.generator is None or saved.mapping is None:
+        raise EnvironmentFault(f"{store.url} holds no finished checkpoint; run the same command again to go on")
+    z_ND = torch.from_numpy(reader.load_rows(store, step, range(rows))["z"])
+    weights = final_weights(saved.generator)
+    export_model(config.run_dir / "model", config, weights, saved.mapping["weights"], z_ND, index.fingerprint)
+
+
+def drawn_from(model: SamplingModel, count: int) -> dict[str, Image]:
+    """Samples and interpolations of the packaged model, as a user gets them."""
+    return {
+        "samples": pictures.grid(model.sample(count)),
+        "interpolations": pictures.strips(model.interpolate(PAIRS, steps=9)),
+    }
+
+
+def beside_nearest(model: SamplingModel, images: ImageRows) -> Image:
+    """Samples beside their nearest training images."""
+    samples = model.sample(2 * len(PAIRS))
+    return pictures.nearest(samples, nearest_images(samples, images).img_NHWC)
+
+
+def read_summary(config: Config) -> dict[str, Any]:
+    """What `finish` wrote last."""
+    return json.loads((config.run_dir / SUMMARY).read_text(encoding="utf-8"))
+
+
+def summary_of(config: Config) -> Group:
+    """What was trained, how good it is, where to look, and what to try next; print it with `soft_wrap`."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    summary = read_summary(config)
+    run = config.run_dir
+    metrics, timings = summary["metrics"], summary["timings"]
+    cluster = config.cluster
+    workers = "-".join(str(count) for count in sorted({cluster.min_workers, cluster.max_workers}))
+    trained = (
+        f"{summary['rows']:,} images of {config.data.resolution} px, {config.generator.kind}, "
+        f"d={config.generator.latent_dim}; {config.glo.epochs} + {config.imle.epochs} epochs, {workers} workers, "
+        f"{timings['train_s'] / 60:.1f} min"
+    )
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for title, value, _ in metric_rows(metrics):
+        table.add_row(f"  {title}", value)
+    look = [f"{run}/report.html", f"{run}/images/samples.png"]
+    try_next = [
+        f"{program('glann')} sample {run} --n 100 --seed 1 --out more.png",
+        f"{program('glann')} interpolate {run} --out between.png",
+    ]
+    if config.tracking.enabled:
+        store = redact(default_uri(config.tracking.uri))
+        if store.startswith(("http://", "https://")):  # a server shows itself
+            look.append(store)
+        else:
+            try_next.append(f"{program('mlflow')} ui --backend-store-uri {store}")
+    parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table]
+    for title, lines in (("look at", look), ("try next", try_next)):  # whole lines, to be copied
+        parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]
+    return Group(*parts)
+
+
+def program(name: str) -> str:
+    """How the user can call a program of this environment: by name if it is on the path, else by its place."""
+    if shutil.which(name):
+        return name
+    beside = Path(sys.executable).with_name(name)
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)

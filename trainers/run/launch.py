@@ -1,0 +1,47 @@
+"""From the driver to the workers: the Ray cluster, and one group of workers on it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from ...cluster.checkpoints.lease import Ticket
+from ...cluster.nodes.ray import resources_of, turn_knobs
+from ...config.run import Config, redacted_config
+from .mailbox import STOPPED
+
+
+def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: Ticket) -> bool:
+    """Start a group of so many workers and wait for its end; whether they were asked to stop before the run was done.
+
+    Raises:
+        ray.train.TrainingFailedError: a worker was lost, or raised an error. Nothing is tried again here.
+    """
+    import ray.train.torch
+
+    from .worker import train_worker
+
+    turn_knobs()  # where Ray was joined by somebody else
+    # Ray shows it on its dashboard; workers talk to no tracking server
+    task = redacted_config(config.with_absolute_paths()).model_dump(mode="json")
+    cluster = config.cluster
+    train: Any = ray.train  # the types it shows are an older version's
+    trainer = train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={"config": task, "mailbox": mailbox, "group": group, "lease": lease},
+        torch_config=train.torch.TorchConfig(
+            backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(cluster.peer_timeout_s)
+        ),
+        scaling_config=train.ScalingConfig(
+            num_workers=workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources_of(cluster)
+        ),
+        run_config=train.RunConfig(
+            name=f"workers-{group}",
+            storage_path=str((config.run_dir / "ray").absolute()),
+            failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        ),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's notes to its own developers
+        return trainer.fit().return_value == STOPPED

@@ -1,0 +1,120 @@
+"""Everything that is checked and fetched before a run starts, so that it cannot fail at night for want of it."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...config.parse import flatten, plain_data
+from ...config.run import Config, redacted_config, validate
+from ...datasets.fit import require_fit
+from ...datasets.index import Index
+from ...errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOCK = ".lock"
+# What may change when a run goes on: where and how it runs, not what it computes.
+FREE = (
+    "runs_dir",
+    "s3",
+    "data.source",
+    "data.threads",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.max_bad_fraction",
+    "engine",
+    "cluster",
+    "checkpoint",
+    "preview",
+    "evaluation",
+    "tracking",
+)
+
+
+def open_data(config: Config, console: Console) -> Index:
+    """The index of the data set, packed first if `data.source` is set and nothing is there yet.
+
+    Raises:
+        UserError: no such data, or not of the configured resolution, channels or number.
+    """
+    data = config.data
+    if data.source and not is_packed(config):
+        from ...datasets.pack import pack
+
+        console.print(f"packing {data.source} into {data.url}")
+        pack(
+            data.source,
+            data.url,
+            resolution=data.resolution,
+            channels=data.channels,
+            workers=data.threads,
+            s3=config.s3,
+        )
+    index = Index.load(data.url, config.s3)
+    require_fit(index, data, config.cluster.max_workers)
+    return index
+
+
+def is_packed(config: Config) -> bool:
+    """Whether a complete data set lies at `data.url`."""
+    from ...storage.open import open_store
+
+    return open_store(config.data.url, config.s3).exists("index.json")
+
+
+def refuse_other_configuration(config: Config) -> None:
+    """A run folder belongs to one configuration, but for what only says where and how it runs (`FREE`).
+
+    Raises:
+        UserError: naming the first keys that differ.
+    """
+    path = config.run_dir / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        saved = validate(plain_data(path.read_text(encoding="utf-8")), str(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; restore it, or start a new run with name=...") from error
+    there, here = flatten(saved.model_dump(mode="json")), flatten(redacted_config(config).model_dump(mode="json"))
+    differing = [key for key in here if here[key] != there.get(key) and not is_free(key)]
+    if differing:
+        told = ", ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing[:3])
+        more = f" and {len(differing) - 3} more differ" if len(differing) > 3 else ""
+        raise UserError(
+            f"{config.run_dir} holds a run of another configuration: {told}{more}; start a new one with name=..."
+        )
+
+
+def is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+@contextmanager
+def sole_command(folder: Path, command: str) -> Iterator[None]:
+    """Refuse a second command on the folder of a run or of a study while this one works on it."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another `glann {command}` is working on {folder}; wait for it, or choose another name"
+            ) from error
+        yield
+
+
+def is_worked_on(run_dir: Path) -> bool:
+    """Whether a command, or a trial of a study, works on the run folder now."""
+    if not (run_dir / LOCK).exists():
+        return False
+    with (run_dir / LOCK).open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

@@ -1,0 +1,133 @@
+"""The trials of a study from best to worst, and the command that trains one of them again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from ...config.run import RECIPES, find_recipe
+from ...errors import redact
+from ..ledger import BASELINE, Trial
+from ..space import Params, dependencies_first
+from ..study import StudyConfig, trial_name
+
+MAX_TEXT = 60  # characters of a value where people read it
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would take for one
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial and its place: among finished trials only, 1 is the best."""
+
+    rank: int | None
+    name: str
+    trial: Trial
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the base recipe itself."""
+        return self.trial.number == BASELINE
+
+
+def leaderboard(study: StudyConfig, trials: Iterable[Trial]) -> list[Row]:
+    """Finished trials from best to worst, then those stopped early and those running from farthest to least far
+    (with equal epochs by loss), then those that failed."""
+    ordered = sorted(trials, key=lambda trial: _place(study, trial))
+    valued = sum(map(_valued, ordered))
+    return [
+        Row(at + 1 if at < valued else None, trial_name(study.name, trial.number), trial)
+        for at, trial in enumerate(ordered)
+    ]
+
+
+def recipe_params(study: StudyConfig) -> Params:
+    """What the base recipe has for the keys of the space, as far as their conditions hold.
+
+    Raises:
+        UserError: the recipe cannot be read.
+    """
+    tree = study.base().model_dump(mode="json")
+    params: Params = {}
+    for key in dependencies_first(study.space):
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if study.space[key].holds(params):
+            params[key] = value
+    return params
+
+
+def text(value: Any) -> str:
+    """A value for people: four digits, one short line, no passwords."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    words = " ".join(redact(value if isinstance(value, str) and value.isprintable() else as_yaml(value)).split())
+    return words if len(words) <= MAX_TEXT else words[: MAX_TEXT - 1] + "…"
+
+
+def as_yaml(value: Any) -> str:
+    """A value as overrides take it: reading it back gives the same value."""
+    dumped = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=False)
+    return dumped.removesuffix("\n").removesuffix("\n...")
+
+
+def command(study: StudyConfig, trial: Trial) -> str:
+    """The shell command that trains the model of a trial again, as a run of its own. Without passwords.
+
+    Raises:
+        UserError: the recipe cannot be read.
+    """
+    config = study.trial(trial.number, trial.params)
+    settings = {"evaluation.extractor": config.evaluation.extractor} | study.overrides | trial.params
+    if study.search.kind == "population":
+        settings["checkpoint.every_epochs"] = config.checkpoint.every_epochs
+    words = [f"{key}={redact(as_yaml(value))}" for key, value in settings.items()]
+    return shlex.join(["glann", "train", recipe_name(study), *words, f"name={study.name}-best"])
+
+
+def recipe_name(study: StudyConfig) -> str:
+    """The base recipe as `glann train` takes it: its name where it ships with glann, else its file."""
+    if study.stage_one:
+        return f"{study.stage_one}/config.yaml"
+    path = find_recipe(study.recipe or "")
+    return path.stem if path.absolute().parent == RECIPES.absolute() else str(study.recipe)
+
+
+def as_csv(study: StudyConfig, rows: list[Row]) -> str:
+    """The leaderboard as a table for other programs, values in full."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["rank", "trial", "state", study.metric, *study.space, "epoch", "loss", "seconds", "why"])
+    for row in rows:
+        trial = row.trial
+        params = recipe_params(study) if row.is_base else trial.params
+        searched = [params.get(key, "") for key in study.space]
+        facts = [row.rank, row.name, trial.state, trial.value, *searched, trial.epoch, trial.loss, trial.seconds]
+        writer.writerow([_cell(value) for value in [*facts, trial.why]])
+    return file.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if value is None or isinstance(value, int | float):
+        return value
+    words = redact(value if isinstance(value, str) else as_yaml(value))
+    return f"'{words}" if words.startswith(_FORMULA) else words
+
+
+def _valued(trial: Trial) -> bool:
+    return trial.state == "finished" and trial.value is not None
+
+
+def _place(study: StudyConfig, trial: Trial) -> tuple[float, ...]:
+    if _valued(trial):
+        value = trial.value or 0.0
+        return 0, value if study.minimize else -value, trial.number
+    order = {"finished": 1, "stopped": 2, "running": 3, "failed": 4}[trial.state]
+    return order, -trial.epoch, math.inf if trial.loss is None else trial.loss, trial.number
