@@ -7,7 +7,6 @@ Exit status: 0 done, 1 the world failed (storage, a server, a node), 2 the input
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -57,15 +56,14 @@ Truncation = Annotated[float, typer.Option(min=0.0, max=10.0, help="factor of th
 Device = Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")]
 
 
-class Method(StrEnum):
-    """How codes are drawn."""
-
-    imle = "imle"
-    glo = "glo"
-
-
-SampleMethod = Annotated[
-    Method, typer.Option(help="imle: G(T(noise)), the model; glo: a Gaussian over codes, the baseline")
+SamplerName = Annotated[
+    str | None,
+    typer.Option(
+        "--sampler",
+        "--method",
+        metavar="KIND",
+        help="what draws the codes; empty means the model's own, gaussian is the baseline. --method is the old name",
+    ),
 ]
 
 
@@ -133,7 +131,7 @@ def sample(
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="how many images")] = 64,
     seed: Seed = 0,
     truncation: Truncation = 1.0,
-    method: SampleMethod = Method.imle,
+    sampler: SamplerName = None,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="x.png: one grid; x.npz: `images` uint8 [n,H,W,C]; else a folder of PNGs"),
@@ -152,7 +150,7 @@ def sample(
 
     _check_out(out)
     model = load_model(source, s3=s3_at(endpoint), device=device)
-    _save_images(model.stream(n, seed, truncation, method.value), out)
+    _save_images(model.stream(n, seed, truncation, sampler), out)
     typer.echo(f"{n} images of {model.resolution} px: {out}")
 
 
@@ -163,7 +161,7 @@ def interpolate(
     steps: Annotated[int, typer.Option(min=2, help="images per row, ends included")] = 8,
     seed: Seed = 0,
     truncation: Truncation = 1.0,
-    method: SampleMethod = Method.imle,
+    sampler: SamplerName = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="x.png: one grid; x.npz; else a folder of PNGs")] = Path(
         "interpolation.png"
     ),
@@ -180,7 +178,7 @@ def interpolate(
     _check_out(out)
     model = load_model(source, s3=s3_at(endpoint), device=device)
     ends = [(2 * pair, 2 * pair + 1) for pair in range(pairs)]
-    images_PSHWC = model.interpolate(ends, steps, seed, truncation, method.value)
+    images_PSHWC = model.interpolate(ends, steps, seed, truncation, sampler)
     _save_images(iter(images_PSHWC), out, columns=steps)
     typer.echo(f"{pairs} interpolations of {steps} images: {out}")
 

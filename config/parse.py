@@ -8,12 +8,9 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-
-if TYPE_CHECKING:
-    pass
 
 MAX_YAML, MAX_NESTING = 1 << 20, 100  # characters and brackets of a recipe; PyYAML is slow with more, and then slower
 MAX_SHOWN = 300  # characters of what was given
@@ -53,6 +50,12 @@ def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) ->
         return f"missing key {key}: {(field and field.description) or 'a value is needed'}"
     if fault["type"] == "value_error" and not key:
         return str(fault["ctx"]["error"])
+    if fault["type"] == "union_tag_invalid":  # a section whose `kind` says which keys it has
+        given = fault["ctx"]["tag"].strip("<>")
+        allowed = fault["ctx"]["expected_tags"].replace("<", "").replace(">", "")
+        return f"{key}.kind={shown(given)} is not possible: input should be {allowed}"
+    if fault["type"] == "union_tag_not_found":
+        return f"{key}={shown(fault['input'])} is not possible: input should be a section with keys such as kind"
     prefix = f"{key}={shown(fault['input'])}" if key else shown(fault["input"])
     allowed = fault["msg"].removeprefix("Value error, ")
     return f"{prefix} is not possible: {allowed[0].lower()}{allowed[1:]}"

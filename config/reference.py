@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 
 from .run import Config, known_keys
+from .samplers import SAMPLERS, SamplerConfig
 
 BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
@@ -31,14 +32,30 @@ def describe_keys(section: type[BaseModel] = Config) -> list[Key]:
     """Every key that holds a value (not the sections), in the order of the models."""
     described = []
     for name, field in known_keys(section).items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if _is_section(field.annotation):
             continue
         bounds = [
             f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in BOUNDS if hasattr(rule, key)
         ]
-        kind = " ".join([_kind(field.annotation), *bounds])
+        kind = " | ".join(SAMPLERS) if name == "sampler.kind" else " ".join([_kind(field.annotation), *bounds])
         described.append(Key(name, kind, _default(field), field.description or ""))
     return described
+
+
+def summary(name: str) -> str:
+    """What a section is about, in a line."""
+    annotation = Config.model_fields[name].annotation
+    section = SamplerConfig if name == "sampler" else annotation
+    return (getattr(section, "__doc__", None) or "").strip().splitlines()[0]
+
+
+def _is_section(annotation: Any) -> bool:
+    """Whether it is a section, or a choice among sections."""
+    if get_origin(annotation) is Annotated:
+        return _is_section(get_args(annotation)[0])
+    if isinstance(annotation, type):
+        return issubclass(annotation, BaseModel)
+    return get_origin(annotation) in (Union, UnionType) and all(map(_is_section, get_args(annotation)))
 
 
 def _default(field: Any) -> str:

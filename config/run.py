@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UserError, redact
-from .parse import explain, plain_data, shown
+from .methods import METHODS
+from .parse import explain, plain_data, shown, suggest
+from .samplers import TAGS, AnySampler, ImleConfig
+from .section import Section, Trait
 from .sections import (
     UNION_TAGS,
     CheckpointConfig,
@@ -24,38 +27,53 @@ from .sections import (
     EvaluationConfig,
     GeneratorConfig,
     GloConfig,
-    ImleConfig,
     LossConfig,
     PreviewConfig,
     S3Config,
-    Section,
     TrackingConfig,
 )
 
-if TYPE_CHECKING:
-    pass
-MAX_FAULTS = 20  # that are told at once
+MAX_FAULTS = 20  # that are reported at once
 RECIPES = Path(__file__).parent.parent / "configs"
 
 
 class Config(Section):
     """One run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="run name; its folder is runs_dir/name")
-    seed: int = Field(0, ge=0, lt=2**32, description="of everything that is random in the run")
-    runs_dir: str = Field("runs", description="where run folders are made")
+    name: Annotated[str, Trait.NOT_SEARCHABLE] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="run name; its folder is runs_dir/name"
+    )
+    seed: Annotated[int, Trait.IN_REGISTRY] = Field(
+        0, ge=0, lt=2**32, description="of everything that is random in the run"
+    )
+    runs_dir: Annotated[str, Trait.RESUMABLE, Trait.NOT_SEARCHABLE] = Field(
+        "runs", description="where run folders are made"
+    )
+    method: str = Field("glann", description="the stages of the run: " + ", ".join(METHODS))
     data: DataConfig
     s3: S3Config = S3Config()
     generator: GeneratorConfig
     loss: LossConfig = LossConfig()
     glo: GloConfig
-    imle: ImleConfig = ImleConfig()
+    sampler: AnySampler = ImleConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     preview: PreviewConfig = PreviewConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_shorthands(cls, tree: Any) -> Any:
+        return with_shorthands(tree) if isinstance(tree, dict) else tree
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        if method not in METHODS:
+            raise ValueError(f"no such method{suggest(method, METHODS)}; there are {', '.join(METHODS)}")
+        return method
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -130,6 +148,10 @@ def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
+    try:
+        tree = with_shorthands(tree)
+    except ValueError as error:
+        raise UserError(f"{error}; in {path}") from error
     for override in overrides:
         _apply_override(tree, override)
     return validate(tree, str(path))
@@ -155,7 +177,7 @@ def validate(tree: dict[str, Any], where: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_url=False)
-        lines = [explain(fault, known_keys(), UNION_TAGS) for fault in faults[:MAX_FAULTS]]
+        lines = [explain(fault, known_keys(), (*UNION_TAGS, *TAGS)) for fault in faults[:MAX_FAULTS]]
         lines += [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
         raise UserError("\n       ".join([f"{lines[0]}; in {where}", *lines[1:]])) from error
 
@@ -168,7 +190,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = plain_data(text) if text else None
     except ValueError as error:
         raise UserError(f"cannot read the value of override {shown(override)} as YAML") from error
-    *parents, leaf = key.strip().split(".")
+    key = key.strip()
+    first = key.split(".")[0]
+    if first in SHORTHANDS:
+        section, discriminator = SHORTHANDS[first]
+        node = tree.get(section)
+        kind = node.get(discriminator, first) if isinstance(node, dict) else first
+        if kind != first:
+            raise UserError(f"{key} is a key of {section}.kind={first}, and {section}.kind is {shown(kind)}")
+    *parents, leaf = canonical(key).split(".")
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
@@ -177,19 +207,76 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override {shown(override)}: {parent[:100]} is a value, not a section")
         node = child
+    if leaf == "kind" and parents == ["sampler"] and node.get("kind", "imle") != value:
+        node.clear()  # the keys of another kind
     node[leaf] = value
 
 
+SHORTHANDS = {"imle": ("sampler", "kind")}  # `imle.epochs` is `sampler.epochs` of `sampler.kind=imle`
+
+
+def canonical(key: str) -> str:
+    """A dotted key as the configuration has it: `imle.epochs` is short for `sampler.epochs`."""
+    first, dot, rest = key.partition(".")
+    return SHORTHANDS[first][0] + dot + rest if first in SHORTHANDS else key
+
+
+def with_shorthands(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with `imle: {...}` as `sampler: {kind: imle, ...}`; what is given under both is merged.
+
+    Raises:
+        ValueError: keys of one kind beside a section of another.
+    """
+    tree = dict(tree)
+    for kind, (section, discriminator) in SHORTHANDS.items():
+        if kind not in tree:
+            continue
+        short, given = tree.pop(kind), tree.get(section)
+        given, short = {} if given is None else given, {} if short is None else short
+        if not isinstance(short, dict) or not isinstance(given, dict):
+            tree[section] = given or short
+            continue
+        if (other := given.get(discriminator, kind)) != kind:
+            raise ValueError(f"{kind}.* are keys of {section}.kind={kind}, and {section}.kind is {shown(other)}")
+        tree[section] = _merged({discriminator: kind, **given}, short)
+    return tree
+
+
+def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key for key, value in over.items() if isinstance(value, dict) and isinstance(tree.get(key), dict)}
+    return tree | over | {key: _merged(tree[key], over[key]) for key in both}
+
+
+def keys_with(trait: Trait) -> tuple[str, ...]:
+    """The dotted keys, and whole sections, that have a trait."""
+    found = []
+    for name, field in known_keys().items():
+        models = [form for form in _forms(field.annotation) if isinstance(form, type) and issubclass(form, Section)]
+        if trait in field.metadata or any(trait in model.traits for model in models):
+            found.append(name)
+    return tuple(found)
+
+
+def has_trait(key: str, trait: Trait) -> bool:
+    """Whether a dotted key, or a section that it lies in, has a trait."""
+    return any(key == marked or key.startswith(f"{marked}.") for marked in keys_with(trait))
+
+
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the configuration with its field, sections included."""
+    """Every dotted key of the configuration with its field, sections included; of a union, the keys of every form."""
     keys: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        keys[prefix + name] = field
-        forms = [get_args(part)[0] if get_args(part) else part for part in get_args(field.annotation)]
-        for form in [field.annotation, *forms]:  # a section, or a union that one is part of
+        keys.setdefault(prefix + name, field)
+        for form in _forms(field.annotation):
             if isinstance(form, type) and issubclass(form, BaseModel):
-                keys |= known_keys(form, f"{prefix}{name}.")
+                for key, inner in known_keys(form, f"{prefix}{name}.").items():
+                    keys.setdefault(key, inner)
     return keys
+
+
+def _forms(annotation: Any) -> list[Any]:
+    """A section, or the forms of a union that sections are part of."""
+    return [annotation, *(get_args(part)[0] if get_args(part) else part for part in get_args(annotation))]
 
 
 def redacted_config(config: Config) -> Config:

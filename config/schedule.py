@@ -1,18 +1,35 @@
-"""Learning-rate factors over a stage; time is counted in epochs so that it does not depend on the batch."""
+"""Learning-rate schedules; time is counted in epochs, so that they do not depend on the batch."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
-from .sections import ScheduleConfig
+from pydantic import Field
+
+from .section import Fraction, Section
 
 
-def factor(schedule: ScheduleConfig, epoch: float, epochs: int) -> float:
-    """What the learning rate is multiplied by at `epoch` (0.25: a quarter into the first) of `epochs`."""
-    warm = min(1.0, epoch / schedule.warmup) if schedule.warmup and epoch < schedule.warmup else 1.0
-    if schedule.kind == "halving":  # the paper's: constant within an epoch
-        return warm * 0.5 ** (int(epoch) // schedule.every)
-    if schedule.kind == "cosine":
-        done = max(0.0, epoch - schedule.warmup) / max(epochs - schedule.warmup, 1e-9)
-        return warm * (schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-    return warm
+class ScheduleConfig(Section):
+    """Learning-rate factor over a stage."""
+
+    kind: Literal["constant", "halving", "cosine"] = Field("constant", description="shape of the factor over epochs")
+    every: int = Field(50, ge=1, description="epochs between halvings (halving)")
+    floor: Fraction = Field(0.0, description="final factor (cosine)")
+    warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """What the learning rate is multiplied by at `epoch` (0.25: a quarter into the first) of `epochs`."""
+        warm = min(1.0, epoch / self.warmup) if self.warmup and epoch < self.warmup else 1.0
+        if self.kind == "halving":  # the paper's: constant within an epoch
+            return warm * 0.5 ** (int(epoch) // self.every)
+        if self.kind == "cosine":
+            done = max(0.0, epoch - self.warmup) / max(epochs - self.warmup, 1e-9)
+            return warm * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        return warm
+
+
+class GloScheduleConfig(ScheduleConfig):
+    """As published: halved. A class of its own, so that giving one key does not undo the others' defaults."""
+
+    kind: Literal["constant", "halving", "cosine"] = Field("halving", description="shape of the factor over epochs")

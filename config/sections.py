@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
+
+from .schedule import GloScheduleConfig
+from .section import Fraction, Positive, Section, Trait
 
 RESOLUTIONS = (28, 32, 64, 128, 256, 512, 1024)
 
 
-Positive = Annotated[float, Field(gt=0)]
-
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors and values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 class S3Config(Section):
     """How s3:// addresses are reached. Keys come from the usual AWS chain, never from here."""
+
+    traits = (
+        Trait.RESUMABLE,
+        Trait.NOT_SEARCHABLE,
+    )
 
     endpoint_url: str | None = Field(None, description="S3 endpoint; empty means AWS (or AWS_ENDPOINT_URL)")
     region: str | None = Field(None, description="region name; empty means the AWS chain's")
@@ -34,26 +30,38 @@ class S3Config(Section):
 class DataConfig(Section):
     """The packed data set and how workers read it."""
 
-    url: str = Field(description="folder of a packed data set: a local path or s3://bucket/prefix")
-    source: str | None = Field(
+    url: Annotated[str, Trait.NOT_SEARCHABLE] = Field(
+        description="folder of a packed data set: a local path or s3://bucket/prefix"
+    )
+    source: Annotated[str | None, Trait.RESUMABLE] = Field(
         None, description="what to pack into `url` if nothing is there yet (a named asset, folder or archive)"
     )
     resolution: Literal[28, 32, 64, 128, 256, 512, 1024] = Field(description="side of the square images in pixels")
     channels: Literal[1, 3] = Field(3, description="1 for grey images, 3 for RGB")
     max_rows: int | None = Field(None, ge=1, description="train on the first rows only")
-    threads: int = Field(2, ge=1, le=128, description="decoding threads per worker")
-    prefetch: int = Field(4, ge=1, le=64, description="batches decoded ahead per worker")
-    cache_dir: str | None = Field(None, description="where S3 shards are cached; empty means ~/.cache/glann/shards")
-    cache_gb: Positive = Field(20.0, description="bound of the local shard cache per node, in GB")
-    max_bad_fraction: Fraction = Field(0.0, description="share of images that may be corrupt before a run refuses")
+    threads: Annotated[int, Trait.RESUMABLE] = Field(2, ge=1, le=128, description="decoding threads per worker")
+    prefetch: Annotated[int, Trait.RESUMABLE] = Field(4, ge=1, le=64, description="batches decoded ahead per worker")
+    cache_dir: Annotated[str | None, Trait.RESUMABLE] = Field(
+        None, description="where S3 shards are cached; empty means ~/.cache/glann/shards"
+    )
+    cache_gb: Annotated[Positive, Trait.RESUMABLE] = Field(
+        20.0, description="bound of the local shard cache per node, in GB"
+    )
+    max_bad_fraction: Annotated[Fraction, Trait.RESUMABLE] = Field(
+        0.0, description="share of images that may be corrupt before a run refuses"
+    )
 
 
 class GeneratorConfig(Section):
     """The generator G: latent code -> image."""
 
-    kind: Literal["infogan", "resnet"] = Field(description="infogan: 28-64 px; resnet (Mescheder 2018): 64-1024 px")
-    latent_dim: int = Field(64, ge=1, le=4096, description="dimension d of the latent codes")
-    width: int = Field(64, ge=4, le=1024, description="base number of channels")
+    kind: Annotated[Literal["infogan", "resnet"], Trait.IN_REGISTRY] = Field(
+        description="infogan: 28-64 px; resnet (Mescheder 2018): 64-1024 px"
+    )
+    latent_dim: Annotated[int, Trait.IN_REGISTRY] = Field(
+        64, ge=1, le=4096, description="dimension d of the latent codes"
+    )
+    width: Annotated[int, Trait.IN_REGISTRY] = Field(64, ge=4, le=1024, description="base number of channels")
     max_width: int = Field(1024, ge=4, le=4096, description="upper bound of channels (resnet)")
     upsample: Literal["native", "resize"] = Field(
         "native", description="native: the published layer; resize: upsample plus convolution (no checkerboard)"
@@ -64,8 +72,12 @@ class GeneratorConfig(Section):
 class LossConfig(Section):
     """The reconstruction loss between G(z_i) and x_i, one number per image."""
 
-    kind: Literal["perceptual", "laplacian", "l1", "l2"] = Field("perceptual", description="what is compared")
-    network: Literal["vgg16", "squeezenet"] = Field("vgg16", description="frozen network of the perceptual loss")
+    kind: Annotated[Literal["perceptual", "laplacian", "l1", "l2"], Trait.IN_REGISTRY] = Field(
+        "perceptual", description="what is compared"
+    )
+    network: Annotated[Literal["vgg16", "squeezenet"], Trait.IN_REGISTRY] = Field(
+        "vgg16", description="frozen network of the perceptual loss"
+    )
     weights: str | None = Field(
         None, description="asset name or safetensors path of the network; empty means the first source that answers"
     )
@@ -80,65 +92,33 @@ class LossConfig(Section):
     )
 
 
-class ScheduleConfig(Section):
-    """Learning-rate factor over a stage."""
-
-    kind: Literal["constant", "halving", "cosine"] = Field("constant", description="shape of the factor over epochs")
-    every: int = Field(50, ge=1, description="epochs between halvings (halving)")
-    floor: Fraction = Field(0.0, description="final factor (cosine)")
-    warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
-
-
-class GloScheduleConfig(ScheduleConfig):
-    """As published: halved. A class of its own, so that giving one key does not undo the others' defaults."""
-
-    kind: Literal["constant", "halving", "cosine"] = Field("halving", description="shape of the factor over epochs")
-
-
 class GloConfig(Section):
     """Stage 1 (GLO): latent codes and generator."""
 
-    epochs: int = Field(ge=1, description="visits of each image")
-    batch_size: int = Field(128, ge=1, description="global batch, over all workers, however many they are")
-    latent_lr: Positive = Field(0.01, description="learning rate of the latent codes")
-    generator_lr: Positive = Field(0.001, description="learning rate of the generator")
+    epochs: Annotated[int, Trait.IN_REGISTRY] = Field(ge=1, description="visits of each image")
+    batch_size: Annotated[int, Trait.IN_REGISTRY] = Field(
+        128, ge=1, description="global batch, over all workers, however many they are"
+    )
+    latent_lr: Annotated[Positive, Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
+        0.01, description="learning rate of the latent codes"
+    )
+    generator_lr: Annotated[Positive, Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
+        0.001, description="learning rate of the generator"
+    )
     betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's betas, for codes and generator")
     latent_optimizer: Literal["adam", "adagrad"] = Field("adam", description="adagrad: one number of state per row")
-    constraint: Literal["sphere", "ball"] = Field("sphere", description="projection after each update of a code")
+    constraint: Annotated[Literal["sphere", "ball"], Trait.IN_REGISTRY] = Field(
+        "sphere", description="projection after each update of a code"
+    )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged generator; 0 is off")
     schedule: GloScheduleConfig = GloScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
 
 
-class SearchConfig(Section):
-    """How the nearest candidate of every code is found."""
-
-    kind: Literal["exact", "ivf"] = Field("exact", description="ivf: approximate, for tens of millions of rows")
-    cells: int | None = Field(None, ge=1, description="ivf: cells of the inverted file; empty takes 4 sqrt(M)")
-    probes: int = Field(16, ge=1, description="ivf: cells that are looked into for a code; more finds more")
-
-
-class ImleConfig(Section):
-    """Stage 2 (IMLE): the mapping T: noise -> latent code."""
-
-    epochs: int = Field(50, ge=1, description="rounds of fresh candidates and matches")
-    batch_size: int = Field(128, ge=1, description="global batch, over all workers")
-    noise_dim: int = Field(32, ge=1, description="dimension of the noise e")
-    hidden_dim: int = Field(128, ge=1, description="width of both hidden layers")
-    statistics: Literal["noise", "batch"] = Field(
-        "noise",
-        description="what BatchNorm in T normalises by: fresh noise, once; or each batch of matches, as published",
-    )
-    lr: Positive = Field(1e-3, description="learning rate of the mapping (Adam)")
-    weight_decay: float = Field(1e-5, ge=0, description="weight decay of the mapping")
-    candidates: Positive = Field(2.0, description="fresh candidates per row and epoch (M = candidates x N)")
-    search: SearchConfig = SearchConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
-
-
 class EngineConfig(Section):
     """How the generator is trained on each worker."""
+
+    traits = (Trait.RESUMABLE,)
 
     kind: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: plain PyTorch, one worker")
     zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
@@ -164,6 +144,11 @@ class Workers(Section):
 
 class ClusterConfig(Section):
     """Where the workers run."""
+
+    traits = (
+        Trait.RESUMABLE,
+        Trait.NOT_SEARCHABLE,
+    )
 
     workers: Annotated[
         Annotated[WorkerCount, Tag(UNION_TAGS[0])] | Annotated[Workers, Tag(UNION_TAGS[1])],
@@ -192,6 +177,11 @@ class ClusterConfig(Section):
 class CheckpointConfig(Section):
     """When and where a run is saved."""
 
+    traits = (
+        Trait.RESUMABLE,
+        Trait.NOT_SEARCHABLE,
+    )
+
     url: str | None = Field(None, description="folder or s3:// prefix; empty means the run folder (one machine)")
     every_minutes: Positive = Field(10.0, description="time between checkpoints")
     every_epochs: int | None = Field(None, ge=1, description="also after every so many epochs")
@@ -202,12 +192,22 @@ class CheckpointConfig(Section):
 class PreviewConfig(Section):
     """Pictures while training."""
 
+    traits = (
+        Trait.RESUMABLE,
+        Trait.NOT_SEARCHABLE,
+    )
+
     every_epochs: int = Field(5, ge=1, description="epochs between previews")
     images: int = Field(64, ge=4, le=1024, description="images in a grid")
 
 
 class EvaluationConfig(Section):
     """What is measured at the end of a run."""
+
+    traits = (
+        Trait.RESUMABLE,
+        Trait.NOT_SEARCHABLE,
+    )
 
     extractor: Literal["squeezenet", "lite0", "vgg16", "inception"] = Field(
         "squeezenet", description="feature extractor of the Frechet distance; the metric is named for it"
@@ -217,6 +217,11 @@ class EvaluationConfig(Section):
 
 class TrackingConfig(Section):
     """MLflow."""
+
+    traits = (
+        Trait.RESUMABLE,
+        Trait.NOT_SEARCHABLE,
+    )
 
     enabled: bool = Field(True, description="log the run to MLflow")
     uri: str | None = Field(None, description="tracking server; empty means MLFLOW_TRACKING_URI or sqlite:///mlflow.db")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from glann.config.reference import Key, describe_keys
-from glann.config.run import Config
+from glann.config.reference import Key, describe_keys, summary
 from glann.tuning.space import Dimension
 from glann.tuning.study import StudyConfig
 
@@ -45,9 +44,11 @@ def page() -> str:
     sections = [key.name.split(".")[0] for key in keys if "." in key.name]
     parts = [INTRODUCTION, "## Top level\n", table([key for key in keys if "." not in key.name])]
     for section in dict.fromkeys(sections):
-        model = Config.model_fields[section].annotation
-        summary = (getattr(model, "__doc__", None) or "").strip().splitlines()[0]
-        parts += [f"## {section}\n", f"{summary}\n", table([k for k in keys if k.name.startswith(f"{section}.")])]
+        parts += [
+            f"## {section}\n",
+            f"{summary(section)}\n",
+            table([k for k in keys if k.name.startswith(f"{section}.")]),
+        ]
     return "\n".join(parts)
 
 

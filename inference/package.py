@@ -1,9 +1,11 @@
 """The packaged model: the folder `model/` of a run, all that is needed to draw images from it.
 
-    model.json               what the networks are, and size and SHA-256 of each file below
-    generator.safetensors    G: latent code -> image
-    mapping.safetensors      T: noise -> latent code (absent before stage 2)
-    latents.safetensors      mean and a square root of the covariance of the training codes
+    model.json                     what the networks are, and size and SHA-256 of each file below
+    generator.safetensors          G: latent code -> image
+    sampler-<kind>.safetensors     normal noise -> latent code; the run's own kind (absent before stage 2), and the
+                                   Gaussian of the training codes
+
+Format 1, of glann 0.1, had mapping.safetensors and latents.safetensors for the kinds imle and gaussian; it is read.
 
 Nothing in it can run code: JSON and safetensors only, every file checked against its size and
 SHA-256, every tensor against the shape that the configuration implies before memory is taken for it.
@@ -19,29 +21,34 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
 import safetensors.torch
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
+from ..config.parse import shown
 from ..config.run import Config
-from ..config.sections import GeneratorConfig, ImleConfig, S3Config, Section
+from ..config.samplers import AnySampler, GaussianConfig, ImleConfig
+from ..config.section import Section
+from ..config.sections import GeneratorConfig, S3Config
 from ..errors import UserError
 from ..models.generators import build_generator
-from ..models.mapping import build_mapping
+from ..samplers.base import build_network
 from ..samplers.gaussian import gaussian
 from ..storage.base import MissingObject
 from ..storage.files import os_fault
 from ..storage.open import open_store
 from .model import SamplingModel
 
-FORMAT = 1
-MANIFEST = "model.json"
-GENERATOR, MAPPING, LATENTS = "generator.safetensors", "mapping.safetensors", "latents.safetensors"
+FORMAT = 2
+MANIFEST, GENERATOR = "model.json", "generator.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
 DTYPES = (torch.float32, torch.int64)  # weights, and the counters of BatchNorm
+GAUSSIAN = GaussianConfig()
+
+FileName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,99}\.safetensors$")]
 
 
 class FileEntry(Section):
@@ -51,8 +58,41 @@ class FileEntry(Section):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class SamplerEntry(Section):
+    """One kind of sampler of a model."""
+
+    config: AnySampler
+    file: FileName
+
+
 class Manifest(Section):
     """model.json."""
+
+    format: Literal[2]
+    name: str
+    resolution: Literal[28, 32, 64, 128, 256, 512, 1024]
+    channels: Literal[1, 3]
+    generator: GeneratorConfig
+    constraint: Literal["sphere", "ball"]
+    own: str = Field(description="kind of sampler that the run was configured with")
+    samplers: dict[str, SamplerEntry] = Field(description="by kind")
+    rows: int = Field(ge=1, description="training images")
+    fingerprint: str = Field(description="fingerprint of the training data")
+    files: dict[FileName, FileEntry]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for kind, entry in self.samplers.items():
+            if entry.config.kind != kind:
+                raise ValueError(f"sampler {kind[:100]} is of kind {entry.config.kind}")
+        for file in (GENERATOR, *(entry.file for entry in self.samplers.values())):
+            if file not in self.files:
+                raise ValueError(f"the model is incomplete: files does not name {file}")
+        return self
+
+
+class ManifestOfFormat1(Section):
+    """model.json of glann 0.1."""
 
     format: Literal[1]
     name: str
@@ -61,32 +101,41 @@ class Manifest(Section):
     generator: GeneratorConfig
     imle: ImleConfig
     constraint: Literal["sphere", "ball"]
-    rows: int = Field(ge=1, description="training images, that is codes behind latents.safetensors")
-    fingerprint: str = Field(description="fingerprint of the training data")
+    rows: int = Field(ge=1)
+    fingerprint: str
     files: dict[Literal["generator.safetensors", "mapping.safetensors", "latents.safetensors"], FileEntry]
+
+    def as_today(self) -> Manifest:
+        """The same model in today's words."""
+        samplers: dict[str, Any] = {"gaussian": {"config": GAUSSIAN, "file": "latents.safetensors"}}
+        if "mapping.safetensors" in self.files:
+            samplers["imle"] = {"config": self.imle, "file": "mapping.safetensors"}
+        kept = self.model_dump(exclude={"format", "imle"})
+        return Manifest.model_validate({"format": FORMAT, "own": "imle", "samplers": samplers} | kept)
 
 
 def export_model(
     folder: Path,
     config: Config,
     generator_state: dict[str, Tensor],
-    mapping_state: dict[str, Tensor] | None,
+    sampler_state: dict[str, Tensor] | None,
     z_ND: Tensor,
     fingerprint: str,
 ) -> Path:
     """Write the packaged model of a run, whole or not at all; an older one in `folder` is replaced.
 
     Args:
-        mapping_state: T's state, or None after stage 1 (then only `method="glo"` can sample).
+        sampler_state: weights of the configured sampler, or None after stage 1 (then only the Gaussian can sample).
         z_ND: the codes of all training images, of which only mean and covariance are kept.
         fingerprint: of the data set.
     Raises:
         UserError: weights or codes that are not finite.
         EnvironmentFault: the disk is full or failing.
     """
-    tensors = {GENERATOR: generator_state, LATENTS: gaussian(z_ND)}
-    if mapping_state is not None:
-        tensors[MAPPING] = mapping_state
+    configs = {"gaussian": GAUSSIAN, config.sampler.kind: config.sampler}
+    states = {"gaussian": gaussian(z_ND)} | ({} if sampler_state is None else {config.sampler.kind: sampler_state})
+    samplers = {kind: SamplerEntry(config=configs[kind], file=f"sampler-{kind}.safetensors") for kind in states}
+    tensors = {GENERATOR: generator_state} | {samplers[kind].file: state for kind, state in states.items()}
     for file, state in tensors.items():
         _require_finite(state, f"{file} of {config.name}")
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -103,11 +152,12 @@ def export_model(
             resolution=config.data.resolution,
             channels=config.data.channels,
             generator=config.generator,
-            imle=config.imle,
             constraint=config.glo.constraint,
+            own=config.sampler.kind,
+            samplers=samplers,
             rows=len(z_ND),
             fingerprint=fingerprint,
-            files={file: _entry(staging / file) for file in tensors},  # type: ignore[misc]
+            files={file: _entry(staging / file) for file in tensors},
         )
         (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -150,8 +200,11 @@ def read_manifest(folder: Path) -> Manifest:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise UserError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; this is not a packaged model")
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(tree, dict) and tree.get("format") != FORMAT:
-            raise UserError(f"{path} has format {tree.get('format')!r}; this glann reads format {FORMAT}")
+        written = tree.get("format") if isinstance(tree, dict) else FORMAT
+        if written == 1:
+            return ManifestOfFormat1.model_validate(tree).as_today()
+        if written != FORMAT:
+            raise UserError(f"{path} has format {shown(written)}; this glann reads formats 1 and {FORMAT}")
         return Manifest.model_validate(tree)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; is this a packaged model?") from error
@@ -197,36 +250,22 @@ def _from_s3(url: str, s3: S3Config, scratch: Path) -> Path:
 def open_folder(folder: Path, source: str, device: torch.device | str = "cpu") -> tuple[Manifest, SamplingModel]:
     """The model in a folder that holds model.json; `source` is what the user calls it, for messages."""
     manifest = read_manifest(folder)
-    for required in (GENERATOR, LATENTS):
-        if required not in manifest.files:
-            raise UserError(f"the model of {source} is incomplete: {MANIFEST} does not name {required}")
     states: dict[str, dict[str, Tensor]] = {file: _read(folder / file, entry) for file, entry in manifest.files.items()}
     dim = manifest.generator.latent_dim
-    expected = {"mean": (dim,), "root": (dim, dim)}
-    codes = states[LATENTS]
-    shapes = {name: tuple(tensor.shape) for name, tensor in codes.items()}
-    if shapes != expected or any(tensor.dtype != torch.float32 for tensor in codes.values()):
-        raise UserError(f"{LATENTS} of {source} does not hold the mean and root of {dim}-dimensional codes")
     try:
         with torch.device("meta"):  # no memory is taken until the shapes are known to agree
             generator = build_generator(manifest.generator, manifest.resolution, manifest.channels)
-            mapping = build_mapping(manifest.imle, dim, manifest.constraint) if MAPPING in manifest.files else None
+            samplers = {
+                kind: build_network(entry.config, dim, manifest.constraint) for kind, entry in manifest.samplers.items()
+            }
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{MANIFEST} of {source} describes networks that cannot be: {detail}") from error
     _assign(generator, states[GENERATOR], GENERATOR, source)
-    if mapping is not None:
-        _assign(mapping, states[MAPPING], MAPPING, source)
-    model = SamplingModel(
-        generator.to(device),
-        None if mapping is None else mapping.to(device),
-        mean_D=states[LATENTS]["mean"],
-        root_DD=states[LATENTS]["root"],
-        noise_dim=manifest.imle.noise_dim,
-        constraint=manifest.constraint,
-        source=source,
-    )
-    return manifest, model
+    for kind, network in samplers.items():
+        file = manifest.samplers[kind].file
+        _assign(network, states[file], file, source)
+    return manifest, SamplingModel(generator.to(device), samplers, manifest.own, source)
 
 
 def _read(path: Path, entry: FileEntry) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from ..datasets.fit import require_fit
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
-from ..inference.model import Method, SamplingModel
+from ..inference.model import SamplingModel
 from ..inference.package import Manifest
 from ..storage.open import open_store
 from .features.extractor import Extractor, build_extractor
@@ -47,8 +47,8 @@ class Judge:
     def metric(self) -> str:
         return self.extract.metric
 
-    def distance(self, model: SamplingModel, method: Method = "imle") -> float:
-        drawn = model.stream(self.samples, self.seed, method=method)
+    def distance(self, model: SamplingModel, sampler: str | None = None) -> float:
+        drawn = model.stream(self.samples, self.seed, sampler=sampler)
         images = (torch.from_numpy(part).permute(0, 3, 1, 2) for part in drawn)
         return frechet_distance(self.real, moments_of(self.extract, images))
 
@@ -96,7 +96,7 @@ def evaluate(
     if with_codes and images.index.fingerprint == manifest.fingerprint:
         metrics = reconstruction(config, model, images)
     judge = build_judge(config, images, config.evaluation.extractor, config.evaluation.samples, seed, device)
-    return metrics | {judge.metric: judge.distance(model), f"{judge.metric}_glo": judge.distance(model, "glo")}
+    return metrics | {judge.metric: judge.distance(model), f"{judge.metric}_glo": judge.distance(model, "gaussian")}
 
 
 def reconstruction(config: Config, model: SamplingModel, images: ImageRows) -> dict[str, float]:

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config.sections import ImleConfig
+from ..config.samplers import ImleConfig
 from .norm import SharedBatchNorm
 
 Constraint = Literal["sphere", "ball"]
 
 
-class Mapping(nn.Module):
+class NoiseToCode(nn.Module):
+    """Base of what draws latent codes: normal noise e [B, noise_dim] -> z_BD, row by row in eval mode."""
+
+    noise_dim: int
+
+    def forward(self, e_BE: Tensor) -> Tensor:
+        """Codes z_BD of normal noise."""
+        raise TypeError(f"{type(self).__name__} does not say how noise becomes a code")
+
+
+class Mapping(NoiseToCode):
     """T: e -> z with two hidden layers, Linear without bias, BatchNorm and ReLU (Hoshen et al. 2019, Sec. 4.1).
 
     The published T is not normalised.  Its targets z_i lie on the unit sphere (or in the unit ball), so

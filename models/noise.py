@@ -10,6 +10,7 @@ Legend: B rows asked for, E noise dimension, K blocks of four 32-bit words.
 from __future__ import annotations
 
 import math
+import zlib
 from enum import IntEnum
 
 import numpy as np
@@ -28,6 +29,15 @@ class Stream(IntEnum):
     LATENTS = 0
     CANDIDATES = 1
     SAMPLES = 2
+
+
+# Images of these kinds were drawn from these numbers before kinds had names; they stay the same images for ever.
+_FIRST_KINDS = {"imle": 0, "gaussian": 1}
+
+
+def stream_of(kind: str) -> int:
+    """The `epoch` of `Stream.SAMPLES` from which a kind of sampler draws; a function of its name alone."""
+    return _FIRST_KINDS.get(kind, zlib.crc32(kind.encode()))
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__
+from ..config.samplers import SamplerConfig
+from ..config.section import Trait
 from ..errors import redact
 from .facts import RunFacts
 from .page import environment, write_page
@@ -21,6 +23,13 @@ class TrackedAs:
     run_id: str | None = None
     study: str | None = None
     trial: str | None = None
+
+
+def described(sampler: SamplerConfig) -> str:
+    """A sampler and the keys that also go to the registry: `imle (noise_dim 32, hidden_dim 128, ...)`."""
+    fields = type(sampler).model_fields.items()
+    keys = [f"{name} {getattr(sampler, name)}" for name, field in fields if Trait.IN_REGISTRY in field.metadata]
+    return sampler.kind + (f" ({', '.join(keys)})" if keys else "")
 
 
 def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
@@ -42,6 +51,7 @@ def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
             metrics=metric_rows(facts.metrics),
             commands=commands(facts),
             tracked=tracked,
+            sampler=described(facts.config.sampler),
             samples="images/samples.png" if facts.picture("samples") else None,
         )
     )

@@ -19,8 +19,8 @@ from ..errors import UserError
 from ..storage import journal
 from ..storage.journal import Entry
 
-STAGES = {"glo": "GLO", "imle": "IMLE"}
-_PREVIEW = re.compile(r"(glo|imle)-epoch-(\d+)-(reconstructions|samples)\.png")
+_NO_STAGES = ("run", "evaluation", "study")  # other entries of a journal that have a `stage`
+_PREVIEW = re.compile(r"([a-z0-9-]+)-epoch-(\d+)-(reconstructions|samples)\.png")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class StageFacts:
     """
 
     name: str
+    title: str
     epochs: int
     steps: int
     first_loss: float | None
@@ -69,7 +70,10 @@ class RunFacts:
         if not path.is_file():
             raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
         entries = journal.entries(run_dir / journal.FILE)
-        stages = [_stage(name, [e for e in entries if e.get("stage") == name]) for name in STAGES]
+        stages = [
+            _stage(name, title, [e for e in entries if e.get("stage") == name])
+            for name, title in stage_titles(entries).items()
+        ]
         return cls(
             run_dir,
             configuration.load(path),
@@ -102,7 +106,21 @@ def series(entries: list[Entry], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _stage(name: str, entries: list[Entry]) -> StageFacts:
+def stage_titles(entries: list[Entry]) -> dict[str, str]:
+    """The stages of a run by name, in their order, with their titles, as its log has written them down.
+
+    A journal of glann 0.1 does not have them: its stages come in the order of their steps, called by their names.
+    """
+    for entry in reversed(entries):
+        if entry.get("event") == "stages" and isinstance(entry.get("stages"), list):
+            known = [stage for stage in entry["stages"] if isinstance(stage, dict)]
+            return {str(stage.get("name")): str(stage.get("title")) for stage in known}
+    trained = [e for e in entries if e.get("stage") not in (None, *_NO_STAGES) and e.get("step") is not None]
+    names = dict.fromkeys(str(entry["stage"]) for entry in sorted(trained, key=lambda entry: entry["step"]))
+    return {name: name.upper() for name in names}
+
+
+def _stage(name: str, title: str, entries: list[Entry]) -> StageFacts:
     _, losses = series(entries, "loss")
     _, speeds = series(entries, "images_per_s")
     _, stalls = series(entries, "checkpoint_stall_s")
@@ -112,7 +130,8 @@ def _stage(name: str, entries: list[Entry]) -> StageFacts:
     # an interruption is a gap far beyond the usual one between two entries
     usual = 20 * statistics.median(gaps) + 60 if gaps else 0.0
     return StageFacts(
-        name=STAGES[name],
+        name=name,
+        title=title,
         epochs=max((int(e.get("epoch") or 0) for e in entries), default=0),
         steps=max((int(e["step"]) for e in entries if e.get("step") is not None), default=0),
         first_loss=statistics.fmean(losses[:share]) if losses else None,

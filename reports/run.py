@@ -10,7 +10,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..config.run import redacted_config
 from .charts import line_chart
-from .facts import STAGES, RunFacts, series
+from .facts import RunFacts, series
 from .page import Figure, duration, environment, figure, number, write_page
 
 FILE = "report.html"
@@ -24,7 +24,7 @@ METRICS = {
 }
 FRECHET = "Fréchet distance of {} features; lower is better. Not FID: compare it only with itself"
 PICTURES = {
-    "samples": ("Samples", "New images G(T(e)): one noise vector each."),
+    "samples": ("Samples", "New images: one noise vector each."),
     "interpolations": ("Interpolations", "Each row goes from one sample to another along a great circle of the noise."),
     "nearest": ("Nearest training images", "Under each sample the training image that differs least in its pixels."),
 }
@@ -70,7 +70,7 @@ def headline(facts: RunFacts) -> str:
     kind = "grey" if config.data.channels == 1 else "colour"
     rows = facts.summary.get("rows")
     images = f"{rows:,} {kind} images" if isinstance(rows, int) else f"{kind} images"
-    done = " and ".join(f"{stage.name} for {_epochs(stage.epochs)}" for stage in facts.stages)
+    done = " and ".join(f"{stage.title} for {_epochs(stage.epochs)}" for stage in facts.stages)
     state = "" if facts.finished else " The run has not finished."
     return (
         f"{images} of {config.data.resolution} × {config.data.resolution} px, "
@@ -129,8 +129,8 @@ def _charts(facts: RunFacts) -> list[Markup]:
     charts = []
     for stage in facts.stages:
         for key, title, label, log in (
-            ("loss", f"{stage.name}: loss", "loss", True),
-            ("images_per_s", f"{stage.name}: throughput", "images/s", False),
+            ("loss", f"{stage.title}: loss", "loss", True),
+            ("images_per_s", f"{stage.title}: throughput", "images/s", False),
         ):
             steps, values = series(stage.entries, key)
             if len(values) >= 2:
@@ -145,12 +145,12 @@ def _films(facts: RunFacts) -> list[tuple[str, str, list[Figure]]]:
         "samples": "The same noise at every epoch.",
     }
     films = []
-    for stage, name in STAGES.items():
+    for stage in facts.stages:
         for kind, text in texts.items():
-            shown = [preview for preview in facts.previews if (preview.stage, preview.kind) == (stage, kind)]
+            shown = [preview for preview in facts.previews if (preview.stage, preview.kind) == (stage.name, kind)]
             if len(shown) > MAX_PREVIEWS:
                 shown = [shown[round(i * (len(shown) - 1) / (MAX_PREVIEWS - 1))] for i in range(MAX_PREVIEWS)]
             if shown:
                 frames = [figure(preview.path, f"epoch {preview.epoch}") for preview in shown]
-                films.append((f"{name}: {kind} while training", text, frames))
+                films.append((f"{stage.title}: {kind} while training", text, frames))
     return films

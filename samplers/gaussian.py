@@ -1,24 +1,91 @@
-"""The Gaussian over latent codes: GLO's own way of sampling (Bojanowski et al. 2018), the baseline."""
+"""The Gaussian over latent codes: GLO's own way of sampling (Bojanowski et al. 2018), the baseline.
+
+Shapes: B batch, D latent dimension, n rows of this worker, N rows of all workers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ..config.samplers import SamplerConfig
+from ..models.comm import all_sum
+from ..models.mapping import NoiseToCode
+from .base import Codes, Constraint, FitStep, Sampler
 
 CHUNK = 65536
 
 
-def gaussian(z_ND: Tensor) -> dict[str, Tensor]:
+class Gaussian(NoiseToCode):
+    """z = mean + root g for g ~ N(0, I_D), projected to where codes lie; root root^T is the covariance."""
+
+    mean: Tensor
+    root: Tensor
+
+    def __init__(self, latent_dim: int, constraint: Constraint) -> None:
+        super().__init__()
+        self.noise_dim, self.constraint = latent_dim, constraint
+        self.register_buffer("mean", torch.zeros(latent_dim))
+        self.register_buffer("root", torch.eye(latent_dim))
+
+    def forward(self, e_BE: Tensor) -> Tensor:
+        z_BD = self.mean + e_BE @ self.root.T
+        if self.constraint == "sphere":
+            return F.normalize(z_BD, dim=1)
+        return z_BD / z_BD.norm(dim=1, keepdim=True).clamp(min=1.0)
+
+
+class GaussianSampler(Sampler):
+    """A closed form: one epoch of one step."""
+
+    title = "Gaussian"
+
+    @staticmethod
+    def build(config: SamplerConfig, latent_dim: int, constraint: Constraint) -> Gaussian:
+        return Gaussian(latent_dim, constraint)
+
+    def fit(
+        self,
+        codes: Codes,
+        first_epoch: int,
+        piggyback: Callable[[], Tensor],
+        enter: Callable[[str], None] = lambda phase: None,
+    ) -> Iterator[FitStep]:
+        if first_epoch >= self.epochs:
+            return
+        enter("gaussian")
+        fitted = gaussian(codes.z_nD, codes.total, self.device)
+        self.network.load_state_dict(fitted)
+        variance = float(fitted["root"].square().sum())  # the trace of the covariance
+        yield FitStep(0, 0, 1, all_sum(piggyback().to(self.device)).cpu(), True, {"loss": variance})
+
+
+def gaussian(z_nD: Tensor, total: int | None = None, device: torch.device | None = None) -> dict[str, Tensor]:
     """Mean [D] and root [D, D] (root @ root.T is the covariance) of codes, summed in float64.
 
     The symmetric root exists also where there are fewer codes than dimensions, a Cholesky factor does not.
+
+    Args:
+        total: N, where the codes are those of this worker's rows; all workers call then, and get the same.
+        device: where workers exchange their sums.
     """
-    count, dim = z_ND.shape
-    mean_D = sum((chunk.double().sum(0) for chunk in z_ND.split(CHUNK)), torch.zeros(dim, dtype=torch.float64)) / count
+
+    def shared(local: Tensor) -> Tensor:
+        return local if total is None else all_sum(local.to(device)).cpu()
+
+    count, dim = total or len(z_nD), z_nD.shape[1]
+    sum_D = sum((chunk.double().sum(0) for chunk in z_nD.split(CHUNK)), torch.zeros(dim, dtype=torch.float64))
+    mean_D = shared(sum_D) / count
     scatter_DD = torch.zeros(dim, dim, dtype=torch.float64)
-    for chunk_BD in z_ND.split(CHUNK):
+    for chunk_BD in z_nD.split(CHUNK):
         centred_BD = chunk_BD.double() - mean_D
         scatter_DD += centred_BD.T @ centred_BD
-    value_D, vector_DD = torch.linalg.eigh(scatter_DD / max(count - 1, 1))
+    value_D, vector_DD = torch.linalg.eigh(shared(scatter_DD) / max(count - 1, 1))
     root_DD = (vector_DD * value_D.clamp(min=0).sqrt()) @ vector_DD.T
     return {"mean": mean_D.float(), "root": root_DD.float()}
+
+
+SAMPLER = GaussianSampler

@@ -1,7 +1,7 @@
-"""Stage 2 (IMLE): the mapping T from noise to latent codes, by nearest neighbours.
+"""IMLE: the mapping T from noise to latent codes, by nearest neighbours.
 
 Shapes: B own rows of a global batch, D latent dimension, E noise dimension, N rows, n own rows,
-M candidates, m own candidates, W workers.
+M candidates, m own candidates, W workers, K numbers of a piggyback.
 """
 
 from __future__ import annotations
@@ -10,42 +10,32 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cluster.inverted_file import ivf_nearest
 from ..cluster.neighbours import ring_nearest
 from ..cluster.placement import global_batches, ranges
-from ..config.run import Config
-from ..config.schedule import factor
+from ..config.samplers import ImleConfig, SamplerConfig
 from ..errors import UserError
-from ..models.mapping import Mapping
+from ..models.comm import all_sum, rank, world_size
+from ..models.cost import cost
+from ..models.mapping import Mapping, build_mapping
 from ..models.noise import noise
+from .base import Codes, Constraint, FitStep, Sampler, State
 
 CHUNK = 16384  # candidates mapped at once; also the noises that T's statistics are taken from
-
-
-@dataclass(frozen=True)
-class ImleEpoch:
-    """What one epoch did: losses are means over all N rows; `distance` is that of the matches, before training.
-
-    `recall`: share of codes that were matched with their true nearest candidate; 1 for the exact search.
-    """
-
-    epoch: int
-    loss: float
-    distance: float
-    search_seconds: float
-    recall: float
-    votes: float
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Index of each own code's nearest candidate, and its squared distance (float64)."""
+    """Index of each own code's nearest candidate, and its squared distance (float64).
+
+    recall: share of codes that were matched with their true nearest candidate; 1 for the exact search.
+    """
 
     index_n: Tensor
     distance_n: Tensor
@@ -53,149 +43,172 @@ class Matches:
     seconds: float
 
 
-class MappingTrainer:
-    """T, its Adam and where they stand; replicated on every worker and equal on all of them."""
+class Imle(Sampler):
+    """T, its Adam and where they stand (Hoshen et al. 2019, Sec. 3.2)."""
 
-    def __init__(self, mapping: Mapping, config: Config, device: torch.device, state: dict | None = None) -> None:
-        self.mapping, self.device = mapping.to(device), device
-        self.batch_statistics = config.imle.statistics == "batch"
+    title = "IMLE"
+    network: Mapping
+    config: ImleConfig
+
+    def __init__(
+        self,
+        config: SamplerConfig,
+        latent_dim: int,
+        constraint: Constraint,
+        *,
+        seed: int,
+        device: torch.device,
+        state: State | None = None,
+    ) -> None:
+        super().__init__(config, latent_dim, constraint, seed=seed, device=device, state=state)
+        self.epochs = self.config.epochs
         self.optimizer = torch.optim.Adam(
-            mapping.parameters(), lr=config.imle.lr, weight_decay=config.imle.weight_decay
+            self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay
         )
-        if state is None and not self.batch_statistics:
-            index_B = torch.arange(CHUNK)
-            # of the epoch after the last: noise that no candidate is made of
-            mapping.fix_statistics(noise(config.seed, config.imle.epochs, index_B, config.imle.noise_dim, device))
         if state is not None:
-            mapping.load_state_dict(state["weights"])
-            for name, parameter in mapping.named_parameters():
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state["updates"])),
-                    "exp_avg": state["exp_avg"][name].to(device),
-                    "exp_avg_sq": state["exp_avg_sq"][name].to(device),
-                }
+            self._restore_moments(state)
+        elif self.config.statistics == "noise":
+            # of the epoch after the last: noise that no candidate is made of
+            index_B = torch.arange(CHUNK)
+            self.network.fix_statistics(noise(seed, self.epochs, index_B, self.config.noise_dim, device))
+
+    @staticmethod
+    def build(config: SamplerConfig, latent_dim: int, constraint: Constraint) -> Mapping:
+        return build_mapping(cast(ImleConfig, config), latent_dim, constraint)
+
+    def fit(
+        self,
+        codes: Codes,
+        first_epoch: int,
+        piggyback: Callable[[], Tensor],
+        enter: Callable[[str], None] = lambda phase: None,
+    ) -> Iterator[FitStep]:
+        """Eqs. 5 and 6 of the paper: pull the nearest mapped noise of every code towards it.
+
+        A match is kept as an index; its noise is made again where it is needed. The facts of an epoch are means over
+        all N rows; `distance` is that of the matches, before training.
+        """
+        z_nD = codes.z_nD.to(self.device)
+        bad_in_a_row = 0
+        for epoch in range(first_epoch, self.epochs):
+            enter("search")
+            matches = self.match(epoch, z_nD, codes.total)
+            enter("imle")
+            lr = self.config.lr * self.config.schedule.factor(epoch, self.epochs)
+            loss = torch.zeros((), device=self.device)
+            self.network.train(self.config.statistics == "batch")
+            batches = global_batches(self.seed, epoch, codes.total, self.config.batch_size)
+            for step, batch in enumerate(batches):
+                mine = (batch >= codes.rows.start) & (batch < codes.rows.stop)
+                own = torch.as_tensor(batch[mine] - codes.rows.start)
+                e_BE = noise(self.seed, epoch, matches.index_n[own], self.config.noise_dim, self.device)
+                error, applied, piggyback_K = self.update(e_BE, z_nD[own.to(self.device)], len(batch), lr, piggyback())
+                loss += error
+                bad_in_a_row = 0 if applied else bad_in_a_row + 1
+                yield FitStep(epoch, step, len(batches), piggyback_K, applied)
+                if bad_in_a_row >= self.config.max_bad_steps:
+                    raise UserError(
+                        f"IMLE was not finite for {bad_in_a_row} steps in a row in epoch {epoch}; lower sampler.lr"
+                    )
+            yield self._end_of_epoch(epoch, len(batches), codes.total, loss, matches, piggyback())
 
     def update(
-        self, e_BE: Tensor, z_BD: Tensor, batch_rows: int, lr: float, vote: float = 0.0
-    ) -> tuple[Tensor, bool, float]:
+        self, e_BE: Tensor, z_BD: Tensor, batch_rows: int, lr: float, piggyback_K: Tensor
+    ) -> tuple[Tensor, bool, Tensor]:
         """One step on a global batch of which this worker holds B rows (maybe none).
 
         Returns:
             Sum of the squared distances over this worker's rows, whether the step was applied
-            (not if any gradient of any worker was not finite), and the sum of all workers' votes.
+            (not if any gradient of any worker was not finite), and the sum of all workers' piggybacks.
         """
-        error_B = (self.mapping(e_BE) - z_BD).square().sum(1)
+        error_B = (self.network(e_BE) - z_BD).square().sum(1)
         self.optimizer.zero_grad()
         (error_B.sum() / batch_rows).backward()
-        grads = [cast(Tensor, parameter.grad) for parameter in self.mapping.parameters()]
-        flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([vote], device=self.device)])
-        if world_size() > 1:
-            dist.all_reduce(flat)  # a sum: each worker divided by the whole batch already
-        finite, votes = torch.stack([flat[:-1].sum(), flat[-1]]).tolist()
+        grads = [cast(Tensor, parameter.grad) for parameter in self.network.parameters()]
+        flat = torch.cat([*(grad.flatten() for grad in grads), piggyback_K.to(self.device)])
+        all_sum(flat)  # each worker divided by the whole batch already
+        summed, piggyback_K = flat[: len(flat) - len(piggyback_K)], flat[len(flat) - len(piggyback_K) :]
+        finite, *carried = torch.cat([summed.sum()[None], piggyback_K]).tolist()
         applied = math.isfinite(finite)
         if applied:
-            for grad, summed in zip(grads, flat[:-1].split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(summed.view_as(grad))
+            for grad, part in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
-        return error_B.detach().sum(), applied, votes
+        return error_B.detach().sum(), applied, torch.tensor(carried)
 
-    def state(self) -> dict[str, Any]:
-        """Weights, Adam's moments by parameter name and the number of updates, on CPU."""
-        state: dict[str, Any] = {
-            "weights": {name: tensor.detach().cpu().clone() for name, tensor in self.mapping.state_dict().items()},
-            "exp_avg": {},
-            "exp_avg_sq": {},
-            "updates": 0.0,
-        }
-        for name, parameter in self.mapping.named_parameters():
+    @torch.no_grad()
+    def match(self, epoch: int, z_nD: Tensor, total_rows: int) -> Matches:
+        """Search for the nearest candidate T(e_m) of each own code among all M (Eq. 5).
+
+        T is in eval mode, so that a candidate does not depend on its batch mates.
+        """
+        began = perf_counter()
+        self.network.eval()
+        mine = ranges(candidates(self.config, total_rows), world_size())[rank()]
+        block_mD = torch.empty(len(mine), z_nD.shape[1], device=z_nD.device)
+        for start in range(0, len(mine), CHUNK):
+            index_B = torch.arange(mine.start + start, min(mine.start + start + CHUNK, mine.stop))
+            e_BE = noise(self.seed, epoch, index_B, self.config.noise_dim, z_nD.device)
+            block_mD[start : start + CHUNK] = self.network(e_BE)
+        search = self.config.search
+        if search.kind == "ivf":
+            index_n, distance_n, recall = ivf_nearest(z_nD, block_mD, search.cells, search.probes)
+        else:
+            (index_n, distance_n), recall = ring_nearest(z_nD, block_mD), 1.0
+        return Matches(index_n.cpu(), distance_n, recall, perf_counter() - began)
+
+    def state(self) -> State:
+        """Weights, Adam's moments by parameter name and the number of updates, on the CPU."""
+        state = super().state() | {"exp_avg": {}, "exp_avg_sq": {}}
+        for name, parameter in self.network.named_parameters():
             slot = self.optimizer.state.get(parameter)
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 state[key][name] = slot[key].cpu().clone() if slot else torch.zeros_like(parameter, device="cpu")
             state["updates"] = float(slot["step"]) if slot else 0.0
         return state
 
+    @classmethod
+    def flops(cls, config: SamplerConfig, latent_dim: int, rows: int) -> float:
+        """Map M candidates, compare N rows with each of them (2 N M D), train on N matches; every epoch."""
+        imle = cast(ImleConfig, config)
+        with torch.device("meta"):
+            mapping = cost(build_mapping(imle, latent_dim), (imle.noise_dim,))
+        number = imle.candidates * rows
+        search = 2.0 * rows * number * latent_dim
+        return imle.epochs * (number * mapping.forward_flops + search + rows * mapping.flops)
 
-def train_imle(
-    config: Config,
-    z_nD: Tensor,
-    rows: range,
-    total_rows: int,
-    trainer: MappingTrainer,
-    first_epoch: int,
-    vote: Callable[[], float],
-    ends: Callable[[float], bool] = lambda votes: False,
-    enter: Callable[[str, int, int], None] = lambda phase, epoch, step: None,
-) -> Iterator[ImleEpoch]:
-    """Stage 2, Eqs. 5 and 6 of the paper: pull the nearest mapped noise of every code towards it.
+    @classmethod
+    def steps(cls, config: SamplerConfig, rows: int) -> int:
+        imle = cast(ImleConfig, config)
+        return imle.epochs * math.ceil(rows / imle.batch_size)
 
-    Yields after every epoch. A match is kept as an index; its noise is made again where it is needed. Where the
-    votes ask to stop within an epoch it ends at once: the epoch is to be done again from its beginning.
+    def _end_of_epoch(
+        self, epoch: int, steps: int, total: int, loss: Tensor, matches: Matches, piggyback_K: Tensor
+    ) -> FitStep:
+        """The step that only exchanges what the epoch came to."""
+        own_2 = torch.stack([loss.double(), matches.distance_n.sum().to(loss.device)])
+        sums = all_sum(torch.cat([own_2, piggyback_K.to(loss.device).double()])).tolist()
+        facts = {
+            "loss": sums[0] / total,
+            "distance": sums[1] / total,
+            "search_seconds": matches.seconds,
+            "recall": matches.recall,
+        }
+        return FitStep(epoch, steps, steps, torch.tensor(sums[2:], dtype=torch.float32), True, facts)
 
-    Args:
-        z_nD: codes of this worker's rows. vote: asked at every update, see `StepResult`. enter: told
-            (phase, epoch, step) before a search and before every update.
-    Raises:
-        UserError: `imle.max_bad_steps` steps in a row were not finite.
-    """
-    z_nD = z_nD.to(trainer.device)
-    bad_in_a_row = 0
-    for epoch in range(first_epoch, config.imle.epochs):
-        enter("search", epoch, 0)
-        matches = match(config, epoch, z_nD, total_rows, trainer.mapping)
-        lr = config.imle.lr * factor(config.imle.schedule, epoch, config.imle.epochs)
-        loss = torch.zeros((), device=trainer.device)
-        trainer.mapping.train(trainer.batch_statistics)
-        for step, batch in enumerate(global_batches(config.seed, epoch, total_rows, config.imle.batch_size)):
-            enter("imle", epoch, step)
-            own = torch.as_tensor(batch[(batch >= rows.start) & (batch < rows.stop)] - rows.start)
-            e_BE = noise(config.seed, epoch, matches.index_n[own], config.imle.noise_dim, trainer.device)
-            error, applied, votes = trainer.update(e_BE, z_nD[own.to(trainer.device)], len(batch), lr, vote())
-            if ends(votes):
-                return
-            loss += error
-            bad_in_a_row = 0 if applied else bad_in_a_row + 1
-            if bad_in_a_row >= config.imle.max_bad_steps:
-                raise UserError(
-                    f"stage 2 was not finite for {bad_in_a_row} steps in a row in epoch {epoch}; lower imle.lr"
-                )
-        sums = torch.stack(
-            [loss.double(), matches.distance_n.sum().to(loss.device), torch.tensor(vote(), device=loss.device)]
-        )
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        loss_sum, distance_sum, votes = sums.tolist()
-        yield ImleEpoch(epoch, loss_sum / total_rows, distance_sum / total_rows, matches.seconds, matches.recall, votes)
+    def _restore_moments(self, state: State) -> None:
+        for name, parameter in self.network.named_parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(state["updates"])),
+                "exp_avg": state["exp_avg"][name].to(self.device),
+                "exp_avg_sq": state["exp_avg_sq"][name].to(self.device),
+            }
 
 
-@torch.no_grad()
-def match(config: Config, epoch: int, z_nD: Tensor, total_rows: int, mapping: nn.Module) -> Matches:
-    """Search for the nearest candidate T(e_m) of each own code among all M (Eq. 5).
-
-    T is in eval mode, so that a candidate does not depend on its batch mates.
-    """
-    began = perf_counter()
-    mapping.eval()
-    blocks = ranges(candidates(config, total_rows), world_size())
-    mine = blocks[dist.get_rank() if world_size() > 1 else 0]
-    block_mD = torch.empty(len(mine), z_nD.shape[1], device=z_nD.device)
-    for start in range(0, len(mine), CHUNK):
-        index_B = torch.arange(mine.start + start, min(mine.start + start + CHUNK, mine.stop))
-        block_mD[start : start + CHUNK] = mapping(
-            noise(config.seed, epoch, index_B, config.imle.noise_dim, z_nD.device)
-        )
-    search = config.imle.search
-    if search.kind == "ivf":
-        index_n, distance_n, recall = ivf_nearest(z_nD, block_mD, search.cells, search.probes)
-    else:
-        (index_n, distance_n), recall = ring_nearest(z_nD, block_mD), 1.0
-    return Matches(index_n.cpu(), distance_n, recall, perf_counter() - began)
-
-
-def candidates(config: Config, total_rows: int) -> int:
+def candidates(config: ImleConfig, total_rows: int) -> int:
     """M, the number of candidates of an epoch."""
-    return max(1, round(config.imle.candidates * total_rows))
+    return max(1, round(config.candidates * total_rows))
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+SAMPLER = Imle

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from ..config.sections import Section
+from ..config.section import Section
 from ..errors import EnvironmentFault, GlannError, UserError
 from ..storage import journal
 from ..storage.files import os_fault

@@ -1,12 +1,12 @@
 """Stage 1 (GLO): the generator and one latent code per image, by reconstruction.
 
-Shapes: B rows of this worker's batch, D latent dimension, n rows of this worker.
+Shapes: B rows of this worker's batch, D latent dimension, n rows of this worker, K numbers of a piggyback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -15,26 +15,66 @@ from torch import Tensor
 from ..cluster.latents import LatentTable
 from ..cluster.placement import Share, epoch_plan, steps_left
 from ..config.run import Config
-from ..config.schedule import factor
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
+from ..models.comm import rank
+from ..models.generators import build_generator
 from ..models.patches import patch_seeds
-from .engine.step import Engine
+from .engine.build import build_engine
+from .engine.step import Engine, OptimizerConfig
+from .objective import build_objective
+from .plan.costs import training_costs
+from .previews import Previews
+from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State
+
+GENERATOR = "generator"  # the name of its network
 
 
-@dataclass(frozen=True)
-class GloStep:
-    """What one step did. `rows_B`: this worker's real rows; `votes`: see `StepResult`."""
+class Glo(Stage):
+    """The generator's engine, the loss, and this worker's part of the latent table."""
 
-    epoch: int
-    step: int
-    steps: int
-    loss: float
-    rows_B: list[int]
-    applied: bool
-    votes: float
-    latent_lr: float
+    def __init__(self, context: StageContext, networks: Mapping[str, State]) -> None:
+        config = context.config
+        self.context, self.preview_every = context, config.preview.every_epochs
+        torch.manual_seed(config.seed)
+        network = build_generator(config.generator, config.data.resolution, config.data.channels)
+        network.checkpoint_activations = config.engine.activation_checkpointing
+        optimizer = OptimizerConfig(config.glo.generator_lr, config.glo.betas, config.glo.ema)
+        state = networks.get(GENERATOR)
+        self.engine = build_engine(network, optimizer, config.engine, config.glo.batch_size, context.device, state)
+        self.loss = build_objective(config, context.device)
+        self.drawing = Previews(config, context.images, context.latents.rows, context.device)
+
+    @classmethod
+    def info(cls, config: Config) -> StageInfo:
+        return StageInfo("glo", "GLO", config.glo.epochs)
+
+    @classmethod
+    def cost(cls, config: Config, rows: int) -> StageCost:
+        flops = sum(part.flops for part in training_costs(config))
+        steps = config.glo.epochs * math.ceil(rows / config.glo.batch_size)
+        return StageCost(steps, float(flops) * rows * config.glo.epochs)
+
+    def steps(self, epoch: int, step: int, piggyback: Callable[[], Tensor]) -> Iterator[StageStep]:
+        context = self.context
+        context.enter("glo")
+        yield from train_glo(
+            context.config, context.images, context.latents, self.engine, self.loss, (epoch, step), piggyback
+        )
+
+    def lazy_state(self) -> dict[str, State]:
+        return {GENERATOR: self.engine.lazy_state()}
+
+    def state(self) -> dict[str, State]:
+        return {GENERATOR: self.engine.state()}
+
+    def previews(self) -> Pictures:
+        weights = self.engine.weights()  # every worker holds a part
+        return self.drawing.reconstructed(weights, self.context.latents) if rank() == 0 else {}
+
+    def image_flops(self) -> int:
+        return sum(part.flops for part in training_costs(self.context.config))
 
 
 def train_glo(
@@ -44,17 +84,17 @@ def train_glo(
     engine: Engine,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     start: tuple[int, int],
-    vote: Callable[[], float],
-) -> Iterator[GloStep]:
+    piggyback: Callable[[], Tensor],
+) -> Iterator[StageStep]:
     """Stage 1, Eq. 3 of the paper: fit the generator and the codes of this worker's rows.
 
-    Yields after every step; the caller decides what to log, when to save and whether to go on.
-    An epoch that was begun before a restart goes on with the rows that it has not visited.
+    Yields after every step; the caller decides what to log, when to save and when to stop.
+    An epoch that was begun before a restart is resumed with the rows that it has not visited.
 
     Args:
         start: (epoch, step) of the first step to take.
         loss: (fake [B, C, H, W], real [B, C, H, W], patch seed per row) -> loss per row.
-        vote: asked once a step, e.g. whether a checkpoint is due here.
+        piggyback: asked once a step for numbers [K] whose sum over workers comes back with the step.
     Raises:
         UserError: `glo.max_bad_steps` steps in a row were not finite.
     """
@@ -72,14 +112,15 @@ def train_glo(
             img_BCHW = batch.img_BCHW.to(engine.device, non_blocking=True).float() / 255
             weight_B = batch.weight_B.to(engine.device, non_blocking=True)
             seed_B = patch_seeds(config.seed, epoch, batch.rows_B)
-            scale = factor(config.glo.schedule, epoch + batch.step / steps, config.glo.epochs)
+            scale = config.glo.schedule.factor(epoch + batch.step / steps, config.glo.epochs)
+            latent_lr = config.glo.latent_lr * scale
 
             result = engine.step(
                 z_BD,
                 weight_B,
                 lambda fake, part: loss(fake, img_BCHW[part], seed_B[part]),  # noqa: B023
                 config.glo.generator_lr * scale,
-                vote(),
+                piggyback(),
             )
 
             rows_B = batch.rows_B[batch.weight_B > 0].numpy()
@@ -87,19 +128,20 @@ def train_glo(
             if result.applied:
                 grad_BD = result.grad_BD[weight_B > 0].cpu()
                 ahead_B = ahead and ahead.rows_B  # gathered by the same call, and here when its step begins
-                latents.push(epoch, batch.step, rows_B, grad_BD, config.glo.latent_lr * scale, unread_B, ahead_B)
+                latents.push(epoch, batch.step, rows_B, grad_BD, latent_lr, unread_B, ahead_B)
             else:
                 latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
             bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
-            yield GloStep(
+            yield StageStep(
                 epoch,
                 batch.step,
                 steps,
-                result.loss,
-                rows_B.tolist(),
-                result.applied,
-                result.votes,
-                config.glo.latent_lr * scale,
+                result.piggyback_K,
+                loss=result.loss,
+                rows_B=rows_B.tolist(),
+                applied=result.applied,
+                facts={"latent_lr": latent_lr},
+                ends_epoch=batch.step + 1 == steps,
             )
             if bad_in_a_row >= config.glo.max_bad_steps:
                 raise UserError(
@@ -113,10 +155,12 @@ def train_glo(
 def plan_epoch(config: Config, epoch: int, first_step: int, latents: LatentTable, engine: Engine) -> list[PlannedBatch]:
     """What is left of `epoch` for this worker, in as many steps as the busiest worker needs."""
     visited_n = latents.visits()
-    rank = dist.get_rank() if engine.world > 1 else 0
-    share = Share(config.glo.batch_size, rank, engine.world, config.engine.accumulation)
+    share = Share(config.glo.batch_size, rank(), engine.world, config.engine.accumulation)
     steps = torch.tensor(steps_left(epoch, share, visited_n, first_step))
     if engine.world > 1:
         steps = steps.to(engine.device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
     return epoch_plan(config.seed, epoch, latents.rows, share, int(steps), visited_n, first_step)
+
+
+STAGE = Glo

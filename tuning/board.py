@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..trainers.stage import stage_infos
 from .ledger import Ledger, Trial, best_of, in_words
 from .not_pickled import NotKept
 from .study import StudyConfig
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ROWS = 12  # of trials that a screen is given
-STAGES = {"glo": "stage 1", "imle": "stage 2", "starting": "starting"}
 STYLES = {"finished": "green", "failed": "red", "stopped": "dim", "running": ""}
 
 
@@ -29,6 +29,7 @@ class Board(NotKept, tune.Callback):
 
     def __init__(self, study: StudyConfig, ledger: Ledger, console: Console) -> None:
         self.study, self.ledger, self.console = study, ledger, console
+        self.stages = stage_infos(study.base())
         self.latest: dict[int, dict[str, Any]] = {}
         self.told: set[tuple[int, str]] = {(trial.number, trial.state) for trial in ledger.trials if trial.ended}
         self.running, self.total = 0, study.trials_in_all
@@ -114,7 +115,9 @@ class Board(NotKept, tune.Callback):
         now = self.latest.get(trial.number, {})
         epoch = f", epoch {now['stage_epoch']}" if "stage_epoch" in now else ""
         loss = f", loss {now['reached_loss']:.4g}" if "reached_loss" in now else ""
-        return STAGES[now.get("stage", "starting")] + epoch + loss
+        stages, stage = list(self.stages), now.get("stage", "starting")
+        where = f"stage {stages.index(stage) + 1}" if stage in stages else stage
+        return where + epoch + loss
 
     def title(self, trials: list[Trial]) -> str:
         ended = [trial for trial in trials if trial.ended]

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..cluster.nodes.ray import ray_cluster
-from ..config.run import Config, redacted_config
+from ..config.run import Config
 from ..datasets.assets.catalogue import load_weights
 from ..errors import GlannError, UserError
 from ..metrics.features.extractor import build_extractor
-from ..tracking.runs import Status, TrackedRun
+from ..tracking.runs import TrackedRun
 from ..trainers.objective import build_objective
+from ..trainers.run.lifecycle import open_run
 from ..trainers.run.mirror import RunMirror, take_back
-from ..trainers.run.preflight import open_data, refuse_other_configuration, sole_command
+from ..trainers.run.preflight import open_data, refuse_other_configuration
 from ..trainers.run.recovery import RunStopped, stop_on_signal
 from .folder import is_study, refuse_other_study
 from .ledger import Ledger
@@ -48,14 +49,17 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
         index = open_data(base, console)
         build_objective(base, torch.device("cpu"))  # fetches what trials need, once
         build_extractor(base.evaluation.extractor, load_weights)
-        study.folder.mkdir(parents=True, exist_ok=True)
-        with sole_command(study.folder, "tune"):
-            tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}
-            tracked = TrackedRun.open(base, study.folder, tags)
-            fresh = False
-            (study.folder / "config.yaml").write_text(redacted_config(base).to_yaml(), encoding="utf-8")
-            (study.folder / FILE).write_text(study.to_yaml(), encoding="utf-8")
-            conduct(study, base, tracked, console)
+        tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}
+        mirror, opened = RunMirror(base, of_study), False
+        try:
+            with open_run(base, study.folder, "tune", tags) as tracked:
+                fresh, opened = False, True
+                (study.folder / FILE).write_text(study.to_yaml(), encoding="utf-8")
+                conduct(study, base, tracked, console, mirror)
+        finally:
+            if opened:
+                mirror.close(console.print)
+                shutil.rmtree(study.folder / "ray", ignore_errors=True)
     except UserError:
         if fresh:
             shutil.rmtree(study.folder, ignore_errors=True)
@@ -85,10 +89,9 @@ def run_on_cluster(
         raise RunStopped(f"study {study.name} was stopped and is saved; the same command goes on with it")
 
 
-def conduct(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console) -> None:
-    """Run the trials that are left, and report, telling MLflow how it ended."""
-    status: Status = "FAILED"
-    ledger, mirror = Ledger(study.folder), RunMirror(base, of_study)
+def conduct(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console, mirror: RunMirror) -> None:
+    """Run the trials that are left, and report."""
+    ledger = Ledger(study.folder)
     wanted, trials = study.trials_in_all, ledger.trials
     done = len(trials) >= wanted and all(trial.ended for trial in trials)
     try:
@@ -96,16 +99,9 @@ def conduct(study: StudyConfig, base: Config, tracked: TrackedRun, console: Cons
             console.print(f"all {wanted} trials have ended; more with --trials")
         else:
             run_on_cluster(study, base, ledger, tracked, console, mirror)
-        status = "FINISHED"
-    except (RunStopped, KeyboardInterrupt):
-        status = "KILLED"
-        raise
     finally:
         tell(study, ledger, tracked, console)
         ledger.close()
-        tracked.finish(status)
-        mirror.close(console.print)
-        shutil.rmtree(study.folder / "ray", ignore_errors=True)
 
 
 def tell(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Console) -> None:

@@ -78,7 +78,8 @@ def forecast(study: StudyConfig) -> Forecast:
     study = study.with_absolute_paths()
     begun = len(trials(study.folder))
     plan = make_plan(study.base())
-    share = plan.imle_flops / (plan.glo_flops + plan.imle_flops) if study.second_stage_only else expected(study)
+    first, *later = (cost.flops for cost in plan.costs.values())
+    share = sum(later) / (first + sum(later)) if study.second_stage_only else expected(study)
     whole = 0 if begun or study.stage_one else 1  # the base recipe is never stopped early
     # besides the base recipe; later ones depend on results
     known = study.search.startup if study.search.kind == "tpe" else study.budget.trials

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
+from ..config.run import canonical
 from ..errors import UserError
 from ..storage.journal import Journal, read
 
@@ -120,6 +121,8 @@ def trials(folder: Path) -> dict[int, Trial]:
     """
     found: dict[int, Trial] = {}
     for number, line in _lines(folder / FILE):
+        if "params" in line:  # an older ledger has the short names of some keys
+            line["params"] = {canonical(key): value for key, value in line["params"].items()}
         if line["event"] == "started":
             found[number] = Trial(number, line["params"])
         else:

@@ -13,6 +13,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 
 from ..storage.journal import FILE as JOURNAL
 from ..storage.journal import entries
+from ..trainers.stage import stage_infos
 from .ledger import BASELINE, Trial
 from .study import StudyConfig
 
@@ -75,14 +76,19 @@ def replay(asha: Halving, study: StudyConfig, trial: Trial) -> None:
     """Have the rungs know a trial of an earlier start by its journal, also one that is to go on."""
     known = SimpleNamespace(config={"member": {"number": trial.number}})
     asha.on_trial_add(None, known)
-    for epoch, loss in losses(study.run_dir(trial.number)):
+    for epoch, loss in losses(study.run_dir(trial.number), first_stage(study)):
         asha.on_trial_result(None, known, {EPOCH: epoch, LOSS: loss})
 
 
-def losses(run_dir: Path) -> Iterator[tuple[int, float]]:
-    """(epoch, loss) of stage 1 from a run folder's journal."""
+def first_stage(study: StudyConfig) -> str:
+    """The name of the stage by whose losses trials are compared while they train."""
+    return next(iter(stage_infos(study.base())))
+
+
+def losses(run_dir: Path, stage: str) -> Iterator[tuple[int, float]]:
+    """(epoch, loss) of a stage from a run folder's journal."""
     for entry in entries(run_dir / JOURNAL):
-        if entry.get("stage") == "glo" and isinstance(entry.get(LOSS), int | float):
+        if entry.get("stage") == stage and isinstance(entry.get(LOSS), int | float):
             yield int(entry[EPOCH]), float(entry[LOSS])
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from ..config.parse import shown
-from ..config.sections import Section
+from ..config.section import Section
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -5,8 +5,8 @@ recipe: digits
 overrides: {cluster.workers: 2, data.max_rows: 1500}     shared by all trials; cluster.* is what a trial takes
 space:
   glo.latent_lr: {log_uniform: [0.005, 0.1]}
-  imle.noise_dim: {integer: [8, 32]}
-  imle.statistics: {choice: [noise, batch]}
+  sampler.noise_dim: {integer: [8, 32]}
+  sampler.statistics: {choice: [noise, batch]}
 metric: fd_squeezenet
 budget: {trials: 12}
 """
@@ -21,11 +21,22 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ..config.parse import explain, plain_data, shown, suggest
-from ..config.run import RECIPES, Config, absolute, find_recipe, known_keys, validate
-from ..config.sections import Section
+from ..config.run import (
+    RECIPES,
+    Config,
+    absolute,
+    canonical,
+    find_recipe,
+    has_trait,
+    keys_with,
+    known_keys,
+    validate,
+    with_shorthands,
+)
+from ..config.section import Section, Trait
 from ..errors import UserError
 from ..metrics.features.extractor import EXTRACTORS
-from ..trainers.run.preflight import is_free
+from ..trainers.run.preflight import may_change
 from .ledger import BASELINE
 from .space import Dimension, dependencies_first, grid, premises
 
@@ -35,11 +46,7 @@ STUDIES = RECIPES / "studies"
 LOWER_IS_BETTER = {"l1": True, "psnr": False} | {
     f"{recipe.metric}{baseline}": True for recipe in EXTRACTORS.values() for baseline in ("", "_glo")
 }
-# Keys that are no property of a model: who, where, and how it is measured.
-NOT_SEARCHED = ("name", "runs_dir", "s3", "cluster", "checkpoint", "preview", "evaluation", "tracking", "data.url")
-SECOND_STAGE = "imle."
-# What a run may go on with while it trains: the keys that a population may change on the way.
-SCHEDULED = ("glo.latent_lr", "glo.generator_lr", "imle.lr", "imle.weight_decay")
+SECOND_STAGE = "sampler."
 
 
 class SearchConfig(Section):
@@ -78,7 +85,8 @@ class StudyConfig(Section):
     studies_dir: str = Field("studies", description="where study folders are made")
     recipe: str | None = Field(None, description="base recipe: a name, or a YAML file")
     stage_one: str | None = Field(
-        None, description="a trained run whose codes and generator all trials share, in place of `recipe` (imle.* only)"
+        None,
+        description="a trained run whose codes and generator all trials share, in place of `recipe` (sampler.* only)",
     )
     overrides: dict[str, Any] = Field({}, description="dotted keys of the recipe that all trials share")
     space: dict[str, Dimension] = Field(min_length=1, description="dotted keys of the recipe and what they range over")
@@ -87,6 +95,15 @@ class StudyConfig(Section):
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     budget: BudgetConfig = BudgetConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_shorthands(cls, tree: Any) -> Any:
+        """Keys of the recipe by their own names: `imle.epochs` is `sampler.epochs`."""
+        if isinstance(tree, dict):
+            given = {name: tree[name] for name in ("space", "overrides") if isinstance(tree.get(name), dict)}
+            tree = tree | {name: _canonical_keys(keys) for name, keys in given.items()}
+        return tree
 
     @field_validator("metric")
     @classmethod
@@ -100,7 +117,7 @@ class StudyConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if (self.recipe is None) == (self.stage_one is None):
-            raise ValueError("give one of: recipe (both stages), or stage_one (a trained run, for keys of imle.*)")
+            raise ValueError("give one of: recipe (both stages), or stage_one (a trained run, for keys of sampler.*)")
         for key in self.space:
             _refuse_key(key)
         for key in ("name", "runs_dir"):
@@ -113,7 +130,7 @@ class StudyConfig(Section):
             )
         if self.second_stage_only and (needed is None or self.metric.endswith("_glo")):
             raise ValueError(
-                f"metric={self.metric} judges stage 1, which imle.* does not change; take fd_lite0 or such"
+                f"metric={self.metric} judges stage 1, which sampler.* does not change; take fd_lite0 or such"
             )
         if self.stage_one:
             done = [key for key in (*self.space, *self.overrides) if not _of_second_stage(key)]
@@ -128,10 +145,10 @@ class StudyConfig(Section):
             next(grid(self.space))  # refuses one that is too large
         if self.search.kind == "population":
             for key in self.space:
-                if key not in SCHEDULED:
+                if not has_trait(key, Trait.SCHEDULABLE):
                     raise ValueError(
                         f"space.{key} cannot change while a run trains, as search.kind=population does; "
-                        f"keys that can: {', '.join(SCHEDULED)}"
+                        f"keys that can: {', '.join(keys_with(Trait.SCHEDULABLE))}"
                     )
         if self.stops_early and any(key.startswith("loss.") for key in self.space):
             raise ValueError(
@@ -206,6 +223,10 @@ class StudyConfig(Section):
             raise UserError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
             raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
+        try:
+            tree = with_shorthands(tree)
+        except ValueError as error:
+            raise UserError(f"{error}; in {path}") from error
         for key, value in (self.overrides | params).items():
             _put(tree, key, value)
         if self.extractor_needed:
@@ -220,6 +241,16 @@ class StudyConfig(Section):
         """The extractor that the metric is named for, if it is."""
         named = {recipe.metric: name for name, recipe in EXTRACTORS.items()}
         return named.get(self.metric.removesuffix("_glo"))
+
+
+def _canonical_keys(keys: dict[Any, Any]) -> dict[Any, Any]:
+    """Keys of the recipe by their own names, also in the conditions of a dimension."""
+    renamed = {}
+    for key, value in keys.items():
+        if isinstance(value, dict) and isinstance(value.get("when"), dict):
+            value = value | {"when": {canonical(str(other)): wanted for other, wanted in value["when"].items()}}
+        renamed[canonical(key) if isinstance(key, str) else key] = value
+    return renamed
 
 
 def trial_name(study: str, number: int) -> str:
@@ -270,14 +301,13 @@ def _refuse_key(key: str) -> None:
         raise ValueError(f"unknown key {shown(key)} in space{suggest(key, keys)}; see `glann config --keys`")
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
         raise ValueError(f"space.{key} is a section; name one of its keys")
-    for barred in NOT_SEARCHED:
-        if key == barred or key.startswith(f"{barred}."):
-            raise ValueError(f"space.{key} is not a property of a model and cannot be searched; put it in overrides")
+    if has_trait(key, Trait.NOT_SEARCHABLE):
+        raise ValueError(f"space.{key} is not a property of a model and cannot be searched; put it in overrides")
 
 
 def _of_second_stage(key: str) -> bool:
     """Whether a key, or section, can differ between runs that share a stage 1."""
-    return key == "seed" or key.split(".")[0] == "imle" or is_free(key)
+    return key == "seed" or key.split(".")[0] == "sampler" or may_change(key)
 
 
 def _try_out(study: StudyConfig, path: Path) -> None:

@@ -21,12 +21,13 @@ from ray import tune
 
 from ..config.run import Config
 from ..errors import GlannError, redact
-from ..trainers.run.hooks import Event, Supervision
+from ..trainers.run.events import EpochDone, Event, Progress
+from ..trainers.run.hooks import Hooks
 from ..trainers.run.preflight import is_worked_on
 from ..trainers.run.recovery import RunStopped
 from .ledger import BASELINE
 from .population import clone_run, newest_step
-from .scheduler import EPOCH, LOSS, losses
+from .scheduler import EPOCH, LOSS, first_stage, losses
 from .study import StudyConfig, trial_name
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ DONOR = "run.json"  # what a population hands from trial to trial: which run to 
 
 Metrics = dict[str, float]
 # A way to train and measure a run: by both stages, or by the second one alone.
-Work = Callable[[Config, "Console", Supervision], Metrics]
+Work = Callable[[Config, "Console", Hooks], Metrics]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class TrialRun(tune.Trainable):
         part = given["part"]
         os.chdir(part.home)  # paths in the recipe mean what they mean to the command
         self.part, self.number = part, own_number(part.study, self.trial_id, config["member"]["number"])
+        self.first_stage = first_stage(part.study)
         self.params = {} if self.number == BASELINE else dict(config["member"]["params"])
         self.donor: tuple[Path, int | None] | None = None
         self.reports: Queue[dict[str, Any]] = Queue()
@@ -141,25 +143,26 @@ class TrialRun(tune.Trainable):
             sleep(0.2)  # what this trial was a moment ago is still saving
         if self.donor is not None:
             clone_run(self.donor[0], config, self.donor[1])
-        for epoch, loss in losses(config.run_dir):  # how far earlier starts have come
+        for epoch, loss in losses(config.run_dir, self.first_stage):  # how far earlier starts have come
             self.reached |= {"reached_epoch": epoch, "reached_loss": loss}
         tags = {"glann.study": study.name, "glann.trial": str(self.number)}
-        supervision = Supervision(self.part.parent_run_id, tags, self.hear, self.told_to_stop)
-        return self.part.work(config, Console(file=file, width=120), supervision)
+        hooks = Hooks(self.part.parent_run_id, tags, self.notify, self.stop_wanted)
+        return self.part.work(config, Console(file=file, width=120), hooks)
 
-    def told_to_stop(self) -> str:
+    def stop_wanted(self) -> str:
         return "the study ended this trial" if self.stopping.is_set() else ""
 
-    def hear(self, event: Event) -> None:
+    def notify(self, event: Event) -> None:
         """Report epochs of stage 1, and remember how far the run is."""
-        if event["kind"] not in ("epoch", "progress"):
+        if not isinstance(event, Progress | EpochDone):
             return
-        facts = {key: event[key] for key in ("images_per_s",) if key in event}
-        self.reached |= {"stage": event["stage"], "stage_epoch": event["epoch"]} | facts
-        if event["kind"] == "epoch" and event["stage"] == "glo":
-            self.reached |= {"reached_epoch": event["epoch"], "reached_loss": event["loss"]}
+        numbers = event.speed if isinstance(event, Progress) else event.numbers
+        rate = {"images_per_s": numbers["images_per_s"]} if "images_per_s" in numbers else {}
+        self.reached |= {"stage": event.stage, "stage_epoch": event.epoch} | rate
+        if isinstance(event, EpochDone) and event.stage == self.first_stage:
+            self.reached |= {"reached_epoch": event.epoch, "reached_loss": event.numbers["loss"]}
             # the base recipe is there to be compared with: it gives no loss by which it could be stopped early
-            self.report({EPOCH: event["epoch"], LOSS: event["loss"]} if self.number != BASELINE else {})
+            self.report({EPOCH: event.epoch, LOSS: event.numbers["loss"]} if self.number != BASELINE else {})
 
     def report(self, result: dict[str, Any]) -> None:
         """Hand a result to Ray Tune, and wait until it asks for the next one: until then it may end the trial."""

@@ -29,7 +29,7 @@ from ..tracking.connection import absolute_uri, default_uri
 from ..tracking.runs import TrackedRun
 from ..trainers.run.driver import train
 from ..trainers.run.finish import read_summary
-from ..trainers.run.hooks import Supervision
+from ..trainers.run.hooks import Hooks
 from ..trainers.run.local import load_stage_one, train_second_stage
 from .board import Board
 from .budget import Budget
@@ -143,9 +143,9 @@ def processes_here(own: Mapping[str, float]) -> int:
     return max(1, places_on([node_resources()], own)) if own else 1
 
 
-def train_both_stages(config: Config, console: Console, supervision: Supervision) -> Metrics:
+def train_both_stages(config: Config, console: Console, hooks: Hooks) -> Metrics:
     """What `glann train` does."""
-    train(config, console, supervision)
+    train(config, console, hooks)
     return read_summary(config)["metrics"]
 
 
@@ -162,8 +162,8 @@ def first_stage(conduct: Conduct) -> Path:
         else:
             config = conduct.part(train_both_stages).config(BASELINE, {})
             tags = {"glann.study": study.name, "glann.trial": str(BASELINE)}
-            supervision = Supervision(conduct.tracked.run_id, tags)
-            metrics = train_both_stages(config, conduct.console, supervision)
+            hooks = Hooks(conduct.tracked.run_id, tags)
+            metrics = train_both_stages(config, conduct.console, hooks)
         if not math.isfinite(value := metrics[study.metric]):
             raise UserError(
                 f"the base recipe ends with {study.metric}={value}: there is nothing to compare trials with"

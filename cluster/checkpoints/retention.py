@@ -7,13 +7,7 @@ from collections.abc import Mapping
 
 from ...errors import UserError
 from ...storage.base import Store
-from .layout import (
-    FOLDER,
-    MANIFEST,
-    committed_steps,
-    folder_name,
-    survey,
-)
+from .layout import FOLDER, MANIFEST, committed_steps, folder_name, survey
 
 log = logging.getLogger(__name__)
 

@@ -117,7 +117,7 @@ def test_no_trial_is_lost_and_none_is_run_again(disturbed):
     assert study.epochs(1)[:2] == [1, 2]
     assert study.epochs(1)[-1] == 9
     log = (study.folder / "logs" / f"{NAME}-0001.log").read_text()
-    assert "going on from the checkpoint" in log or study.epochs(1) == list(range(1, 10))
+    assert "resuming from the checkpoint" in log or study.epochs(1) == list(range(1, 10))
 
 
 def test_a_configuration_that_always_fails_does_not_end_the_study(disturbed):

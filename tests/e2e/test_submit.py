@@ -74,7 +74,7 @@ def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path,
     finished = cluster(*submit, "--wait")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "submitted trial.2, which goes on with trial.1 (stopped)" in finished.stdout
-    assert "going on from the checkpoint at stage 1 (GLO)" in finished.stdout
+    assert "resuming from the checkpoint at stage 1 (GLO)" in finished.stdout
     assert "trial.2: finished" in finished.stderr
     assert (head.home / "glann-jobs" / "runs" / "trial" / "report.html").exists()
 

@@ -80,7 +80,7 @@ def make_config(server, name, **tracking):
 
 def package(folder: Path, config: Config) -> Path:
     torch.manual_seed(1)
-    generator, mapping = build_generator(config.generator, 28, 1), build_mapping(config.imle, 6)
+    generator, mapping = build_generator(config.generator, 28, 1), build_mapping(config.sampler, 6)
     return export_model(folder, config, generator.state_dict(), mapping.state_dict(), torch.randn(20, 6), "f00d")
 
 

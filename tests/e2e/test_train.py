@@ -120,7 +120,7 @@ def test_interrupted_and_killed_it_ends_bit_for_bit_like_an_undisturbed_run(glan
 
     done = glann(*command)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from the checkpoint" in done.stdout
+    assert "resuming from the checkpoint" in done.stdout
     a, b = final(glann, "undisturbed"), final(glann, "disturbed")
     assert a[0].keys() == b[0].keys()
     different = [name for name in a[0] if not np.array_equal(a[0][name], b[0][name])]

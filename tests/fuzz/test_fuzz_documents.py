@@ -63,7 +63,7 @@ def tiny() -> Config:
 def make_run(root: Path) -> None:
     config, run = tiny(), root / "run"
     generator = build_generator(config.generator, 28, 1).state_dict()
-    mapping = build_mapping(config.imle, 4).state_dict()
+    mapping = build_mapping(config.sampler, 4).state_dict()
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, 4), dim=1)
     export_model(run / "model", config, generator, mapping, z_ND, "f" * 64)
     (run / "config.yaml").write_text(config.to_yaml())

@@ -42,7 +42,7 @@ def networks(config: Config, share: float = 0.0) -> tuple[dict[str, Tensor], dic
     for seed in (0, 1):
         torch.manual_seed(seed)
         generator = build_generator(config.generator, config.data.resolution, config.data.channels)
-        mapping = build_mapping(config.imle, DIM)
+        mapping = build_mapping(config.sampler, DIM)
         for _ in range(40):  # BatchNorm statistics that are not the initial ones
             generator(mapping(torch.randn(16, NOISE) + 0.5).detach())
         with torch.no_grad():  # fresh networks paint nearly uniform grey

@@ -255,7 +255,7 @@ def model(tmp_path):
         }
     )
     generator = build_generator(config.generator, 28, 1).state_dict()
-    mapping = build_mapping(config.imle, 4).state_dict()
+    mapping = build_mapping(config.sampler, 4).state_dict()
     return export_model(tmp_path / "model", config, generator, mapping, torch.randn(9, 4), "f")
 
 
@@ -268,7 +268,7 @@ def replace(folder: Path, name: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("content", HOSTILE_TENSORS.values(), ids=HOSTILE_TENSORS)
-@pytest.mark.parametrize("name", ["generator.safetensors", "latents.safetensors"])
+@pytest.mark.parametrize("name", ["generator.safetensors", "sampler-gaussian.safetensors"])
 def test_hostile_tensors_of_a_model_are_refused(model, name, content):
     replace(model, name, content)
     with pytest.raises(UserError) as refusal:
@@ -276,7 +276,7 @@ def test_hostile_tensors_of_a_model_are_refused(model, name, content):
     one_line(refusal)
 
 
-@pytest.mark.parametrize("name", ["generator.safetensors", "mapping.safetensors", "latents.safetensors"])
+@pytest.mark.parametrize("name", ["generator.safetensors", "sampler-imle.safetensors", "sampler-gaussian.safetensors"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8, torch.bool, torch.complex64])
 def test_weights_of_another_type_are_refused(model, name, dtype):
     """Names and shapes fit, so they would be taken, and sampling would end in a traceback."""
@@ -299,9 +299,9 @@ def test_a_pickle_by_the_name_of_a_model_is_never_run(model, tmp_path):
 
 
 def test_a_link_to_a_file_outside_is_refused_by_its_hash(model, tmp_path):
-    (tmp_path / "secret").write_bytes(b"0" * (model / "latents.safetensors").stat().st_size)
-    (model / "latents.safetensors").unlink()
-    os.symlink(tmp_path / "secret", model / "latents.safetensors")
+    (tmp_path / "secret").write_bytes(b"0" * (model / "sampler-gaussian.safetensors").stat().st_size)
+    (model / "sampler-gaussian.safetensors").unlink()
+    os.symlink(tmp_path / "secret", model / "sampler-gaussian.safetensors")
     with pytest.raises(UserError, match="SHA-256"):
         load_model(model)
 
@@ -320,7 +320,7 @@ def test_a_link_to_a_file_outside_is_refused_by_its_hash(model, tmp_path):
 )
 def test_networks_that_cannot_be_are_refused(model, section, key, value):
     manifest = json.loads((model / "model.json").read_text())
-    (manifest[section] if section else manifest)[key] = value
+    (manifest["samplers"][section]["config"] if section else manifest)[key] = value
     (model / "model.json").write_text(json.dumps(manifest))
     if key == "rows":
         assert load_model(model)  # a number for people; nothing is sized by it

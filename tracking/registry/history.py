@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from ...config.sections import Section
+from ...config.section import Section
 from ...errors import UserError, redact
 from ...storage.journal import strict_json
 from . import catalogue

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...config import run as config
-from ...config.run import Config
+from ...config.run import Config, canonical, keys_with
+from ...config.section import Trait
 from ...errors import UserError, redact
 from ...inference.package import MANIFEST, Manifest, read_manifest
 from ...reports.card import FILE as CARD
@@ -32,23 +33,6 @@ STUDY, TRIAL, PARENT = "glann.study", "glann.trial", "mlflow.parentRunId"
 METRIC, CONFIG = "glann.metric.", "glann.config.run."
 TRACKED_CONFIG = "tracked-config.yaml"  # among the artifacts of a run
 EVALUATION = "evaluation/"  # the stage under which a run logs what it measured of itself
-CONFIG_KEYS = (
-    "seed",
-    "generator.kind",
-    "generator.latent_dim",
-    "generator.width",
-    "loss.kind",
-    "loss.network",
-    "glo.epochs",
-    "glo.batch_size",
-    "glo.latent_lr",
-    "glo.generator_lr",
-    "glo.constraint",
-    "imle.epochs",
-    "imle.noise_dim",
-    "imle.hidden_dim",
-    "imle.statistics",
-)
 COPIED = {tag: tag for tag in (STUDY, TRIAL, PARENT, "glann.data")} | {"mlflow.source.git.commit": "glann.commit"}
 MAX_DESCRIPTION = 5000  # MLflow's database column; PostgreSQL refuses more
 MAX_CONFIG_BYTES = 1 << 20
@@ -67,7 +51,8 @@ def version_tags(run: Run, manifest: Manifest) -> dict[str, str]:
         RUN: run.info.run_id,
         RUN_NAME: run.info.run_name,
     }
-    tags |= {CONFIG + key: params[key] for key in CONFIG_KEYS if key in params}
+    given = {canonical(key): value for key, value in params.items()}
+    tags |= {CONFIG + key: given[key] for key in keys_with(Trait.IN_REGISTRY) if key in given}
     tags |= {
         METRIC + name.removeprefix(EVALUATION): f"{value:.6g}"
         for name, value in metrics.items()

@@ -23,11 +23,10 @@ from ...config.sections import ClusterConfig
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
 from ...errors import GlannError
-from ...models.cost import Cost, cost
-from ...models.generators import Generator, build_generator
-from ...models.losses import ReconstructionLoss, build_loss
-from ...models.mapping import build_mapping
-from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
+from ...models.cost import Cost
+from ...samplers.base import build_network
+from ..stage import StageCost, StageInfo, numbered, stage_infos, stages_of
+from .costs import build_networks, training_costs
 from .devices import GPUS
 
 if TYPE_CHECKING:
@@ -70,15 +69,13 @@ class Plan:
     config: Config
     rows: Rows
     generator: Cost
-    mapping: Cost
+    sampler_parameters: int
     loss: Cost
     flops_per_image: int
     memory: dict[str, int]
     latent_bytes: int
-    glo_steps: int
-    imle_steps: int
-    glo_flops: float
-    imle_flops: float
+    stages: dict[str, StageInfo]
+    costs: dict[str, StageCost]
     estimates: tuple[Estimate, ...]
 
     def __rich__(self) -> RenderableType:
@@ -100,30 +97,27 @@ def make_plan(config: Config) -> Plan:
         UserError: the data set is there but does not fit the configuration.
     """
     rows = count_rows(config)
-    latent_dim = config.generator.latent_dim
-    with torch.device("meta"):
-        mapping = build_mapping(config.imle, latent_dim)
     generator, loss = training_costs(config)
-    mapping_cost = cost(mapping, (config.imle.noise_dim,))
+    with torch.device("meta"):
+        network = build_network(config.sampler, config.generator.latent_dim, config.glo.constraint)
     flops_per_image = generator.flops + loss.flops
     # with few workers each holds most, so what must fit is told for the fewest
     memory = memory_per_worker(config, generator, loss, config.cluster.min_workers)
     largest = len(ranges(rows.count, config.cluster.min_workers)[0])
-    glo_flops = float(flops_per_image) * rows.count * config.glo.epochs
-    imle_flops = mapping_flops(config, rows.count, mapping_cost)
+    infos = stage_infos(config)
+    costs = {name: kind.cost(config, rows.count) for name, kind in zip(infos, stages_of(config), strict=True)}
+    total_flops = sum(stage.flops for stage in costs.values())
     return Plan(
         config=config,
         rows=rows,
         generator=generator,
-        mapping=mapping_cost,
+        sampler_parameters=sum(parameter.numel() for parameter in network.parameters()),
         loss=loss,
         flops_per_image=flops_per_image,
         memory=memory,
         latent_bytes=latent_bytes(config, largest),
-        glo_steps=config.glo.epochs * math.ceil(rows.count / config.glo.batch_size),
-        imle_steps=config.imle.epochs * math.ceil(rows.count / config.imle.batch_size),
-        glo_flops=glo_flops,
-        imle_flops=imle_flops,
+        stages=infos,
+        costs=costs,
         estimates=tuple(
             estimate
             for workers in sorted({config.cluster.min_workers, config.cluster.max_workers})
@@ -131,18 +125,11 @@ def make_plan(config: Config) -> Plan:
                 config,
                 workers,
                 flops_per_image,
-                glo_flops + imle_flops,
+                total_flops,
                 memory_per_worker(config, generator, loss, workers),
             )
         ),
     )
-
-
-def training_costs(config: Config) -> tuple[Cost, Cost]:
-    """Costs per image of generator and loss, forward and backward, without allocating them."""
-    generator, loss = build_networks(config, "meta")
-    image = (config.data.channels, config.data.resolution, config.data.resolution)
-    return cost(generator, (config.generator.latent_dim,)), cost(loss, image, image)
 
 
 def count_rows(config: Config) -> Rows:
@@ -160,19 +147,6 @@ def count_rows(config: Config) -> Rows:
             count, basis = data.max_rows, f"data.max_rows; {basis}"
         return Rows(count, basis, note)
     return Rows(require_fit(index, data, config.cluster.max_workers), f"index of {data.url}")
-
-
-def build_networks(config: Config, device: str) -> tuple[Generator, ReconstructionLoss]:
-    """Generator and loss as they will be trained, with random weights: none need to be fetched for a plan."""
-    with torch.device(device):
-        generator = build_generator(config.generator, config.data.resolution, config.data.channels)
-        features: FeatureNet | None = None
-        if config.loss.kind == "perceptual":
-            network = Vgg16 if config.loss.network == "vgg16" else SqueezeNet
-            features = network("caffe").requires_grad_(False)
-        loss = build_loss(config.loss, config.data.resolution, features)
-    generator.checkpoint_activations = config.engine.activation_checkpointing
-    return generator, loss
 
 
 def memory_per_worker(config: Config, generator: Cost, loss: Cost, workers: int) -> dict[str, int]:
@@ -213,13 +187,6 @@ def latent_bytes(config: Config, rows: int) -> int:
     code = FLOAT * config.generator.latent_dim
     state = 2 * code if config.glo.latent_optimizer == "adam" else FLOAT
     return rows * (code + state + 8)
-
-
-def mapping_flops(config: Config, rows: int, mapping: Cost) -> float:
-    """Operations of stage 2: map M candidates, compare N rows with each of them (2NMD), train on N matches."""
-    candidates = config.imle.candidates * rows
-    search = 2.0 * rows * candidates * config.generator.latent_dim
-    return config.imle.epochs * (candidates * mapping.forward_flops + search + rows * mapping.flops)
 
 
 def estimates(
@@ -284,13 +251,13 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         *([("", plan.rows.note)] if plan.rows.note else []),
         ("workers", f"{_count(cluster)} x {device}; {engine.kind}, ZeRO {engine.zero}, {engine.precision}"),
         ("generator", f"{plan.generator.parameters / 1e6:.2f} M parameters ({config.generator.kind})"),
-        ("mapping", f"{plan.mapping.parameters / 1e6:.3f} M parameters"),
+        ("sampler", f"{plan.sampler_parameters / 1e6:.3f} M parameters ({config.sampler.kind})"),
         (
             "per image",
             f"{_flops(plan.flops_per_image)}: generator {_flops(plan.generator.flops)}, loss {_flops(plan.loss.flops)}",
         ),
-        ("steps", f"{plan.glo_steps:,} of stage 1 (GLO), {plan.imle_steps:,} of stage 2 (IMLE)"),
-        ("in all", f"{_flops(plan.glo_flops)} in stage 1, {_flops(plan.imle_flops)} in stage 2"),
+        ("steps", ", ".join(f"{cost.steps:,} of {numbered(plan.stages, name)}" for name, cost in plan.costs.items())),
+        ("in all", ", ".join(f"{_flops(cost.flops)} in stage {n}" for n, cost in enumerate(plan.costs.values(), 1))),
         ("memory", f"{_bytes(sum(plan.memory.values()))} on each worker's device{_with_fewest(cluster)}"),
         *(("", f"{_bytes(size):>9}  {name}") for name, size in plan.memory.items()),
         ("", f"{_bytes(plan.latent_bytes):>9}  latent table, in its node's main memory"),

@@ -10,39 +10,41 @@ import torch
 from ...cluster.checkpoints import retention
 from ...cluster.checkpoints.lease import HeldLease, hold
 from ...cluster.nodes.ray import ray_cluster
-from ...config.run import Config, redacted_config
+from ...config.run import Config
 from ...datasets.assets.catalogue import load_weights
 from ...datasets.index import Index
-from ...errors import GlannError, UserError
+from ...errors import UserError
 from ...metrics.features.extractor import build_extractor
 from ...storage.journal import FILE as JOURNAL
 from ...storage.journal import entries
 from ...storage.open import open_store
-from ...tracking.runs import Status, TrackedRun
+from ...tracking.runs import TrackedRun
 from ..objective import build_objective
 from . import finish
-from .hooks import ALONE, Event, Supervision
+from .events import CheckpointStarted, Event
+from .hooks import NO_HOOKS, Hooks
+from .lifecycle import open_run
 from .log import RunLog
 from .mirror import RunMirror, take_back
-from .preflight import open_data, refuse_other_configuration, sole_command
-from .recovery import GOES_ON, RunStopped, run_workers
+from .preflight import open_data, refuse_other_configuration
+from .recovery import RESUMES, RunStopped, run_workers
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
 
-def train(config: Config, console: Console, supervision: Supervision = ALONE) -> Group:
-    """Train both stages, or go on where an interrupted run stopped, and say what came out.
+def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
+    """Train every stage, or resume where an interrupted run stopped; a summary of what came out.
 
     Raises:
         UserError: something given is wrong; a run that had not begun leaves nothing behind.
         EnvironmentFault: workers, storage or a server failed for longer than the configured patience.
-        RunStopped: SIGINT or SIGTERM, or `supervision` wanted it; saved.
+        RunStopped: SIGINT or SIGTERM, or `hooks` gave a reason; saved.
     """
-    fresh, ran = not config.run_dir.exists(), False
+    fresh, opened = not config.run_dir.exists(), False
     try:
         if take_back(config):
-            console.print(f"going on with the copy of the run folder beside {config.checkpoint_url}")
+            console.print(f"resuming with the copy of the run folder beside {config.checkpoint_url}")
         refuse_other_configuration(config)
         if finish.is_finished(config):
             if config.tracking.enabled and TrackedRun.waits(config.run_dir):
@@ -55,14 +57,20 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
         build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night
         build_extractor(config.evaluation.extractor, load_weights)
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        store = open_store(config.checkpoint_url, config.s3)
-        with sole_command(config.run_dir, "train"), hold(store, console.print) as lease:
-            tags = {"glann.fingerprint": index.fingerprint, **supervision.tags}
-            tracked = TrackedRun.open(config, config.run_dir, tags, parent_run_id=supervision.parent_run_id)
-            ran = True
-            run(config, index, tracked, console, lease, supervision)
+        store, mirror = open_store(config.checkpoint_url, config.s3), RunMirror(config)
+        tags = {"glann.fingerprint": index.fingerprint, **hooks.tags}
+        try:
+            with (
+                hold(store, console.print) as lease,
+                open_run(config, config.run_dir, "train", tags, hooks.parent_run_id) as tracked,
+            ):
+                opened = True
+                run(config, index, tracked, console, lease, mirror, hooks)
+        finally:
+            if opened and has_begun(config):
+                mirror.close(console.print)
     except UserError:
-        if fresh and not (ran and has_begun(config)):
+        if fresh and not (opened and has_begun(config)):
             shutil.rmtree(config.run_dir, ignore_errors=True)
         raise
     return finish.summary_of(config)
@@ -75,33 +83,25 @@ def has_begun(config: Config) -> bool:
 
 
 def run(
-    config: Config, index: Index, tracked: TrackedRun, console: Console, lease: HeldLease, supervision: Supervision
+    config: Config,
+    index: Index,
+    tracked: TrackedRun,
+    console: Console,
+    lease: HeldLease,
+    mirror: RunMirror,
+    hooks: Hooks,
 ) -> None:
-    """Train on the workers, then package, measure and report, telling MLflow how it ended."""
-    status: Status = "FAILED"
-    mirror = RunMirror(config)
+    """Train on the workers, then package, measure and report."""
 
     def on_event(event: Event) -> None:
         log(event)
-        if event["kind"] == "checkpoint":
+        if isinstance(event, CheckpointStarted):
             mirror.send_soon()
-        supervision.hear(event)
+        hooks.notify(event)
 
-    try:
-        (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
-        retention.remove_torn(open_store(config.checkpoint_url, config.s3))
-        with ray_cluster(config), RunLog(config, tracked, console) as log:
-            run_workers(config, on_event, lease, supervision)
-        if why := supervision.stop():
-            raise RunStopped(f"{why}: it is trained, and neither packaged nor measured; {GOES_ON}")
-        finish.finish(config, index, tracked, console, log.timings())
-        status = "FINISHED"
-    except (RunStopped, KeyboardInterrupt):
-        status = "KILLED"
-        raise
-    except GlannError:
-        raise
-    finally:
-        tracked.finish(status)
-        if has_begun(config):
-            mirror.close(console.print)
+    retention.remove_torn(open_store(config.checkpoint_url, config.s3))
+    with ray_cluster(config), RunLog(config, tracked, console) as log:
+        run_workers(config, on_event, lease, hooks)
+    if why := hooks.stop():
+        raise RunStopped(f"{why}: it is trained, and neither packaged nor measured; {RESUMES}")
+    finish.finish(config, index, tracked, console, log.timings())

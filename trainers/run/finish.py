@@ -27,7 +27,10 @@ from ...reports.run import metric_rows, write_report
 from ...storage.open import open_store
 from ...tracking.connection import default_uri, redact
 from ...tracking.runs import TrackedRun
-from .state import final_weights, load
+from ..glo import GENERATOR
+from ..sampler import MAPPING
+from ..stage import DONE, final_weights, stage_infos
+from .state import load
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,7 +78,7 @@ def conclude(
     for name, picture in drawn.items():
         pictures.save(picture, folder / f"{name}.png")
         tracked.log_image(folder / f"{name}.png")
-    tracked.log_metrics({"stage": "evaluation"} | metrics, config.glo.epochs + config.imle.epochs)
+    tracked.log_metrics({"stage": "evaluation"} | metrics, sum(info.epochs for info in stage_infos(config).values()))
     summary = {"metrics": metrics, "timings": timings, "rows": rows, "fingerprint": index.fingerprint}
     (config.run_dir / REPORT).unlink(missing_ok=True)
     (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
@@ -89,11 +92,11 @@ def package(config: Config, index: Index, rows: int) -> None:
     store = open_store(config.checkpoint_url, config.s3)
     step = retention.latest(store)
     saved = load(store, step, index, rows) if step is not None else None
-    if saved is None or step is None or saved.generator is None or saved.mapping is None:
-        raise EnvironmentFault(f"{store.url} holds no finished checkpoint; run the same command again to go on")
+    if saved is None or step is None or saved.position.stage != DONE:
+        raise EnvironmentFault(f"{store.url} holds no finished checkpoint; run the same command again to resume it")
     z_ND = torch.from_numpy(reader.load_rows(store, step, range(rows))["z"])
-    weights = final_weights(saved.generator)
-    export_model(config.run_dir / "model", config, weights, saved.mapping["weights"], z_ND, index.fingerprint)
+    weights, sampler = final_weights(saved.networks[GENERATOR]), saved.networks[MAPPING]["weights"]
+    export_model(config.run_dir / "model", config, weights, sampler, z_ND, index.fingerprint)
 
 
 def drawn_from(model: SamplingModel, count: int) -> dict[str, Image]:
@@ -126,9 +129,10 @@ def summary_of(config: Config) -> Group:
     metrics, timings = summary["metrics"], summary["timings"]
     cluster = config.cluster
     workers = "-".join(str(count) for count in sorted({cluster.min_workers, cluster.max_workers}))
+    epochs = " + ".join(str(info.epochs) for info in stage_infos(config).values())
     trained = (
         f"{summary['rows']:,} images of {config.data.resolution} px, {config.generator.kind}, "
-        f"d={config.generator.latent_dim}; {config.glo.epochs} + {config.imle.epochs} epochs, {workers} workers, "
+        f"d={config.generator.latent_dim}; {epochs} epochs, {workers} workers, "
         f"{timings['train_s'] / 60:.1f} min"
     )
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -1,4 +1,4 @@
-"""Stage 2 alone, on a stage 1 that many runs share: one process, in memory, minutes become seconds.
+"""The sampler alone, on a stage 1 that many runs share: one process, in memory, minutes become seconds.
 
 Shapes: N rows, D latent dimension.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cluster.checkpoints import reader, retention
-from ...config.run import Config, redacted_config
+from ...config.run import Config
 from ...datasets.assets.catalogue import load_weights
 from ...datasets.index import Index
 from ...errors import UserError
@@ -24,17 +24,19 @@ from ...inference.package import export_model, load_model
 from ...metrics.evaluate import open_images, reconstruction, training_images
 from ...metrics.features.extractor import build_extractor
 from ...metrics.frechet import Moments, frechet_distance, moments_of
-from ...models.mapping import build_mapping
 from ...reports.run_folder import read_config
-from ...samplers.imle import MappingTrainer, train_imle
+from ...samplers.base import Codes, build_sampler
 from ...storage.open import open_store
-from ...tracking.runs import Status, TrackedRun
+from ...tracking.runs import TrackedRun
+from ..glo import GENERATOR
+from ..stage import final_weights, stage_infos
 from . import finish
-from .hooks import Supervision
-from .mailbox import NOTHING, STOP
-from .preflight import refuse_other_configuration, sole_command
+from .events import EpochDone
+from .hooks import Hooks
+from .lifecycle import open_run
+from .preflight import refuse_other_configuration
 from .recovery import RunStopped
-from .state import final_weights, load
+from .state import load
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +68,7 @@ def load_stage_one(run_dir: Path, extractor: str) -> StageOne:
     index, images = Index.load(config.data.url, config.s3), open_images(config)
     step = retention.latest(store)
     saved = None if step is None else load(store, step, index, len(images))
-    if saved is None or step is None or saved.generator is None or saved.position.stage == "glo":
+    if saved is None or step is None or saved.position.stage == next(iter(stage_infos(config))):
         raise UserError(
             f"{run_dir} has not done stage 1; give a finished run, or let the study train one (recipe: ...)"
         )
@@ -75,62 +77,31 @@ def load_stage_one(run_dir: Path, extractor: str) -> StageOne:
     extract = build_extractor(extractor, load_weights)
     real = moments_of(extract, training_images(images, len(images), config))
     metrics = reconstruction(config, model, images)
-    return StageOne(final_weights(saved.generator), z_ND, index, metrics, real)
+    return StageOne(final_weights(saved.networks[GENERATOR]), z_ND, index, metrics, real)
 
 
-def train_second_stage(
-    config: Config, console: Console, supervision: Supervision, shared: StageOne
-) -> dict[str, float]:
-    """Train T on the shared codes, package, measure and track it like any run; its metrics.
+def train_second_stage(config: Config, console: Console, hooks: Hooks, shared: StageOne) -> dict[str, float]:
+    """Fit the sampler to the shared codes, package, measure and track it like any run; its metrics.
 
-    Too short to be saved on the way: one that was stopped begins anew.
+    Too short to be saved on the way: one that was stopped starts again from the beginning.
 
     Raises:
-        RunStopped: `supervision` wanted it. UserError: values that do not train.
+        RunStopped: `hooks` gave a reason. UserError: values that do not train.
     """
     refuse_other_configuration(config)
     if finish.is_finished(config):
         return finish.read_summary(config)["metrics"]
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    with sole_command(config.run_dir, "train"):
-        (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
-        tags = {"glann.fingerprint": shared.index.fingerprint, **supervision.tags}
-        tracked = TrackedRun.open(config, config.run_dir, tags, parent_run_id=supervision.parent_run_id)
-        status: Status = "FAILED"
-        try:
-            metrics = _train(config, shared, tracked, supervision)
-            status = "FINISHED"
-        except RunStopped:
-            status = "KILLED"
-            raise
-        finally:
-            tracked.finish(status)
+    tags = {"glann.fingerprint": shared.index.fingerprint, **hooks.tags}
+    with open_run(config, config.run_dir, "train", tags, hooks.parent_run_id) as tracked:
+        metrics = _train(config, shared, tracked, hooks)
     console.print(f"{config.name} is trained and measured")
     return metrics
 
 
-def _train(config: Config, shared: StageOne, tracked: TrackedRun, supervision: Supervision) -> dict[str, float]:
-    began = monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(config.seed + 1)
-    mapping = build_mapping(config.imle, config.generator.latent_dim, config.glo.constraint)
-    trainer = MappingTrainer(mapping, config, device)
-    rows = len(shared.z_ND)
-    why = ""
-
-    def vote() -> float:
-        nonlocal why
-        why = why or supervision.stop()
-        return STOP if why else NOTHING
-
-    for done in train_imle(config, shared.z_ND, range(rows), rows, trainer, 0, vote, bool):
-        numbers = {"loss": done.loss, "distance": done.distance, "recall": done.recall}
-        tracked.log_metrics({"stage": "imle", "epoch": done.epoch + 1} | numbers, done.epoch + 1)
-        supervision.hear({"kind": "epoch", "stage": "imle", "epoch": done.epoch + 1} | numbers)
-    if why:
-        raise RunStopped(f"{why}; it begins anew with the next command")
+def _train(config: Config, shared: StageOne, tracked: TrackedRun, hooks: Hooks) -> dict[str, float]:
+    began, rows = monotonic(), len(shared.z_ND)
+    weights = fit_sampler(config, shared.z_ND, tracked, hooks)
     trained_s = monotonic() - began
-    weights = trainer.state()["weights"]
     fingerprint = shared.index.fingerprint
     export_model(config.run_dir / "model", config, shared.generator, weights, shared.z_ND, fingerprint)
     model = load_model(config.run_dir)
@@ -139,6 +110,28 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, supervision: S
     drawn = finish.drawn_from(model, config.preview.images)
     finish.conclude(config, tracked, drawn, metrics, timings, shared.index, rows)
     return metrics
+
+
+def fit_sampler(config: Config, z_ND: Tensor, tracked: TrackedRun, hooks: Hooks) -> dict[str, Tensor]:
+    """The weights of the configured sampler, fitted in this process.
+
+    Raises:
+        RunStopped: `hooks` gave a reason.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed + 1)
+    sampler = build_sampler(
+        config.sampler, config.generator.latent_dim, config.glo.constraint, seed=config.seed, device=device
+    )
+    codes, stage = Codes(z_ND, range(len(z_ND)), len(z_ND)), config.sampler.kind
+    for step in sampler.fit(codes, 0, lambda: torch.zeros(0)):
+        if why := hooks.stop():
+            raise RunStopped(f"{why}; it starts from the beginning with the next command")
+        if step.epoch_facts is not None:
+            epoch, facts = step.epoch + 1, dict(step.epoch_facts)
+            tracked.log_metrics({"stage": stage, "epoch": epoch} | facts, epoch)
+            hooks.notify(EpochDone(stage, epoch, epoch, facts))
+    return sampler.state()["weights"]
 
 
 def distances(config: Config, model: SamplingModel, real: Moments) -> dict[str, float]:

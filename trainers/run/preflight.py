@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...config.parse import flatten, plain_data
-from ...config.run import Config, redacted_config, validate
+from ...config.run import Config, has_trait, redacted_config, validate
+from ...config.section import Trait
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
 from ...errors import UserError
@@ -18,23 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOCK = ".lock"
-# What may change when a run goes on: where and how it runs, not what it computes.
-FREE = (
-    "runs_dir",
-    "s3",
-    "data.source",
-    "data.threads",
-    "data.prefetch",
-    "data.cache_dir",
-    "data.cache_gb",
-    "data.max_bad_fraction",
-    "engine",
-    "cluster",
-    "checkpoint",
-    "preview",
-    "evaluation",
-    "tracking",
-)
 
 
 def open_data(config: Config, console: Console) -> Index:
@@ -69,7 +53,7 @@ def is_packed(config: Config) -> bool:
 
 
 def refuse_other_configuration(config: Config) -> None:
-    """A run folder belongs to one configuration, but for what only says where and how it runs (`FREE`).
+    """A run folder belongs to one configuration, except keys that only say where and how it runs (`may_change`).
 
     Raises:
         UserError: naming the first keys that differ.
@@ -82,7 +66,7 @@ def refuse_other_configuration(config: Config) -> None:
     except ValueError as error:
         raise UserError(f"{path} is damaged; restore it, or start a new run with name=...") from error
     there, here = flatten(saved.model_dump(mode="json")), flatten(redacted_config(config).model_dump(mode="json"))
-    differing = [key for key in here if here[key] != there.get(key) and not is_free(key)]
+    differing = [key for key in here if here[key] != there.get(key) and not may_change(key)]
     if differing:
         told = ", ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing[:3])
         more = f" and {len(differing) - 3} more differ" if len(differing) > 3 else ""
@@ -91,8 +75,9 @@ def refuse_other_configuration(config: Config) -> None:
         )
 
 
-def is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+def may_change(key: str) -> bool:
+    """Whether a run may be resumed with another value of this key."""
+    return has_trait(key, Trait.RESUMABLE)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A run as a sequence of worker groups: what is lost is started again from the last checkpoint, in the driver.
 
-A group ends because the run is done, because it was asked to (a signal, a node about to be taken away, room for more
-workers), always with a checkpoint, or because something was lost. The next one takes the room that is there.
+A group ends because the run is done, because the driver requested it (a signal, a node that drains, capacity for more
+workers), always with a checkpoint, or because something was lost. The next one takes the capacity that there is.
 """
 
 from __future__ import annotations
@@ -21,16 +21,32 @@ from ...cluster.nodes.ray import resources_of
 from ...config.run import Config
 from ...errors import EnvironmentFault, GlannError, UserError
 from ...storage.open import open_store
-from .hooks import ALONE, Event, Supervision
+from ..stage import DONE
+from .control import Request
+from .events import (
+    CapacityFound,
+    EpochDone,
+    Event,
+    Joined,
+    NodeDraining,
+    Progress,
+    Resumed,
+    Stopping,
+    Training,
+    Waiting,
+    WorkersLost,
+)
+from .hooks import NO_HOOKS, Hooks
 from .launch import fit_workers
-from .mailbox import MOVE, NOTHING, STOP, Mailbox
+from .mailbox import Mailbox
+from .state import Position
 
 POLL_S = 0.2
 WATCH_S = 2.0  # between looks at nodes that leave or come
 SETTLE_S = 3.0  # an elastic run takes the room there is once it has not grown so long; Ray tries to place every second
 PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)  # before another try, the longer the more often in a row nothing was gained
 ANSWER_S = 10.0
-GOES_ON = "the same command goes on from the last checkpoint"
+RESUMES = "the same command resumes from the last checkpoint"
 
 
 class RunStopped(GlannError):
@@ -39,40 +55,38 @@ class RunStopped(GlannError):
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
-def run_workers(
-    config: Config, on_event: Callable[[Event], None], lease: HeldLease, supervision: Supervision = ALONE
-) -> None:
+def run_workers(config: Config, on_event: Callable[[Event], None], lease: HeldLease, hooks: Hooks = NO_HOOKS) -> None:
     """Train on groups of workers until the run is done, handing every event to `on_event`.
 
     Raises:
-        UserError, or a bug's own error: a worker met what trying again does not help, or another command has the run.
+        UserError, or a bug's own error: what another try does not help, or another command has the run.
         EnvironmentFault: more than `cluster.max_failures` losses without a checkpoint in between, or never any room.
-        RunStopped: after SIGINT or SIGTERM, when `supervision` says so, or since nodes were taken away and there are no
+        RunStopped: after SIGINT or SIGTERM, when `hooks` say so, or since nodes were taken away and there are no
             others.
     """
-    groups = Groups(config, on_event, lease, supervision.stop)
+    groups = Groups(config, on_event, lease, hooks.stop)
     with stop_on_signal(groups.stop):
         while not groups.run_one():
             pass
 
 
 class Groups:
-    """The groups of workers of a run, one after another, and what is asked of the present one."""
+    """The groups of workers of a run, one after another, and what the driver requests of the present one."""
 
     def __init__(
         self,
         config: Config,
         on_event: Callable[[Event], None],
         lease: HeldLease,
-        told_to_stop: Callable[[], str] = ALONE.stop,
+        stop_wanted: Callable[[], str] = NO_HOOKS.stop,
     ) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.config, self.on_event, self.lease, self.told_to_stop = config, on_event, lease, told_to_stop
+        self.config, self.on_event, self.lease, self.stop_wanted = config, on_event, lease, stop_wanted
         self.store = open_store(config.checkpoint_url, config.s3)
         self.here = this_node()
-        # It lives where the driver does: as long as there is one, its workers can speak to it.
+        # On the driver's node: as long as that is there, workers can reach it.
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mailbox)
         self.mailbox: Any = actor.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(self.here, soft=False)
@@ -86,26 +100,26 @@ class Groups:
         self.begin()
 
     def begin(self) -> None:
-        """Nothing is known of the next group yet, and nothing asked of it."""
+        """Reset what belongs to a group, for the next one."""
         self.number += 1
         self.nodes: set[str] = set()
-        self.place: Event = {}
-        self.going = False
-        self.asked, self.reason = NOTHING, ""
+        self.position: Position | None = None
+        self.training = False
+        self.request, self.reason = Request.NOTHING, ""
 
     def stop(self, why: str = "the run was stopped") -> None:
-        """Ask for a checkpoint and the end of the run."""
+        """Request a checkpoint and the end of the run."""
         self.stopping = why
-        self.on_event({"kind": "stopping"})
+        self.on_event(Stopping())
 
-    def listen(self) -> None:
-        """Stop if whoever supervises the run wants that."""
-        if not self.stopping and (why := self.told_to_stop()):
+    def poll_stop(self) -> None:
+        """Stop if the hooks give a reason."""
+        if not self.stopping and (why := self.stop_wanted()):
             self.stop(why)
 
     def run_one(self) -> bool:
-        """Run one group to its end; True if the run is done, False if another group has to go on."""
-        self.gained()
+        """Run one group to its end; True if the run is done, False if another group has to follow."""
+        self.refresh_latest_checkpoint()
         self.workers = self.take_room()
         self.begin()
         with ThreadPoolExecutor(1, "ray-train") as pool:
@@ -121,7 +135,7 @@ class Groups:
         if not self.fit.result():
             return True
         if self.stopping:
-            raise RunStopped(f"{self.stopping} and is saved; the same command goes on with it")
+            raise RunStopped(f"{self.stopping} and is saved; the same command resumes it")
         self.failures, self.why = 0, self.reason
         return False
 
@@ -131,39 +145,39 @@ class Groups:
         """Wait until there is room for a group; how many workers it can have."""
         cluster = self.config.cluster
         began = changed = monotonic()
-        held, told = -1, False
+        ready, reported = -1, False
         with places(self.config, cluster.max_workers) as room:
             while True:
                 now = monotonic()
-                if (there := room.held()) != held:
-                    held, changed = there, now
-                if held == cluster.max_workers or (held >= cluster.min_workers and now - changed >= SETTLE_S):
-                    return held
-                self.listen()
+                if (places_ready := room.held()) != ready:
+                    ready, changed = places_ready, now
+                if ready == cluster.max_workers or (ready >= cluster.min_workers and now - changed >= SETTLE_S):
+                    return ready
+                self.poll_stop()
                 if self.stopping:
-                    raise RunStopped(f"{self.stopping}; {GOES_ON}")
+                    raise RunStopped(f"{self.stopping}; {RESUMES}")
                 if now - began > cluster.start_timeout_s:
-                    raise self.no_room(held)
-                if not told and now - began > SETTLE_S:
-                    told = True
-                    self.on_event({"kind": "waiting", "held": held, "needed": cluster.min_workers})
+                    raise self.no_capacity(ready)
+                if not reported and now - began > SETTLE_S:
+                    reported = True
+                    self.on_event(Waiting(ready, cluster.min_workers))
                 sleep(POLL_S)
 
-    def no_room(self, held: int) -> GlannError:
-        """What to say of a cluster that is too small."""
+    def no_capacity(self, ready: int) -> GlannError:
+        """The error for a cluster that is too small."""
         cluster = self.config.cluster
         found = (
-            f"the cluster has room for {held} of {cluster.min_workers} workers after "
+            f"the cluster has room for {ready} of {cluster.min_workers} workers after "
             f"cluster.start_timeout_s={cluster.start_timeout_s:g}"
         )
         if self.why:
-            return RunStopped(f"{self.why}, and {found}: there is nowhere to go; {GOES_ON}")
+            return RunStopped(f"{self.why}, and {found}: there is no other place for it; {RESUMES}")
         return EnvironmentFault(f"{found}; add nodes, or lower cluster.workers or what a worker takes")
 
     # While a group runs ----------------------------------------------------------------------
 
     def watch(self, fit: Future[bool]) -> None:
-        """Hand over events and keep asking the group for what has to be, until it ends."""
+        """Exchange events and requests with the group until it ends."""
         from ray.exceptions import RayError
 
         done = threading.Event()
@@ -176,58 +190,60 @@ class Groups:
                     wanted = held.enter_context(places(self.config, self.config.cluster.max_workers - self.workers))
                 if wanted is not None and monotonic() - looked >= WATCH_S:
                     looked = monotonic()
-                    with suppress(RayError):  # the head is busy or away: it is asked again
+                    with suppress(RayError):  # the head is busy or away: the next look counts
                         self.look_at_nodes(wanted)
-                self.listen()
+                self.poll_stop()
                 if self.stopping:
-                    self.asked = STOP
+                    self.request = Request.STOP
                 self.lease.check()
-                self.hand_over()
+                self.exchange()
                 done.wait(POLL_S)
-        self.hand_over()
+        self.exchange()
 
     def look_at_nodes(self, wanted: Room) -> None:
-        """Ask for a checkpoint where a node of ours leaves, or nodes have come."""
-        leaving = draining_nodes().keys() & {*self.nodes, self.here}
-        if leaving and self.asked < STOP:
-            named = ", ".join(sorted(node[:12] for node in leaving))
-            self.asked, self.reason = STOP, f"node {named} is being taken away"
-            self.on_event({"kind": "leaving", "node": named, "goes_on": self.here not in leaving})
-            if self.here in leaving:  # a driver cannot move
+        """Request a checkpoint where a node of the run drains, or nodes have come."""
+        draining = draining_nodes().keys() & {*self.nodes, self.here}
+        if draining and self.request < Request.STOP:
+            named = ", ".join(sorted(node[:12] for node in draining))
+            self.request, self.reason = Request.STOP, f"node {named} is being taken away"
+            self.on_event(NodeDraining(named, resumes=self.here not in draining))
+            if self.here in draining:  # a driver cannot move
                 self.stopping = f"the driver's node {self.here[:12]} is being taken away: the run was stopped"
-        elif self.asked == NOTHING and (more := wanted.held()):
-            self.asked, self.reason = MOVE, f"there is room for {self.workers + more} workers"
-            self.on_event({"kind": "room", "workers": self.workers + more})
+        elif self.request == Request.NOTHING and (more := wanted.held()):
+            self.request, self.reason = Request.MOVE, f"there is room for {self.workers + more} workers"
+            self.on_event(CapacityFound(self.workers + more))
 
-    def hand_over(self) -> None:
-        """Ask what is to be asked, and deal with what the workers said."""
+    def exchange(self) -> None:
+        """Send the request, and handle the events that the workers have sent."""
         import ray
 
         try:
-            events = ray.get(self.mailbox.drain.remote(self.asked), timeout=ANSWER_S)
+            messages = ray.get(self.mailbox.drain.remote(self.request), timeout=ANSWER_S)
         except ray.exceptions.RayError:  # it starts again on its own; what it held is lost, and only that
             return
-        for event in events:
-            if event.pop("group") != self.number:
-                continue  # the last word of workers that were given up
-            if event["kind"] == "joined":
-                self.nodes.add(event["node"])
-            elif event["kind"] == "resumed":
-                self.place = {key: event[key] for key in ("stage", "epoch", "step", "serial")}
-                if self.place["stage"] == "done":
-                    self.note_training()  # there is no step left to take, and yet it goes on from there
-            else:
-                if event["kind"] in ("progress", "epoch"):
-                    self.note_training()
-                self.on_event(event)
+        for message in messages:
+            if message.group != self.number:
+                continue  # a late one of workers that were given up
+            match message.event:
+                case Joined(node):
+                    self.nodes.add(node)
+                case Resumed(position):
+                    self.position = position
+                    if position.stage == DONE:
+                        self.note_training()  # there is no step left to take, and yet it has resumed
+                case event:
+                    if isinstance(event, Progress | EpochDone):
+                        self.note_training()
+                    self.on_event(event)
 
     def note_training(self) -> None:
-        """A step was taken; the first of a group says that the run goes on."""
+        """A step was taken; the first of a group is reported."""
         now = monotonic()
-        if not self.going:
-            gap = {} if self.trained_at is None else {"gap_s": round(now - self.trained_at, 2), "why": self.why}
-            self.on_event({"kind": "going", "workers": self.workers, "from": self.place} | gap)
-        self.going, self.trained_at = True, now
+        if not self.training:
+            again = self.trained_at is not None
+            gap_s = round(now - self.trained_at, 2) if self.trained_at is not None else None
+            self.on_event(Training(self.workers, self.position, self.why if again else None, gap_s))
+        self.training, self.trained_at = True, now
 
     def end_workers(self) -> None:
         """End the group at once; where Ray belongs to others (the driver is an actor itself), at the next step."""
@@ -236,30 +252,30 @@ class Groups:
         if ray.get_runtime_context().get_actor_id() is None:
             ray.shutdown()
         else:
-            self.mailbox.drain.remote(STOP)
+            self.mailbox.drain.remote(Request.STOP)
 
     # After a group ---------------------------------------------------------------------------
 
     def after_loss(self, error: BaseException) -> None:
         """Count a loss, and raise what ends the run."""
-        cause = verdict(error)
+        cause = classify_failure(error)
         if not isinstance(cause, EnvironmentFault):
             raise cause
         if self.stopping:
-            raise RunStopped(f"{self.stopping}, but not saved ({cause}); {GOES_ON}") from error
-        self.failures = 1 if self.gained() else self.failures + 1
+            raise RunStopped(f"{self.stopping}, but not saved ({cause}); {RESUMES}") from error
+        self.failures = 1 if self.refresh_latest_checkpoint() else self.failures + 1
         limit = self.config.cluster.max_failures
         if 0 <= limit < self.failures:
             raise EnvironmentFault(
                 f"{cause}; lost {self.failures} times without a new checkpoint, which is more than "
-                f"cluster.max_failures={limit}; {GOES_ON}"
+                f"cluster.max_failures={limit}; {RESUMES}"
             ) from error
         self.why = str(cause)
-        self.on_event({"kind": "lost", "why": self.why})
+        self.on_event(WorkersLost(self.why))
         sleep(PAUSES_S[min(self.failures, len(PAUSES_S)) - 1])
 
-    def gained(self) -> bool:
-        """Whether there is a newer checkpoint than when last asked; a store that does not answer has none."""
+    def refresh_latest_checkpoint(self) -> bool:
+        """Look for the newest checkpoint; whether it is newer than at the last look. A store that is away has none."""
         with suppress(EnvironmentFault):
             before, self.saved = self.saved, max(self.saved, latest(self.store) or 0)
             return self.saved > before
@@ -276,8 +292,8 @@ def places(config: Config, number: int) -> Iterator[Room]:
         room.release()
 
 
-def verdict(error: BaseException) -> Exception:
-    """What a failed group comes down to: an EnvironmentFault if another try may help, else the error itself.
+def classify_failure(error: BaseException) -> Exception:
+    """The error behind a failed group: an EnvironmentFault if another try may help, else the error itself.
 
     Peers of a lost worker fail in their turn, so the most telling error counts, not the first.
     """
@@ -285,10 +301,10 @@ def verdict(error: BaseException) -> Exception:
     raised = list(failures.values())
     if not failures:
         cause: Any = getattr(error, "controller_failure", error)
-        return EnvironmentFault(f"the workers did not start ({last_line(cause)})") if passes(cause) else cause
+        return EnvironmentFault(f"the workers did not start ({last_line(cause)})") if is_transient(cause) else cause
     for telling in (
         next((one for one in raised if isinstance(one, UserError)), None),
-        next((one for one in raised if not passes(one)), None),
+        next((one for one in raised if not is_transient(one)), None),
         next((one for one in raised if isinstance(one, EnvironmentFault)), None),
     ):
         if telling is not None:
@@ -303,8 +319,8 @@ def verdict(error: BaseException) -> Exception:
     return EnvironmentFault(f"worker{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))} lost{with_node}")
 
 
-def passes(error: BaseException) -> bool:
-    """Whether an error may be the world's: a lost peer, node, process, store or device. Anything else is a bug."""
+def is_transient(error: BaseException) -> bool:
+    """Whether an error may be the environment's: a lost peer, node, process, store or device. Others are bugs."""
     return isinstance(error, EnvironmentFault | RuntimeError | OSError | MemoryError) or of_ray(error)
 
 

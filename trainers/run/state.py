@@ -1,4 +1,4 @@
-"""What a run's checkpoint holds, and how a worker goes on from one.
+"""What a run's checkpoint holds, and how a worker resumes from one.
 
 Shapes: n rows of a worker. A checkpoint knows no number of workers (`cluster.checkpoints`).
 """
@@ -6,34 +6,33 @@ Shapes: n rows of a worker. A checkpoint knows no number of workers (`cluster.ch
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ...cluster.checkpoints import pieces, reader
+from ...cluster.checkpoints import reader
 from ...cluster.checkpoints.layout import DamagedCheckpoint, parse
+from ...cluster.checkpoints.pieces import LazyTensor
 from ...cluster.latents import LatentTable
 from ...datasets.index import Index
 from ...errors import UserError
 from ...storage.base import Store
+from ..stage import State
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
-NETWORKS = {
-    "generator": ("weights", "ema", "exp_avg", "exp_avg_sq"),
-    "mapping": ("weights", "exp_avg", "exp_avg_sq"),
-}
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]  # of a stage or a network; `_` parts it from a group
 
 
 @dataclass
 class Position:
     """Where a run stands: the next thing to do is `step` of `epoch` of `stage`.
 
-    `serial` counts the steps of stage 1 and the epochs of stage 2; it names checkpoints and never goes back.
+    `serial` counts what was saved or could have been; it names checkpoints and never decreases.
     """
 
-    stage: Literal["glo", "imle", "done"] = "glo"
+    stage: Name
     epoch: Count = 0
     step: Count = 0
     serial: Count = 0
@@ -41,33 +40,25 @@ class Position:
 
 @dataclass
 class Saved:
-    """What is trained, as it is saved: states of `Engine` (while it trains, `Engine.live`) and `MappingTrainer`.
-
-    None where there is none yet.
-    """
+    """What is trained, as it is saved: states of networks by name (while they train, with lazy tensors)."""
 
     position: Position
-    generator: dict[str, Any] | None = None
-    mapping: dict[str, Any] | None = None
+    networks: dict[str, State] = field(default_factory=dict)
 
-    def files(self) -> dict[str, dict[str, Tensor | pieces.Live]]:
+    def files(self) -> dict[str, dict[str, Tensor | LazyTensor]]:
         """Groups of tensors by file name."""
         return {
-            file_name(network, key): state[key]
-            for network, state in (("generator", self.generator), ("mapping", self.mapping))
-            if state is not None
-            for key in NETWORKS[network]
-            if key in state
+            file_name(network, group): tensors
+            for network, state in self.networks.items()
+            for group, tensors in state.items()
+            if isinstance(tensors, dict)
         }
 
     def state(self, index: Index, rows: int) -> dict[str, Any]:
         """Counters and what they belong to."""
         return {
             "position": asdict(self.position),
-            "updates": {
-                "generator": self.generator and self.generator["updates"],
-                "mapping": self.mapping and self.mapping["updates"],
-            },
+            "updates": {network: state["updates"] for network, state in self.networks.items()},
             "rows": rows,
             "fingerprint": index.fingerprint,
         }
@@ -87,17 +78,16 @@ def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
             "start a new run with name=..."
         )
     present = reader.names(store, serial)
-
-    def network(name: str) -> dict[str, Any] | None:
-        if state["updates"][name] is None:
-            return None
+    networks = {}
+    for name, updates in state["updates"].items():
+        if updates is None:  # a network of a later stage, as older checkpoints count them
+            continue
         if name not in present:
             raise DamagedCheckpoint(f"{store.url}: step {serial} counts updates of the {name} and does not hold it")
-        groups = [key for key in NETWORKS[name] if file_name(name, key) in present]
-        tensors = {key: reader.load_tensors(store, serial, file_name(name, key)) for key in groups}
-        return {"updates": state["updates"][name]} | tensors
-
-    return Saved(Position(**state["position"]), network("generator"), network("mapping"))
+        files = [file for file in present if file == name or file.startswith(f"{name}_")]
+        groups = {group_name(name, file): reader.load_tensors(store, serial, file) for file in files}
+        networks[name] = {"updates": updates} | groups
+    return Saved(Position(**state["position"]), networks)
 
 
 class _State(BaseModel):
@@ -105,7 +95,7 @@ class _State(BaseModel):
 
     model_config = ConfigDict(strict=True)
     position: Position
-    updates: dict[Literal["generator", "mapping"], Annotated[float, Field(ge=0, lt=2**62)] | None] = Field(min_length=2)
+    updates: dict[Name, Annotated[float, Field(ge=0, lt=2**62)] | None] = Field(min_length=1)
     rows: Count
     fingerprint: str
 
@@ -122,10 +112,11 @@ def restore_rows(store: Store, serial: int, latents: LatentTable, rows: range, p
     latents.restore(reader.load_rows(store, serial, rows), done)
 
 
-def final_weights(generator: dict[str, Any]) -> dict[str, Tensor]:
-    """What images are made with: the moving average where there is one, buffers as they are."""
-    return generator["weights"] | generator.get("ema", {})
+def file_name(network: str, group: str) -> str:
+    """The file of a group of a network's tensors: `generator`, `generator_exp_avg`."""
+    return network if group == "weights" else f"{network}_{group}"
 
 
-def file_name(network: str, key: str) -> str:
-    return network if key == "weights" else f"{network}_{key}"
+def group_name(network: str, file: str) -> str:
+    """The group that a file of a network holds."""
+    return file.removeprefix(f"{network}_") if file != network else "weights"

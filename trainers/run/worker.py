@@ -1,12 +1,10 @@
-"""What runs on every worker: both stages from the last checkpoint on, saving and reporting as it goes.
+"""What runs on every worker: the stages of the run from the last checkpoint on, saving and reporting on the way.
 
-Shapes: B rows of a batch, D latent dimension, n rows of this worker.
+Shapes: B rows of a batch, n rows of this worker.
 """
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -19,21 +17,15 @@ from ...cluster.latents import LatentTable
 from ...cluster.placement import ranges
 from ...config.run import Config
 from ...datasets.reader import ImageRows
-from ...models.generators import build_generator
-from ...models.mapping import build_mapping
-from ...samplers.imle import ImleEpoch, MappingTrainer, train_imle
+from ...models.comm import rank, world_size
 from ...storage.open import open_store
-from ..engine.build import build_engine
-from ..engine.step import Engine
-from ..glo import GloStep, train_glo
-from ..objective import build_objective
 from ..plan.devices import peak_of
-from ..plan.estimate import training_costs
-from .mailbox import NOTHING, SAVE, STOPPED, Reporter, saves, stops
-from .previews import Previews
-from .state import Position, Saved, final_weights, load, restore_rows
-
-TABLE_WATCH_S = 5.0  # a table that nobody asks is lost unnoticed until the next checkpoint wants it
+from ..stage import DONE, Stage, StageContext, StageStep, stage_infos, stages_of
+from .control import Control
+from .events import BadStep, CheckpointDamaged, CheckpointStarted, EpochDone, Joined, Preview, Progress, Resumed
+from .mailbox import STOPPED, Reporter
+from .meter import Meter
+from .state import Position, Saved, load, restore_rows
 
 
 class Stopped(Exception):
@@ -44,7 +36,7 @@ def train_worker(task: dict[str, Any]) -> str | None:
     """Entry point of a Ray Train worker; `task` holds the configuration, the driver's mailbox and the group's number.
 
     Returns:
-        `STOPPED` if it was asked to. Errors are the driver's to judge (`recovery.verdict`).
+        `STOPPED` if it was asked to. Errors are for the driver to judge (`recovery.classify_failure`).
     """
     import ray
     import ray.train
@@ -52,7 +44,7 @@ def train_worker(task: dict[str, Any]) -> str | None:
 
     config = Config.model_validate(task["config"])
     reporter = Reporter(task["mailbox"], ray.train.get_context().get_world_rank(), task["group"])
-    reporter.send("joined", node=ray.get_runtime_context().get_node_id())
+    reporter.send(Joined(ray.get_runtime_context().get_node_id()))
     try:
         Worker(config, reporter, get_device(), task["lease"]).run()
     except Stopped:
@@ -65,8 +57,7 @@ class Worker:
 
     def __init__(self, config: Config, reporter: Reporter, device: torch.device, lease: Ticket) -> None:
         self.config, self.reporter, self.device = config, reporter, device
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world = rank(), world_size()
         self.images = ImageRows(
             config.data.url,
             config.s3,
@@ -92,168 +83,111 @@ class Worker:
             betas=config.glo.betas,
             constraint=config.glo.constraint,
         )
-        self.previews = Previews(config, self.images, self.rows, self.device)
-        self.saved_at = self.table_seen_at = monotonic()
+        self.infos = stage_infos(config)
+        self.control = Control(reporter.requested, self.save_due)
+        self.saved_at = monotonic()
 
     def run(self) -> None:
-        """Do what is left of the run."""
+        """Train what is left of the run: every stage from where the last checkpoint has it."""
         self.saved = self.resume()
-        if self.saved.position.stage == "glo":
-            self.stage_one()
-        if self.saved.position.stage == "imle":
-            self.stage_two()
+        context = StageContext(self.config, self.images, self.latents, self.device, self.reporter.enter)
+        names = [*self.infos, DONE]
+        left = names.index(self.saved.position.stage)
+        for name, kind in list(zip(names, stages_of(self.config), strict=False))[left:]:
+            self.train(name, kind(context, self.saved.networks), following=names[names.index(name) + 1])
         self.writer.wait()
 
-    # Stage 1 ---------------------------------------------------------------------------------
-
-    def stage_one(self) -> None:
-        """GLO: codes and generator."""
-        config, saved, position = self.config, self.saved, self.saved.position
-        torch.manual_seed(config.seed)
-        network = build_generator(config.generator, config.data.resolution, config.data.channels)
-        network.checkpoint_activations = config.engine.activation_checkpointing
-        engine = build_engine(network, config, self.device, saved.generator)
-        loss = build_objective(config, self.device)
-        peak = peak_of(self.device, config.engine)
-        flops = sum(part.flops for part in training_costs(config)) if peak else 0
-        meter = Meter(flops, peak and peak * self.world)
-        start = (position.epoch, position.step)
-        self.reporter.enter("glo")
-        for step in train_glo(config, self.images, self.latents, engine, loss, start, self.vote):
-            self.reporter.enter("glo")
-            position.epoch, position.step, position.serial = step.epoch, step.step + 1, position.serial + 1
+    def train(self, name: str, stage: Stage, following: str) -> None:
+        """Take the steps of a stage that are left, and save behind the last with what it has trained."""
+        position, meter, stop = self.saved.position, self.meter_of(stage), False
+        for network in stage.lazy_state():
+            self.saved.networks.pop(network, None)  # the stage has it, and memory for one is enough
+        for step in stage.steps(position.epoch, position.step, self.control.write):
+            self.reporter.enter(name)
+            signals = self.control.read(step.piggyback_K)
             meter.add(step.loss, len(step.rows_B) * self.world)
-            self.report_step(step, meter)
-            if step.step + 1 == step.steps:
-                position.epoch, position.step = step.epoch + 1, 0
-                self.end_of_glo_epoch(step, engine, meter)
+            self.report(name, step, meter)
+            if not step.resumable:
+                if signals.stop:
+                    self.save(stage, stop=True)  # the epoch is repeated from its beginning
+                continue
+            self.advance(position, step)
+            if step.ends_epoch:
+                self.end_epoch(name, stage, step, meter)
                 meter = Meter(meter.flops, meter.peak)
-            if saving := saves(step.votes) or self.due(position):
-                saved.generator = engine.live()
-                self.save(stop=stops(step.votes, saving))
-        saved.generator = engine.state()
+                if step.epoch + 1 == self.infos[name].epochs:
+                    stop = signals.ends(saving=True) and following != DONE
+                    continue  # saved below
+            if saving := signals.save or signals.stop or self.epoch_due(position):
+                self.save(stage, stop=signals.ends(saving))
+        self.saved.networks |= stage.state()
         # a serial of its own: a checkpoint of the last step may exist already, and would be kept
-        position.stage, position.epoch, position.step, position.serial = "imle", 0, 0, position.serial + 1
-        self.save()
+        self.saved.position = Position(following, serial=position.serial + 1)
+        self.save(stop=stop)
 
-    def report_step(self, step: GloStep, meter: Meter) -> None:
+    def meter_of(self, stage: Stage) -> Meter:
+        peak = peak_of(self.device, self.config.engine)
+        return Meter(stage.image_flops() if peak else 0, peak and peak * self.world)
+
+    def advance(self, position: Position, step: StageStep) -> None:
+        """Let the position be behind a step."""
+        behind = (step.epoch + 1, 0) if step.ends_epoch else (step.epoch, step.step + 1)
+        (position.epoch, position.step), position.serial = behind, position.serial + 1
+
+    # Reporting -------------------------------------------------------------------------------
+
+    def report(self, name: str, step: StageStep, meter: Meter) -> None:
         if not step.applied:
-            self.reporter.send("bad_step", epoch=step.epoch, step=step.step, rows=step.rows_B)
+            self.reporter.send(BadStep(self.rank, step.epoch, step.step, list(step.rows_B)))
+        if self.rank == 0 and step.step < step.steps:
+            self.reporter.progress(Progress(name, step.epoch, step.step, step.steps, step.loss, meter.speed()))
+
+    def end_epoch(self, name: str, stage: Stage, step: StageStep, meter: Meter) -> None:
         if self.rank == 0:
-            self.reporter.progress(
-                stage="glo",
-                epoch=step.epoch,
-                step=step.step,
-                steps=step.steps,
-                loss=step.loss,
-                latent_lr=step.latent_lr,
-                **meter.speed(),
-            )
+            measured = {"loss": meter.loss(), "seconds": meter.seconds()}
+            numbers = measured | dict(step.facts) | meter.speed()
+            self.reporter.send(EpochDone(name, step.epoch + 1, self.saved.position.serial, numbers))
+        if step.epoch + 1 == self.infos[name].epochs or (step.epoch + 1) % stage.preview_every == 0:
+            pictures = stage.previews()
+            if pictures:
+                self.reporter.send(Preview(name, step.epoch + 1, pictures))
 
-    def end_of_glo_epoch(self, step: GloStep, engine: Engine, meter: Meter) -> None:
-        if self.rank == 0:
-            self.reporter.send(
-                "epoch",
-                stage="glo",
-                epoch=step.epoch + 1,
-                step=self.saved.position.serial,
-                loss=meter.loss(),
-                seconds=meter.seconds(),
-                latent_lr=step.latent_lr,
-                **meter.speed(),
-            )
-        last = step.epoch + 1 == self.config.glo.epochs
-        if last or (step.epoch + 1) % self.config.preview.every_epochs == 0:
-            weights = engine.weights()  # collective: every worker holds a part
-            if self.rank == 0:
-                pictures = self.previews.glo(weights, self.latents)
-                self.reporter.send("preview", stage="glo", epoch=step.epoch + 1, pictures=pictures)
+    # Saving and resuming ---------------------------------------------------------------------
 
-    # Stage 2 ---------------------------------------------------------------------------------
-
-    def stage_two(self) -> None:
-        """IMLE: the mapping from noise to codes. The generator is done and only travels along."""
-        config, saved, position = self.config, self.saved, self.saved.position
-        torch.manual_seed(config.seed + 1)
-        mapping = build_mapping(config.imle, config.generator.latent_dim, config.glo.constraint)
-        trainer = MappingTrainer(mapping, config, self.device, saved.mapping)
-        z_nD = self.latents.codes()
-        began = monotonic()
-        rows, ends = len(self.images), partial(stops, saving=False)
-        for epoch in train_imle(
-            config, z_nD, self.rows, rows, trainer, position.epoch, self.vote, ends, self.report_imle
-        ):
-            position.epoch, position.serial = epoch.epoch + 1, position.serial + 1
-            saved.mapping = trainer.state()
-            last = position.epoch == config.imle.epochs
-            if self.rank == 0:
-                self.end_of_imle_epoch(epoch, monotonic() - began, last)
-            began = monotonic()
-            if last:
-                position.stage = "done"
-            if saving := last or saves(epoch.votes) or self.due(position):
-                self.save(stop=stops(epoch.votes, saving) and not last)
-        if position.stage != "done":  # stopped within an epoch: what is saved is its beginning
-            self.save(stop=True)
-
-    def report_imle(self, phase: str, epoch: int, step: int) -> None:
-        self.reporter.enter(phase)
-        if monotonic() - self.table_seen_at > TABLE_WATCH_S:  # stage 2 works on a copy of its codes
-            self.latents.take(())
-            self.table_seen_at = monotonic()
-        if self.rank == 0 and phase == "imle":
-            steps = math.ceil(len(self.images) / self.config.imle.batch_size)
-            self.reporter.progress(stage="imle", epoch=epoch, step=step, steps=steps)
-
-    def end_of_imle_epoch(self, epoch: ImleEpoch, seconds: float, last: bool) -> None:
-        saved, position = self.saved, self.saved.position
-        self.reporter.send(
-            "epoch",
-            stage="imle",
-            epoch=position.epoch,
-            step=position.serial,
-            loss=epoch.loss,
-            distance=epoch.distance,
-            search_seconds=epoch.search_seconds,
-            recall=epoch.recall,
-            seconds=seconds,
-        )
-        drawn = last or position.epoch % (2 * self.config.preview.every_epochs) == 0
-        if drawn and saved.generator and saved.mapping:
-            pictures = self.previews.imle(final_weights(saved.generator), saved.mapping["weights"])
-            self.reporter.send("preview", stage="imle", epoch=position.epoch, pictures=pictures)
-
-    # Saving and going on ---------------------------------------------------------------------
-
-    def vote(self) -> float:
-        """What this worker knows to be wanted: rank 0 watches the clock for all, any may hear from the driver."""
-        asked = self.reporter.asked()
+    def save_due(self) -> bool:
+        """Whether the time for a checkpoint has come; rank 0 watches the clock for all."""
         minutes = (monotonic() - self.saved_at) / 60
-        return asked + (SAVE if self.rank == 0 and minutes >= self.config.checkpoint.every_minutes else NOTHING)
+        return self.rank == 0 and minutes >= self.config.checkpoint.every_minutes
 
-    def due(self, position: Position) -> bool:
+    def epoch_due(self, position: Position) -> bool:
         every = self.config.checkpoint.every_epochs
         return every is not None and position.step == 0 and position.epoch % every == 0
 
-    def save(self, stop: bool = False) -> None:
-        """Begin a checkpoint of where the run stands, on every worker; with `stop`, finish it and stop."""
+    def save(self, stage: Stage | None = None, stop: bool = False) -> None:
+        """Start a checkpoint of where the run stands, on every worker; with `stop`, finish it and stop.
+
+        Args:
+            stage: that is being trained; None where all there is stands in `saved`.
+        """
         began = monotonic()
         self.reporter.enter("saving")
+        training = stage.lazy_state() if stage else {}
+        saved = Saved(self.saved.position, self.saved.networks | training)
         self.writer.save(
-            self.saved.position.serial,
-            tensors=self.saved.files(),
+            saved.position.serial,
+            tensors=saved.files(),
             latents=self.latents,
-            state=self.saved.state(self.images.index, len(self.images)),
+            state=saved.state(self.images.index, len(self.images)),
         )
         if stop:
             self.writer.wait()
             raise Stopped
         self.saved_at = monotonic()
         if self.rank == 0:
-            self.reporter.send("checkpoint", stall_s=self.saved_at - began)
+            self.reporter.send(CheckpointStarted(self.saved_at - began))
 
     def resume(self) -> Saved:
-        """What the newest checkpoint that can be read holds, or the start. A damaged one is passed over and told."""
+        """What the newest readable checkpoint holds, or the start. A damaged one is passed over and reported."""
         steps, faults = iter(self.usable() if self.rank == 0 else ()), dict[int, str]()
         finders: dict[int, int] = {}  # of the damage in each step: the first worker that met it
         while (serial := self.agreed(next(steps, -1))) >= 0:
@@ -265,63 +199,33 @@ class Worker:
             if (finder := self.first(serial in faults)) is None:
                 for step in (step for step, finder in finders.items() if finder == self.rank):
                     layout.mark_damaged(self.store, step, faults[step])  # an older one is good: nothing is lost
-                    self.reporter.send("damaged", step=step, reason=faults[step])
+                    self.reporter.send(CheckpointDamaged(step, faults[step]))
                 if self.rank == 0:
-                    self.reporter.send("resumed", **vars(saved.position))
+                    self.reporter.send(Resumed(saved.position))
                 return saved
             finders[serial] = finder
         if finders:
             raise retention.none_left(self.store, faults or {0: f"worker {finder} found them damaged"})
-        return Saved(Position())
+        return Saved(Position(next(iter(self.infos))))
 
     def usable(self) -> list[int]:
-        """The steps that may be resumed from, newest first; what is damaged at first sight is told."""
+        """The steps that may be resumed from, newest first; what is damaged at first sight is reported."""
         steps, damaged = retention.usable(self.store)
         for step, reason in damaged.items():
-            self.reporter.send("damaged", step=step, reason=reason)
+            self.reporter.send(CheckpointDamaged(step, reason))
         return steps
 
     def first(self, flag: bool) -> int | None:
         """The lowest rank on which it is true."""
-        told = torch.tensor(self.rank if flag else self.world, device=self.device)
+        lowest = torch.tensor(self.rank if flag else self.world, device=self.device)
         if self.world > 1:
-            dist.all_reduce(told, dist.ReduceOp.MIN)
-        return int(told) if told < self.world else None
+            dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        return int(lowest) if lowest < self.world else None
 
     def agreed(self, number: int) -> int:
         """Rank 0's number, on every worker."""
         if self.world == 1:
             return number
-        told = torch.tensor(number, device=self.device)
-        dist.broadcast(told, 0)
-        return int(told)
-
-
-class Meter:
-    """Mean loss and throughput since it was made; utilisation where the peak of the devices is known."""
-
-    def __init__(self, flops: int = 0, peak: float | None = None) -> None:
-        """`flops`: of an image, forward and backward. `peak`: FLOP/s of all workers' devices together."""
-        self.flops, self.peak = flops, peak
-        self.began, self.losses, self.steps, self.images = monotonic(), 0.0, 0, 0
-
-    def add(self, loss: float, images: int) -> None:
-        if math.isfinite(loss):
-            self.losses += loss
-            self.steps += 1
-        self.images += images
-
-    def loss(self) -> float:
-        return self.losses / self.steps if self.steps else float("nan")
-
-    def seconds(self) -> float:
-        return monotonic() - self.began
-
-    def rate(self) -> float:
-        """Images per second of all workers."""
-        return self.images / max(self.seconds(), 1e-9)
-
-    def speed(self) -> dict[str, float]:
-        """Images/s, and the model FLOP utilisation (MFU) that this is."""
-        speed = {"images_per_s": self.rate()}
-        return speed | {"mfu": self.rate() * self.flops / self.peak} if self.peak else speed
+        shared = torch.tensor(number, device=self.device)
+        dist.broadcast(shared, 0)
+        return int(shared)

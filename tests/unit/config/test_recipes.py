@@ -39,8 +39,7 @@ def test_a_recipe_can_be_planned_offline_without_its_data(name: str):
     plan = make_plan(load(name))
     assert plan.generator.parameters > 10_000
     assert plan.flops_per_image > 1e6
-    assert plan.glo_steps > 0
-    assert plan.imle_steps > 0
+    assert [cost.steps > 0 for cost in plan.costs.values()] == [True, True]
     assert all(size > 0 for size in plan.memory.values())
     assert all(estimate.hours > 0 and estimate.basis for estimate in plan.estimates)
     assert any(estimate.fits for estimate in plan.estimates)
@@ -56,7 +55,7 @@ def test_paper_recipes_hold_the_papers_numbers(name: str):
     assert config.generator.batch_norm == (name in ("paper-mnist", "paper-fashion"))
     assert (config.loss.kind, config.loss.network, config.loss.taps) == ("perceptual", "vgg16", None)
     assert (config.loss.pixel_weight, config.loss.feature_weight, config.loss.patch) == (1, 1, None)
-    glo, imle = config.glo, config.imle
+    glo, imle = config.glo, config.sampler
     assert (glo.epochs, glo.batch_size, glo.betas) == (500, 128, (0.5, 0.999))
     assert glo.latent_lr == latent_lr
     assert glo.generator_lr == pytest.approx(0.1 * latent_lr)
@@ -71,8 +70,8 @@ def test_paper_recipes_hold_the_papers_numbers(name: str):
 def test_celebahq_recipes_hold_the_papers_numbers(name: str):
     config = load(name)
     assert config.generator.kind == "resnet"
-    assert (config.generator.latent_dim, config.imle.noise_dim) == (256, 100)
-    assert (config.glo.latent_lr, config.imle.lr, config.glo.generator_lr) == (0.003, 0.003, 0.001)
+    assert (config.generator.latent_dim, config.sampler.noise_dim) == (256, 100)
+    assert (config.glo.latent_lr, config.sampler.lr, config.glo.generator_lr) == (0.003, 0.003, 0.001)
     assert (config.glo.epochs, config.glo.schedule.kind, config.glo.schedule.every) == (250, "halving", 10)
     if name == "celebahq-256":
         assert config.generator.width == 64
@@ -105,7 +104,7 @@ def test_more_workers_share_rows_and_batches():
     four = make_plan(load("digits", ["cluster.workers=4"]))
     assert one.latent_bytes == 4 * four.latent_bytes
     assert one.memory["activations"] == 4 * four.memory["activations"]
-    assert one.glo_steps == four.glo_steps == 25 * 40
+    assert one.costs["glo"].steps == four.costs["glo"].steps == 25 * 40
 
 
 def test_time_grows_with_the_rows():

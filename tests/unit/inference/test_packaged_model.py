@@ -13,12 +13,14 @@ from glann.config.run import Config
 from glann.config.sections import S3Config
 from glann.errors import UserError
 from glann.inference.model import slerp
-from glann.inference.package import FORMAT, GENERATOR, LATENTS, MANIFEST, MAPPING, export_model, load_model
+from glann.inference.package import FORMAT, GENERATOR, MANIFEST, export_model, load_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
+from glann.models.noise import Stream, noise, stream_of
 from glann.samplers.gaussian import gaussian
 
 ROWS = 50
+IMLE, GAUSSIAN = "sampler-imle.safetensors", "sampler-gaussian.safetensors"
 
 
 def make_config(**sections):
@@ -36,9 +38,9 @@ def make_networks(config, seed=0):
     """Networks whose BatchNorm statistics are not the initial ones, as after training."""
     torch.manual_seed(seed)
     generator = build_generator(config.generator, config.data.resolution, config.data.channels)
-    mapping = build_mapping(config.imle, config.generator.latent_dim)
+    mapping = build_mapping(config.sampler, config.generator.latent_dim)
     for _ in range(40):
-        generator(mapping(torch.randn(16, config.imle.noise_dim) + 0.5).detach())
+        generator(mapping(torch.randn(16, config.sampler.noise_dim) + 0.5).detach())
     with torch.no_grad():  # fresh networks paint nearly uniform grey
         [p for p in generator.parameters() if p.ndim == 4][-1].mul_(20)
     return generator, mapping
@@ -79,16 +81,16 @@ def test_a_run_folder_is_as_good_as_its_model_folder(folder):
     np.testing.assert_array_equal(load_model(folder).sample(2), load_model(folder.parent).sample(2))
 
 
-@pytest.mark.parametrize("method", ["imle", "glo"])
-def test_image_i_of_a_seed_does_not_depend_on_n_or_batch(folder, method):
+@pytest.mark.parametrize("sampler", ["imle", "gaussian"])
+def test_image_i_of_a_seed_does_not_depend_on_n_or_batch(folder, sampler):
     """One grey level of tolerance: kernels of other batch sizes round differently."""
     model = load_model(folder)
-    whole = model.sample(11, seed=7, method=method)
-    cut = model.sample(11, seed=7, method=method, batch=3)
-    fewer = model.sample(4, seed=7, method=method)
+    whole = model.sample(11, seed=7, sampler=sampler)
+    cut = model.sample(11, seed=7, sampler=sampler, batch=3)
+    fewer = model.sample(4, seed=7, sampler=sampler)
     assert np.abs(whole.astype(int) - cut).max() <= 1
     assert np.abs(whole[:4].astype(int) - fewer).max() <= 1
-    assert np.abs(whole.astype(int) - model.sample(11, seed=8, method=method)).max() > 1
+    assert np.abs(whole.astype(int) - model.sample(11, seed=8, sampler=sampler)).max() > 1
 
 
 def test_truncation_zero_is_one_image_and_one_is_the_model(folder):
@@ -107,16 +109,16 @@ def test_glo_codes_have_the_moments_of_the_training_codes(tmp_path):
     z_ND = torch.randn(4000, 6) @ mix + 0.1
     folder = export_model(tmp_path / "model", config, generator.state_dict(), None, z_ND, "f")
     model = load_model(folder)
-    drawn = model.codes(model.noise(torch.arange(20000), 0, "glo"), "glo")
+    drawn = model.codes(model.noise(torch.arange(20000), 0, "gaussian"), "gaussian")
     torch.testing.assert_close(drawn.mean(0), z_ND.mean(0), atol=6e-3, rtol=0)
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(z_ND.T), atol=4e-3, rtol=0)
-    with pytest.raises(UserError, match=r"no mapping.*method=glo"):
+    with pytest.raises(UserError, match=r"no sampler 'imle' \(stage 2 was not trained\); it has gaussian"):
         model.sample(1)
 
 
 def test_glo_codes_are_of_unit_norm_on_the_sphere(folder):
     model = load_model(folder)
-    norm_B = model.codes(model.noise(torch.arange(30), 0, "glo"), "glo").norm(dim=1)
+    norm_B = model.codes(model.noise(torch.arange(30), 0, "gaussian"), "gaussian").norm(dim=1)
     torch.testing.assert_close(norm_B, torch.ones(30))
 
 
@@ -154,7 +156,7 @@ def test_slerp_keeps_to_the_circle_and_survives_equal_and_opposite_ends():
         ({"n": 0}, "n=0"),
         ({"n": 1, "seed": -1}, "seed=-1"),
         ({"n": 1, "truncation": float("nan")}, "truncation=nan"),
-        ({"n": 1, "method": "gan"}, "method='gan' is not one of imle, glo"),
+        ({"n": 1, "sampler": "gan"}, "no sampler 'gan'; it has gaussian, imle"),
         ({"n": 1, "batch": 0}, "batch=0"),
     ],
 )
@@ -190,9 +192,9 @@ def test_a_file_that_is_not_safetensors_is_refused_though_its_hash_fits(folder):
     import pickle
 
     content = pickle.dumps({"a": 1})
-    (folder / MAPPING).write_bytes(content)
+    (folder / IMLE).write_bytes(content)
     entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    rewrite(folder, lambda tree: tree["files"].update({MAPPING: entry}))
+    rewrite(folder, lambda tree: tree["files"].update({IMLE: entry}))
     with pytest.raises(UserError, match="not a safetensors file"):
         load_model(folder)
 
@@ -201,16 +203,16 @@ def test_a_file_that_is_not_safetensors_is_refused_though_its_hash_fits(folder):
     ("change", "message"),
     [
         (
-            lambda tree: tree["files"].update({"../../etc/passwd": tree["files"][LATENTS]}),
+            lambda tree: tree["files"].update({"../../etc/passwd": tree["files"][GAUSSIAN]}),
             "not a packaged model: files",
         ),
-        (lambda tree: tree.update(format=FORMAT + 1), "format 2; this glann reads format 1"),
+        (lambda tree: tree.update(format=FORMAT + 1), "format 3; this glann reads formats 1 and 2"),
         (lambda tree: tree.update(extra=1), "not a packaged model: extra"),
         (lambda tree: tree["generator"].update(width=10**9), "not a packaged model: generator.width"),
-        (lambda tree: tree["files"].pop(LATENTS), "incomplete: model.json does not name latents"),
+        (lambda tree: tree["files"].pop(GAUSSIAN), "the model is incomplete: files does not name sampler-gaussian"),
         # a network of 4 GB is claimed: refused by its shapes, before memory is taken
         (lambda tree: tree["generator"].update(width=1024), "does not fit the networks in model.json"),
-        (lambda tree: tree["generator"].update(latent_dim=7), "does not hold the mean and root of 7"),
+        (lambda tree: tree["generator"].update(latent_dim=7), "generator.safetensors of .* does not fit the networks"),
     ],
 )
 def test_a_hostile_or_foreign_description_is_refused(folder, change, message):
@@ -225,6 +227,63 @@ def test_a_description_that_is_not_one_is_refused(folder, content):
     (folder / MANIFEST).write_bytes(content)
     with pytest.raises(UserError, match="not a packaged model"):
         load_model(folder)
+
+
+def as_format_1(folder):
+    """The same model as glann 0.1 wrote it."""
+    tree = json.loads((folder / MANIFEST).read_text())
+    samplers, files = tree.pop("samplers"), tree["files"]
+    tree |= {"format": 1, "imle": {k: v for k, v in samplers["imle"]["config"].items() if k != "kind"}}
+    del tree["own"]
+    for new, old in ((IMLE, "mapping.safetensors"), (GAUSSIAN, "latents.safetensors")):
+        (folder / new).rename(folder / old)
+        files[old] = files.pop(new)
+    (folder / MANIFEST).write_text(json.dumps(tree))
+
+
+def test_a_model_of_format_1_draws_the_images_that_it_always_drew(folder, config):
+    """Held against what glann 0.1 computed, written out: a new kind of sampler must not change anybody's images."""
+    generator, mapping = make_networks(config)
+    codes = safetensors.torch.load_file(folder / GAUSSIAN)
+    as_format_1(folder)
+    model = load_model(folder)
+    index_B = torch.arange(7)
+    with torch.inference_mode():
+        e_BE = noise(5, 0, index_B, config.sampler.noise_dim, stream=Stream.SAMPLES)
+        g_BD = noise(5, 1, index_B, 6, stream=Stream.SAMPLES)
+        of_mapping = mapping.eval()(e_BE)
+        of_gaussian = torch.nn.functional.normalize(codes["mean"] + g_BD @ codes["root"].T, dim=1)
+        for sampler, z_BD in (
+            (None, of_mapping),
+            ("imle", of_mapping),
+            ("gaussian", of_gaussian),
+            ("glo", of_gaussian),
+        ):
+            img_BCHW = generator.eval()(z_BD).clamp(0, 1)
+            expected = (img_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            np.testing.assert_array_equal(model.sample(7, seed=5, sampler=sampler), expected)
+
+
+def test_the_noise_of_a_kind_follows_from_its_name():
+    """The first numbers of the kinds that there were before kinds had names, and no two kinds alike."""
+    assert (stream_of("imle"), stream_of("gaussian")) == (0, 1)
+    kinds = ["imle", "gaussian", "rs-imle", "adaptive-imle", "ot", "flow", "drift", "coupling", "ar", "gmm", "prior"]
+    assert len({stream_of(kind) for kind in kinds}) == len(kinds)
+    assert stream_of("flow") == stream_of("flow") < 2**32
+
+
+def test_the_old_name_of_sampler_still_works_and_says_what_replaces_it(folder):
+    model = load_model(folder)
+    with pytest.warns(DeprecationWarning, match="sampler="):
+        drawn = model.sample(3, method="glo")
+    np.testing.assert_array_equal(drawn, model.sample(3, sampler="gaussian"))
+
+
+def test_models_that_were_logged_before_still_find_what_they_import():
+    """The code in a logged model of glann 0.1 imports from there."""
+    from glann.tracking.packaged import load_model as from_the_old_place
+
+    assert from_the_old_place is load_model
 
 
 def test_missing_folders_say_so(tmp_path):
@@ -252,9 +311,9 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, fold
 def test_exporting_again_replaces_the_model_and_leaves_nothing_behind(folder, config):
     generator, _ = make_networks(config, seed=1)
     export_model(folder, config, generator.state_dict(), None, torch.randn(4, 6), "g")
-    assert sorted(os.listdir(folder)) == sorted([GENERATOR, LATENTS, MANIFEST])
+    assert sorted(os.listdir(folder)) == sorted([GENERATOR, GAUSSIAN, MANIFEST])
     assert os.listdir(folder.parent) == ["model"]
-    assert load_model(folder).mapping is None
+    assert list(load_model(folder).samplers) == ["gaussian"]
 
 
 def test_a_resnet_is_packaged_too(tmp_path):
@@ -324,6 +383,6 @@ def test_a_model_is_loaded_from_s3_and_only_what_it_names_is_fetched(bucket, fol
         np.testing.assert_array_equal(load_model(address, s3=s3).sample(3), expected)
     with pytest.raises(UserError, match="holds no packaged model"):
         load_model("s3://models/runs", s3=s3)
-    client.delete_object(Bucket="models", Key=f"runs/tiny/model/{LATENTS}")
-    with pytest.raises(UserError, match=r"incomplete: latents\.safetensors is missing"):
+    client.delete_object(Bucket="models", Key=f"runs/tiny/model/{GAUSSIAN}")
+    with pytest.raises(UserError, match=r"incomplete: sampler-gaussian\.safetensors is missing"):
         load_model("s3://models/runs/tiny", s3=s3)

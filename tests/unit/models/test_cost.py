@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from glann.config.sections import GeneratorConfig, ImleConfig, LossConfig
+from glann.config.samplers import ImleConfig
+from glann.config.sections import GeneratorConfig, LossConfig
 from glann.models.cost import cost
 from glann.models.generators import build_generator
 from glann.models.losses import build_loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from glann.config.sections import ImleConfig
+from glann.config.samplers import ImleConfig
 from glann.models.mapping import build_mapping
 
 CONFIG = ImleConfig(noise_dim=7, hidden_dim=11)

@@ -4,8 +4,8 @@ import math
 
 import torch
 from glann.config.run import validate
-from glann.models.mapping import build_mapping
-from glann.samplers.imle import MappingTrainer, candidates, match, train_imle
+from glann.samplers.base import Codes
+from glann.samplers.imle import Imle, candidates
 
 
 def config(**imle):
@@ -18,6 +18,18 @@ def config(**imle):
         "imle": {"noise_dim": 4, "batch_size": 50} | imle,
     }
     return validate(tree, "test")
+
+
+def sampler(settings, state=None) -> Imle:
+    return Imle(settings.sampler, 3, "sphere", seed=settings.seed, device=torch.device("cpu"), state=state)
+
+
+def fitted(trainer: Imle, z_ND: torch.Tensor, first_epoch: int = 0):
+    """The facts of every epoch, as they come."""
+    codes = Codes(z_ND, range(len(z_ND)), len(z_ND))
+    for step in trainer.fit(codes, first_epoch, lambda: torch.zeros(0)):
+        if step.epoch_facts is not None:
+            yield step.epoch_facts
 
 
 def eight_clusters(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,16 +59,16 @@ def test_every_mode_of_a_mixture_of_eight_clusters_is_covered():
     torch.manual_seed(seed)
     z_ND, corners_8D = eight_clusters(403)
     settings = config(epochs=200, lr=5e-3, candidates=1, seed=seed, schedule={"kind": "cosine", "floor": 0.02})
-    trainer = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
-    untrained, _ = coverage(trainer.mapping, corners_8D)
-    epochs = list(train_imle(settings, z_ND, range(403), 403, trainer, 0, lambda: 0.0))
-    reached, near = coverage(trainer.mapping, corners_8D)
+    trainer = sampler(settings)
+    untrained, _ = coverage(trainer.network, corners_8D)
+    epochs = list(fitted(trainer, z_ND))
+    reached, near = coverage(trainer.network, corners_8D)
     print(f"worst cluster: {untrained:.3f} reached before, {reached:.3f} after; near a cluster {near:.3f}")
-    print(f"loss {epochs[-1].loss:.5f}")
+    print(f"loss {epochs[-1]['loss']:.5f}")
     assert untrained < 0.3
     assert reached > 0.8
     assert near > 0.2
-    assert epochs[-1].loss < 0.01  # squared; codes of a cluster are 0.04 from its middle
+    assert epochs[-1]["loss"] < 0.01  # squared; codes of a cluster are 0.04 from its middle
 
 
 def test_what_is_trained_is_what_is_sampled():
@@ -64,50 +76,50 @@ def test_what_is_trained_is_what_is_sampled():
     torch.manual_seed(0)
     settings = config(epochs=2)
     z_ND, _ = eight_clusters(60)
-    trainer = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
-    mean, variance = trainer.mapping.norm2.running_mean.clone(), trainer.mapping.norm2.running_var.clone()
-    h_BH = trainer.mapping.norm1(trainer.mapping.fc1(torch.randn(4000, 4)))
+    trainer = sampler(settings)
+    mean, variance = trainer.network.norm2.running_mean.clone(), trainer.network.norm2.running_var.clone()
+    h_BH = trainer.network.norm1(trainer.network.fc1(torch.randn(4000, 4)))
     torch.testing.assert_close(h_BH.mean(0), torch.zeros(128), atol=0.1, rtol=0)
     torch.testing.assert_close(h_BH.std(0), torch.ones(128), atol=0.1, rtol=0)
-    for _ in train_imle(settings, z_ND, range(60), 60, trainer, 0, lambda: 0.0):
-        assert not trainer.mapping.training
-    assert torch.equal(mean, trainer.mapping.norm2.running_mean)
-    assert torch.equal(variance, trainer.mapping.norm2.running_var)
-    published = MappingTrainer(build_mapping(settings.imle, 3), config(statistics="batch"), torch.device("cpu"))
-    list(train_imle(config(statistics="batch", epochs=1), z_ND, range(60), 60, published, 0, lambda: 0.0))
-    assert not torch.equal(torch.zeros(128), published.mapping.norm2.running_mean)
+    for _ in fitted(trainer, z_ND):
+        assert not trainer.network.training
+    assert torch.equal(mean, trainer.network.norm2.running_mean)
+    assert torch.equal(variance, trainer.network.norm2.running_var)
+    published = sampler(config(statistics="batch", epochs=1))
+    list(fitted(published, z_ND))
+    assert not torch.equal(torch.zeros(128), published.network.norm2.running_mean)
 
 
 def test_a_match_is_the_nearest_mapped_noise():
     torch.manual_seed(0)
     settings = config(candidates=1.7)
     z_ND, _ = eight_clusters(41)
-    mapping = build_mapping(settings.imle, 3)
-    matches = match(settings, 5, z_ND, 41, mapping)
+    trainer = sampler(settings)
+    matches = trainer.match(5, z_ND, 41)
     from glann.models.noise import noise
 
     with torch.no_grad():
-        mapped_MD = mapping.eval()(noise(settings.seed, 5, torch.arange(candidates(settings, 41)), 4))
+        mapped_MD = trainer.network.eval()(noise(settings.seed, 5, torch.arange(candidates(settings.sampler, 41)), 4))
     brute_NM = (z_ND.double()[:, None] - mapped_MD.double()[None]).square().sum(2)
     assert torch.equal(matches.index_n, brute_NM.argmin(1))
     torch.testing.assert_close(matches.distance_n.double(), brute_NM.min(1).values)
 
 
-def test_going_on_at_an_epoch_is_bit_for_bit_the_same():
+def test_resuming_at_an_epoch_is_bit_for_bit_the_same():
     torch.manual_seed(0)
     settings = config(epochs=6)
     z_ND, _ = eight_clusters(123)
     torch.manual_seed(1)
-    straight = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
+    straight = sampler(settings)
     torch.manual_seed(1)
-    first = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
-    list(train_imle(settings, z_ND, range(123), 123, straight, 0, lambda: 0.0))
-    run = train_imle(settings, z_ND, range(123), 123, first, 0, lambda: 0.0)
+    first = sampler(settings)
+    list(fitted(straight, z_ND))
+    run = fitted(first, z_ND)
     for _ in range(3):
         next(run)
     state = first.state()
-    second = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"), state)
-    list(train_imle(settings, z_ND, range(123), 123, second, 3, lambda: 0.0))
+    second = sampler(settings, state)
+    list(fitted(second, z_ND, 3))
     a, b = straight.state(), second.state()
     assert a["updates"] == b["updates"]
     for key in ("weights", "exp_avg", "exp_avg_sq"):
@@ -117,9 +129,12 @@ def test_going_on_at_an_epoch_is_bit_for_bit_the_same():
 def test_a_step_that_is_not_finite_moves_nothing():
     torch.manual_seed(0)
     settings = config()
-    trainer = MappingTrainer(build_mapping(settings.imle, 3), settings, torch.device("cpu"))
-    trainer.mapping.train()
-    before = {name: parameter.detach().clone() for name, parameter in trainer.mapping.named_parameters()}
-    _, applied, _ = trainer.update(torch.randn(5, 4), torch.full((5, 3), float("nan")), 5, 1e-3)
+    trainer = sampler(settings)
+    trainer.network.train()
+    before = {name: parameter.detach().clone() for name, parameter in trainer.network.named_parameters()}
+    _, applied, carried_K = trainer.update(
+        torch.randn(5, 4), torch.full((5, 3), float("nan")), 5, 1e-3, torch.tensor([2.0, 0.0])
+    )
     assert not applied
-    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.mapping.named_parameters())
+    assert carried_K.tolist() == [2.0, 0.0]
+    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.network.named_parameters())

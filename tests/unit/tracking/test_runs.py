@@ -344,7 +344,7 @@ def test_a_file_that_is_no_database_is_said_at_once(tmp_path):
 def test_the_model_is_logged_registered_and_loads_back(tmp_path, server, monkeypatch):
     config = make_config(server, register_as="digits")
     torch.manual_seed(1)
-    generator, mapping = build_generator(config.generator, 28, 1), build_mapping(config.imle, 6)
+    generator, mapping = build_generator(config.generator, 28, 1), build_mapping(config.sampler, 6)
     folder = export_model(
         tmp_path / "model", config, generator.state_dict(), mapping.state_dict(), torch.randn(20, 6), "f00d"
     )

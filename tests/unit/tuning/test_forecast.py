@@ -97,7 +97,7 @@ def test_the_base_recipe_counts_whole_and_the_others_by_what_is_stopped(tmp_path
 def test_stage_one_counts_once_where_all_share_it(tmp_path: Path):
     study = make_study(tmp_path, space=SECOND, search={"kind": "random"})
     plan = make_plan(study.base())
-    second = plan.imle_flops / (plan.glo_flops + plan.imle_flops)
+    second = plan.costs["imle"].flops / sum(cost.flops for cost in plan.costs.values())
     found = forecast(study)
     assert hours(found)[0] == pytest.approx(whole_run(found) * (1 + 11 * second), rel=0.01)
     assert "all trials share one stage 1" in found.notes()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from glann.errors import EnvironmentFault, UserError
-from glann.trainers.run.mailbox import MOVE, NOTHING, SAVE, STOP, Mailbox, saves, stops
-from glann.trainers.run.recovery import verdict
+from glann.trainers.run.control import Control, Request, Signals
+from glann.trainers.run.events import Message, Phase
+from glann.trainers.run.mailbox import Mailbox
+from glann.trainers.run.recovery import classify_failure
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
@@ -41,29 +44,35 @@ def lost(text: str) -> WorkerHealthCheckFailedError:
 )
 def test_the_most_telling_error_counts(error: Exception, kind: type[Exception], said: str):
     with pytest.raises(kind, match=said):
-        raise verdict(error)
+        raise classify_failure(error)
 
 
 @pytest.mark.parametrize("workers", [1, 7, 4096])
-def test_votes_of_any_number_of_workers_add_up_to_what_was_meant(workers: int):
-    """Only rank 0 votes to save by the clock; what the driver asks may have reached any number of workers."""
+def test_the_piggybacks_of_any_number_of_workers_say_what_one_of_them_wants(workers: int):
+    """Only rank 0 watches the clock; a request of the driver may have reached any number of workers."""
+
+    def agreed(request: Request, reached: int, due: bool = False) -> Signals:
+        wishes = [Control(lambda: request, lambda: False).write()] * reached
+        wishes += [Control(lambda: Request.NOTHING, lambda: False).write()] * (workers - reached)
+        wishes[0] = wishes[0] + Control(lambda: Request.NOTHING, lambda: due).write()
+        return Control.read(torch.stack(wishes).sum(0))
+
     for reached in {1, workers}:
-        assert not saves(MOVE * reached)
-        assert not stops(MOVE * reached, saving=False)
-        assert stops(MOVE * reached, saving=True)  # an epoch's end asks for a checkpoint anyway
-        assert stops(MOVE * reached + SAVE, saving=True)
-        assert saves(STOP * reached)
-        assert stops(STOP * reached + SAVE, saving=False)
-    assert saves(SAVE)
-    assert not stops(SAVE, saving=True)
-    assert not saves(NOTHING)
+        move = agreed(Request.MOVE, reached)
+        assert not move.save
+        assert not move.ends(saving=False)
+        assert move.ends(saving=True)  # an epoch's end asks for a checkpoint anyway
+        assert agreed(Request.MOVE, reached, due=True) == Signals(save=True, move=True, stop=False)
+        assert agreed(Request.STOP, reached).ends(saving=False)
+    assert agreed(Request.NOTHING, 1, due=True) == Signals(save=True, move=False, stop=False)
+    assert agreed(Request.NOTHING, 1) == Signals(save=False, move=False, stop=False)
 
 
-def test_a_mailbox_that_was_started_again_learns_what_is_asked_from_the_next_word_of_the_driver():
-    mailbox = Mailbox()
-    mailbox.drain(STOP)
-    assert mailbox.send({"kind": "progress"}) == STOP
+def test_a_mailbox_that_was_started_again_learns_the_request_from_the_next_call_of_the_driver():
+    mailbox, message = Mailbox(), Message(1, Phase("glo"))
+    mailbox.drain(Request.STOP)
+    assert mailbox.send(message) == Request.STOP
     again = Mailbox()
-    assert again.send({"kind": "progress"}) == NOTHING
-    assert again.drain(STOP) == [{"kind": "progress"}]
-    assert again.send({"kind": "progress"}) == STOP
+    assert again.send(message) == Request.NOTHING
+    assert again.drain(Request.STOP) == [message]
+    assert again.send(message) == Request.STOP

@@ -1,0 +1,31 @@
+"""What a step of stage 1 costs per image, measured on the networks themselves without allocating them."""
+
+from __future__ import annotations
+
+import torch
+
+from ...config.run import Config
+from ...models.cost import Cost, cost
+from ...models.generators import Generator, build_generator
+from ...models.losses import ReconstructionLoss, build_loss
+from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
+
+
+def training_costs(config: Config) -> tuple[Cost, Cost]:
+    """Costs per image of generator and loss, forward and backward, without allocating them."""
+    generator, loss = build_networks(config, "meta")
+    image = (config.data.channels, config.data.resolution, config.data.resolution)
+    return cost(generator, (config.generator.latent_dim,)), cost(loss, image, image)
+
+
+def build_networks(config: Config, device: str) -> tuple[Generator, ReconstructionLoss]:
+    """Generator and loss as they will be trained, with random weights: none need to be fetched for a plan."""
+    with torch.device(device):
+        generator = build_generator(config.generator, config.data.resolution, config.data.channels)
+        features: FeatureNet | None = None
+        if config.loss.kind == "perceptual":
+            network = Vgg16 if config.loss.network == "vgg16" else SqueezeNet
+            features = network("caffe").requires_grad_(False)
+        loss = build_loss(config.loss, config.data.resolution, features)
+    generator.checkpoint_activations = config.engine.activation_checkpointing
+    return generator, loss

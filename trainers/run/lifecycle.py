@@ -1,0 +1,39 @@
+"""The life of a run or a study in its folder: one command at a time, tracked from its start to how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...config.run import Config, redacted_config
+from ...tracking.runs import Status, TrackedRun
+from .preflight import sole_command
+from .recovery import RunStopped
+
+
+@contextmanager
+def open_run(
+    config: Config, folder: Path, command: str, tags: Mapping[str, str], parent_run_id: str | None = None
+) -> Iterator[TrackedRun]:
+    """The tracked run of a folder, for as long as this command works on it; MLflow is notified of how that ended.
+
+    Args:
+        command: of `glann`, for the message to a second one.
+        tags: of the run in MLflow.
+    Raises:
+        UserError: another command works on the folder, or the tracking server cannot be used.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with sole_command(folder, command):
+        tracked = TrackedRun.open(config, folder, dict(tags), parent_run_id=parent_run_id)
+        status: Status = "FAILED"
+        try:
+            (folder / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
+            yield tracked
+            status = "FINISHED"
+        except (RunStopped, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        finally:
+            tracked.finish(status)

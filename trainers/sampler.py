@@ -1,0 +1,94 @@
+"""Stage 2: fit a sampler, of whatever kind, to the codes of stage 1. The generator only travels along.
+
+Shapes: n rows of this worker, D latent dimension, K numbers of a piggyback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from ..config.run import Config
+from ..models.comm import rank
+from ..samplers.base import Codes, build_sampler, sampler_class
+from .glo import GENERATOR
+from .previews import Previews
+from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
+
+MAPPING = "mapping"  # the name of its network, of every kind
+TABLE_POLL_S = 5.0  # the fit works on a copy of the codes: the loss of their actor would be noticed too late
+
+
+class SamplerStage(Stage):
+    """The configured sampler, equal on all workers."""
+
+    def __init__(self, context: StageContext, networks: Mapping[str, State]) -> None:
+        config = context.config
+        self.context, self.preview_every = context, 2 * config.preview.every_epochs
+        torch.manual_seed(config.seed + 1)
+        self.resumable: State | None = networks.get(MAPPING)
+        self.generator = networks.get(GENERATOR)
+        self.sampler = build_sampler(
+            config.sampler,
+            config.generator.latent_dim,
+            config.glo.constraint,
+            seed=config.seed,
+            device=context.device,
+            state=self.resumable,
+        )
+        self.drawing = Previews(config, context.images, context.latents.rows, context.device)
+        self.polled_at = monotonic()
+
+    @classmethod
+    def info(cls, config: Config) -> StageInfo:
+        kind = sampler_class(config.sampler.kind)
+        return StageInfo(config.sampler.kind, kind.title, getattr(config.sampler, "epochs", kind.epochs))
+
+    @classmethod
+    def cost(cls, config: Config, rows: int) -> StageCost:
+        kind = sampler_class(config.sampler.kind)
+        flops = kind.flops(config.sampler, config.generator.latent_dim, rows)
+        return StageCost(kind.steps(config.sampler, rows), flops)
+
+    def steps(self, epoch: int, step: int, piggyback: Callable[[], Tensor]) -> Iterator[StageStep]:
+        """An epoch is resumed from its beginning, so `step` is always 0."""
+        latents = self.context.latents
+        codes = Codes(latents.codes(), latents.rows, len(self.context.images))
+        for done in self.sampler.fit(codes, epoch, piggyback, self.context.enter):
+            self.poll_table()
+            ends = done.epoch_facts is not None
+            if ends:
+                self.resumable = self.sampler.state()
+            yield StageStep(
+                done.epoch,
+                done.step,
+                done.steps,
+                done.piggyback_K,
+                applied=done.applied,
+                facts=done.epoch_facts or {},
+                resumable=ends,
+                ends_epoch=ends,
+            )
+
+    def poll_table(self) -> None:
+        """Raise if the actor that holds this worker's codes has died."""
+        if monotonic() - self.polled_at > TABLE_POLL_S:
+            self.context.latents.take(())
+            self.polled_at = monotonic()
+
+    def lazy_state(self) -> dict[str, State]:
+        return {} if self.resumable is None else {MAPPING: self.resumable}
+
+    def state(self) -> dict[str, State]:
+        return self.lazy_state()
+
+    def previews(self) -> Pictures:
+        if rank() != 0 or self.resumable is None or self.generator is None:
+            return {}
+        return self.drawing.sampled(final_weights(self.generator), self.resumable["weights"])
+
+
+STAGE = SamplerStage
