@@ -19,13 +19,14 @@ from ..config.schedule import factor
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
+from ..models.comm import rank
 from ..models.patches import patch_seeds
 from .engine.step import Engine
 
 
 @dataclass(frozen=True)
 class GloStep:
-    """What one step did. `rows_B`: this worker's real rows; `votes`: see `StepResult`."""
+    """What one step did. `rows_B`: this worker's real rows; `piggyback_K`: see `StepResult`."""
 
     epoch: int
     step: int
@@ -33,7 +34,7 @@ class GloStep:
     loss: float
     rows_B: list[int]
     applied: bool
-    votes: float
+    piggyback_K: Tensor
     latent_lr: float
 
 
@@ -44,7 +45,7 @@ def train_glo(
     engine: Engine,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     start: tuple[int, int],
-    vote: Callable[[], float],
+    piggyback: Callable[[], Tensor],
 ) -> Iterator[GloStep]:
     """Stage 1, Eq. 3 of the paper: fit the generator and the codes of this worker's rows.
 
@@ -54,7 +55,7 @@ def train_glo(
     Args:
         start: (epoch, step) of the first step to take.
         loss: (fake [B, C, H, W], real [B, C, H, W], patch seed per row) -> loss per row.
-        vote: asked once a step, e.g. whether a checkpoint is due here.
+        piggyback: called once a step; its tensor [K] is summed over workers into `GloStep.piggyback_K`.
     Raises:
         UserError: `glo.max_bad_steps` steps in a row were not finite.
     """
@@ -79,7 +80,7 @@ def train_glo(
                 weight_B,
                 lambda fake, part: loss(fake, img_BCHW[part], seed_B[part]),  # noqa: B023
                 config.glo.generator_lr * scale,
-                vote(),
+                piggyback(),
             )
 
             rows_B = batch.rows_B[batch.weight_B > 0].numpy()
@@ -98,7 +99,7 @@ def train_glo(
                 result.loss,
                 rows_B.tolist(),
                 result.applied,
-                result.votes,
+                result.piggyback_K,
                 config.glo.latent_lr * scale,
             )
             if bad_in_a_row >= config.glo.max_bad_steps:
@@ -113,8 +114,7 @@ def train_glo(
 def plan_epoch(config: Config, epoch: int, first_step: int, latents: LatentTable, engine: Engine) -> list[PlannedBatch]:
     """What is left of `epoch` for this worker, in as many steps as the busiest worker needs."""
     visited_n = latents.visits()
-    rank = dist.get_rank() if engine.world > 1 else 0
-    share = Share(config.glo.batch_size, rank, engine.world, config.engine.accumulation)
+    share = Share(config.glo.batch_size, rank(), engine.world, config.engine.accumulation)
     steps = torch.tensor(steps_left(epoch, share, visited_n, first_step))
     if engine.world > 1:
         steps = steps.to(engine.device)

@@ -39,8 +39,8 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Live:
-    """A tensor of the training that is made whole, on all ranks together, when it is asked for.
+class LazyTensor:
+    """A tensor of a running training, gathered over the ranks only when it is needed.
 
     nbytes: of the whole tensor.  whole: collective; the tensor may still be the live one.
     """
@@ -49,7 +49,7 @@ class Live:
     whole: Callable[[], Tensor]
 
 
-Groups = Mapping[str, Mapping[str, Tensor | Live]]
+Groups = Mapping[str, Mapping[str, Tensor | LazyTensor]]
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ def deal(pieces: list[Piece], world: int) -> list[int]:
 
 
 def copy_share(groups: Groups, rank: int, world: int, limit: int) -> dict[str, dict[str, Tensor]]:
-    """This rank's files, as copies in CPU memory. All ranks give the same groups; collective for `Live`."""
+    """This rank's files, as copies in CPU memory. All ranks give the same groups; collective for `LazyTensor`."""
     sizes = {group: {name: tensor.nbytes for name, tensor in tensors.items()} for group, tensors in groups.items()}
     pieces = cut(sizes, limit)
     share: dict[str, dict[str, Tensor]] = {}
     for piece, owner in zip(pieces, deal(pieces, world), strict=True):
         for name in piece.names:
             tensor = groups[piece.group][name]
-            whole = tensor.whole() if isinstance(tensor, Live) else tensor
+            whole = tensor.whole() if isinstance(tensor, LazyTensor) else tensor
             if owner == rank:
                 share.setdefault(piece.file, {})[name] = torch.empty_like(
                     whole, device="cpu", memory_format=torch.contiguous_format

@@ -11,25 +11,13 @@ import os
 import numpy as np
 import pytest
 import torch
-from glann.config.run import validate
+from glann.config.sections import EngineConfig
 from glann.trainers.engine.build import build_engine
+from glann.trainers.engine.step import OptimizerConfig
 from torch import nn
 
 BATCH, STEPS = 12, 5
-
-
-def config(kind, zero, accumulation, workers, clip):
-    return validate(
-        {
-            "name": "t",
-            "data": {"url": "x", "resolution": 32},
-            "generator": {"kind": "infogan"},
-            "glo": {"epochs": 1, "batch_size": BATCH, "ema": 0.9},
-            "engine": {"kind": kind, "zero": zero, "accumulation": accumulation, "clip_norm": clip},
-            "cluster": {"workers": workers},
-        },
-        "test",
-    )
+ADAM = OptimizerConfig(1e-3, (0.5, 0.999), 0.9)
 
 
 def train(rank, world, seed, kind, zero, accumulation, clip, restart):
@@ -50,13 +38,13 @@ def train(rank, world, seed, kind, zero, accumulation, clip, restart):
     z, x = torch.randn(STEPS, BATCH, 5), torch.rand(STEPS, BATCH, 3, 3, 3)
     weight_B = torch.ones(BATCH)
     weight_B[-1] = 0
-    settings = config(kind, zero, accumulation, world, clip)
-    engine = build_engine(Net(), settings, torch.device("cpu"))
+    config = EngineConfig(kind=kind, zero=zero, accumulation=accumulation, clip_norm=clip)
+    engine = build_engine(Net(), ADAM, config, BATCH, torch.device("cpu"))
     own = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     said = []
     for step in range(STEPS):
         if restart and step == 3:
-            engine = build_engine(Net(), settings, torch.device("cpu"), engine.state())
+            engine = build_engine(Net(), ADAM, config, BATCH, torch.device("cpu"), engine.state())
         z_BD, target = z[step, own].clone(), x[step, own]
         if step == 2 and rank == 0:
             z_BD[0] = float("nan")
@@ -65,9 +53,9 @@ def train(rank, world, seed, kind, zero, accumulation, clip, restart):
             weight_B[own],
             lambda fake, part: (fake - target[part]).abs().mean((1, 2, 3)),  # noqa: B023
             1e-2,
-            vote=1.0,
+            torch.tensor([1.0, rank]),
         )
-        said.append((result.loss, result.grad_BD.numpy(), result.applied, result.votes))
+        said.append((result.loss, result.grad_BD.numpy(), result.applied, result.piggyback_K.tolist()))
     state = engine.state()
     groups = ("weights", "ema", "exp_avg", "exp_avg_sq")
     return said, {key: {name: t.numpy() for name, t in state[key].items()} for key in groups}, state["updates"]
@@ -78,7 +66,7 @@ def compare(answers, reference):
     assert answers[0][2] == updates == STEPS - 1
     for step in range(STEPS):
         assert [answer[0][step][2] for answer in answers] == [step != 2] * len(answers)
-        assert answers[0][0][step][3] == len(answers)
+        assert all(answer[0][step][3] == [len(answers), sum(range(len(answers)))] for answer in answers)
         if step != 2:
             assert answers[0][0][step][0] == pytest.approx(said[step][0], rel=1e-5)
             grad_BD = np.concatenate([answer[0][step][1] for answer in answers])

@@ -10,36 +10,23 @@ import os
 import numpy as np
 import pytest
 import torch
-from glann.config.run import validate
+from glann.config.sections import EngineConfig, GeneratorConfig
 from glann.models.generators import build_generator
 from glann.trainers.engine.build import build_engine
+from glann.trainers.engine.step import OptimizerConfig
 
 BATCH, STEPS, DIM = 8, 5, 12
 
 
-def config(workers, **engine):
-    return validate(
-        {
-            "name": "t",
-            "data": {"url": "x", "resolution": 64},
-            "generator": {"kind": "resnet", "width": 4, "latent_dim": DIM},
-            "glo": {"epochs": 1, "batch_size": BATCH},
-            "engine": engine,
-            "cluster": {"workers": workers},
-        },
-        "test",
-    )
-
-
-def train(rank, world, seed, engine_config):
+def train(rank, world, seed, engine_keys):
     """Losses, per-image gradients of the codes and final weights of a few steps."""
     os.environ["LOCAL_RANK"] = str(rank)
-    settings = config(world, **engine_config)
+    config = EngineConfig(**engine_keys)
     torch.manual_seed(seed)
-    network = build_generator(settings.generator, 64, 3)
-    network.checkpoint_activations = settings.engine.activation_checkpointing
+    network = build_generator(GeneratorConfig(kind="resnet", width=4, latent_dim=DIM), 64, 3)
+    network.checkpoint_activations = config.activation_checkpointing
     z, x = torch.randn(STEPS, BATCH, DIM), 0.7 + 0.2 * torch.rand(BATCH, 3, 64, 64)
-    engine = build_engine(network, settings, torch.device("cpu"))
+    engine = build_engine(network, OptimizerConfig(1e-3, (0.5, 0.999)), config, BATCH, torch.device("cpu"))
     own = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     losses, grads = [], []
     for _ in range(STEPS):
@@ -48,7 +35,6 @@ def train(rank, world, seed, engine_config):
             torch.ones(BATCH // world),
             lambda fake, part: (fake.float() - x[own][part]).square().mean((1, 2, 3)),
             2e-3,
-            vote=0.0,
         )
         losses.append(result.loss)
         grads.append(result.grad_BD.float().numpy())

@@ -16,6 +16,7 @@ from glann.config.run import validate
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from glann.trainers.engine.build import build_engine
+from glann.trainers.engine.step import OptimizerConfig
 from glann.samplers.imle import MappingTrainer, train_imle
 
 ROWS, BATCH = 26, 8
@@ -45,7 +46,9 @@ def train(rank, world):
     table = LatentTable.in_process(rows, 6, settings.seed)
     torch.manual_seed(0)
     images = torch.rand(ROWS, 1, 28, 28)
-    engine = build_engine(build_generator(settings.generator, 28, 1), settings, torch.device("cpu"))
+    optimizer = OptimizerConfig(settings.glo.generator_lr, settings.glo.betas, settings.glo.ema)
+    network = build_generator(settings.generator, 28, 1)
+    engine = build_engine(network, optimizer, settings.engine, BATCH, torch.device("cpu"))
     order = torch.randperm(half)
     for step, at in enumerate(range(0, half, BATCH // 2)):
         both = order[at : at + BATCH // 2]

@@ -11,6 +11,7 @@ from glann.models.losses import build_loss
 from glann.models.noise import noise
 from glann.models.perceptual import build_features
 from glann.trainers.engine.build import build_engine
+from glann.trainers.engine.step import OptimizerConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -49,7 +50,8 @@ def test_a_perceptual_step_reduces_the_loss(precision):
     settings = config(precision=precision)
     torch.manual_seed(0)
     network = build_generator(settings.generator, 64, 3)
-    engine = build_engine(network, settings, CUDA)
+    optimizer = OptimizerConfig(settings.glo.generator_lr, settings.glo.betas, settings.glo.ema)
+    engine = build_engine(network, optimizer, settings.engine, settings.glo.batch_size, CUDA)
     weights = {name: torch.randn(shape) * 0.05 for name, shape in vgg_shapes()}
     features = build_features("vgg16", weights, "torch")
     loss = build_loss(settings.loss, 64, features).to(CUDA)

@@ -1,9 +1,9 @@
-"""One optimiser step of the generator, through DeepSpeed or through plain PyTorch.
+"""One optimiser step of a network through DeepSpeed; the only file that imports DeepSpeed.
 
-The only file that knows DeepSpeed.  Both engines keep fp32 weights and run the network under
-autocast when `precision` is bf16; both give the same numbers (a test holds them side by side).
+Weights are fp32 and the network runs under autocast when `precision` is bf16, as in the plain engine; both give the
+same numbers (a test holds them side by side).
 
-Shapes: B rows of this worker's batch, D latent dimension, W workers, R real rows of all workers.
+Shapes: W workers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...cluster.placement import Share
-from ...config.run import Config
+from ...config.sections import EngineConfig
+from ...models.comm import rank
 from .step import Engine, full_shape
 
 
 class DeepSpeedEngine(Engine):
-    """The same step with DeepSpeed under it: ZeRO 0-3 over all workers.
+    """The same step through DeepSpeed, with ZeRO 0-3 over all workers.
 
-    The process group must exist already (Ray Train makes it).
+    The process group must exist already (Ray Train makes it). Several engines may train side by side in one process;
+    all workers build, step and save them in the same order.
     """
 
-    def _wrap(self, forward: nn.Module, config: Config) -> nn.Module:
+    def _wrap(self, forward: nn.Module, config: EngineConfig, batch: int) -> nn.Module:
         deepspeed = import_deepspeed(self.device)
-        self.zero = config.engine.zero
-        micro = Share(config.glo.batch_size, 0, self.world, self.accumulation).size // self.accumulation
+        self.zero = config.zero
+        micro = Share(batch, 0, self.world, self.accumulation).size // self.accumulation
         settings = {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": self.accumulation,
@@ -52,7 +54,7 @@ class DeepSpeedEngine(Engine):
             self.runtime.step()  # counts the micro-batch
 
     def _update(self) -> bool:
-        if self.zero == 0:  # ZeRO 1-3 look at their gradients themselves
+        if self.zero == 0:  # ZeRO 1-3 check their gradients themselves
             grads = [p.grad for p in self.network.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)
             self.optimizer.withhold |= not bool(torch.isfinite(norm))
@@ -99,10 +101,10 @@ class DeepSpeedEngine(Engine):
             self.runtime.optimizer._lazy_init_hp_params_optimizer_state()  # needs the primed state
         super()._restore_moments(state)
 
-    def live(self) -> dict[str, Any]:
+    def lazy_state(self) -> dict[str, Any]:
         if self.zero in (1, 2):
             self.runtime.optimizer._lazy_init_hp_params_optimizer_state()
-        return super().live()
+        return super().lazy_state()
 
     def _whole(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_tensor"):
@@ -124,11 +126,11 @@ class DeepSpeedEngine(Engine):
         """This worker's partition of a whole tensor, zero-padded as ZeRO 3 pads."""
         padded = torch.zeros(numel * self.world, device=value.device, dtype=value.dtype)
         padded[: value.numel()] = value.flatten()
-        return padded[dist.get_rank() * numel :][:numel]
+        return padded[rank() * numel :][:numel]
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, told not to compile anything at run time."""
+    """DeepSpeed, set up so that it compiles nothing at run time."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     # its autotuner would import all of mlflow, which is most of the time that a restarted worker takes to begin

@@ -3,7 +3,7 @@
 Engines keep fp32 weights and run the network under autocast when `precision` is bf16; with the engine on or off
 the numbers are the same (a test holds them side by side).
 
-Shapes: B rows of this worker's batch, D latent dimension, W workers, R real rows of all workers.
+Shapes: B rows of this worker's batch, D input dimension, K numbers of the caller's, W workers.
 """
 
 from __future__ import annotations
@@ -14,28 +14,40 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...cluster.checkpoints.pieces import Live
-from ...config.run import Config
+from ...cluster.checkpoints.pieces import LazyTensor
+from ...config.sections import EngineConfig
+from ...models.comm import all_sum, world_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam of one network: learning rate, betas, and the decay of the moving average of the weights (0 is off).
+
+    lr: at construction; every step sets its own.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    ema: float = 0.0
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one global step did.
 
-    loss: mean over the real rows of all workers.  grad_BD: gradient of each row's own loss, not
-    divided by anything.  applied: False if the loss or a gradient was not finite, in which case
-    nothing moved.  votes: sum over workers of the `vote` they passed in.
+    loss: mean over the real rows of all workers.  grad_BD: gradient of each row's own loss with respect to its
+    input, not divided by anything.  applied: False if the loss or a gradient was not finite, in which case nothing
+    moved.  piggyback_K: sum over workers of the `piggyback_K` they passed in, float32 on the CPU; empty without one.
     """
 
     loss: float
     grad_BD: Tensor
     applied: bool
-    votes: float
+    piggyback_K: Tensor
 
 
 class GuardedAdam(torch.optim.Adam):
@@ -62,39 +74,51 @@ class Precision(nn.Module):
 class Engine:
     """Plain PyTorch, one process: the reference, and the base of `DeepSpeedEngine`.
 
+    An engine shares nothing with another one, so that a process may hold several.
+
     Args:
-        state: what `state()` returned, to go on from; its tensors are copied.
+        network: called as network(z_BD, weight_B); moved to `device` and put in training mode.
+        batch: rows of a global batch, over all workers.
+        state: what `state()` returned, to resume from; its tensors are copied.
     """
 
-    def __init__(self, network: nn.Module, config: Config, device: torch.device, state: Mapping | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerConfig,
+        config: EngineConfig,
+        batch: int,
+        device: torch.device,
+        state: Mapping | None = None,
+    ) -> None:
         self.network = network.to(device).train()
         self.device = device
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.accumulation = config.engine.accumulation
-        self.clip_norm = config.engine.clip_norm
+        self.world = world_size()
+        self.accumulation = config.accumulation
+        self.clip_norm = config.clip_norm
         if state is not None:
             network.load_state_dict(state["weights"])
         self.names = [name for name, _ in network.named_parameters()]
         self.ema = None
-        forward = Precision(network, device, config.engine.precision == "bf16")
+        forward = Precision(network, device, config.precision == "bf16")
         self.optimizer = GuardedAdam(
             network.parameters(),
-            lr=config.glo.generator_lr,
-            betas=config.glo.betas,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
             fused=device.type == "cuda",
         )
-        self.forward: nn.Module = self._wrap(forward, config)
+        self.forward: nn.Module = self._wrap(forward, config, batch)
         updates = 0.0 if state is None else float(state["updates"])
         prime(self.optimizer, self._stored_parameters(), updates)
         if state is not None:
             self._restore_moments(state)
-        if config.glo.ema:
+        if optimizer.ema:
             weights = None if state is None else state.get("ema")
-            self.ema = MovingAverage(config.glo.ema, self.shards(), self._as_shards(weights))
+            self.ema = MovingAverage(optimizer.ema, self.shards(), self._as_shards(weights))
 
-    # What DeepSpeed does in another way ------------------------------------------------------
+    # What `DeepSpeedEngine` overrides --------------------------------------------------------
 
-    def _wrap(self, forward: nn.Module, config: Config) -> nn.Module:
+    def _wrap(self, forward: nn.Module, config: EngineConfig, batch: int) -> nn.Module:
         return forward
 
     def _backward(self, loss: Tensor, last: bool) -> None:
@@ -127,7 +151,7 @@ class Engine:
     def _set_moment(self, parameter: Tensor, key: str, value: Tensor) -> None:
         self.optimizer.state[parameter][key].copy_(value)
 
-    # What is the same ------------------------------------------------------------------------
+    # Common to both --------------------------------------------------------------------------
 
     def step(
         self,
@@ -135,19 +159,21 @@ class Engine:
         weight_B: Tensor,
         loss_of: Callable[[Tensor, slice], Tensor],
         lr: float,
-        vote: float = 0.0,
+        piggyback_K: Tensor | None = None,
     ) -> StepResult:
         """One update from the mean loss over the real rows of all workers.
 
         Args:
-            z_BD: latent codes of this worker's batch, cut into `accumulation` micro-batches.
+            z_BD: inputs of this worker's batch, cut into `accumulation` micro-batches.
             weight_B: 1 for a real row, 0 for padding.
-            loss_of: (images of a slice of the batch, the slice) -> loss per row.
-            vote: any number; the sum over workers comes back, free of a further exchange.
+            loss_of: (outputs of a slice of the batch, the slice) -> loss per row.
+            lr: learning rate of this step.
+            piggyback_K: a few float32 numbers of the caller's, as many on every worker; their sums over workers come
+                back with the loss, without a further exchange.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        real_rows = float(self._sum(weight_B.sum()))
+        real_rows = float(all_sum(weight_B.sum()))
         scale = self.world / max(real_rows, 1.0)  # gradients are averaged over workers
         micro = -(-len(z_BD) // self.accumulation)
         grads: list[Tensor] = []
@@ -163,50 +189,53 @@ class Engine:
             grads.append(cast(Tensor, z_part_BD.grad) / scale)
             total += loss_B.detach().sum()
         grad_BD = torch.cat(grads)
-        seen = torch.stack([total, grad_BD.sum(), torch.tensor(vote, device=self.device)])
-        loss_sum, grad_sum, votes = self._sum(seen).tolist()
+        exchanged = torch.stack([total, grad_BD.sum()])
+        if piggyback_K is not None:
+            exchanged = torch.cat([exchanged, piggyback_K.to(self.device)])
+        summed = all_sum(exchanged).cpu()
+        loss_sum, grad_sum = summed[:2].tolist()
         # a NaN or infinity on any worker makes the sum non-finite on all: every worker agrees
         self.optimizer.withhold = not (is_finite(loss_sum) and is_finite(grad_sum))
         applied = self._update()
         if applied and self.ema:
             self.ema.update(self.shards())
-        return StepResult(loss_sum / max(real_rows, 1.0), grad_BD, applied, votes)
+        return StepResult(loss_sum / max(real_rows, 1.0), grad_BD, applied, summed[2:])
 
     def weights(self, averaged: bool = True) -> dict[str, Tensor]:
         """Whole fp32 weights, and buffers, by name on CPU, of the moving average where there is one. Collective."""
-        held = self.live()
+        held = self.lazy_state()
         chosen = held["weights"] | (held.get("ema", {}) if averaged else {})
         return {name: tensor.whole().to("cpu", copy=True) for name, tensor in chosen.items()}
 
-    def live(self) -> dict[str, Any]:
-        """All that is needed to go on, by parameter name and independent of W, without a copy of it.
+    def lazy_state(self) -> dict[str, Any]:
+        """All that is needed to resume, by parameter name and independent of W, without a copy of it.
 
-        `weights`, `ema` (if on), `exp_avg`, `exp_avg_sq`: dictionaries of `Live` tensors, which all workers ask for
-        in the same order and before the next step; `updates`: Adam's count.
+        `weights`, `ema` (if on), `exp_avg`, `exp_avg_sq`: dictionaries of `LazyTensor`, which all workers gather in
+        the same order and before the next step; `updates`: Adam's count.
         """
         parameters = dict(self.network.named_parameters())
 
-        def live(of: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> dict[str, Live]:
+        def lazy(of: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> dict[str, LazyTensor]:
             width = {name: 4 if tensor.is_floating_point() else tensor.element_size() for name, tensor in of.items()}
             sizes = {name: width[name] * full_shape(tensor).numel() for name, tensor in of.items()}
-            return {name: Live(sizes[name], partial(whole, tensor)) for name, tensor in of.items()}
+            return {name: LazyTensor(sizes[name], partial(whole, tensor)) for name, tensor in of.items()}
 
-        state: dict[str, Any] = {"weights": live(self.network.state_dict(keep_vars=True), self._whole)}
+        state: dict[str, Any] = {"weights": lazy(self.network.state_dict(keep_vars=True), self._whole)}
         if self.ema:
             averages = dict(zip(map(id, parameters.values()), self.ema.shards, strict=True))
-            state["ema"] = live(parameters, lambda parameter: self._whole_of(parameter, averages[id(parameter)]))
+            state["ema"] = lazy(parameters, lambda parameter: self._whole_of(parameter, averages[id(parameter)]))
         for key in MOMENTS:
-            state[key] = live(parameters, partial(self._moment, key=key))
+            state[key] = lazy(parameters, partial(self._moment, key=key))
         state["updates"] = max(float(slot["step"]) for slot in self.optimizer.state.values())
         return state
 
     def state(self) -> dict[str, Any]:
-        """What `live` holds, as whole copies on the CPU of every worker. Collective."""
+        """What `lazy_state` holds, as whole copies on the CPU of every worker. Collective."""
         return {
             key: {name: tensor.whole().to("cpu", copy=True) for name, tensor in held.items()}
             if isinstance(held, dict)
             else held
-            for key, held in self.live().items()
+            for key, held in self.lazy_state().items()
         }
 
     def _whole(self, tensor: Tensor) -> Tensor:
@@ -221,11 +250,6 @@ class Engine:
         for key in MOMENTS:
             for name, parameter in zip(self.names, self.network.parameters(), strict=True):
                 self._set_moment(parameter, key, state[key][name].to(self.device))
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
 
 
 class MovingAverage:

@@ -41,7 +41,7 @@ class Position:
 
 @dataclass
 class Saved:
-    """What is trained, as it is saved: states of `Engine` (while it trains, `Engine.live`) and `MappingTrainer`.
+    """What is trained, as it is saved: states of `Engine` (while it trains, `Engine.lazy_state`) and `MappingTrainer`.
 
     None where there is none yet.
     """
@@ -50,7 +50,7 @@ class Saved:
     generator: dict[str, Any] | None = None
     mapping: dict[str, Any] | None = None
 
-    def files(self) -> dict[str, dict[str, Tensor | pieces.Live]]:
+    def files(self) -> dict[str, dict[str, Tensor | pieces.LazyTensor]]:
         """Groups of tensors by file name."""
         return {
             file_name(network, key): state[key]

@@ -24,7 +24,7 @@ from ...models.mapping import build_mapping
 from ...samplers.imle import ImleEpoch, MappingTrainer, train_imle
 from ...storage.open import open_store
 from ..engine.build import build_engine
-from ..engine.step import Engine
+from ..engine.step import Engine, OptimizerConfig
 from ..glo import GloStep, train_glo
 from ..objective import build_objective
 from ..plan.devices import peak_of
@@ -112,14 +112,17 @@ class Worker:
         torch.manual_seed(config.seed)
         network = build_generator(config.generator, config.data.resolution, config.data.channels)
         network.checkpoint_activations = config.engine.activation_checkpointing
-        engine = build_engine(network, config, self.device, saved.generator)
+        optimizer = OptimizerConfig(config.glo.generator_lr, config.glo.betas, config.glo.ema)
+        engine = build_engine(network, optimizer, config.engine, config.glo.batch_size, self.device, saved.generator)
         loss = build_objective(config, self.device)
         peak = peak_of(self.device, config.engine)
         flops = sum(part.flops for part in training_costs(config)) if peak else 0
         meter = Meter(flops, peak and peak * self.world)
         start = (position.epoch, position.step)
         self.reporter.enter("glo")
-        for step in train_glo(config, self.images, self.latents, engine, loss, start, self.vote):
+        for step in train_glo(
+            config, self.images, self.latents, engine, loss, start, lambda: torch.tensor([self.vote()])
+        ):
             self.reporter.enter("glo")
             position.epoch, position.step, position.serial = step.epoch, step.step + 1, position.serial + 1
             meter.add(step.loss, len(step.rows_B) * self.world)
@@ -128,9 +131,10 @@ class Worker:
                 position.epoch, position.step = step.epoch + 1, 0
                 self.end_of_glo_epoch(step, engine, meter)
                 meter = Meter(meter.flops, meter.peak)
-            if saving := saves(step.votes) or self.due(position):
-                saved.generator = engine.live()
-                self.save(stop=stops(step.votes, saving))
+            votes = float(step.piggyback_K[0])
+            if saving := saves(votes) or self.due(position):
+                saved.generator = engine.lazy_state()
+                self.save(stop=stops(votes, saving))
         saved.generator = engine.state()
         # a serial of its own: a checkpoint of the last step may exist already, and would be kept
         position.stage, position.epoch, position.step, position.serial = "imle", 0, 0, position.serial + 1

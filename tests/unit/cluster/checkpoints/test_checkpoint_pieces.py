@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from glann.cluster.checkpoints.layout import DamagedCheckpoint, Manifest, group_files
-from glann.cluster.checkpoints.pieces import Live, copy_share, cut, deal, put, serialized, write_rows
+from glann.cluster.checkpoints.pieces import LazyTensor, copy_share, cut, deal, put, serialized, write_rows
 from glann.cluster.snapshot import FrozenRows
 from glann.storage.local import LocalStore
 from hypothesis import given, settings
@@ -88,19 +88,19 @@ def test_what_is_sent_is_not_copied():
     assert bytes(body[:4]) == torch.tensor(1.0).numpy().tobytes()
 
 
-def test_every_rank_copies_its_share_and_makes_every_live_tensor_whole(tmp_path):
+def test_every_rank_copies_its_share_and_makes_every_lazy_tensor_whole(tmp_path):
     asked: list[tuple[int, str]] = []
     world = 3
 
     def groups(rank):
-        def live(name):
+        def lazy(name):
             def whole():
                 asked.append((rank, name))
                 return torch.full((10,), float(ord(name)))
 
-            return Live(40, whole)
+            return LazyTensor(40, whole)
 
-        return {"weights": {name: live(name) for name in "dcba"}, "moments": {"x": torch.ones(3), "y": torch.zeros(2)}}
+        return {"weights": {name: lazy(name) for name in "dcba"}, "moments": {"x": torch.ones(3), "y": torch.zeros(2)}}
 
     shares = [copy_share(groups(rank), rank, world, 50) for rank in range(world)]
     assert [name for rank, name in asked if rank == 0] == list("abcd")

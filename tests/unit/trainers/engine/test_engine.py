@@ -1,12 +1,13 @@
-"""The plain engine: per-image gradients of the codes, padding, accumulation, the guard, and going on.
+"""The plain engine: per-image gradients of the codes, padding, accumulation, the guard, resuming, what rides along.
 
 The reference is autograd in float64, written out here without the engine.
 """
 
 import pytest
 import torch
-from glann.config.run import validate
+from glann.config.sections import EngineConfig
 from glann.trainers.engine.build import build_engine
+from glann.trainers.engine.step import OptimizerConfig
 from torch import nn
 
 
@@ -21,17 +22,9 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(z_BD))).view(-1, 3, 2, 2)
 
 
-def config(**sections):
-    tree = {
-        "name": "t",
-        "data": {"url": "x", "resolution": 32},
-        "generator": {"kind": "infogan"},
-        "glo": {"epochs": 1, "batch_size": 12, "ema": 0.9},
-        "engine": {"kind": "torch"},
-    }
-    for section, values in sections.items():
-        tree[section] = tree[section] | values
-    return validate(tree, "test")
+def engine_of(network, state=None, **engine):
+    config = EngineConfig(kind="torch", **engine)
+    return build_engine(network, OptimizerConfig(1e-3, (0.5, 0.999), 0.9), config, 12, torch.device("cpu"), state)
 
 
 def l1_of(target):
@@ -56,7 +49,7 @@ def test_codes_get_the_gradient_of_their_own_loss(seed):
         (reference(z) - x[row].double()).abs().mean().backward()
         expected[row] = z.grad[0]
     for accumulation in (1, 3, 4):
-        engine = build_engine(Net(), config(engine={"accumulation": accumulation}), torch.device("cpu"))
+        engine = engine_of(Net(), accumulation=accumulation)
         engine.network.load_state_dict(net.state_dict())
         result = engine.step(z_BD, torch.ones(12), l1_of(x), 1e-3)
         torch.testing.assert_close(result.grad_BD.double(), expected, atol=1e-7, rtol=1e-5)
@@ -69,7 +62,7 @@ def test_padding_changes_nothing(seed):
     states = []
     for garbage in (0.0, float("nan")):
         z_BD[7:] = garbage
-        engine = build_engine(Net(), config(), torch.device("cpu"))
+        engine = engine_of(Net())
         engine.network.load_state_dict(net.state_dict())
         result = engine.step(z_BD, weight_B, l1_of(x), 1e-2)
         states.append((result.loss, engine.weights(averaged=False)))
@@ -83,7 +76,7 @@ def test_padding_changes_nothing(seed):
 
 
 def test_a_step_that_is_not_finite_moves_nothing(seed):
-    engine = build_engine(Net(), config(), torch.device("cpu"))
+    engine = engine_of(Net())
     x, ones = torch.rand(12, 3, 2, 2), torch.ones(12)
     engine.step(torch.randn(12, 5), ones, l1_of(x), 1e-2)
     before = engine.state()
@@ -100,15 +93,15 @@ def test_a_step_that_is_not_finite_moves_nothing(seed):
 
 def test_going_on_from_a_state_is_bit_for_bit_the_same(seed):
     z, x, ones = torch.randn(6, 12, 5), torch.rand(6, 12, 3, 2, 2), torch.ones(12)
-    straight = build_engine(Net(), config(), torch.device("cpu"))
-    first = build_engine(Net(), config(), torch.device("cpu"))
+    straight = engine_of(Net())
+    first = engine_of(Net())
     first.network.load_state_dict(straight.network.state_dict())
     for shard, start in zip(first.ema.shards, straight.ema.shards, strict=True):
         shard.copy_(start)
     for step in range(3):
         straight.step(z[step], ones, l1_of(x[step]), 1e-2)
         first.step(z[step], ones, l1_of(x[step]), 1e-2)
-    second = build_engine(Net(), config(), torch.device("cpu"), first.state())
+    second = engine_of(Net(), first.state())
     for step in range(3, 6):
         straight.step(z[step], ones, l1_of(x[step]), 1e-2)
         second.step(z[step], ones, l1_of(x[step]), 1e-2)
@@ -119,7 +112,7 @@ def test_going_on_from_a_state_is_bit_for_bit_the_same(seed):
 
 
 def test_the_moving_average_is_what_is_sampled(seed):
-    engine = build_engine(Net(), config(), torch.device("cpu"))
+    engine = engine_of(Net())
     start = engine.weights(averaged=False)
     engine.step(torch.randn(12, 5), torch.ones(12), l1_of(torch.rand(12, 3, 2, 2)), 1e-2)
     now, averaged = engine.weights(averaged=False), engine.weights()
@@ -132,8 +125,51 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(seed):
     seen = []
     net = Net()
     net.second.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    engine = build_engine(net, config(engine={"precision": "bf16"}), torch.device("cpu"))
+    engine = engine_of(net, precision="bf16")
     result = engine.step(torch.randn(12, 5), torch.ones(12), l1_of(torch.rand(12, 3, 2, 2)), 1e-2)
     assert seen == [torch.bfloat16]
     assert result.grad_BD.dtype == torch.float32
     assert {tensor.dtype for tensor in engine.weights().values()} == {torch.float32}
+
+
+def test_numbers_that_ride_along_come_back_as_they_are_and_change_nothing(seed):
+    net, z_BD, x, ones = Net(), torch.randn(12, 5), torch.rand(12, 3, 2, 2), torch.ones(12)
+    states = []
+    for piggyback_K in (None, torch.empty(0), torch.tensor([2.0**-13, 8192.0, float("nan")])):
+        engine = engine_of(Net())
+        engine.network.load_state_dict(net.state_dict())
+        result = engine.step(z_BD, ones, l1_of(x), 1e-2, piggyback_K)
+        assert result.applied  # a NaN of the caller's is none of the training
+        given_K = torch.empty(0) if piggyback_K is None else piggyback_K
+        torch.testing.assert_close(result.piggyback_K, given_K, rtol=0, atol=0, equal_nan=True)
+        states.append((result.loss, engine.weights(averaged=False)))
+    for loss, weights in states[1:]:
+        assert loss == states[0][0]
+        assert all(torch.equal(weights[name], states[0][1][name]) for name in weights)
+
+
+def test_engines_side_by_side_train_as_each_does_alone(seed):
+    nets, z, x, ones = (Net(), Net()), torch.randn(2, 4, 12, 5), torch.rand(2, 4, 12, 3, 2, 2), torch.ones(12)
+
+    def engine_from(net):
+        engine = engine_of(Net())
+        engine.network.load_state_dict(net.state_dict())
+        return engine
+
+    alone, together = ([engine_from(net) for net in nets] for _ in range(2))
+    for at, engine in enumerate(alone):
+        for step in range(4):
+            engine.step(z[at, step], ones, l1_of(x[at, step]), 1e-2 / (1 + at))
+    for step in range(4):
+        for at, engine in enumerate(together):
+            engine.step(z[at, step], ones, l1_of(x[at, step]), 1e-2 / (1 + at))
+    for one, other in zip(alone, together, strict=True):
+        a, b = one.state(), other.state()
+        for key in ("weights", "exp_avg", "exp_avg_sq"):
+            assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+
+
+def test_the_plain_engine_refuses_a_group_whose_gradients_it_would_not_average(monkeypatch):
+    monkeypatch.setattr("glann.trainers.engine.build.world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"trains on one worker, not 2; use engine\.kind=deepspeed"):
+        engine_of(Net())
