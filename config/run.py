@@ -7,7 +7,9 @@ before anything starts, naming the key, what was given, what is allowed and the 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Self, get_args
 
 import yaml
@@ -133,11 +135,14 @@ def absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).expanduser().absolute())
 
 
-def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load(
+    recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), changes: Mapping[str, Any] = MappingProxyType({})
+) -> Config:
     """The configuration of `recipe` (a YAML file, or the name of a recipe that ships with glann).
 
     Args:
         overrides: `dotted.key=value` strings; the value is read as YAML.
+        changes: the same as plain data, by dotted key.
     Raises:
         UserError: in one line per fault.
     """
@@ -152,8 +157,8 @@ def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
         tree = with_shorthands(tree)
     except ValueError as error:
         raise UserError(f"{error}; in {path}") from error
-    for override in overrides:
-        _apply_override(tree, override)
+    for key, value in [*map(_read_override, overrides), *changes.items()]:
+        _override(tree, key, value)
     return validate(tree, str(path))
 
 
@@ -182,15 +187,19 @@ def validate(tree: dict[str, Any], where: str) -> Config:
         raise UserError("\n       ".join([f"{lines[0]}; in {where}", *lines[1:]])) from error
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _read_override(override: str) -> tuple[str, Any]:
+    """Key and value of `dotted.key=value`."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"cannot read override {shown(override)}: write section.key=value, e.g. glo.epochs=100")
     try:
-        value = plain_data(text) if text else None
+        return key.strip(), plain_data(text) if text else None
     except ValueError as error:
         raise UserError(f"cannot read the value of override {shown(override)} as YAML") from error
-    key = key.strip()
+
+
+def _override(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of the tree."""
     first = key.split(".")[0]
     if first in SHORTHANDS:
         section, discriminator = SHORTHANDS[first]
@@ -205,7 +214,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise UserError(f"override {shown(override)}: {parent[:100]} is a value, not a section")
+            raise UserError(f"override {shown(key)}: {parent[:100]} is a value, not a section")
         node = child
     if leaf == "kind" and parents == ["sampler"] and node.get("kind", "imle") != value:
         node.clear()  # the keys of another kind

@@ -23,8 +23,8 @@ STUDY = {
         "loss.kind": "l1",
         "glo.epochs": EPOCHS,
         "glo.batch_size": 40,
-        "imle.epochs": 2,
-        "imle.noise_dim": 8,
+        "sampler.epochs": 2,
+        "sampler.noise_dim": 8,
         "preview.every_epochs": 100,
         "evaluation.samples": 50,
         "checkpoint.keep": 20,  # so quick a member has gone on by more than a few before another starts from it

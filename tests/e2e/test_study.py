@@ -28,8 +28,8 @@ STUDY = {
         "loss.kind": "l1",
         "glo.epochs": 9,
         "glo.batch_size": 40,
-        "imle.epochs": 3,
-        "imle.noise_dim": 8,
+        "sampler.epochs": 3,
+        "sampler.noise_dim": 8,
         "checkpoint.every_epochs": 1,
         "preview.every_epochs": 100,
         "evaluation.samples": 50,
@@ -207,7 +207,7 @@ def test_second_stages_share_a_trained_first_one(disturbed, glann, head):
     study = {
         "name": "second",
         "stage_one": str(first),
-        "space": {"imle.lr": {"log_uniform": [1e-4, 1e-2]}, "imle.noise_dim": {"integer": [2, 12]}},
+        "space": {"sampler.lr": {"log_uniform": [1e-4, 1e-2]}, "sampler.noise_dim": {"integer": [2, 12]}},
         "metric": "fd_squeezenet",
         "budget": {"trials": 4},
     }

@@ -19,8 +19,8 @@ SPACE: dict[str, Any] = {
     "glo.latent_lr": {"log_uniform": [0.005, 0.1]},
     "glo.schedule.kind": {"choice": ["constant", "cosine"]},
     "glo.schedule.floor": {"uniform": [0.0, 0.5], "when": {"glo.schedule.kind": "cosine"}},
-    "imle.noise_dim": {"integer": [8, 32]},
-    "imle.statistics": {"choice": ["noise", "batch"]},
+    "sampler.noise_dim": {"integer": [8, 32]},
+    "sampler.statistics": {"choice": ["noise", "batch"]},
 }
 # What becomes of trials 0, 1, 2, ... unless a test says otherwise.
 STATES = ["finished", "finished", "stopped", "finished", "failed", "finished"]
@@ -81,7 +81,7 @@ def _params(study: StudyConfig, rng: random.Random) -> dict[str, Any]:
 
 def _distance(params: dict[str, Any]) -> float:
     rate = params.get("glo.latent_lr", 0.03)
-    return 0.25 + 0.1 * abs(math.log(rate / 0.02)) + 0.04 * (params.get("imle.statistics", "batch") == "batch")
+    return 0.25 + 0.1 * abs(math.log(rate / 0.02)) + 0.04 * (params.get("sampler.statistics", "batch") == "batch")
 
 
 def _loss(epoch: int, fault: float) -> float:

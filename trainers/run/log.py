@@ -40,7 +40,7 @@ class RunLog:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal or console.is_jupyter),
         )
         self.task = self.bar.add_task("starting the workers", total=None, note="")
 
@@ -95,7 +95,9 @@ class RunLog:
         note = f"epoch {event.epoch}/{epochs}  loss {event.numbers['loss']:.4f}" + speed(event.numbers)
         self.advance(event.stage, event.epoch, note)
         every = max(1, epochs // 10)
-        if not self.console.is_terminal and (event.epoch % every == 0 or event.epoch == epochs):
+        if not (self.console.is_terminal or self.console.is_jupyter) and (
+            event.epoch % every == 0 or event.epoch == epochs
+        ):
             self.console.print(f"{numbered(self.stages, event.stage)}  {note}  {event.numbers['seconds']:.1f} s")
 
     def on_preview(self, event: events.Preview) -> None:

@@ -36,24 +36,24 @@ def test_without_a_terminal_every_start_and_end_is_one_line(study: StudyConfig):
     board, file = board_of(study)
     with board:
         ledger = board.ledger
-        base, other = ledger.start({}), ledger.start({"glo.latent_lr": 0.0123456, "imle.noise_dim": 16})
+        base, other = ledger.start({}), ledger.start({"glo.latent_lr": 0.0123456, "sampler.noise_dim": 16})
         board.on_step_begin(0, [])
         ledger.end(base, state="finished", value=0.5, metrics={"fd_squeezenet": 0.5})
         board.on_step_begin(1, [])
         ledger.end(other, state="finished", value=0.25, metrics={"fd_squeezenet": 0.25})
-        worse = ledger.start({"imle.noise_dim": 9})
+        worse = ledger.start({"sampler.noise_dim": 9})
         ledger.end(worse, state="finished", value=0.75)
         board.on_step_begin(2, [])
-        ledger.end(ledger.start({"imle.noise_dim": 10}), state="stopped", epoch=3, loss=0.98765)
-        ledger.end(ledger.start({"imle.noise_dim": 11}), state="failed", why="loss or gradients were not finite")
+        ledger.end(ledger.start({"sampler.noise_dim": 10}), state="stopped", epoch=3, loss=0.98765)
+        ledger.end(ledger.start({"sampler.noise_dim": 11}), state="failed", why="loss or gradients were not finite")
     assert file.getvalue().splitlines() == [
         "trial 0   starts     the base recipe",
-        "trial 1   starts     glo.latent_lr=0.01235 imle.noise_dim=16",
+        "trial 1   starts     glo.latent_lr=0.01235 sampler.noise_dim=16",
         "trial 0   finished   fd_squeezenet 0.5  the base recipe  best so far",
-        "trial 1   finished   fd_squeezenet 0.25  glo.latent_lr=0.01235 imle.noise_dim=16  best so far",
-        "trial 2   finished   fd_squeezenet 0.75  imle.noise_dim=9",
-        "trial 3   stopped    after epoch 3, loss 0.9877  imle.noise_dim=10",
-        "trial 4   failed     loss or gradients were not finite  imle.noise_dim=11",
+        "trial 1   finished   fd_squeezenet 0.25  glo.latent_lr=0.01235 sampler.noise_dim=16  best so far",
+        "trial 2   finished   fd_squeezenet 0.75  sampler.noise_dim=9",
+        "trial 3   stopped    after epoch 3, loss 0.9877  sampler.noise_dim=10",
+        "trial 4   failed     loss or gradients were not finite  sampler.noise_dim=11",
     ]
 
 
@@ -113,7 +113,7 @@ def test_a_long_study_shows_what_runs_the_latest_and_the_best(tmp_path: Path):
 
 def test_it_says_how_far_each_trial_is(study: StudyConfig):
     board, _ = board_of(study)
-    first, second = board.ledger.start({}), board.ledger.start({"imle.noise_dim": 9})
+    first, second = board.ledger.start({}), board.ledger.start({"sampler.noise_dim": 9})
     told: dict[str, Any] = {"number": 0, "stage": "glo", "stage_epoch": 3, "reached_loss": 0.51239}
     board.on_trial_result(0, [], None, told)
     assert board.progress(first) == "stage 1, epoch 3, loss 0.5124"
@@ -144,6 +144,6 @@ def test_the_time_left_is_told_from_the_trials_so_far(tmp_path: Path):
 def test_on_a_terminal_only_ends_stay(study: StudyConfig):
     board, file = board_of(study, terminal=True)
     board.ledger.end(board.ledger.start({}), state="finished", value=0.5)
-    board.ledger.start({"imle.noise_dim": 9})
+    board.ledger.start({"sampler.noise_dim": 9})
     board.tell_news()
     assert file.getvalue().splitlines() == ["trial 0   finished   fd_squeezenet 0.5  the base recipe  best so far"]

@@ -108,7 +108,7 @@ def test_the_journal_says_what_the_study_has_come_to(study: StudyConfig, clock: 
     ledger = budget.ledger
     ledger.end(ledger.start({}), state="finished", value=0.4)
     passes(budget, clock, 1, running=1)
-    ledger.end(ledger.start({"imle.noise_dim": 9}), state="finished", value=0.3)
+    ledger.end(ledger.start({"sampler.noise_dim": 9}), state="finished", value=0.3)
     passes(budget, clock, 1, running=1)
     passes(budget, clock, 1, running=1)  # no news
     lines = [entry for entry in entries(study.folder / "metrics.jsonl") if entry["stage"] == "study"]

@@ -15,7 +15,7 @@ from glann.tuning.study import StudyConfig
 from rich.console import Console
 from study_folder import fill_study, make_study
 
-SECOND = {"imle.noise_dim": {"integer": [8, 32]}}
+SECOND = {"sampler.noise_dim": {"integer": [8, 32]}}
 
 
 def printed(found: Forecast) -> list[str]:
@@ -63,7 +63,7 @@ def test_a_long_study_is_not_listed_to_its_end(tmp_path: Path):
 
 
 def test_a_grid_ends_before_a_larger_budget(tmp_path: Path):
-    space = {"glo.generator_lr": {"choice": [0.001, 0.01]}, "imle.noise_dim": {"choice": [8, 16]}}
+    space = {"glo.generator_lr": {"choice": [0.001, 0.01]}, "sampler.noise_dim": {"choice": [8, 16]}}
     found = forecast(make_study(tmp_path, space=space, search={"kind": "grid"}, budget={"trials": 99}))
     assert (found.left, len(found.planned)) == (5, 5)
     assert not any("more, which" in note for note in found.notes())

@@ -13,7 +13,7 @@ from glann.tuning.ledger import FILE, STATES, Ledger, Trial, best_of, in_words, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-KEYS = st.sampled_from(["glo.latent_lr", "imle.noise_dim", "loss.taps", "loss.patch"])
+KEYS = st.sampled_from(["glo.latent_lr", "sampler.noise_dim", "loss.taps", "loss.patch"])
 PARAMS = st.dictionaries(KEYS, st.none() | st.integers(-99, 99) | st.floats(1e-9, 1e9) | st.lists(st.text(max_size=3)))
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e15, max_value=1e15)
 FACTS = st.fixed_dictionaries(
@@ -50,8 +50,8 @@ def test_what_was_entered_is_read_back(tmp_path_factory: pytest.TempPathFactory,
 
 def test_a_line_is_on_disk_before_anything_depends_on_it(tmp_path: Path):
     ledger = Ledger(tmp_path)  # never closed, as after a kill
-    trial = ledger.start({"imle.noise_dim": 9})
-    assert trials(tmp_path) == {0: Trial(0, {"imle.noise_dim": 9})}
+    trial = ledger.start({"sampler.noise_dim": 9})
+    assert trials(tmp_path) == {0: Trial(0, {"sampler.noise_dim": 9})}
     ledger.end(trial, 3.0, state="finished", value=0.5)
     assert trials(tmp_path)[0].value == 0.5
 
@@ -59,20 +59,20 @@ def test_a_line_is_on_disk_before_anything_depends_on_it(tmp_path: Path):
 def test_a_start_after_a_kill_goes_on_with_the_same_trials(tmp_path: Path):
     first = Ledger(tmp_path)
     first.end(first.start({}), 1.0, state="finished", value=0.4)
-    first.start({"imle.noise_dim": 9})
+    first.start({"sampler.noise_dim": 9})
     second = Ledger(tmp_path)  # the first was never closed
     assert [trial.state for trial in second.trials] == ["finished", "running"]
     second.end(second.trials[1], 2.0, state="stopped", epoch=3, loss=0.9)
-    third = second.start({"imle.noise_dim": 10})
+    third = second.start({"sampler.noise_dim": 10})
     assert third.number == 2
     assert trials(tmp_path) == {trial.number: trial for trial in second.trials}
-    assert trials(tmp_path)[1] == Trial(1, {"imle.noise_dim": 9}, "stopped", epoch=3, loss=0.9, seconds=2.0)
+    assert trials(tmp_path)[1] == Trial(1, {"sampler.noise_dim": 9}, "stopped", epoch=3, loss=0.9, seconds=2.0)
 
 
 def test_a_torn_last_line_is_nothing_that_happened(tmp_path: Path):
     whole = Ledger(tmp_path)
     whole.start({})
-    whole.end(whole.start({"imle.noise_dim": 9}), state="finished", value=0.5)
+    whole.end(whole.start({"sampler.noise_dim": 9}), state="finished", value=0.5)
     whole.close()
     text = (tmp_path / FILE).read_bytes()
     last = text[:-1].rindex(b"\n") + 1
@@ -172,4 +172,6 @@ def test_the_best_is_the_first_of_equals_in_the_better_direction():
 
 def test_values_in_words_are_short():
     assert in_words({}) == "the base recipe"
-    assert in_words({"glo.latent_lr": 0.0123456, "imle.noise_dim": 16}) == "glo.latent_lr=0.01235 imle.noise_dim=16"
+    assert (
+        in_words({"glo.latent_lr": 0.0123456, "sampler.noise_dim": 16}) == "glo.latent_lr=0.01235 sampler.noise_dim=16"
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from glann.storage.journal import Journal
+from glann.trainers.run.events import EpochDone
 from glann.tuning.ledger import Trial
 from glann.tuning.scheduler import EPOCH, LOSS, build_scheduler, losses, within
 from glann.tuning.search import member
@@ -137,9 +138,9 @@ def test_the_base_recipe_gives_no_loss_to_be_compared_by(
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr(TrialRun, "report", lambda self, result: reports.append(result))
     trial: Any = object.__new__(TrialRun)  # without Ray, and without a run
-    trial.number, trial.reached = number, {}
-    trial.hear({"kind": "epoch", "stage": "glo", "epoch": 3, "loss": 0.5})
-    trial.hear({"kind": "epoch", "stage": "imle", "epoch": 1, "loss": 0.1})  # of another stage
+    trial.number, trial.reached, trial.first_stage = number, {}, "glo"
+    trial.notify(EpochDone("glo", 3, 30, {"loss": 0.5, "seconds": 1.0}))
+    trial.notify(EpochDone("imle", 1, 31, {"loss": 0.1, "seconds": 1.0}))  # of another stage
     assert reports == [compared]
     assert trial.reached["reached_loss"] == 0.5  # the board and the ledger know it
 
@@ -151,13 +152,13 @@ def test_trials_are_compared_by_stage_one_alone(study: StudyConfig):
     journal.append({"stage": "glo", "epoch": 2, "step": 20, "loss": float("nan")})
     journal.append({"stage": "imle", "epoch": 1, "step": 30, "loss": 0.1})
     journal.close()
-    assert list(losses(study.run_dir(1))) == [(1, 0.5)]
-    assert list(losses(study.run_dir(2))) == []
+    assert list(losses(study.run_dir(1), "glo")) == [(1, 0.5)]
+    assert list(losses(study.run_dir(2), "glo")) == []
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"scheduler": {"kind": "none"}}, {"space": {"imle.noise_dim": {"integer": [8, 32]}}}],
+    [{"scheduler": {"kind": "none"}}, {"space": {"sampler.noise_dim": {"integer": [8, 32]}}}],
     ids=["none", "stage 2 alone"],
 )
 def test_nothing_is_stopped_where_nothing_can_be_compared(tmp_path: Path, changes: dict[str, Any]):
@@ -174,14 +175,14 @@ def test_a_grace_longer_than_the_run_stops_nothing(tmp_path: Path):
             assert rungs.on_trial_result(CONTROLLER, known(number, str(number)), result) == "CONTINUE"
 
 
-RATES = {"glo.latent_lr": {"log_uniform": [0.005, 0.1]}, "imle.lr": {"choice": [0.001, 0.003]}}
+RATES = {"glo.latent_lr": {"log_uniform": [0.005, 0.1]}, "sampler.lr": {"choice": [0.001, 0.003]}}
 
 
 def test_a_population_takes_members_with_values_of_their_own(tmp_path: Path):
     study = make_study(tmp_path, space=RATES, search={"kind": "population"})
     scheduler = build_scheduler(study, [])
     assert isinstance(scheduler, PopulationBasedTraining)
-    params = {"glo.latent_lr": 0.02, "imle.lr": 0.003}
+    params = {"glo.latent_lr": 0.02, "sampler.lr": 0.003}
     given = RayTrial("trial", stub=True, config={"member": {"number": 1, "params": dict(params)}})
     scheduler.on_trial_add(CONTROLLER, given)
     assert given.config == {"member": {"number": 1, "params": params}}  # nothing is sampled over the ledger's values
@@ -190,6 +191,6 @@ def test_a_population_takes_members_with_values_of_their_own(tmp_path: Path):
 @given(st.floats(1e-6, 10))
 def test_a_population_stays_inside_the_space(tmp_path_factory: pytest.TempPathFactory, rate: float):
     study = make_study(tmp_path_factory.mktemp("studies"), space=RATES, search={"kind": "population"})
-    config = {"member": {"number": 1, "params": {"glo.latent_lr": rate, "imle.lr": 0.003}}}
+    config = {"member": {"number": 1, "params": {"glo.latent_lr": rate, "sampler.lr": 0.003}}}
     params = within(study, config)["member"]["params"]
-    assert params == {"glo.latent_lr": min(max(rate, 0.005), 0.1), "imle.lr": 0.003}
+    assert params == {"glo.latent_lr": min(max(rate, 0.005), 0.1), "sampler.lr": 0.003}

@@ -20,9 +20,9 @@ from study_folder import make_study
 
 SMOOTH: dict[str, Any] = {
     "glo.latent_lr": {"log_uniform": [0.001, 1.0]},
-    "imle.noise_dim": {"integer": [8, 64]},
-    "imle.weight_decay": {"uniform": [0.0, 1.0]},
-    "imle.statistics": {"choice": ["noise", "batch"]},
+    "sampler.noise_dim": {"integer": [8, 64]},
+    "sampler.weight_decay": {"uniform": [0.0, 1.0]},
+    "sampler.statistics": {"choice": ["noise", "batch"]},
 }
 
 
@@ -33,8 +33,8 @@ def study(tmp_path: Path) -> StudyConfig:
 
 def smooth(params: dict[str, Any]) -> float:
     """One valley, lowest at 0.03, 24, 0.2 and noise."""
-    valley = math.log10(params["glo.latent_lr"] / 0.03) ** 2 + ((params["imle.noise_dim"] - 24) / 28) ** 2
-    return valley + (params["imle.weight_decay"] - 0.2) ** 2 + (params["imle.statistics"] == "batch")
+    valley = math.log10(params["glo.latent_lr"] / 0.03) ** 2 + ((params["sampler.noise_dim"] - 24) / 28) ** 2
+    return valley + (params["sampler.weight_decay"] - 0.2) ** 2 + (params["sampler.statistics"] == "batch")
 
 
 def searched(study: StudyConfig, count: int) -> list[Trial]:
@@ -52,7 +52,7 @@ def searched(study: StudyConfig, count: int) -> list[Trial]:
 
 @pytest.mark.parametrize("search", [{}, {"kind": "random"}, {"kind": "grid"}])
 def test_the_first_trial_is_the_base_recipe(tmp_path: Path, search: dict[str, Any]):
-    study = make_study(tmp_path, space={"imle.noise_dim": {"integer": [8, 9]}}, search=search)
+    study = make_study(tmp_path, space={"sampler.noise_dim": {"integer": [8, 9]}}, search=search)
     assert suggest(study, []) == {}
     assert study.trial(0, {}).imle == study.base().sampler
 
@@ -87,10 +87,13 @@ def test_what_a_study_begins_with_is_what_it_would_hand_out(study: StudyConfig):
 
 
 def test_a_grid_ends(tmp_path: Path):
-    space = {"imle.noise_dim": {"integer": [8, 9]}, "imle.statistics": {"choice": ["noise", "batch"]}}
+    space = {"sampler.noise_dim": {"integer": [8, 9]}, "sampler.statistics": {"choice": ["noise", "batch"]}}
     study = make_study(tmp_path, space=space, search={"kind": "grid"}, budget={"trials": 99})
     tried = [trial.params for trial in first_trials(study, 99)]
-    assert tried == [{}, *({"imle.noise_dim": n, "imle.statistics": s} for n in (8, 9) for s in ("noise", "batch"))]
+    assert tried == [
+        {},
+        *({"sampler.noise_dim": n, "sampler.statistics": s} for n in (8, 9) for s in ("noise", "batch")),
+    ]
     search = LedgerSearch(study, Ledger(study.folder), lambda: 99, lambda: False)
     for number in range(5):
         handed(search, number)
@@ -182,7 +185,7 @@ def test_there_are_never_more_than_the_budget_or_the_room(tmp_path: Path, seed: 
 
 def test_a_smaller_budget_starts_nothing_new_and_ends_what_was_begun(study: StudyConfig):
     written = Ledger(study.folder)
-    for params in ({}, {"imle.noise_dim": 9}):
+    for params in ({}, {"sampler.noise_dim": 9}):
         written.start(params)
     study = study.model_copy(update={"budget": study.budget.model_copy(update={"trials": 1})})
     search = LedgerSearch(study, written, lambda: 9, lambda: False)
@@ -192,8 +195,8 @@ def test_a_smaller_budget_starts_nothing_new_and_ends_what_was_begun(study: Stud
 
 # Ends ----------------------------------------------------------------------------------------
 
-REACHED = {"params/imle.noise_dim": 9, "reached_epoch": 3, "reached_loss": 0.8}
-FACTS = {"params": {"imle.noise_dim": 9}, "epoch": 3, "loss": 0.8}
+REACHED = {"params/sampler.noise_dim": 9, "reached_epoch": 3, "reached_loss": 0.8}
+FACTS = {"params": {"sampler.noise_dim": 9}, "epoch": 3, "loss": 0.8}
 MEASURED = {"metrics/fd_squeezenet": 0.3, "metrics/l1": 0.1}
 METRICS = {"fd_squeezenet": 0.3, "l1": 0.1}
 

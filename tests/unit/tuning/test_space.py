@@ -19,7 +19,14 @@ numbers = st.floats(-1e9, 1e9)
 words = st.text(max_size=8)
 values = st.none() | st.booleans() | st.integers(-(2**52), 2**52) | numbers | words
 # Keys that a study may search; what they mean is nothing to a space.
-KEYS = ["imle.noise_dim", "imle.hidden_dim", "imle.lr", "imle.weight_decay", "imle.statistics", "imle.batch_size"]
+KEYS = [
+    "sampler.noise_dim",
+    "sampler.hidden_dim",
+    "sampler.lr",
+    "sampler.weight_decay",
+    "sampler.statistics",
+    "sampler.batch_size",
+]
 
 
 @st.composite
@@ -65,7 +72,7 @@ def study_of(space: Space, kind: str) -> StudyConfig:
             "name": "s",
             "recipe": "digits",
             "metric": "fd_lite0",
-            "space": {"imle.lr": {"uniform": [0, 1]}},
+            "space": {"sampler.lr": {"uniform": [0, 1]}},
             "search": {"kind": kind, "startup": 2},
         }
     )
@@ -182,7 +189,7 @@ def test_premises_of_keys_that_depend_on_all_before_are_found_at_once():
     [({"log_uniform": [1e-4, 1.0]}, (0.25, 0.25)), ({"uniform": [0.0, 1.0]}, (0.001, 0.9))],
 )
 def test_a_logarithmic_range_is_even_over_orders_of_magnitude(dimension: dict[str, Any], shares: tuple[float, float]):
-    study = study_of({"imle.lr": Dimension.model_validate(dimension)}, "random")
-    drawn = [(suggest(study, [Trial(0, {})] * count) or {})["imle.lr"] for count in range(1, 201)]
+    study = study_of({"sampler.lr": Dimension.model_validate(dimension)}, "random")
+    drawn = [(suggest(study, [Trial(0, {})] * count) or {})["sampler.lr"] for count in range(1, 201)]
     found = (sum(value < 1e-3 for value in drawn) / 200, sum(value > 1e-1 for value in drawn) / 200)
     assert found == pytest.approx(shares, abs=0.1)

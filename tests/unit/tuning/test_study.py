@@ -15,10 +15,10 @@ from glann.tuning.study import STUDIES, StudyConfig, load_study
 GOOD: dict[str, Any] = {
     "name": "small",
     "recipe": "digits",
-    "space": {"glo.latent_lr": {"log_uniform": [0.003, 0.1]}, "imle.noise_dim": {"integer": [8, 32]}},
+    "space": {"glo.latent_lr": {"log_uniform": [0.003, 0.1]}, "sampler.noise_dim": {"integer": [8, 32]}},
     "metric": "fd_squeezenet",
 }
-SECOND: dict[str, Any] = {"space": {"imle.noise_dim": {"integer": [8, 32]}}}
+SECOND: dict[str, Any] = {"space": {"sampler.noise_dim": {"integer": [8, 32]}}}
 # A few hundred characters that stand for ten billion numbers.
 BOMB = "- &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"- &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefghi", "bcdefghij", strict=True)
@@ -63,7 +63,7 @@ def test_studies_that_ship_can_be_started(path: Path):
     [
         ({"metrics": "l1"}, "unknown key metrics (did you mean metric?)"),
         ({"space": {"glo.latent_rl": UNIFORM}}, "unknown key 'glo.latent_rl' in space (did you mean glo.latent_lr?)"),
-        ({"space": {"imle.latent_lr": UNIFORM}}, "(did you mean glo.latent_lr?)"),
+        ({"space": {"sampler.latent_lr": UNIFORM}}, "(did you mean glo.latent_lr?)"),
         ({"overrides": {"glo.epoch": 3}}, "unknown key glo.epoch (did you mean glo.epochs?)"),
         ({"overrides": {"glo.epochs": 0}}, "glo.epochs=0 is not possible"),
         ({"overrides": {"data.url.x": 3}}, "data.url={'x': 3} is not possible"),
@@ -77,7 +77,7 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"space": {}}, "space={} is not possible"),
         ({"recipe": None}, "give one of: recipe (both stages), or stage_one"),
         ({"stage_one": "runs/x"}, "give one of: recipe (both stages), or stage_one"),
-        (SECOND | {"metric": "l1"}, "metric=l1 judges stage 1, which imle.* does not change"),
+        (SECOND | {"metric": "l1"}, "metric=l1 judges stage 1, which sampler.* does not change"),
         (SECOND | {"metric": "fd_lite0_glo"}, "metric=fd_lite0_glo judges stage 1"),
         ({"metric": "fd_lite0", "overrides": {"evaluation.extractor": "vgg16"}}, "is measured by lite0, not by"),
     ],
@@ -93,16 +93,16 @@ def test_what_is_unknown_or_impossible_is_named(tmp_path: Path, changes: dict[st
         ({"log_uniform": [0, 1]}, "log_uniform has orders of magnitude only above zero, and begins at 0.0"),
         ({"uniform": [1, 2, 3]}, "tuple should have at most 2 items"),
         ({"uniform": [0, float("inf")]}, "should be a finite number"),
-        ({"uniform": ["low", 1]}, "space.imle.lr.uniform.0='low' is not possible"),
-        ({"integer": [1, 2.5]}, "space.imle.lr.integer.1=2.5 is not possible"),
-        ({"integer": [1, 2**53]}, "space.imle.lr.integer.1=9007199254740992 is not possible"),
+        ({"uniform": ["low", 1]}, "space.sampler.lr.uniform.0='low' is not possible"),
+        ({"integer": [1, 2.5]}, "space.sampler.lr.integer.1=2.5 is not possible"),
+        ({"integer": [1, 2**53]}, "space.sampler.lr.integer.1=9007199254740992 is not possible"),
         ({"uniform": [0, 1], "choice": [1, 2]}, "give one of uniform, log_uniform, integer, log_integer, choice, not"),
         ({}, "give one of uniform, log_uniform, integer, log_integer, choice"),
         ({"choice": [1]}, "choice needs at least two values, each once"),
         ({"choice": [1, 2, 1]}, "choice needs at least two values, each once"),
         ({"choice": list(range(1001))}, "tuple should have at most 1000 items"),
         ({"choice": [{"a": 1}, {"b": 1}]}, "choice is of numbers, words, or short lists of them"),
-        ({"uniform": [0, 1], "steps": 3}, "unknown key space.imle.lr.steps"),
+        ({"uniform": [0, 1], "steps": 3}, "unknown key space.sampler.lr.steps"),
     ],
 )
 def test_an_impossible_range_is_refused(tmp_path: Path, dimension: dict[str, Any], expected: str):
@@ -112,9 +112,9 @@ def test_an_impossible_range_is_refused(tmp_path: Path, dimension: dict[str, Any
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (space(lr={"uniform": [-1.0, 0.1]}), "space.imle.lr admits -1.0, which is impossible: imle.lr=-1.0"),
-        (space(noise_dim={"choice": [8, "many"]}), 'space.imle.noise_dim admits "many", which is impossible'),
-        (space(noise_dim=UNIFORM), "space.imle.noise_dim admits 0.001, which is impossible"),
+        (space(lr={"uniform": [-1.0, 0.1]}), "space.sampler.lr admits -1.0, which is impossible: sampler.lr=-1.0"),
+        (space(noise_dim={"choice": [8, "many"]}), 'space.sampler.noise_dim admits "many", which is impossible'),
+        (space(noise_dim=UNIFORM), "space.sampler.noise_dim admits 0.001, which is impossible"),
         ({"space": {"generator.kind": {"choice": ["infogan", "resnet"]}}}, "generator.kind=resnet makes images from"),
         ({"space": {"loss.taps": {"choice": [["conv1"], 3]}}, "scheduler": {"kind": "none"}}, "admits 3, which"),
     ],
@@ -135,18 +135,25 @@ NOISE = {"integer": [8, 32]}
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (space(lr=when(noise_dim=8)), "space.imle.lr depends on imle.noise_dim, which is not in the space"),
-        (space(lr=when(noise_dim=33), noise_dim=NOISE), "imle.noise_dim=33, which imle.noise_dim never is"),
-        (space(lr=when(noise_dim=[8, 8.5]), noise_dim=NOISE), "imle.noise_dim=8.5, which imle.noise_dim never is"),
-        (space(lr=when(noise_dim=[]), noise_dim=NOISE), "when.imle.noise_dim is an empty list"),
-        (space(lr=when(weight_decay=0.01), weight_decay=UNIFORM), "depends on imle.weight_decay, which is continuous"),
+        (space(lr=when(noise_dim=8)), "space.sampler.lr depends on sampler.noise_dim, which is not in the space"),
+        (space(lr=when(noise_dim=33), noise_dim=NOISE), "sampler.noise_dim=33, which sampler.noise_dim never is"),
+        (
+            space(lr=when(noise_dim=[8, 8.5]), noise_dim=NOISE),
+            "sampler.noise_dim=8.5, which sampler.noise_dim never is",
+        ),
+        (space(lr=when(noise_dim=[]), noise_dim=NOISE), "when.sampler.noise_dim is an empty list"),
+        (
+            space(lr=when(weight_decay=0.01), weight_decay=UNIFORM),
+            "depends on sampler.weight_decay, which is continuous",
+        ),
         (
             space(
-                hidden_dim=NOISE | {"when": {"imle.noise_dim": 8}}, noise_dim=NOISE | {"when": {"imle.hidden_dim": 8}}
+                hidden_dim=NOISE | {"when": {"sampler.noise_dim": 8}},
+                noise_dim=NOISE | {"when": {"sampler.hidden_dim": 8}},
             ),
-            "the conditions of imle.hidden_dim, imle.noise_dim depend on one another in a circle",
+            "the conditions of sampler.hidden_dim, sampler.noise_dim depend on one another in a circle",
         ),
-        (space(noise_dim=NOISE | {"when": {"imle.noise_dim": 8}}), "in a circle"),
+        (space(noise_dim=NOISE | {"when": {"sampler.noise_dim": 8}}), "in a circle"),
     ],
 )
 def test_a_condition_that_can_never_hold_is_refused(tmp_path: Path, changes: dict[str, Any], expected: str):
@@ -161,7 +168,7 @@ def test_values_are_tried_out_under_all_the_conditions_that_they_are_searched_un
     assert study.trial(1, {"data.resolution": 64, "generator.kind": "resnet", "loss.patch": 48}).loss.patch == 48
 
 
-@pytest.mark.parametrize("key", ["glo", "glo.schedule", "imle.search"])
+@pytest.mark.parametrize("key", ["glo", "glo.schedule", "sampler.search"])
 def test_a_section_is_no_key(tmp_path: Path, key: str):
     assert f"space.{key} is a section" in refusal(tmp_path, {"space": {key: {"choice": [1, 2]}}})
 
@@ -180,12 +187,12 @@ def test_a_grid_that_is_too_large_is_refused_at_once(tmp_path: Path, count: int)
 
 
 def test_a_grid_has_no_continuous_keys(tmp_path: Path):
-    assert "space.imle.lr is continuous" in refusal(tmp_path, {"search": {"kind": "grid"}} | space(lr=UNIFORM))
+    assert "space.sampler.lr is continuous" in refusal(tmp_path, {"search": {"kind": "grid"}} | space(lr=UNIFORM))
 
 
 def test_a_population_changes_what_can_change_on_the_way(tmp_path: Path):
     population = {"search": {"kind": "population", "interval": 2}}
-    assert "space.imle.noise_dim cannot change while a run trains" in refusal(tmp_path, population)
+    assert "space.sampler.noise_dim cannot change while a run trains" in refusal(tmp_path, population)
     study = load_study(written(tmp_path, population | {"space": {"glo.latent_lr": {"log_uniform": [0.01, 0.1]}}}))
     assert study.trial(3, {"glo.latent_lr": 0.02}).checkpoint.every_epochs == 2  # there is one to go on from
 
@@ -217,8 +224,8 @@ def trained(tmp_path: Path) -> Path:
 
 def test_a_given_stage_one_is_what_trials_stand_on(tmp_path: Path, trained: Path):
     study = load_study(written(tmp_path, SECOND | {"recipe": None, "stage_one": str(trained), "name": "second"}))
-    trial = study.trial(2, {"imle.noise_dim": 9})
-    assert (trial.glo.epochs, trial.seed, trial.imle.noise_dim, trial.name) == (3, 7, 9, "second-0002")
+    trial = study.trial(2, {"sampler.noise_dim": 9})
+    assert (trial.glo.epochs, trial.seed, trial.sampler.noise_dim, trial.name) == (3, 7, 9, "second-0002")
     assert study.run_dir(0) == trained
     assert not study.stops_early
 
@@ -266,7 +273,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: bytes, expecte
 def test_choices_that_no_ledger_can_hold_are_refused_at_once(tmp_path: Path, choices: str):
     path = tmp_path / "hostile.yaml"
     indented = "".join(f"    {line}\n" for line in choices.splitlines())
-    path.write_text(f"name: s\nrecipe: digits\nmetric: fd_lite0\nspace:\n  imle.noise_dim:\n   choice:\n{indented}")
+    path.write_text(f"name: s\nrecipe: digits\nmetric: fd_lite0\nspace:\n  sampler.noise_dim:\n   choice:\n{indented}")
     message = refused(path)
     assert "choice is of numbers, words, or short lists of them" in message
     assert len(message) < 2000
@@ -276,10 +283,10 @@ def test_choices_that_no_ledger_can_hold_are_refused_at_once(tmp_path: Path, cho
 def test_conditions_that_stand_for_billions_are_refused_at_once(tmp_path: Path):
     path = tmp_path / "hostile.yaml"
     indented = "".join(f"    {line}\n" for line in BOMB.splitlines())
-    keys = "  imle.noise_dim: {integer: [8, 32]}\n  imle.lr:\n   uniform: [0.1, 1]\n"
-    condition = f"   when:\n    imle.noise_dim:\n{indented}"
+    keys = "  sampler.noise_dim: {integer: [8, 32]}\n  sampler.lr:\n   uniform: [0.1, 1]\n"
+    condition = f"   when:\n    sampler.noise_dim:\n{indented}"
     path.write_text(f"name: s\nrecipe: digits\nmetric: fd_lite0\nspace:\n{keys}{condition}")
-    assert "which imle.noise_dim never is" in refused(path)
+    assert "which sampler.noise_dim never is" in refused(path)
 
 
 def test_a_study_that_is_not_there_is_told_with_those_that_are(tmp_path: Path):
@@ -297,8 +304,8 @@ def test_a_trial_is_what_glann_train_makes_of_the_same_values(tmp_path: Path):
     shared = ["cluster.workers=2", "glo.epochs=4"]
     assert study.base() == load("digits", [*shared, "name=small", "runs_dir=studies"])
     named = ["name=small-0007", "runs_dir=studies/small/trials"]
-    trial = study.trial(7, {"glo.latent_lr": 0.02, "imle.noise_dim": 9})
-    assert trial == load("digits", [*shared, *named, "glo.latent_lr=0.02", "imle.noise_dim=9"])
+    trial = study.trial(7, {"glo.latent_lr": 0.02, "sampler.noise_dim": 9})
+    assert trial == load("digits", [*shared, *named, "glo.latent_lr=0.02", "sampler.noise_dim=9"])
     assert trial.run_dir == study.run_dir(7)
 
 

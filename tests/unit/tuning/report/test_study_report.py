@@ -74,13 +74,16 @@ def test_nothing_hostile_or_secret_gets_out(tmp_path):
     evil = "<script>alert(1)</script>"
     study = make_study(
         tmp_path / "studies",
-        space={"imle.noise_dim": {"choice": [8, evil, "$x^{"]}, "imle.statistics": {"choice": ["noise", "batch"]}},
+        space={
+            "sampler.noise_dim": {"choice": [8, evil, "$x^{"]},
+            "sampler.statistics": {"choice": ["noise", "batch"]},
+        },
         overrides={"data.url": "s3://me:hunter2@bucket/digits", "tracking.uri": "https://me:hunter2@server"},
     )
     open_ledger = Ledger(study.folder)
     open_ledger.end(open_ledger.start({}), state="finished", value=0.5)
     for name, state in (("$x^{", "failed"), (evil, "finished"), (evil, "failed"), (8, "finished")):
-        trial = open_ledger.start({"imle.noise_dim": name, "imle.statistics": "noise" if name == 8 else evil})
+        trial = open_ledger.start({"sampler.noise_dim": name, "sampler.statistics": "noise" if name == 8 else evil})
         facts = {"value": 0.4 if name == 8 else 0.6} if state == "finished" else {}
         open_ledger.end(trial, state=state, why=f"=HYPERLINK() {evil} at s3://me:hunter2@b/\x00\ud800", **facts)
     open_ledger.close()
@@ -114,7 +117,7 @@ def test_a_study_can_be_reported_at_any_time(study, states, told):
 
 
 def test_one_key_has_nothing_to_combine_and_a_shared_stage_one_has_no_losses_of_its_own(tmp_path):
-    study = make_study(tmp_path / "studies", space={"imle.noise_dim": {"integer": [8, 32]}})
+    study = make_study(tmp_path / "studies", space={"sampler.noise_dim": {"integer": [8, 32]}})
     fill_study(study, ["finished"] * 5)
     page = page_of(study)
     assert "with one key there is nothing to combine" in page
@@ -222,8 +225,8 @@ def test_the_recipe_has_values_for_the_keys_that_apply_to_it(study):
         "glo.latent_lr": 0.03,
         "glo.schedule.kind": "cosine",
         "glo.schedule.floor": 0.02,
-        "imle.noise_dim": 16,
-        "imle.statistics": "batch",
+        "sampler.noise_dim": 16,
+        "sampler.statistics": "batch",
     }
     constant = study.model_copy(update={"overrides": {"glo.schedule.kind": "constant"}})
     assert "glo.schedule.floor" not in recipe_params(constant)
@@ -252,8 +255,8 @@ def drawn(study, count, seed):
         params = {
             "glo.latent_lr": math.exp(rng.uniform(math.log(0.005), math.log(0.1))),
             "glo.schedule.kind": rng.choice(["constant", "cosine"]),
-            "imle.noise_dim": rng.randint(8, 32),
-            "imle.statistics": rng.choice(["noise", "batch"]),
+            "sampler.noise_dim": rng.randint(8, 32),
+            "sampler.statistics": rng.choice(["noise", "batch"]),
         }
         if params["glo.schedule.kind"] == "cosine":
             params["glo.schedule.floor"] = rng.uniform(0, 0.5)
