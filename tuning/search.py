@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ray import tune
 from ray.tune.search import Searcher
-from ray.tune.utils.util import flatten_dict
+from ray.tune.utils import flatten_dict
 
 from ..storage.open import open_store
 from ..trainers.run.preflight import is_worked_on

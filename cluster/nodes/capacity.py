@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .ray_private import draining_nodes
+
 
 class Room:
     """Places for workers, taken as they become free and held until `release`."""
@@ -63,16 +65,6 @@ def node_resources() -> dict[str, float]:
 
     here = this_node()
     return next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
-
-
-def draining_nodes() -> dict[str, int]:
-    """Nodes with a drain notice by id, with the time they have left to: milliseconds since 1970, 0 is unknown.
-
-    Ray Train's own watcher asks in this way too; there is no public one (Ray 2.60).
-    """
-    from ray._private.state import state
-
-    return state.get_draining_nodes()
 
 
 def this_node() -> str:

@@ -16,17 +16,15 @@ import sys
 import time
 import urllib.request
 from datetime import datetime
-from typing import Any, cast
 from urllib.parse import urlsplit
 
 from ...errors import EnvironmentFault, redact
-from ..doctor.security import listens, ray_address
+from .ray import listens, ray_address
+from .ray_private import COORDINATOR_ACTOR, actors_on_node, is_node_alive, request_drain
 
 POLL_S = 2.0
-ANSWER_S = 10.0
 NOTICE_POLL_S = 5.0  # as EC2 advises
 JOIN_S = 60.0
-RAYS_OWN = "_AutoscalingCoordinatorActor"
 METADATA = "http://169.254.169.254"
 
 # A failed connection can end the process that tries it, and so can the end of the node that it is connected to.
@@ -51,52 +49,33 @@ def leave(within_s: float, why: str) -> bool:
     Raises:
         EnvironmentFault: there is no Ray node here, or its head does not take the notice.
     """
-    from ray import NodeID
-
     node, head = this_machines_node()
     deadline = time.time() + within_s
     _give_notice(head, node, why, deadline)
     while time.time() < deadline:
         time.sleep(POLL_S)
         with contextlib.suppress(Exception):  # a head that is busy is asked again
-            if not _client(head).check_alive([NodeID.from_hex(node)], timeout=ANSWER_S)[0]:
+            if not is_node_alive(head, node):
                 return True
-            _end_rays_own(head, node)
+            _end_coordinator(head, node)
     return False
 
 
 def _give_notice(head: str, node: str, why: str, deadline: float) -> None:
-    from ray.core.generated import autoscaler_pb2
-
-    reason = cast(Any, autoscaler_pb2).DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     try:
-        accepted, refusal = _client(head).drain_node(node, reason, why, int(1000 * deadline), timeout=ANSWER_S)
+        accepted, refusal = request_drain(head, node, why, deadline)
     except Exception as error:  # Ray has no common class for what a head may answer
         raise EnvironmentFault(f"the head {head} does not take the notice: {error}") from error
     if not accepted:
         raise EnvironmentFault(f"the head {head} refuses the notice: {refusal}")
 
 
-def _end_rays_own(head: str, node: str) -> None:
-    """Where a driver was, Ray keeps an actor of its own (2.60), and with only that the node would never be idle."""
-    from ray import _raylet
-    from ray._private.state import GlobalState
-
-    state = GlobalState()
-    state._initialize_global_state(
-        cast(Any, _raylet).GcsClientOptions.create(head, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
-    )
-    here = [actor for actor in state.actor_table(None, None, "ALIVE").values() if actor["Address"]["NodeID"] == node]
-    if all(actor["ActorClassName"] == RAYS_OWN for actor in here):
-        for actor in here:
-            os.kill(actor["Pid"], signal.SIGKILL)
-
-
-def _client(head: str) -> Any:
-    """What `ray drain-node` uses, which does not wait (Ray 2.60)."""
-    from ray import _raylet
-
-    return cast(Any, _raylet).GcsClient(address=head)
+def _end_coordinator(head: str, node: str) -> None:
+    """End Ray's own actor once it is the only one on the node, which would otherwise never become idle."""
+    actors = actors_on_node(head, node)
+    if all(actor.class_name == COORDINATOR_ACTOR for actor in actors):
+        for actor in actors:
+            os.kill(actor.pid, signal.SIGKILL)
 
 
 def this_machines_node() -> tuple[str, str]:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from typing import Any
 from ...config.run import Config
 from ...config.sections import ClusterConfig
 from ...errors import EnvironmentFault, UserError, redact
+from .ray_private import hide_worker_output, set_process_title
+
+CONNECT_S = 5.0
 
 # Read by Ray where the driver runs and by what it starts; whoever sets one himself keeps his own.
 KNOBS = {
@@ -67,6 +71,21 @@ def ray_cluster(config: Config) -> Iterator[None]:
             ray.shutdown()
 
 
+def ray_address(config: Config | None) -> str | None:
+    """The cluster a run would join; None for a Ray of its own on this machine."""
+    address = (config.cluster.address if config else None) or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether a server takes connections there."""
+    try:
+        with socket.create_connection((host, port), CONNECT_S):
+            return True
+    except OSError:
+        return False
+
+
 def no_ray(address: str | None, error: Exception) -> EnvironmentFault:
     """What to say where Ray cannot be joined, or started (no address)."""
     reason = " ".join(redact(str(error)).split())[:200]
@@ -96,22 +115,12 @@ def hide_passwords() -> None:
     """Take passwords in addresses out of this process's command line, which `ps` shows and Ray lists with its jobs."""
     given = " ".join(sys.orig_argv)
     if redact(given) != given:
-        from ray._raylet import setproctitle  # type: ignore[attr-defined]
-
-        setproctitle(redact(given))
+        set_process_title(redact(given))
 
 
 def quiet_raylet() -> None:
     """A lost worker is told in one line by the driver, not also in ten by Ray, which has no switch for it (2.60)."""
-    from ray._private import worker
-
-    tell = worker.print_to_stdstream
-
-    def filtered(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
-        if not any(line.startswith("A worker died or was killed") for line in data.get("lines", ())):
-            tell(data, *arguments, **options)
-
-    worker.print_to_stdstream = filtered
+    hide_worker_output(lambda line: line.startswith("A worker died or was killed"))
 
 
 def refuse_too_few_gpus(config: Config, resources: dict[str, float]) -> None:

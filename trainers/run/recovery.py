@@ -16,8 +16,9 @@ from typing import Any
 
 from ...cluster.checkpoints.lease import HeldLease
 from ...cluster.checkpoints.retention import latest
-from ...cluster.nodes.capacity import Room, draining_nodes, this_node
+from ...cluster.nodes.capacity import Room, this_node
 from ...cluster.nodes.ray import resources_of
+from ...cluster.nodes.ray_private import draining_nodes
 from ...config.run import Config
 from ...errors import EnvironmentFault, GlannError, UserError
 from ...storage.open import open_store
