@@ -23,8 +23,8 @@ def leave(
     glann leave --within 600        before maintenance; a pod's preStop hook
     glann leave --on-spot-notice    in the background of a spot machine
 
-    Runs save at their next step and go on elsewhere; one that finds no room ends with status 75. The exit status is 1
-    if something still ran at the end of the time.
+    Runs save at their next step and go on elsewhere; one that finds no capacity elsewhere ends with status 75.
+    The exit status is 1 if something still ran at the end of the time.
     """
     from ..cluster.nodes.drain import leave as run
     from ..cluster.nodes.drain import wait_for_spot_notice

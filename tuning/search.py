@@ -101,7 +101,8 @@ class LedgerSearch(NotKept, Searcher):
     """Hands out trials to Ray Tune: first those that were interrupted, then new ones, up to the budget.
 
     Args:
-        slots: how many trials there is room for now. over: whether the study is to end; what ends then was interrupted.
+        slots: how many trials there is capacity for now.
+        over: whether the study is to end; what ends then was interrupted.
     """
 
     def __init__(self, study: StudyConfig, ledger: Ledger, slots: Callable[[], int], over: Callable[[], bool]) -> None:

@@ -23,7 +23,7 @@ CONNECT_S = 5.0
 KNOBS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # between looks at the workers
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "180",  # of a worker that is there and does not answer
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # there was room a moment ago; after this the driver looks again
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # the reservation was ready a moment before; the driver retries
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches, and asks for a checkpoint in time
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # A node that is cut off is given up after (5 + 1) s x 3; the defaults take a minute. For a cluster that is

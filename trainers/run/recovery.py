@@ -16,7 +16,7 @@ from typing import Any
 
 from ...cluster.checkpoints.lease import HeldLease
 from ...cluster.checkpoints.retention import latest
-from ...cluster.nodes.capacity import Room, this_node
+from ...cluster.nodes.capacity import PlacementReservation, this_node
 from ...cluster.nodes.ray import resources_of
 from ...cluster.nodes.ray_private import draining_nodes
 from ...config.run import Config
@@ -136,7 +136,7 @@ class Groups:
         with places(self.config, cluster.max_workers) as room:
             while True:
                 now = monotonic()
-                if (there := room.held()) != held:
+                if (there := room.ready()) != held:
                     held, changed = there, now
                 if held == cluster.max_workers or (held >= cluster.min_workers and now - changed >= SETTLE_S):
                     return held
@@ -171,7 +171,7 @@ class Groups:
         fit.add_done_callback(lambda _: done.set())
         looked = monotonic()
         with ExitStack() as held:
-            wanted: Room | None = None
+            wanted: PlacementReservation | None = None
             while not fit.done():
                 if self.nodes and wanted is None:  # not sooner: it would take the room of the group that is starting
                     wanted = held.enter_context(places(self.config, self.config.cluster.max_workers - self.workers))
@@ -187,7 +187,7 @@ class Groups:
                 done.wait(POLL_S)
         self.hand_over()
 
-    def look_at_nodes(self, wanted: Room) -> None:
+    def look_at_nodes(self, wanted: PlacementReservation) -> None:
         """Ask for a checkpoint where a node of ours leaves, or nodes have come."""
         leaving = draining_nodes().keys() & {*self.nodes, self.here}
         if leaving and self.asked < STOP:
@@ -196,7 +196,7 @@ class Groups:
             self.on_event({"kind": "leaving", "node": named, "goes_on": self.here not in leaving})
             if self.here in leaving:  # a driver cannot move
                 self.stopping = f"the driver's node {self.here[:12]} is being taken away: the run was stopped"
-        elif self.asked == NOTHING and (more := wanted.held()):
+        elif self.asked == NOTHING and (more := wanted.ready()):
             self.asked, self.reason = MOVE, f"there is room for {self.workers + more} workers"
             self.on_event({"kind": "room", "workers": self.workers + more})
 
@@ -268,9 +268,9 @@ class Groups:
 
 
 @contextmanager
-def places(config: Config, number: int) -> Iterator[Room]:
+def places(config: Config, number: int) -> Iterator[PlacementReservation]:
     """So many places for workers, wanted while inside."""
-    room = Room(resources_of(config.cluster), number)
+    room = PlacementReservation(resources_of(config.cluster), number)
     try:
         yield room
     finally:
