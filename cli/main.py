@@ -14,7 +14,7 @@ import typer
 
 from ..errors import GlannError, UserError, redact
 from .data import Endpoint, data_app, s3_at
-from .drain import leave
+from .drain import drain, leave
 from .jobs import jobs_app, submit
 from .registry import registry_app
 from .tune import tune
@@ -300,7 +300,8 @@ def doctor(config: MaybeRecipe = None, overrides: Overrides = None) -> None:
         raise typer.Exit(1)
 
 
-app.command()(leave)
+app.command()(drain)
+app.command(hidden=True)(leave)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -154,7 +154,7 @@ class ClusterConfig(Section):
         Annotated[WorkerCount, Tag(UNION_TAGS[0])] | Annotated[Workers, Tag(UNION_TAGS[1])],
         Discriminator(lambda value: UNION_TAGS[isinstance(value, dict | Workers)]),
     ] = Field(
-        1, description="number of training workers, or {min: 1, max: 8}: as many as there is room for, at any time"
+        1, description="number of training workers, or {min: 1, max: 8}: as many as there is capacity for, at any time"
     )
     address: str | None = Field(None, description="Ray cluster to join; empty means RAY_ADDRESS or a local Ray")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker; 0 trains on CPUs")
@@ -162,7 +162,7 @@ class ClusterConfig(Section):
     max_failures: int = Field(
         3, ge=-1, description="restarts after losses with no new checkpoint between them; -1 is without end"
     )
-    start_timeout_s: Positive = Field(600.0, description="seconds to wait for room, at the start and after a loss")
+    start_timeout_s: Positive = Field(600.0, description="seconds to wait for capacity, at the start and after a loss")
     peer_timeout_s: float = Field(900.0, ge=10, description="seconds workers wait for one another in an exchange")
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ray import tune
 from ray.tune.search import Searcher
-from ray.tune.utils.util import flatten_dict
+from ray.tune.utils import flatten_dict
 
 from ..storage.open import open_store
 from ..trainers.run.preflight import is_worked_on
@@ -101,7 +101,8 @@ class LedgerSearch(NotKept, Searcher):
     """Hands out trials to Ray Tune: first those that were interrupted, then new ones, up to the budget.
 
     Args:
-        slots: how many trials there is room for now. over: whether the study is to end; what ends then was interrupted.
+        slots: how many trials there is capacity for now.
+        over: whether the study is to end; what ends then was interrupted.
     """
 
     def __init__(self, study: StudyConfig, ledger: Ledger, slots: Callable[[], int], over: Callable[[], bool]) -> None:

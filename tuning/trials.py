@@ -130,7 +130,7 @@ def tune_trials(search: LedgerSearch, part: Part, callbacks: list[Any], own: Map
 
 
 def groups_of_workers(cluster: ClusterConfig) -> int:
-    """How many trials the cluster has room for, each with as many workers as it may have: none waits for another."""
+    """How many trials the cluster has capacity for, each with its largest number of workers: none waits for another."""
     return max(1, places_on(cluster_nodes(), resources_of(cluster)) // cluster.max_workers)
 
 

@@ -28,9 +28,9 @@ from ...errors import GlannError, UserError, redact
 from ...storage.base import MissingObject
 from ...storage.open import open_store
 from ..checkpoints.lease import enforces_conditions
-from . import security as exposure
+from ..nodes.ray import listens, ray_address
+from . import security
 from .check import Check
-from .security import ray_address
 
 MAIN_PACKAGES = ("torch", "ray", "deepspeed", "mlflow")  # told one by one; the others share a line
 RAY_TIMEOUT_S = 60.0
@@ -44,14 +44,9 @@ _RAY_PROBE = """
 import json, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 print("RESOURCES " + json.dumps(ray.cluster_resources()))
-import grpc
-from ray.core.generated import gcs_service_pb2 as messages, gcs_service_pb2_grpc as services
-head = services.NodeInfoGcsServiceStub(grpc.insecure_channel(ray.get_runtime_context().gcs_address))
-try:
-    head.CheckAlive(messages.CheckAliveRequest(), timeout=10)  # without a token
+from glann.cluster.nodes.ray_private import answers_without_token
+if answers_without_token(ray.get_runtime_context().gcs_address):
     print("OPEN")
-except grpc.RpcError:
-    pass
 """
 
 
@@ -59,13 +54,13 @@ def checks(config: Config | None = None) -> Iterator[Check]:
     """All checks, one after the other; with a configuration also its data, cluster and tracking."""
     yield from package_checks()
     yield accelerators(config)
-    yield exposure.auth_mode(config)
+    yield security.auth_mode(config)
     yield ray_cluster(config)
     yield from disk_checks(config)
     yield shared_memory()
     if config is not None:
         yield from tracking(config)
-        if transport := exposure.storage_transport(config):
+        if transport := security.storage_transport(config):
             yield transport
         yield data_set(config)
         yield checkpoints(config)
@@ -137,11 +132,11 @@ def ray_cluster(config: Config | None) -> Check:
     if address is None:
         return Check("ray", True, "a local Ray will be started")
     split = urlsplit(address if "://" in address else f"//{address}")
-    if split.hostname and split.port and not exposure.listens(split.hostname, split.port):
+    if split.hostname and split.port and not listens(split.hostname, split.port):
         return Check("ray", False, f"nothing answers at {address}", "check cluster.address and the head's firewall")
     try:
         result = subprocess.run(
-            [sys.executable, "-c", _RAY_PROBE, address], capture_output=True, text=True, timeout=RAY_TIMEOUT_S
+            [sys.executable, "-P", "-c", _RAY_PROBE, address], capture_output=True, text=True, timeout=RAY_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         return Check("ray", False, f"{address} did not answer in {RAY_TIMEOUT_S:.0f} s", "see `ray status` on the head")
@@ -150,7 +145,7 @@ def ray_cluster(config: Config | None) -> Check:
         reason = (result.stderr.strip().splitlines() or ["no answer"])[-1]
         return Check("ray", False, f"{address}: {reason}", "compare Ray versions and RAY_AUTH_MODE with the head's")
     if "OPEN" in result.stdout.splitlines():
-        return Check("ray", False, f"{address} takes code to run from anyone, without a token", exposure.RAY_REMEDY)
+        return Check("ray", False, f"{address} takes code to run from anyone, without a token", security.RAY_REMEDY)
     return _enough(address, json.loads(answer[0].removeprefix("RESOURCES ")), config)
 
 
@@ -220,7 +215,7 @@ def tracking(config: Config) -> Iterator[Check]:
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     scheme, where = uri.partition("://")[0] if "://" in uri else "", redact(uri)
     if scheme in ("http", "https"):
-        yield from exposure.tracking_server(config)
+        yield from security.tracking_server(config)
     elif scheme == "sqlite":
         folder = _nearest_existing(Path(uri.removeprefix("sqlite:///")).parent)
         writable = os.access(folder, os.W_OK)

@@ -21,17 +21,12 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from ...config.run import Config
 from ...errors import redact
+from ..nodes.ray import listens, ray_address
 from .check import Check
 
 TIMEOUT_S = 5.0
 SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"  # a call that MLflow's accounts protect
 RAY_REMEDY = "start every node with RAY_AUTH_MODE=token and the same token (`ray get-auth-token --generate`)"
-
-
-def ray_address(config: Config | None) -> str | None:
-    """The cluster a run would join; None for a Ray of its own on this machine."""
-    address = (config.cluster.address if config else None) or os.environ.get("RAY_ADDRESS") or None
-    return None if address == "local" else address
 
 
 def auth_mode(config: Config | None) -> Check:
@@ -140,15 +135,6 @@ def own_address() -> str | None:
             return None
         address = str(probe.getsockname()[0])
     return None if is_loopback(address) else address
-
-
-def listens(host: str, port: int) -> bool:
-    """Whether a server takes connections there."""
-    try:
-        with socket.create_connection((host, port), TIMEOUT_S):
-            return True
-    except OSError:
-        return False
 
 
 def _place(split: SplitResult) -> str:

@@ -8,7 +8,6 @@ no second, because Ray takes an id only once.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import os
 import signal
@@ -22,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...config.run import Config
 from ...errors import EnvironmentFault, UserError, redact
+from ..nodes.ray_private import enable_token_auth, quiet_job_client, with_timeout
 from . import shipping
 
 if TYPE_CHECKING:
-    from ray.dashboard.modules.job.pydantic_models import JobDetails
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own; it would override an address that is given
-NAME, ATTEMPT, DIGEST, CHECKPOINTS = "glann.name", "glann.attempt", "glann.config.run", "glann.checkpoints"
+NAME, ATTEMPT, DIGEST, CHECKPOINTS = "glann.name", "glann.attempt", "glann.config", "glann.checkpoints"
 STOPPED_AND_SAVED = 75
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 120.0
 POLL_S = 1.0
@@ -70,14 +69,10 @@ def connect(address: str) -> JobSubmissionClient:
         address = f"http://{address}"
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}: give the dashboard's, such as http://HEAD:8265")
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
-        """Ray's, with a bound on how long an answer may take, and patience with a head that has just started."""
-
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            return super()._do_request(method, endpoint, timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S), **options)
+        """Ray's client; `submit_job` retries while a head that has just started has no agent yet."""
 
         def submit_job(self, **given: Any) -> str:
             for _ in range(HEAD_STARTS):
@@ -88,14 +83,12 @@ def connect(address: str) -> JobSubmissionClient:
                         raise
             return super().submit_job(**given)
 
-    for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    quiet_job_client()
+    enable_token_auth()
     given = {key: os.environ.pop(key) for key in (ADDRESS_VARIABLE, "RAY_ADDRESS") if key in os.environ}
     try:
         with told(address):
-            return Client(address)
+            return with_timeout(Client, CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S)(address)
     finally:
         os.environ.update(given)
 

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 from ... import __version__
 from ...errors import EnvironmentFault, UserError
+from ..nodes.ray_private import server_version
 from . import probe
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ def refuse_misfit(client: JobSubmissionClient, address: str) -> dict[str, dict[s
         EnvironmentFault: the cluster does not say.
     """
     allowed = needed()
-    server: str = client._server_ray_version or ""  # told when the client connected
-    _refuse(misfits({"the head": {"ray": server}}, allowed), address)
+    _refuse(misfits({"the head": {"ray": server_version(client)}}, allowed), address)
     found = ask(client, [name for name in allowed if name != "python"])
     _refuse(misfits(found, allowed), address)
     return found

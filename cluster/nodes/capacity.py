@@ -1,7 +1,7 @@
-"""Where workers can run: places held on the cluster, and nodes that are about to be taken away.
+"""Capacity of a cluster for workers: reservations, and the nodes that are about to be taken away.
 
-Ray itself says what fits where: a place is a placement group of one worker's resources. So other jobs, draining and
-dead nodes are counted as Ray counts them, and an autoscaler sees the places that are still wanted.
+A worker's place is a Ray placement group of its resources. So Ray itself counts other jobs and draining or dead nodes,
+and an autoscaler sees the places that are still missing.
 """
 
 from __future__ import annotations
@@ -9,33 +9,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .ray_private import draining_nodes
 
-class Room:
-    """Places for workers, taken as they become free and held until `release`."""
+
+class PlacementReservation:
+    """A request for places for workers; each is held from when it becomes free until `release`."""
 
     def __init__(self, resources: Mapping[str, float], places: int) -> None:
-        """`resources`: of one worker. `places`: how many are wanted."""
+        """`resources`: of one worker. `places`: how many are requested."""
         from ray.util.placement_group import placement_group
 
         self._groups = [placement_group([dict(resources)]) for _ in range(places)]
 
-    def held(self) -> int:
-        """How many places are there now, on nodes that stay."""
+    def ready(self) -> int:
+        """Count the places that are held on nodes without a drain notice."""
         if not self._groups:
             return 0
         from ray.util import placement_group_table
 
         table: Any = placement_group_table()
-        leaving = draining_nodes()
-        held = 0
+        draining = draining_nodes()
+        ready = 0
         for group in self._groups:
             entry = table.get(group.id.hex(), {})
             nodes = set(entry.get("bundles_to_node_id", {}).values())
-            held += entry.get("state") == "CREATED" and not nodes & leaving.keys()
-        return held
+            ready += entry.get("state") == "CREATED" and not nodes & draining.keys()
+        return ready
 
     def release(self) -> None:
-        """Give all places back, and want no more."""
+        """Give up all places, held and missing ones."""
         from ray.util import remove_placement_group
 
         groups, self._groups = self._groups, []
@@ -44,39 +46,28 @@ class Room:
 
 
 def places_on(nodes: Iterable[Mapping[str, float]], resources: Mapping[str, float]) -> int:
-    """How many workers that take `resources` fit on nodes that have these in all, when nothing else runs there."""
+    """Count the workers, each taking `resources`, that fit on otherwise idle nodes with these total resources."""
     needed = {name: amount for name, amount in resources.items() if amount > 0}
-    room = (min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in needed.items()) for node in nodes)
-    return sum(room)
+    return sum(min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in needed.items()) for node in nodes)
 
 
 def cluster_nodes() -> list[dict[str, float]]:
-    """What every living node of the cluster has in all."""
+    """Total resources of every living node of the cluster."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def node_resources() -> dict[str, float]:
-    """What the node of this process has in all."""
+    """Total resources of this process's node."""
     import ray
 
     here = this_node()
     return next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
 
 
-def draining_nodes() -> dict[str, int]:
-    """Nodes with a drain notice by id, with the time they have left to: milliseconds since 1970, 0 is unknown.
-
-    Ray Train's own watcher asks in this way too; there is no public one (Ray 2.60).
-    """
-    from ray._private.state import state
-
-    return state.get_draining_nodes()
-
-
 def this_node() -> str:
-    """Id of the node that this process runs on."""
+    """Id of this process's node."""
     import ray
 
     return ray.get_runtime_context().get_node_id()

@@ -1,7 +1,7 @@
-"""A node that is about to be taken away: Ray is told in time, so that the runs on it save and go elsewhere.
+"""Draining of a node that is about to be taken away, early enough for the runs on it to save and move.
 
-`ray start --block` tells Ray itself when it gets SIGTERM, and waits RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S. This is for
-where no such signal comes, or too late: a pod that is deleted, maintenance, a spot machine of EC2.
+`ray start --block` drains its node itself on SIGTERM, and waits RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S. This is for
+cases without such a signal, or with a late one: a deleted pod, maintenance, an EC2 spot machine.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ import sys
 import time
 import urllib.request
 from datetime import datetime
-from typing import Any, cast
 from urllib.parse import urlsplit
 
 from ...errors import EnvironmentFault, redact
-from ..doctor.security import listens, ray_address
+from .ray import listens, ray_address
+from .ray_private import COORDINATOR_ACTOR, actors_on_node, is_node_alive, request_drain
 
 POLL_S = 2.0
-ANSWER_S = 10.0
 NOTICE_POLL_S = 5.0  # as EC2 advises
 JOIN_S = 60.0
-RAYS_OWN = "_AutoscalingCoordinatorActor"
-METADATA = "http://169.254.169.254"
+METADATA, NOTICE = "http://169.254.169.254", "latest/meta-data/spot/instance-action"
 
-# A failed connection can end the process that tries it, and so can the end of the node that it is connected to.
+# In a process of its own: a failed connection, or the end of the connected node, can end the process.
 _WHERE = """
 import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -38,88 +36,76 @@ print("NODE", context.get_node_id(), context.gcs_address)
 """
 
 
-def leave(within_s: float, why: str) -> bool:
-    """Give this machine's Ray node notice, and wait until everything on it has ended.
+def drain(within_s: float, reason: str) -> bool:
+    """Send a drain notice for this machine's Ray node, and wait until everything on it has ended.
 
     Args:
         within_s: seconds from now until the node is gone.
-        why: what the cluster's log says of it.
+        reason: for the cluster's log.
 
     Returns:
-        Whether it was left in time.
+        Whether the node was empty in time.
 
     Raises:
-        EnvironmentFault: there is no Ray node here, or its head does not take the notice.
+        EnvironmentFault: no Ray node runs here, or its head refuses the notice.
     """
-    from ray import NodeID
-
     node, head = this_machines_node()
     deadline = time.time() + within_s
-    _give_notice(head, node, why, deadline)
+    _send_notice(head, node, reason, deadline)
     while time.time() < deadline:
         time.sleep(POLL_S)
-        with contextlib.suppress(Exception):  # a head that is busy is asked again
-            if not _client(head).check_alive([NodeID.from_hex(node)], timeout=ANSWER_S)[0]:
+        with contextlib.suppress(Exception):  # retry while the head is busy
+            if not is_node_alive(head, node):
                 return True
-            _end_rays_own(head, node)
+            _end_coordinator(head, node)
     return False
 
 
-def _give_notice(head: str, node: str, why: str, deadline: float) -> None:
-    from ray.core.generated import autoscaler_pb2
-
-    reason = cast(Any, autoscaler_pb2).DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+def _send_notice(head: str, node: str, reason: str, deadline: float) -> None:
     try:
-        accepted, refusal = _client(head).drain_node(node, reason, why, int(1000 * deadline), timeout=ANSWER_S)
-    except Exception as error:  # Ray has no common class for what a head may answer
-        raise EnvironmentFault(f"the head {head} does not take the notice: {error}") from error
+        accepted, refusal = request_drain(head, node, reason, deadline)
+    except Exception as error:  # Ray has no common base class for these
+        raise EnvironmentFault(f"the head {head} does not accept the drain notice: {error}") from error
     if not accepted:
-        raise EnvironmentFault(f"the head {head} refuses the notice: {refusal}")
+        raise EnvironmentFault(f"the head {head} refuses the drain notice: {refusal}")
 
 
-def _end_rays_own(head: str, node: str) -> None:
-    """Where a driver was, Ray keeps an actor of its own (2.60), and with only that the node would never be idle."""
-    from ray import _raylet
-    from ray._private.state import GlobalState
-
-    state = GlobalState()
-    state._initialize_global_state(
-        cast(Any, _raylet).GcsClientOptions.create(head, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
-    )
-    here = [actor for actor in state.actor_table(None, None, "ALIVE").values() if actor["Address"]["NodeID"] == node]
-    if all(actor["ActorClassName"] == RAYS_OWN for actor in here):
-        for actor in here:
-            os.kill(actor["Pid"], signal.SIGKILL)
-
-
-def _client(head: str) -> Any:
-    """What `ray drain-node` uses, which does not wait (Ray 2.60)."""
-    from ray import _raylet
-
-    return cast(Any, _raylet).GcsClient(address=head)
+def _end_coordinator(head: str, node: str) -> None:
+    """End Ray's own actor once it is the only one on the node, which would otherwise never become idle."""
+    actors = actors_on_node(head, node)
+    if all(actor.class_name == COORDINATOR_ACTOR for actor in actors):
+        for actor in actors:
+            os.kill(actor.pid, signal.SIGKILL)
 
 
 def this_machines_node() -> tuple[str, str]:
-    """Id of the Ray node that runs here, and the address of its head. Raises EnvironmentFault: there is none."""
+    """Id of the Ray node on this machine, and the address of its head.
+
+    Raises:
+        EnvironmentFault: no Ray node runs here.
+    """
     address = ray_address(None) or "auto"
     split = urlsplit(f"//{address}")
     if split.hostname and split.port and not listens(split.hostname, split.port):
         raise EnvironmentFault(f"no Ray node runs on this machine: nothing answers at {address}; check RAY_ADDRESS")
     try:
-        words = [sys.executable, "-c", _WHERE, address]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=JOIN_S)
+        command = [sys.executable, "-c", _WHERE, address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=JOIN_S)
     except subprocess.TimeoutExpired as error:
         raise EnvironmentFault(f"Ray does not answer on this machine within {JOIN_S:g} s") from error
     for line in done.stdout.splitlines():
         if line.startswith("NODE "):
             _, node, head = line.split()
             return node, head
-    said = redact(done.stderr).strip().splitlines() or ["no reason was given"]
-    raise EnvironmentFault(f"no Ray node runs on this machine: {said[-1][:200]}; check RAY_ADDRESS and RAY_AUTH_MODE")
+    lines = redact(done.stderr).strip().splitlines() or ["no reason given"]
+    raise EnvironmentFault(f"no Ray node runs on this machine: {lines[-1][:200]}; check RAY_ADDRESS and RAY_AUTH_MODE")
 
 
 def wait_for_spot_notice() -> float:
-    """Wait until EC2 says that it takes this spot machine away; the seconds that are left.
+    """Wait for EC2's interruption notice of this spot machine.
+
+    Returns:
+        Seconds until the machine is taken away.
 
     Raises:
         EnvironmentFault: no EC2 metadata service answers here.
@@ -129,18 +115,18 @@ def wait_for_spot_notice() -> float:
     except (OSError, http.client.HTTPException) as error:
         raise EnvironmentFault(f"no EC2 metadata service answers here ({error}); is this an EC2 machine?") from error
     while True:
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError):  # asked again
-            notice = json.loads(_ask("latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": _token()}))
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError):  # no notice yet
+            notice = json.loads(_request(NOTICE, {"X-aws-ec2-metadata-token": _token()}))
             return datetime.fromisoformat(notice["time"]).timestamp() - time.time()
         time.sleep(NOTICE_POLL_S)
 
 
 def _token() -> str:
-    return _ask("latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
+    return _request("latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
 
 
-def _ask(path: str, headers: dict[str, str], method: str = "GET") -> str:
-    """An answer of the metadata service; a notice that is not there is an HTTPError, which is an OSError."""
+def _request(path: str, headers: dict[str, str], method: str = "GET") -> str:
+    """Answer of the metadata service; a missing notice is an HTTPError, which is an OSError."""
     base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", METADATA).rstrip("/")
     request = urllib.request.Request(f"{base}/{path}", headers=headers, method=method)
     with urllib.request.urlopen(request, timeout=5) as answer:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +15,19 @@ from typing import Any
 from ...config.run import Config
 from ...config.sections import ClusterConfig
 from ...errors import EnvironmentFault, UserError, redact
+from .ray_private import hide_worker_output, set_process_title
 
-# Read by Ray where the driver runs and by what it starts; whoever sets one himself keeps his own.
-KNOBS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # between looks at the workers
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "180",  # of a worker that is there and does not answer
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # there was room a moment ago; after this the driver looks again
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches, and asks for a checkpoint in time
+CONNECT_S = 5.0
+
+# Read by Ray in the driver and in the processes that it starts. A variable that is set already is kept.
+RAY_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # between checks of the workers
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "180",  # for a living worker that does not answer
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # the reservation was ready a moment before; the driver retries
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver has its own, which requests a checkpoint first
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # A node that is cut off is given up after (5 + 1) s x 3; the defaults take a minute. For a cluster that is
-    # joined these belong to the environment of `ray start --head`.
+    # An unreachable node is declared dead after (5 + 1) s x 3; with the defaults, after a minute. For a cluster that
+    # is joined, these belong in the environment of `ray start --head`.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
@@ -32,13 +36,14 @@ KNOBS = {
 
 @contextmanager
 def ray_cluster(config: Config) -> Iterator[None]:
-    """Join the configured Ray cluster, or start one on this machine and end it afterwards.
+    """Join the configured Ray cluster, or start one on this machine and shut it down afterwards.
 
     Raises:
-        EnvironmentFault: the cluster does not answer. UserError: it can never hold the workers.
+        EnvironmentFault: the cluster does not answer.
+        UserError: it can never have capacity for the workers.
     """
-    turn_knobs()
-    # a worker that runs out of a stopped driver's sight must not print over the progress bar
+    set_ray_env()
+    # keep CUDA_VISIBLE_DEVICES as it is where workers take no GPU
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address in (None, "local"):
@@ -55,7 +60,7 @@ def ray_cluster(config: Config) -> Iterator[None]:
             local = {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-        except Exception as error:  # a node that is slow to start is a plain Exception of Ray's
+        except Exception as error:  # Ray raises a plain Exception for a node that is slow to start
             raise no_ray(address, error) from error
     if not joined:
         quiet_raylet()
@@ -67,8 +72,23 @@ def ray_cluster(config: Config) -> Iterator[None]:
             ray.shutdown()
 
 
+def ray_address(config: Config | None) -> str | None:
+    """The address of the cluster that a run would join; None for a local Ray."""
+    address = (config.cluster.address if config else None) or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether a server accepts connections there."""
+    try:
+        with socket.create_connection((host, port), CONNECT_S):
+            return True
+    except OSError:
+        return False
+
+
 def no_ray(address: str | None, error: Exception) -> EnvironmentFault:
-    """What to say where Ray cannot be joined, or started (no address)."""
+    """The error for a Ray that cannot be joined, or not started (`address` is None)."""
     reason = " ".join(redact(str(error)).split())[:200]
     if address is None:
         return EnvironmentFault(f"Ray did not start on this machine: {reason}; run the same command again")
@@ -77,15 +97,16 @@ def no_ray(address: str | None, error: Exception) -> EnvironmentFault:
     )
 
 
-def turn_knobs() -> None:
-    for name, value in KNOBS.items():
+def set_ray_env() -> None:
+    """Set the variables of `RAY_ENV` that the environment does not set."""
+    for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
 
 
 def protect_local_ray() -> None:
-    """Give the local Ray about to be started a token of its own, unless the environment says otherwise.
+    """Generate a token for the local Ray about to be started, unless the environment sets RAY_AUTH_MODE.
 
-    Whatever address it is given, a local Ray listens on every interface, and who reaches it may run code.
+    A local Ray listens on every interface, whatever address it gets, and runs any code that is sent to it.
     """
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -93,29 +114,19 @@ def protect_local_ray() -> None:
 
 
 def hide_passwords() -> None:
-    """Take passwords in addresses out of this process's command line, which `ps` shows and Ray lists with its jobs."""
+    """Remove passwords in addresses from this process's command line, which `ps` shows and Ray lists with its jobs."""
     given = " ".join(sys.orig_argv)
     if redact(given) != given:
-        from ray._raylet import setproctitle  # type: ignore[attr-defined]
-
-        setproctitle(redact(given))
+        set_process_title(redact(given))
 
 
 def quiet_raylet() -> None:
-    """A lost worker is told in one line by the driver, not also in ten by Ray, which has no switch for it (2.60)."""
-    from ray._private import worker
-
-    tell = worker.print_to_stdstream
-
-    def filtered(data: dict[str, Any], *arguments: Any, **options: Any) -> None:
-        if not any(line.startswith("A worker died or was killed") for line in data.get("lines", ())):
-            tell(data, *arguments, **options)
-
-    worker.print_to_stdstream = filtered
+    """Hide Ray's ten lines about a lost worker, for which it has no option (2.60): the driver reports it in one."""
+    hide_worker_output(lambda line: line.startswith("A worker died or was killed"))
 
 
 def refuse_too_few_gpus(config: Config, resources: dict[str, float]) -> None:
-    """A machine without accelerators would wait for them for ever."""
+    """Raise UserError where workers need a GPU and this machine has none; the run would wait for ever."""
     if config.cluster.gpus_per_worker and not resources.get("GPU") and not config.cluster.address:
         raise UserError(
             f"cluster.gpus_per_worker={config.cluster.gpus_per_worker:g} but this machine has no GPU; join a cluster "
@@ -124,6 +135,6 @@ def refuse_too_few_gpus(config: Config, resources: dict[str, float]) -> None:
 
 
 def resources_of(cluster: ClusterConfig) -> dict[str, float]:
-    """What one worker takes of its node."""
+    """The resources that one worker takes."""
     resources = {"CPU": cluster.cpus_per_worker}
     return resources | {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else resources

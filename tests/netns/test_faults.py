@@ -48,24 +48,24 @@ def test_a_node_dies_and_there_is_a_spare(cluster, undisturbed, strikes, phase):
     ends_like(undisturbed, script.job)
 
 
-def test_a_node_is_left_before_it_goes_away(cluster, undisturbed, strikes):
+def test_a_node_is_drained_before_it_goes_away(cluster, undisturbed, strikes):
     script = strikes(Job(cluster, "leaves").start())
-    strike, left = leave(script, script.node())
+    strike, drained = drain(script, script.node())
     again = script.job.wait_for_note("restarted", strike.at)
     script.training_again(strike)
     done = max(place_of(entry) for entry in script.job.epochs() if entry["time"] < again["time"])
     assert place_of(again["place"]) >= done, "work was lost though there was time to save it"
-    assert left.wait(90) == 0, "something still ran on the node"
+    assert drained.wait(90) == 0, "something still ran on the node"
     ends_like(undisturbed, script.job)
     assert not [note for note in script.job.notes() if note["event"] == "lost"]
 
 
-def test_the_drivers_node_is_left_before_it_goes_away(cluster, undisturbed, strikes):
+def test_the_drivers_node_is_drained_before_it_goes_away(cluster, undisturbed, strikes):
     script = strikes(Job(cluster, "driver-leaves").start())
-    strike, left = leave(script, HEAD)
+    strike, drained = drain(script, HEAD)
     assert script.job.wait() == 75, script.job.said()[-3000:]
     assert "is being taken away: the run was stopped and is saved" in script.job.said()
-    assert left.wait(90) == 0, "something still ran on the node"
+    assert drained.wait(90) == 0, "something still ran on the node"
     cluster.kill(HEAD)
     cluster.repair()
     script.job.start()
@@ -205,12 +205,12 @@ def test_the_disk_of_the_run_folder_fills_up(cluster, undisturbed, strikes, tmp_
         ends_like(undisturbed, job)
 
 
-def leave(script, node):
-    """Tell a node to go, early enough: the command takes a few seconds until Ray has the notice."""
-    left = []
-    log = script.cluster.logs / f"leave-{script.job.name}.log"
-    act = lambda: left.append(script.cluster.glann("leave", "--within", "90", node=node, log=log))  # noqa: E731
-    return script.strike("node told to go", "GLO", act), left[0]
+def drain(script, node):
+    """Drain a node, early enough: the command takes a few seconds until Ray has the notice."""
+    drained = []
+    log = script.cluster.logs / f"drain-{script.job.name}.log"
+    act = lambda: drained.append(script.cluster.glann("drain", "--within", "90", node=node, log=log))  # noqa: E731
+    return script.strike("node drained", "GLO", act), drained[0]
 
 
 # Ends ----------------------------------------------------------------------------------------

@@ -104,10 +104,10 @@ class Cluster:
         return f"http://{self.net.addresses[MLFLOW]}:{MLFLOW_PORT}"
 
     def _environment(self) -> dict[str, str]:
-        from glann.cluster.nodes.ray import KNOBS  # how soon Ray notices a dead node
+        from glann.cluster.nodes.ray import RAY_ENV  # how soon Ray notices a dead node
         from glann.datasets.assets.catalogue import cache_dir
 
-        health = {name: value for name, value in KNOBS.items() if name.startswith("RAY_health_check_")}
+        health = {name: value for name, value in RAY_ENV.items() if name.startswith("RAY_health_check_")}
         ours = ("RAY_", "AWS_", "MLFLOW_", "GLANN_", "GLOO_", "TORCH_")
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         return env | health | {

@@ -83,7 +83,7 @@ def test_a_pod_that_goes_is_left_first(spec: dict):
     needed = load("celebahq-1024").checkpoint.timeout_s
     for pod in pods(spec):
         glann_, *words = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-        assert (glann_, *words[:2]) == ("glann", "leave", "--within")
+        assert (glann_, *words[:2]) == ("glann", "drain", "--within")
         assert needed < int(words[2]) < pod["terminationGracePeriodSeconds"]
 
 

@@ -7,6 +7,7 @@ The sources are parsed, not imported, so a rule cannot be dodged by importing in
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,12 @@ HOMES = {
     "boto3": ("storage/s3.py",),
     "botocore": ("storage/s3.py",),
 }
+RAY_PRIVATE = "cluster/nodes/ray_private.py"
+# An underscore anywhere in a dotted name, and modules that are not of the public API; also in text, such as a script.
+PRIVATE_IN_RAY = re.compile(
+    r"\bray(?:\.\w+)*\.(?:_\w+|core\b|dashboard\b|autoscaler\b)"
+    r"|\b_raylet\b|_AutoscalingCoordinatorActor|print_to_stdstream|_server_ray_version|\b_do_request\b"
+)
 LOADED_BY_PATH = {"tracking/registry/pyfunc.py"}  # MLflow runs this file on its own, outside the package
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 
@@ -210,6 +217,45 @@ def test_heavy_libraries_stay_in_their_rooms(path: Path):
         assert homes is None or named(path).startswith(homes), (
             f"{named(path)}:{found.line}: {found.module} belongs in {homes}"
         )
+
+
+def private_in_ray(text: str) -> Iterator[tuple[int, str]]:
+    """Lines and names of what is private in Ray, written out or imported."""
+    for line, words in enumerate(text.splitlines(), 1):
+        yield from ((line, found.group()) for found in PRIVATE_IN_RAY.finditer(words))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "ray":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((node.lineno, name) for name in names if PRIVATE_IN_RAY.search(name))
+
+
+@pytest.mark.parametrize(
+    ("text", "private"),
+    [
+        ("from ray._private.state import state", True),
+        ("from ray import _raylet", True),
+        ("from ray.train.v2._internal.exceptions import X", True),
+        ("from ray.core.generated import autoscaler_pb2", True),
+        ("import ray.dashboard.modules.job.sdk", True),
+        ("PROBE = 'import ray; print(ray._private.state)'", True),
+        ("client._server_ray_version", True),
+        ("import ray; ray._raylet.x()", True),
+        ("from ray.job_submission import JobDetails", False),
+        ("from ..nodes.ray_private import server_version", False),
+        ("array._x, ray.exceptions.RayError", False),
+    ],
+)
+def test_private_names_of_ray_are_recognised(text: str, private: bool):
+    assert bool(list(private_in_ray(text))) == private
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_private_names_of_ray_stay_in_one_file(path: Path):
+    found = list(private_in_ray(path.read_text(encoding="utf-8")))
+    if named(path) == RAY_PRIVATE:
+        assert found, "there is something to keep in one file"
+        return
+    assert not found, f"{named(path)}:{found[0][0]}: {found[0][1]} is private in Ray and belongs in {RAY_PRIVATE}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)

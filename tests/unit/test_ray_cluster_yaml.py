@@ -44,8 +44,8 @@ def test_all_nodes_start_ray_from_that_installation_with_a_token(cluster: dict):
 
 
 def test_a_spot_machine_waits_for_its_notice_with_a_token(cluster: dict):
-    [watch] = [line for line in cluster["worker_start_ray_commands"] if "glann leave --on-spot-notice" in line]
-    assert cluster["worker_start_ray_commands"].index(watch) > 1, "there is no node to leave before `ray start`"
+    [watch] = [line for line in cluster["worker_start_ray_commands"] if "glann drain --on-spot-notice" in line]
+    assert cluster["worker_start_ray_commands"].index(watch) > 1, "there is no node to drain before `ray start`"
     assert "RAY_AUTH_MODE=token RAY_ADDRESS=$RAY_HEAD_IP:6379" in watch
     assert watch.endswith("&")
     assert subprocess.run(["bash", "-n", "-c", f"({watch})"]).returncode == 0

@@ -1,7 +1,7 @@
 """What a registered version says of itself, all of it from the MLflow run that it came out of.
 
     glann.fingerprint, glann.rows, glann.resolution, ...   the data it was trained on
-    glann.config.run.KEY                                       the keys that decide most; run and model hold the others
+    glann.config.KEY                                       the keys that decide most; run and model hold the others
     glann.metric.NAME                                      as measured at the end of the run
     glann.run, glann.run_name, glann.study, glann.trial    where it comes from
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT, RUN, RUN_NAME = "glann.fingerprint", "glann.run", "glann.run_name"
 STUDY, TRIAL, PARENT = "glann.study", "glann.trial", "mlflow.parentRunId"
-METRIC, CONFIG = "glann.metric.", "glann.config.run."
+METRIC, CONFIG = "glann.metric.", "glann.config."
 TRACKED_CONFIG = "tracked-config.yaml"  # among the artifacts of a run
 EVALUATION = "evaluation/"  # the stage under which a run logs what it measured of itself
 COPIED = {tag: tag for tag in (STUDY, TRIAL, PARENT, "glann.data")} | {"mlflow.source.git.commit": "glann.commit"}

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from ...cluster.checkpoints.lease import Ticket
-from ...cluster.nodes.ray import resources_of, turn_knobs
+from ...cluster.nodes.ray import resources_of, set_ray_env
 from ...config.run import Config, redacted_config
 from .mailbox import STOPPED
 
@@ -22,7 +22,7 @@ def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: T
 
     from .worker import train_worker
 
-    turn_knobs()  # where Ray was joined by somebody else
+    set_ray_env()  # the caller may have joined Ray
     # Ray shows it on its dashboard; workers talk to no tracking server
     task = redacted_config(config.with_absolute_paths()).model_dump(mode="json")
     cluster = config.cluster

@@ -16,8 +16,9 @@ from typing import Any
 
 from ...cluster.checkpoints.lease import HeldLease
 from ...cluster.checkpoints.retention import latest
-from ...cluster.nodes.capacity import Room, draining_nodes, this_node
+from ...cluster.nodes.capacity import PlacementReservation, this_node
 from ...cluster.nodes.ray import resources_of
+from ...cluster.nodes.ray_private import draining_nodes
 from ...config.run import Config
 from ...errors import EnvironmentFault, GlannError, UserError
 from ...storage.open import open_store
@@ -146,10 +147,10 @@ class Groups:
         cluster = self.config.cluster
         began = changed = monotonic()
         ready, reported = -1, False
-        with places(self.config, cluster.max_workers) as room:
+        with places(self.config, cluster.max_workers) as reservation:
             while True:
                 now = monotonic()
-                if (places_ready := room.held()) != ready:
+                if (places_ready := reservation.ready()) != ready:
                     ready, changed = places_ready, now
                 if ready == cluster.max_workers or (ready >= cluster.min_workers and now - changed >= SETTLE_S):
                     return ready
@@ -184,7 +185,7 @@ class Groups:
         fit.add_done_callback(lambda _: done.set())
         looked = monotonic()
         with ExitStack() as held:
-            wanted: Room | None = None
+            wanted: PlacementReservation | None = None
             while not fit.done():
                 if self.nodes and wanted is None:  # not sooner: it would take the room of the group that is starting
                     wanted = held.enter_context(places(self.config, self.config.cluster.max_workers - self.workers))
@@ -200,7 +201,7 @@ class Groups:
                 done.wait(POLL_S)
         self.exchange()
 
-    def look_at_nodes(self, wanted: Room) -> None:
+    def look_at_nodes(self, wanted: PlacementReservation) -> None:
         """Request a checkpoint where a node of the run drains, or nodes have come."""
         draining = draining_nodes().keys() & {*self.nodes, self.here}
         if draining and self.request < Request.STOP:
@@ -209,7 +210,7 @@ class Groups:
             self.on_event(NodeDraining(named, resumes=self.here not in draining))
             if self.here in draining:  # a driver cannot move
                 self.stopping = f"the driver's node {self.here[:12]} is being taken away: the run was stopped"
-        elif self.request == Request.NOTHING and (more := wanted.held()):
+        elif self.request == Request.NOTHING and (more := wanted.ready()):
             self.request, self.reason = Request.MOVE, f"there is room for {self.workers + more} workers"
             self.on_event(CapacityFound(self.workers + more))
 
@@ -283,9 +284,9 @@ class Groups:
 
 
 @contextmanager
-def places(config: Config, number: int) -> Iterator[Room]:
+def places(config: Config, number: int) -> Iterator[PlacementReservation]:
     """So many places for workers, wanted while inside."""
-    room = Room(resources_of(config.cluster), number)
+    room = PlacementReservation(resources_of(config.cluster), number)
     try:
         yield room
     finally:

@@ -1,4 +1,4 @@
-"""The search of a study: a function of the ledger, within budget and room, that learns; what an end means for it."""
+"""The search of a study: a function of the ledger, within budget and capacity, that learns; how each end counts."""
 
 from __future__ import annotations
 
@@ -158,20 +158,20 @@ def test_interrupted_trials_come_first_under_their_number(study: StudyConfig):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_there_are_never_more_than_the_budget_or_the_room(tmp_path: Path, seed: int):
-    """Trials end in any order and any way while the room changes; in the end all are through."""
+    """Trials end in any order and any way while the capacity changes; in the end all are through."""
     rng = random.Random(seed)
     study = make_study(tmp_path, space=SMOOTH, search={"kind": "random"}, budget={"trials": 15})
-    room, ids, running = 3, 0, set[str]()
-    search = LedgerSearch(study, Ledger(study.folder), lambda: room, lambda: False)
+    capacity, ids, running = 3, 0, set[str]()
+    search = LedgerSearch(study, Ledger(study.folder), lambda: capacity, lambda: False)
     while True:
-        room = rng.randint(1, 4)
+        capacity = rng.randint(1, 4)
         given = search.suggest(str(ids))
         if given == Searcher.FINISHED:
             break
         if isinstance(given, dict):
             running.add(str(ids))
             ids += 1
-            assert len(running) <= room
+            assert len(running) <= capacity
         elif running and rng.random() < 0.7:
             ended = rng.choice(sorted(running))
             running.remove(ended)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from glann.cluster.doctor import checks as doctor
-from glann.cluster.doctor import security as exposure
+from glann.cluster.doctor import security
 from glann.cluster.nodes.ray import protect_local_ray
 from glann.config.run import Config, load
 
@@ -48,7 +48,7 @@ def test_a_cluster_needs_tokens_and_says_so_itself(
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     if mode is not None:
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    check = exposure.auth_mode(cluster())
+    check = security.auth_mode(cluster())
     assert check.ok == ok
     assert bool(check.remedy) != ok
     assert "secret" not in str(check)
@@ -56,11 +56,11 @@ def test_a_cluster_needs_tokens_and_says_so_itself(
 
 def test_a_local_ray_is_good_unless_its_token_was_switched_off(monkeypatch: pytest.MonkeyPatch):
     """It listens on every interface, so that `disabled` is an open door also where nobody else is meant."""
-    assert exposure.auth_mode(load("digits")).ok
+    assert security.auth_mode(load("digits")).ok
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert exposure.auth_mode(load("digits")).ok
+    assert security.auth_mode(load("digits")).ok
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    check = exposure.auth_mode(load("digits"))
+    check = security.auth_mode(load("digits"))
     assert (check.ok, "unset RAY_AUTH_MODE" in check.remedy) == (False, True)
 
 
@@ -86,11 +86,11 @@ def test_a_token_that_others_can_read_is_bad(mode: int, ok: bool, elsewhere: Pat
     path.chmod(mode)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
-    check = exposure.auth_mode(cluster())
+    check = security.auth_mode(cluster())
     assert check.ok == ok
     assert check.remedy == ("" if ok else f"chmod 600 {path}")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "another")  # comes before the file, as in Ray itself
-    assert exposure.auth_mode(cluster()).ok
+    assert security.auth_mode(cluster()).ok
 
 
 class Tracker(http.server.BaseHTTPRequestHandler):
@@ -138,7 +138,7 @@ def mlflow_checks(uri: str) -> dict[str, doctor.Check]:
 def test_a_tracking_server_without_accounts_that_others_reach_is_bad(
     host: str, password: str | None, ok: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(exposure, "own_address", lambda: ELSEWHERE)
+    monkeypatch.setattr(security, "own_address", lambda: ELSEWHERE)
     with tracker(host, password) as port:
         found = mlflow_checks(f"http://127.0.0.1:{port}")
     assert found["mlflow server"].ok
@@ -148,7 +148,7 @@ def test_a_tracking_server_without_accounts_that_others_reach_is_bad(
 
 @pytest.mark.parametrize("place", ["http://me:hunter2@127.0.0.1:{}", "http://me:hunter2@127.0.0.1:{}/"])
 def test_a_password_in_the_address_is_used_and_never_shown(place: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(exposure, "own_address", lambda: None)
+    monkeypatch.setattr(security, "own_address", lambda: None)
     with tracker("127.0.0.1", "hunter2") as port:
         found = mlflow_checks(place.format(port))
     assert all(check.ok for check in found.values()), found
@@ -165,7 +165,7 @@ def test_an_address_that_cannot_be_asked_is_bad_without_its_password(uri: str):
 
 
 def test_a_password_over_plain_http_to_another_machine_is_bad(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(exposure, "is_loopback", lambda host: False)
+    monkeypatch.setattr(security, "is_loopback", lambda host: False)
     with tracker("127.0.0.1", "hunter2") as port:
         for uri, env in ((f"http://me:hunter2@127.0.0.1:{port}", ""), (f"http://127.0.0.1:{port}", "hunter2")):
             monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", env)
@@ -195,17 +195,17 @@ def test_s3_in_the_clear_to_another_machine_is_bad(
         monkeypatch.setenv(by, endpoint)
     elif endpoint:
         overrides.append(f"{by}={endpoint}")
-    check = exposure.storage_transport(load("digits", overrides))
+    check = security.storage_transport(load("digits", overrides))
     assert check is not None
     assert check.ok == ok
-    assert exposure.storage_transport(load("digits")) is None
+    assert security.storage_transport(load("digits")) is None
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "::1", "a.localhost"])
 def test_loopback_is_recognised(host: str):
-    assert exposure.is_loopback(host)
+    assert security.is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "10.0.0.1", "localhost.example", "127.0.0.1.example", "::"])
 def test_what_is_not_loopback_is_not(host: str):
-    assert not exposure.is_loopback(host)
+    assert not security.is_loopback(host)

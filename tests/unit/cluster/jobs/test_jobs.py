@@ -190,6 +190,8 @@ def test_a_job_brings_the_package_its_configuration_and_time_to_save(cluster: Cl
     }
     assert job.runtime_env["env_vars"] == {"KEY": "planted", "RAY_JOB_STOP_WAIT_TIME_S": "160"}
     assert "planted" not in job.entrypoint + str(job.metadata)
+    # read back from jobs that another version submitted, so these names stay
+    assert set(job.metadata) == {"glann.name", "glann.attempt", "glann.config", "glann.checkpoints"}
 
 
 def test_a_listing_shows_names_of_variables_and_no_values(

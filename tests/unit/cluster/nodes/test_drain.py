@@ -1,4 +1,4 @@
-"""A spot machine hears of its end from EC2's metadata service; a node that is none is told so in one line."""
+"""`glann drain`: the notice of EC2's metadata service, one line where no node is, and the deprecated name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 from glann.cli import main as cli
-from glann.cluster.nodes import drain as leaving
+from glann.cluster.nodes import drain
 from glann.errors import EnvironmentFault
 
 
@@ -47,7 +47,7 @@ def metadata(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Metadata)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setattr(leaving, "NOTICE_POLL_S", 0.01)
+    monkeypatch.setattr(drain, "NOTICE_POLL_S", 0.01)
     Metadata.asked = 0
     yield Metadata
     server.shutdown()
@@ -56,7 +56,7 @@ def metadata(monkeypatch):
 
 def test_the_notice_is_waited_for_and_gives_the_time_that_is_left(metadata):
     metadata.gone_at = (datetime.now(UTC) + timedelta(minutes=2)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    assert 115 < leaving.wait_for_spot_notice() <= 120
+    assert 115 < drain.wait_for_spot_notice() <= 120
     assert metadata.asked == 3
 
 
@@ -65,7 +65,7 @@ def test_a_machine_that_is_not_of_ec2_is_one_line(monkeypatch):
     with pytest.raises(
         EnvironmentFault, match=r"^no EC2 metadata service answers here \(.*\); is this an EC2 machine\?$"
     ):
-        leaving.wait_for_spot_notice()
+        drain.wait_for_spot_notice()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "auto"])
@@ -73,7 +73,44 @@ def test_a_machine_without_ray_is_one_line(monkeypatch, capsys, tmp_path, addres
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where Ray looks for a node that was started here
     with pytest.raises(SystemExit) as ended:
-        cli.main(["leave"])
+        cli.main(["drain"])
     assert ended.value.code == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: no Ray node runs on this machine: ")
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+def test_the_former_name_does_the_same_and_says_so_in_one_line(monkeypatch, capsys, emptied):
+    """`glann leave` is in preStop hooks and set-up commands of clusters that were made before it was renamed."""
+    calls, outputs = [], {}
+    monkeypatch.setattr(drain, "drain", lambda within_s, reason: calls.append((within_s, reason)) or emptied)
+    for name in ("drain", "leave"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "--within", "60"])
+        assert (ended.value.code or 0) == (0 if emptied else 1)
+        outputs[name] = capsys.readouterr()
+    assert calls == [(60.0, "glann drain")] * 2
+    assert outputs["leave"].out == outputs["drain"].out
+    note, *rest = outputs["leave"].err.splitlines(keepends=True)
+    assert note == "note: `glann leave` is deprecated; use `glann drain`, which does the same\n"
+    assert "".join(rest) == outputs["drain"].err
+
+
+def test_the_former_name_waits_for_the_spot_notice_too(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(drain, "wait_for_spot_notice", lambda: 120.0)
+    monkeypatch.setattr(drain, "drain", lambda within_s, reason: calls.append((within_s, reason)) or True)
+    for name in ("drain", "leave"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "--on-spot-notice"])
+        assert not ended.value.code
+    assert calls == [(110.0, "EC2 takes this spot machine away")] * 2
+    capsys.readouterr()
+
+
+def test_only_the_present_name_is_listed(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    listed = capsys.readouterr().out
+    assert " drain " in listed
+    assert " leave " not in listed

@@ -1,0 +1,154 @@
+"""The private names of Ray that this package uses, all of them (Ray 2.60), as functions with stable signatures.
+
+Ray has no public call for any of this. `tests/unit/cluster/nodes/test_ray_private.py` touches every name, so an upgrade
+of Ray that removes one fails there. Ray is imported inside the functions: `glann --help` must not import it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+# Actor that Ray Train keeps on the driver's node after the run; a node that has only this one never becomes idle.
+COORDINATOR_ACTOR = "_AutoscalingCoordinatorActor"
+DRIVER_LOGGERS = {
+    "ray.dashboard.modules.dashboard_sdk": logging.WARNING,
+    "ray.dashboard.modules.job.sdk": logging.WARNING,
+    "ray._private.runtime_env.packaging": logging.WARNING,
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
+}
+CALL_TIMEOUT_S = 10.0
+
+Client = TypeVar("Client", bound="JobSubmissionClient")
+
+
+class ActorProcess(NamedTuple):
+    """A living actor: name of its class and process id."""
+
+    class_name: str
+    pid: int
+
+
+# Nodes ---------------------------------------------------------------------------------------
+
+
+def draining_nodes() -> dict[str, int]:
+    """Deadlines of nodes with a drain notice, by node id: milliseconds since 1970, 0 if unknown."""
+    from ray._private.state import state
+
+    return state.get_draining_nodes()
+
+
+def request_drain(head: str, node: str, message: str, deadline_s: float) -> tuple[bool, str]:
+    """Mark a node as preempted from `deadline_s` (seconds since 1970) on.
+
+    Does what `ray drain-node` does, without waiting for the node's end.
+
+    Returns:
+        Whether the head accepts, and its reason if not.
+    """
+    from ray.core.generated import autoscaler_pb2
+
+    reason = cast(Any, autoscaler_pb2).DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    return _gcs_client(head).drain_node(node, reason, message, int(1000 * deadline_s), timeout=CALL_TIMEOUT_S)
+
+
+def is_node_alive(head: str, node: str) -> bool:
+    """Whether the head counts the node among the living."""
+    from ray import NodeID
+
+    return _gcs_client(head).check_alive([NodeID.from_hex(node)], timeout=CALL_TIMEOUT_S)[0]
+
+
+def actors_on_node(head: str, node: str) -> list[ActorProcess]:
+    """The living actors of a node."""
+    from ray import _raylet
+    from ray._private.state import GlobalState
+
+    options = cast(Any, _raylet).GcsClientOptions
+    state = GlobalState()
+    state._initialize_global_state(options.create(head, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False))
+    actors = state.actor_table(None, None, "ALIVE").values()
+    return [
+        ActorProcess(actor["ActorClassName"], actor["Pid"]) for actor in actors if actor["Address"]["NodeID"] == node
+    ]
+
+
+def _gcs_client(head: str) -> Any:
+    from ray import _raylet
+
+    return cast(Any, _raylet).GcsClient(address=head)
+
+
+def answers_without_token(head: str) -> bool:
+    """Whether the head at `host:port` answers a call that carries no token."""
+    import grpc
+    from ray.core.generated import gcs_service_pb2 as messages
+    from ray.core.generated import gcs_service_pb2_grpc as services
+
+    stub = cast(Any, services).NodeInfoGcsServiceStub(grpc.insecure_channel(head))
+    try:
+        stub.CheckAlive(cast(Any, messages).CheckAliveRequest(), timeout=CALL_TIMEOUT_S)
+    except grpc.RpcError:
+        return False
+    return True
+
+
+# The driver's process ------------------------------------------------------------------------
+
+
+def set_process_title(title: str) -> None:
+    """Replace the command line of this process as `ps` shows it."""
+    from ray._raylet import setproctitle  # type: ignore[attr-defined]
+
+    setproctitle(title)
+
+
+def hide_worker_output(hidden: Callable[[str], bool]) -> None:
+    """Drop output of workers and of the raylet in which a line is `hidden`, instead of printing it in this process."""
+    from ray._private import worker
+
+    show = worker.print_to_stdstream
+
+    def filtered(data: Mapping[str, Any], *arguments: Any, **options: Any) -> None:
+        if not any(hidden(line) for line in data.get("lines", ())):
+            show(data, *arguments, **options)
+
+    worker.print_to_stdstream = filtered
+
+
+# The job server ------------------------------------------------------------------------------
+
+
+def enable_token_auth() -> None:
+    """Send this machine's token with every request, if it has one."""
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def quiet_job_client() -> None:
+    """Silence the loggers that report each upload and each use of the token."""
+    import ray.job_submission  # noqa: F401 - its modules set levels of their own when imported
+
+    for name, level in DRIVER_LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def with_timeout(client: type[Client], connect_s: float, answer_s: float) -> type[Client]:
+    """The same job client with a bound on how long a request may take; Ray's own has none."""
+    unbounded = cast(Any, client)._do_request
+
+    def request(self: Client, method: str, endpoint: str, **options: Any) -> Any:
+        return unbounded(self, method, endpoint, timeout=(connect_s, answer_s), **options)
+
+    return cast(type[Client], type(client.__name__, (client,), {"_do_request": request}))
+
+
+def server_version(client: JobSubmissionClient) -> str:
+    """Ray's version on the cluster, as the client learned it when it connected; empty if unknown."""
+    return client._server_ray_version or ""
