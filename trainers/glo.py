@@ -144,12 +144,16 @@ def train_glo(
                 ends_epoch=batch.step + 1 == steps,
             )
             if bad_in_a_row >= config.glo.max_bad_steps:
-                raise UserError(
-                    f"loss or gradients were not finite for {bad_in_a_row} steps in a row, up to epoch {epoch} step "
-                    f"{batch.step} (rows here {rows_B.tolist()[:8]}...); lower glo.latent_lr and glo.generator_lr, "
-                    "or set engine.precision=fp32"
-                )
+                raise diverged(bad_in_a_row, epoch, batch.step, rows_B.tolist())
         latents.flush()  # the next epoch may begin with rows of this one's last step
+
+
+def diverged(steps: int, epoch: int, step: int, rows: list[int]) -> UserError:
+    """The error for a run whose steps are not finite any more."""
+    return UserError(
+        f"loss or gradients were not finite for {steps} steps in a row, up to epoch {epoch} step {step} (rows here "
+        f"{rows[:8]}...); lower glo.latent_lr and glo.generator_lr, or set engine.precision=fp32"
+    )
 
 
 def plan_epoch(config: Config, epoch: int, first_step: int, latents: LatentTable, engine: Engine) -> list[PlannedBatch]:

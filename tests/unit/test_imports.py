@@ -148,7 +148,8 @@ def graph_of_files() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = defaultdict(set)
     for module, path in MODULES.items():
         graph[module] |= {found.module for found in imports(path) if found.ours and found.module in MODULES} - {module}
-    return graph
+    graph.pop("", None)  # the public face of the package, which knows all rooms
+    return {module: known - {""} for module, known in graph.items()}
 
 
 def calls(path: Path) -> Iterator[tuple[ast.Call, str]]:

@@ -121,7 +121,7 @@ class Groups:
     def run_one(self) -> bool:
         """Run one group to its end; True if the run is done, False if another group has to follow."""
         self.refresh_latest_checkpoint()
-        self.workers = self.take_room()
+        self.workers = self.reserve()
         self.begin()
         with ThreadPoolExecutor(1, "ray-train") as pool:
             self.fit = pool.submit(fit_workers, self.config, self.workers, self.mailbox, self.number, self.lease.ticket)
@@ -142,7 +142,7 @@ class Groups:
 
     # Before a group --------------------------------------------------------------------------
 
-    def take_room(self) -> int:
+    def reserve(self) -> int:
         """Wait until there is room for a group; how many workers it can have."""
         cluster = self.config.cluster
         began = changed = monotonic()
@@ -286,11 +286,11 @@ class Groups:
 @contextmanager
 def places(config: Config, number: int) -> Iterator[PlacementReservation]:
     """So many places for workers, wanted while inside."""
-    room = PlacementReservation(resources_of(config.cluster), number)
+    reservation = PlacementReservation(resources_of(config.cluster), number)
     try:
-        yield room
+        yield reservation
     finally:
-        room.release()
+        reservation.release()
 
 
 def classify_failure(error: BaseException) -> Exception:

@@ -90,7 +90,7 @@ def test_rungs_rebuilt_from_journals_decide_as_those_that_saw_it_live(study: Stu
     for number in sorted(training.active):
         rebuilt.on_trial_add(CONTROLLER, known(number, f"again-{number}"))
     repeated = max(training.active, key=lambda number: training.epochs[number])  # from its last checkpoint
-    for epoch, loss in list(losses(study.run_dir(repeated)))[-2:]:
+    for epoch, loss in list(losses(study.run_dir(repeated), "glo"))[-2:]:
         again = rebuilt.on_trial_result(CONTROLLER, known(repeated, f"again-{repeated}"), {EPOCH: epoch, LOSS: loss})
         assert again == "CONTINUE"
     decisions = []

@@ -54,7 +54,7 @@ def searched(study: StudyConfig, count: int) -> list[Trial]:
 def test_the_first_trial_is_the_base_recipe(tmp_path: Path, search: dict[str, Any]):
     study = make_study(tmp_path, space={"sampler.noise_dim": {"integer": [8, 9]}}, search=search)
     assert suggest(study, []) == {}
-    assert study.trial(0, {}).imle == study.base().sampler
+    assert study.trial(0, {}).sampler == study.base().sampler
 
 
 @pytest.mark.parametrize("kind", ["tpe", "random"])

@@ -11,6 +11,7 @@ from glann.cluster.checkpoints.writer import CheckpointWriter
 from glann.cluster.latents import LatentTable
 from glann.errors import UserError
 from glann.storage.local import LocalStore
+from glann.trainers.run.events import CheckpointDamaged, Resumed
 from glann.trainers.run.state import Position, Saved
 from glann.trainers.run.worker import Worker
 
@@ -27,7 +28,7 @@ def store(tmp_path):
         writer = CheckpointWriter(store, 0, 1, 9, 20.0, f"attempt{step}")
         tensors = {"a": torch.full((3,), float(step))}
         generator = {"weights": tensors, "exp_avg": tensors, "exp_avg_sq": tensors, "updates": float(step)}
-        saved = Saved(Position("glo", 1, step, step), generator)
+        saved = Saved(Position("glo", 1, step, step), {"generator": generator})
         table.push(0, step, list(ROWS), torch.ones(len(ROWS), 4), 0.1)
         writer.save(step, saved.files(), table, saved.state(INDEX, len(ROWS)))
         writer.wait()
@@ -39,14 +40,15 @@ class Images(list):
 
 
 def resumed(store):
-    """A worker's `resume` alone, and what it told the driver."""
-    told = []
+    """A worker's `resume` alone, and the events that it sent."""
+    events = []
     worker = Worker.__new__(Worker)
     worker.store, worker.rank, worker.world, worker.rows = store, 0, 1, ROWS
     worker.images, worker.device = Images(ROWS), torch.device("cpu")
     worker.latents = LatentTable.in_process(ROWS, 4, 99)
-    worker.reporter = SimpleNamespace(send=lambda kind, **event: told.append((kind, event)))
-    return worker.resume(), worker.latents, told
+    worker.reporter = SimpleNamespace(send=events.append)
+    worker.infos = {"glo": None, "imle": None}
+    return worker.resume(), worker.latents, events
 
 
 def flip(store, step, name):
@@ -57,32 +59,35 @@ def flip(store, step, name):
 
 
 def test_the_newest_is_taken_where_all_are_good(store):
-    saved, latents, told = resumed(store)
+    saved, latents, events = resumed(store)
     assert saved.position.serial == 3
     assert (latents.visits() == 3).all()
-    assert [kind for kind, _ in told] == ["resumed"]
+    assert [type(event) for event in events] == [Resumed]
 
 
 @pytest.mark.parametrize("name", ["latents-0-12.safetensors", "generator_exp_avg.safetensors", "state.json"])
-def test_a_file_with_another_hash_sends_the_run_back_by_one_and_is_told(store, name):
+def test_a_file_with_another_hash_sends_the_run_back_by_one_and_is_reported(store, name):
     flip(store, 3, name)
-    saved, latents, told = resumed(store)
+    saved, latents, events = resumed(store)
     assert saved.position.serial == 2
-    assert float(saved.generator["weights"]["a"][0]) == 2.0
+    assert float(saved.networks["generator"]["weights"]["a"][0]) == 2.0
     assert (latents.visits() == 2).all()
-    (damage, event), (kind, _) = told
-    assert (damage, kind, event["step"]) == ("damaged", "resumed", 3)
-    assert name in event["reason"]
+    damage, resumption = events
+    assert isinstance(damage, CheckpointDamaged)
+    assert damage.step == 3
+    assert name in damage.reason
+    assert resumption == Resumed(saved.position)
     assert usable(store)[0] == [2, 1]
-    assert [kind for kind, _ in resumed(store)[2]] == ["damaged", "resumed"]  # told again, and not read again
+    again = [type(event) for event in resumed(store)[2]]
+    assert again == [CheckpointDamaged, Resumed]  # reported again, and not read again
 
 
 def test_a_missing_file_and_a_damaged_one_send_it_back_by_two(store):
     store.delete("step-000003/attempt3/state.json")
     flip(store, 2, "latents-0-12.safetensors")
-    saved, _, told = resumed(store)
+    saved, _, events = resumed(store)
     assert saved.position.serial == 1
-    assert sorted(event["step"] for kind, event in told if kind == "damaged") == [2, 3]
+    assert sorted(event.step for event in events if isinstance(event, CheckpointDamaged)) == [2, 3]
 
 
 def test_where_all_are_damaged_nothing_is_begun_anew_and_nothing_marked(store):
@@ -94,5 +99,5 @@ def test_where_all_are_damaged_nothing_is_begun_anew_and_nothing_marked(store):
 
 
 def test_a_run_without_checkpoints_begins(tmp_path):
-    saved, _, told = resumed(LocalStore(tmp_path))
-    assert (saved.position, told) == (Position(), [])
+    saved, _, events = resumed(LocalStore(tmp_path))
+    assert (saved.position, events) == (Position("glo"), [])

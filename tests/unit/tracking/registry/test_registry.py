@@ -126,7 +126,7 @@ def test_a_version_says_what_it_is_and_where_it_comes_from(home, name, capsys):
         "glann.run_name": "fair",
         "glann.config.generator.kind": "infogan",
         "glann.config.glo.epochs": "3",
-        "glann.config.imle.noise_dim": "5",
+        "glann.config.sampler.noise_dim": "5",
         "glann.metric.fd_squeezenet": "2.8",
         "glann.metric.l1": "0.0625",
         "glann.metric.psnr": "21.5",
