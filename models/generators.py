@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..config.run import Config
 from ..config.sections import GeneratorConfig
 from ..errors import UserError
 from .norm import SharedBatchNorm, frozen_statistics
@@ -197,3 +198,10 @@ def _transposed_convolution(fan_in: int, fan_out: int, bias: bool) -> nn.Module:
 
 def _resized_convolution(fan_in: int, fan_out: int, bias: bool) -> nn.Module:
     return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=bias))
+
+
+def generator_of(config: Config) -> Generator:
+    """The generator of a run, with random weights."""
+    network = build_generator(config.generator, config.data.resolution, config.data.channels)
+    network.checkpoint_activations = config.engine.activation_checkpointing
+    return network

@@ -19,7 +19,7 @@ from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
 from ..models.comm import rank
-from ..models.generators import build_generator
+from ..models.generators import generator_of
 from ..models.patches import patch_seeds
 from .engine.build import build_engine
 from .engine.step import Engine, OptimizerConfig
@@ -38,8 +38,7 @@ class Glo(Stage):
         config = context.config
         self.context, self.preview_every = context, config.preview.every_epochs
         torch.manual_seed(config.seed)
-        network = build_generator(config.generator, config.data.resolution, config.data.channels)
-        network.checkpoint_activations = config.engine.activation_checkpointing
+        network = generator_of(config)
         optimizer = OptimizerConfig(config.glo.generator_lr, config.glo.betas, config.glo.ema)
         state = networks.get(GENERATOR)
         self.engine = build_engine(network, optimizer, config.engine, config.glo.batch_size, context.device, state)

@@ -14,7 +14,7 @@ from ..config.run import Config
 from ..config.samplers import GaussianConfig, SamplerConfig
 from ..datasets.reader import CorruptImage, ImageRows
 from ..inference.model import SamplingModel
-from ..models.generators import build_generator
+from ..models.generators import generator_of
 from ..samplers.base import build_network
 from ..samplers.gaussian import gaussian
 
@@ -52,7 +52,7 @@ class Previews:
         self, weights: dict[str, Tensor], sampler: SamplerConfig, sampler_weights: dict[str, Tensor]
     ) -> SamplingModel:
         config = self.config
-        generator = build_generator(config.generator, config.data.resolution, config.data.channels)
+        generator = generator_of(config)
         generator.load_state_dict(weights)
         network = build_network(sampler, config.generator.latent_dim, config.glo.constraint)
         network.load_state_dict(sampler_weights)

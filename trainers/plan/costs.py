@@ -6,7 +6,7 @@ import torch
 
 from ...config.run import Config
 from ...models.cost import Cost, cost
-from ...models.generators import Generator, build_generator
+from ...models.generators import Generator, generator_of
 from ...models.losses import ReconstructionLoss, build_loss
 from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
 
@@ -21,11 +21,10 @@ def training_costs(config: Config) -> tuple[Cost, Cost]:
 def build_networks(config: Config, device: str) -> tuple[Generator, ReconstructionLoss]:
     """Generator and loss as they will be trained, with random weights: none need to be fetched for a plan."""
     with torch.device(device):
-        generator = build_generator(config.generator, config.data.resolution, config.data.channels)
+        generator = generator_of(config)
         features: FeatureNet | None = None
         if config.loss.kind == "perceptual":
             network = Vgg16 if config.loss.network == "vgg16" else SqueezeNet
             features = network("caffe").requires_grad_(False)
         loss = build_loss(config.loss, config.data.resolution, features)
-    generator.checkpoint_activations = config.engine.activation_checkpointing
     return generator, loss
