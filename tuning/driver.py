@@ -12,7 +12,6 @@ import torch
 
 from ..cluster.nodes.ray import ray_cluster
 from ..config.run import Config, redacted_config
-from ..datasets.assets.catalogue import load_weights
 from ..errors import GlannError, UserError
 from ..metrics.features.extractor import build_extractor
 from ..tracking.runs import Status, TrackedRun
@@ -47,7 +46,7 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
         refuse_other_configuration(base)
         index = open_data(base, console)
         build_objective(base, torch.device("cpu"))  # fetches what trials need, once
-        build_extractor(base.evaluation.extractor, load_weights)
+        build_extractor(base.evaluation.extractor)
         study.folder.mkdir(parents=True, exist_ok=True)
         with sole_command(study.folder, "tune"):
             tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}

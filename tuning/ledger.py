@@ -14,6 +14,7 @@ from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..metrics.result import canonical
 from ..storage.journal import Journal, read
 
 FILE = "trials.jsonl"
@@ -124,6 +125,8 @@ def trials(folder: Path) -> dict[int, Trial]:
             found[number] = Trial(number, line["params"])
         else:
             facts = {key: value for key, value in line.items() if key in _FACTS}
+            if "metrics" in facts:
+                facts["metrics"] = canonical(facts["metrics"])
             found[number] = replace(found[number], **facts)
     return found
 

@@ -20,6 +20,7 @@ from ...config import run as config
 from ...config.run import Config
 from ...errors import UserError, redact
 from ...inference.package import MANIFEST, Manifest, read_manifest
+from ...metrics.result import canonical
 from ...reports.card import FILE as CARD
 from .client import fetch, locate, opened
 
@@ -68,11 +69,8 @@ def version_tags(run: Run, manifest: Manifest) -> dict[str, str]:
         RUN_NAME: run.info.run_name,
     }
     tags |= {CONFIG + key: params[key] for key in CONFIG_KEYS if key in params}
-    tags |= {
-        METRIC + name.removeprefix(EVALUATION): f"{value:.6g}"
-        for name, value in metrics.items()
-        if name.startswith(EVALUATION)
-    }
+    measured = {name.removeprefix(EVALUATION): value for name, value in metrics.items() if name.startswith(EVALUATION)}
+    tags |= {METRIC + key: f"{value:.6g}" for key, value in canonical(measured).items()}
     tags |= {ours: run.data.tags[theirs] for theirs, ours in COPIED.items() if theirs in run.data.tags}
     return {name: redact(str(value)) for name, value in tags.items()}
 

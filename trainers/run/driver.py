@@ -11,7 +11,6 @@ from ...cluster.checkpoints import retention
 from ...cluster.checkpoints.lease import HeldLease, hold
 from ...cluster.nodes.ray import ray_cluster
 from ...config.run import Config, redacted_config
-from ...datasets.assets.catalogue import load_weights
 from ...datasets.index import Index
 from ...errors import GlannError, UserError
 from ...metrics.features.extractor import build_extractor
@@ -53,7 +52,7 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
             return finish.summary_of(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night
-        build_extractor(config.evaluation.extractor, load_weights)
+        build_extractor(config.evaluation.extractor)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         store = open_store(config.checkpoint_url, config.s3)
         with sole_command(config.run_dir, "train"), hold(store, console.print) as lease:
