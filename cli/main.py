@@ -201,9 +201,13 @@ def evaluate(
     \b
     glann evaluate runs/digits --extractor lite0 --samples 5000
     glann evaluate models:/digits@champion --data data/digits-28
+
+    `gaussian/...` is the same metric of codes drawn from a Gaussian, without stage 2.
     """
     from ..config.run import validate
     from ..metrics.evaluate import evaluate as measure
+    from ..metrics.result import by_key
+    from ..metrics.spec import METRICS
     from ..tracking.source import is_registered, open_model, run_config
 
     config = run_config(run)
@@ -212,10 +216,10 @@ def evaluate(
     tree["evaluation"] |= {key: value for key, value in given.items() if value is not None}
     config = config.model_copy(update={"evaluation": validate(tree, "the options given").evaluation})
     manifest, model = open_model(run, s3=config.s3, device=device)
-    metrics = measure(config, manifest, model, seed=seed, device=device, data=data, with_codes=not is_registered(run))
-    if "l1" not in metrics:
+    results = measure(config, manifest, model, seed=seed, device=device, data=data, with_codes=not is_registered(run))
+    if all(METRICS[result.metric].of_samples for result in results):
         typer.echo("reconstruction is not measured: it needs the codes in a run folder, and their images", err=True)
-    for name, value in metrics.items():
+    for name, value in by_key(results, model.own).items():
         typer.echo(f"{name:32} {value:.6g}")
 
 

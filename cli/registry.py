@@ -168,5 +168,7 @@ def _row(entry: Entry, version: Version) -> tuple[str, ...]:
 
 def _metrics(version: Version) -> str:
     """The first few metrics, the baseline's left out."""
-    shown = [(name, value) for name, value in sorted(version.metrics.items()) if not name.endswith("_glo")]
+    from ..metrics.result import OWN, from_key
+
+    shown = [(name, value) for name, value in sorted(version.metrics.items()) if from_key(name)[1] in (None, OWN)]
     return ", ".join(f"{name} {float(value):.4g}" for name, value in shown[:METRICS_SHOWN]) or "-"

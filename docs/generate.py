@@ -1,4 +1,4 @@
-"""Writes what follows from the models into docs/: configuration.md, and the tables of keys in studies.md: `make docs`.
+"""Writes what follows from the models into docs/: configuration.md, and the tables in studies.md: `make docs`.
 
 A test checks that both are current.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from glann.config.reference import Key, describe_keys, summary
+from glann.metrics.spec import METRICS
 from glann.tuning.space import Dimension
 from glann.tuning.study import StudyConfig
 
@@ -53,13 +54,27 @@ def page() -> str:
 
 
 def studies_page(text: str) -> str:
-    """docs/studies.md with its tables of keys as the models have them."""
+    """docs/studies.md with its tables as the models have them."""
     keys = [key for key in describe_keys(StudyConfig) if not key.name.startswith("space.")]
-    for name, described in (("keys", keys), ("dimensions", describe_keys(Dimension))):
+    for name, written in (
+        ("keys", table(keys)),
+        ("dimensions", table(describe_keys(Dimension))),
+        ("metrics", metrics()),
+    ):
         begin = BEGIN.format(name)
         before, _, rest = text.partition(begin)
-        text = before + begin + table(described) + END + rest.partition(END)[2]
+        text = before + begin + written + END + rest.partition(END)[2]
     return text
+
+
+def metrics() -> str:
+    """A Markdown table of the metrics."""
+    rows = ["| metric | meaning | samples | extractor |", "|---|---|---|---|"]
+    rows += [
+        f"| `{m.name}` | {escape(m.explained())} | {'yes' if m.of_samples else '-'} | {m.extractor or '-'} |"
+        for m in METRICS.values()
+    ]
+    return "\n".join(rows) + "\n"
 
 
 def table(keys: list[Key]) -> str:

@@ -1,11 +1,13 @@
 """How good a run is: how well it reconstructs its images, and how close its samples are to them.
 
+What is measured is the table of `spec.py`; images are drawn, read and seen by an extractor once for all metrics.
+
 Shapes: B batch, C, H, W channels, height, width, N rows, D latent dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor
 from ..cluster.checkpoints import reader, retention
 from ..cluster.placement import ranges
 from ..config.run import Config
-from ..datasets.assets.catalogue import load_weights
 from ..datasets.fit import require_fit
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
@@ -23,47 +24,94 @@ from ..inference.model import SamplingModel
 from ..inference.package import Manifest
 from ..storage.open import open_store
 from .features.extractor import Extractor, build_extractor
-from .frechet import Moments, frechet_distance, moments_of
-from .reconstruction import ReconstructionError
+from .result import Result
+from .spec import METRICS, Codes, Metric, Samples, measured_with
+from .tally import Mean, Tally
 
 BATCH = 100
 RECONSTRUCTED = 2000  # rows whose reconstruction is measured; more changes the third digit
+BASELINE = "gaussian"  # is measured beside the sampler of the run
+
+
+@dataclass(frozen=True)
+class Tallied:
+    """What the metrics of samples keep of a set of images, by name of the metric; `count` images."""
+
+    count: int
+    by_metric: dict[str, Tally]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Metrics of samples by name, measured together: images are seen once, and each extractor sees them once."""
+
+    metrics: dict[str, Samples]
+    extractors: dict[str, Extractor]
+
+    def tally(self, images: Iterable[Tensor]) -> Tallied:
+        """What the metrics keep of uint8 images [B, C, H, W], one batch at a time."""
+        count, tallies = 0, {name: metric.tally() for name, metric in self.metrics.items()}
+        for img_BCHW in images:
+            features = {name: extract(img_BCHW) for name, extract in self.extractors.items()}
+            for name, metric in self.metrics.items():
+                seen = img_BCHW if metric.extractor is None else features[metric.extractor]
+                tallies[name] = tallies[name].update(seen)
+            count += len(img_BCHW)
+        return Tallied(count, tallies)
+
+    def compare(self, real: Tallied, drawn: Tallied, sampler: str) -> list[Result]:
+        """The value of every metric, for samples of that sampler."""
+        return [
+            Result(name, metric.compare(real.by_metric[name], drawn.by_metric[name]), sampler)
+            for name, metric in self.metrics.items()
+        ]
+
+
+def build_panel(metrics: Iterable[Metric], device: str = "cpu") -> Panel:
+    """Those of the metrics that are of samples, with the extractors that they need.
+
+    Raises:
+        UserError: the weights of an extractor cannot be had.
+    """
+    chosen = {metric.name: metric.needs for metric in metrics if isinstance(metric.needs, Samples)}
+    names = dict.fromkeys(metric.extractor for metric in chosen.values() if metric.extractor)
+    return Panel(chosen, {name: build_extractor(name, device) for name in names})
 
 
 @dataclass(frozen=True)
 class Judge:
-    """How far a model's samples are from the images that it is to resemble; less is better.
+    """How far a model's samples are from the images that it is to resemble.
 
-    `metric` names the number for its extractor. Every model it judges draws `samples` images of `seed`,
-    and is compared with the same moments.
+    Every model it judges draws `samples` images of `seed`, and is compared with the same images.
     """
 
-    extract: Extractor
-    real: Moments
+    panel: Panel
+    real: Tallied
     samples: int
     seed: int
 
-    @property
-    def metric(self) -> str:
-        return self.extract.metric
-
-    def distance(self, model: SamplingModel, sampler: str | None = None) -> float:
-        drawn = model.stream(self.samples, self.seed, sampler=sampler)
-        images = (torch.from_numpy(part).permute(0, 3, 1, 2) for part in drawn)
-        return frechet_distance(self.real, moments_of(self.extract, images))
+    def measure(self, model: SamplingModel, sampler: str | None = None) -> list[Result]:
+        """Draw once, by a sampler or the model's own, and measure by every metric of the panel."""
+        drawn = self.panel.tally(draw(model, self.samples, self.seed, sampler))
+        return self.panel.compare(self.real, drawn, sampler or model.own)
 
 
 def build_judge(
-    config: Config, images: ImageRows, extractor: str, samples: int, seed: int = 0, device: str = "cpu"
+    config: Config, images: ImageRows, metrics: Iterable[Metric], samples: int, seed: int = 0, device: str = "cpu"
 ) -> Judge:
-    """A judge by the Frechet distance to `images`, which are read once.
+    """A judge by `metrics`, as far as they are of samples, against `images`, which are read once.
 
     Args:
-        extractor: name of the feature extractor; the metric is named for it (`fd_lite0`, ...).
-        samples: images drawn for the distance.
+        samples: images drawn of a model.
     """
-    extract = build_extractor(extractor, load_weights, device)
-    return Judge(extract, moments_of(extract, training_images(images, len(images), config)), samples, seed)
+    panel = build_panel(metrics, device)
+    return Judge(panel, panel.tally(training_images(images, len(images), config)), samples, seed)
+
+
+def draw(model: SamplingModel, count: int, seed: int, sampler: str | None = None) -> Iterator[Tensor]:
+    """The first images of a seed, uint8 [B, C, H, W]."""
+    for part_NHWC in model.stream(count, seed, sampler=sampler):
+        yield torch.from_numpy(part_NHWC).permute(0, 3, 1, 2)
 
 
 def evaluate(
@@ -75,8 +123,8 @@ def evaluate(
     device: str = "cpu",
     data: str | None = None,
     with_codes: bool = True,
-) -> dict[str, float]:
-    """Reconstruction error, and the Frechet distance of samples to the training images, for stage 2 and the baseline.
+) -> list[Result]:
+    """Every metric of the table but those of other extractors, of samples by each sampler.
 
     Args:
         config: of the run; `evaluation` says which extractor and how many samples.
@@ -84,34 +132,38 @@ def evaluate(
         data: where the images are, if not where they were for the training, or other images.
         with_codes: whether the checkpoints of the run are at hand; reconstruction needs its codes.
     Returns:
-        Metric name -> value. `<fd>` is of G(T(e)); `<fd>_glo` of codes from a fitted Gaussian (GLO's sampling).
-        Reconstruction error only where the codes are, and only of the images they are the codes of.
+        Results: what needs codes only where these are, and only of the images they are the codes of; then what
+        needs samples, by the run's own sampler and by a Gaussian over the codes (`gaussian`, GLO's sampling).
     Raises:
         UserError: the images are not those of the training.
     """
     config = moved(config, data)
     images = open_images(config)
     require_same(images, manifest, config, data)
-    metrics = {}
+    results = []
     if with_codes and images.index.fingerprint == manifest.fingerprint:
-        metrics = reconstruction(config, model, images)
-    judge = build_judge(config, images, config.evaluation.extractor, config.evaluation.samples, seed, device)
-    return metrics | {judge.metric: judge.distance(model), f"{judge.metric}_glo": judge.distance(model, "gaussian")}
+        results = reconstruction(config, model, images)
+    metrics = measured_with(config.evaluation.extractor)
+    judge = build_judge(config, images, metrics, config.evaluation.samples, seed, device)
+    samplers = dict.fromkeys((model.own, BASELINE))
+    return results + [result for sampler in samplers for result in judge.measure(model, sampler)]
 
 
-def reconstruction(config: Config, model: SamplingModel, images: ImageRows) -> dict[str, float]:
-    """L1 and PSNR between G(z_i) and x_i over the first rows."""
+def reconstruction(config: Config, model: SamplingModel, images: ImageRows) -> list[Result]:
+    """The metrics that need codes, between G(z_i) and x_i over the first rows."""
     store = open_store(config.checkpoint_url, config.s3)
     step = retention.latest(store)
     if step is None:
         raise UserError(f"no checkpoint in {store.url}: its latent codes are needed to measure reconstruction")
     rows = range(min(len(images), RECONSTRUCTED))
     z_ND = torch.from_numpy(reader.load_rows(store, step, rows)["z"])
-    error, at = ReconstructionError(), 0
+    measures = {metric.name: metric.needs for metric in METRICS.values() if isinstance(metric.needs, Codes)}
+    means, at = dict.fromkeys(measures, Mean()), 0
     for real_BCHW in training_images(images, len(rows), config):
-        fake = torch.from_numpy(model.decode(z_ND[at : at + len(real_BCHW)])).permute(0, 3, 1, 2)
-        error, at = error.update(fake, real_BCHW), at + len(real_BCHW)
-    return error.metrics()
+        fake_BCHW = torch.from_numpy(model.decode(z_ND[at : at + len(real_BCHW)])).permute(0, 3, 1, 2)
+        means = {name: mean.update(measures[name].per_image(fake_BCHW, real_BCHW)) for name, mean in means.items()}
+        at += len(real_BCHW)
+    return [Result(name, mean.value()) for name, mean in means.items()]
 
 
 def training_images(images: ImageRows, count: int, config: Config) -> Iterator[Tensor]:

@@ -8,7 +8,6 @@ Legend: B batch, F feature dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UserError
-from .features.extractor import Extractor
 
 Float64 = NDArray[np.float64]
 
@@ -57,7 +55,11 @@ class Moments:
         centred_BF = features_BF - mean_F
         return cls(count, mean_F, centred_BF.T @ centred_BF)
 
-    def merge(self, other: Moments) -> Moments:
+    def update(self, features_BF: Tensor, /) -> Moments:
+        """These moments with one batch of features more."""
+        return self.merge(Moments.of(features_BF))
+
+    def merge(self, other: Moments, /) -> Moments:
         """The moments of both sets of features together."""
         if self.mean_F.shape != other.mean_F.shape:
             raise UserError(
@@ -81,14 +83,6 @@ class Moments:
         if self.count < 2:
             raise UserError(f"a Fréchet distance needs at least 2 images on each side, not {self.count}")
         return self.scatter_FF / (self.count - 1)
-
-
-def moments_of(extractor: Extractor, batches: Iterable[Tensor]) -> Moments:
-    """The moments of the features of uint8 images `img_BCHW`, one batch at a time."""
-    moments = Moments.empty(extractor.dim)
-    for img_BCHW in batches:
-        moments = moments.merge(Moments.of(extractor(img_BCHW)))
-    return moments
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -9,6 +9,8 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..config.run import redacted_config
+from ..metrics.result import OWN, SAMPLERS, from_key
+from ..metrics.spec import METRICS
 from .charts import line_chart
 from .facts import RunFacts, series
 from .page import Figure, duration, environment, figure, number, write_page
@@ -16,13 +18,6 @@ from .page import Figure, duration, environment, figure, number, write_page
 FILE = "report.html"
 MAX_PREVIEWS = 12
 
-# What the metrics are called in words, and which way is better.
-METRICS = {
-    "l1": ("L1 reconstruction error", "mean absolute difference of pixels, range 0 to 1; lower is better", "{:.4f}"),
-    "psnr": ("PSNR of reconstructions", "peak signal-to-noise ratio in dB; higher is better", "{:.2f} dB"),
-    "fid": ("FID", "Fréchet Inception Distance; lower is better", "{:.2f}"),
-}
-FRECHET = "Fréchet distance of {} features; lower is better. Not FID: compare it only with itself"
 PICTURES = {
     "samples": ("Samples", "New images: one noise vector each."),
     "interpolations": ("Interpolations", "Each row goes from one sample to another along a great circle of the noise."),
@@ -80,22 +75,20 @@ def headline(facts: RunFacts) -> str:
 
 
 def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
-    """(name, value, meaning) of each metric, for people."""
+    """(name, value, meaning) of each stored metric, for people."""
     rows = []
-    for name, value in metrics.items():
+    for key, value in metrics.items():
         if not isinstance(value, int | float):
             continue
-        baseline = name.endswith("_glo")
-        if name.startswith("fd_") or name == "fid_glo":
-            extractor = name.removeprefix("fd_").removesuffix("_glo")
-            title = f"Fréchet distance ({extractor})" + (", GLO baseline" if baseline else "")
-            drawn = "; samples drawn from a Gaussian over the codes, without stage 2" if baseline else ""
-            rows.append((title, f"{value:.4g}", FRECHET.format(extractor) + drawn))
-        elif name in METRICS:
-            title, meaning, form = METRICS[name]
-            rows.append((title, form.format(value), meaning))
-        else:
-            rows.append((name.replace("_", " "), number(value), ""))
+        name, sampler = from_key(key)
+        if (metric := METRICS.get(name)) is None:
+            rows.append((key.replace("_", " "), number(value), ""))
+            continue
+        title, meaning = metric.title, metric.explained()
+        if sampler not in (None, OWN):
+            words, drawn = SAMPLERS.get(sampler, (sampler, f"samples drawn by {sampler}"))
+            title, meaning = f"{title}, {words}", f"{meaning}; {drawn}"
+        rows.append((title, metric.format.format(value), meaning))
     return rows
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 
+from ..metrics.result import from_key, to_key
 from ..storage.journal import FILE as JOURNAL
 from ..storage.journal import entries
 from ..tracking.runs import TrackedRun
@@ -52,7 +53,8 @@ class Budget(NotKept, tune.Callback):
         self.entry += 1
         best = best_of(self.ledger.trials, self.study.minimize)
         numbers = {"seconds": self.seconds, "gpu_seconds": self.gpu_seconds, "running": running, "ended": self.ended}
-        best_value = {} if best is None else {f"best_{self.study.metric}": best.value}
+        metric, sampler = from_key(self.study.metric)
+        best_value = {} if best is None else {to_key(f"best_{metric}", sampler): best.value}
         self.tracked.log_metrics({"stage": "study"} | numbers | best_value, self.entry)
         self.told()
 

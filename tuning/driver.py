@@ -12,7 +12,6 @@ import torch
 
 from ..cluster.nodes.ray import ray_cluster
 from ..config.run import Config
-from ..datasets.assets.catalogue import load_weights
 from ..errors import GlannError, UserError
 from ..metrics.features.extractor import build_extractor
 from ..tracking.runs import TrackedRun
@@ -48,7 +47,7 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
         refuse_other_configuration(base)
         index = open_data(base, console)
         build_objective(base, torch.device("cpu"))  # fetches what trials need, once
-        build_extractor(base.evaluation.extractor, load_weights)
+        build_extractor(base.evaluation.extractor)
         tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}
         mirror, opened = RunMirror(base, of_study), False
         try:

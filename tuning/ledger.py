@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ..config.run import canonical
 from ..errors import UserError
+from ..metrics.result import canonical_keys
 from ..storage.journal import Journal, read
 
 FILE = "trials.jsonl"
@@ -127,6 +128,8 @@ def trials(folder: Path) -> dict[int, Trial]:
             found[number] = Trial(number, line["params"])
         else:
             facts = {key: value for key, value in line.items() if key in _FACTS}
+            if "metrics" in facts:
+                facts["metrics"] = canonical_keys(facts["metrics"])
             found[number] = replace(found[number], **facts)
     return found
 

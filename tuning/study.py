@@ -35,17 +35,14 @@ from ..config.run import (
 )
 from ..config.section import Section, Trait
 from ..errors import UserError
-from ..metrics.features.extractor import EXTRACTORS
+from ..metrics.result import OWN, from_key, known_results, to_key
+from ..metrics.spec import METRICS, Metric
 from ..trainers.run.preflight import may_change
 from .ledger import BASELINE
 from .space import Dimension, dependencies_first, grid, premises
 
 FILE = "study.yaml"
 STUDIES = RECIPES / "studies"
-# Metrics that a study can be about, and which way is better. A distance is named for its extractor.
-LOWER_IS_BETTER = {"l1": True, "psnr": False} | {
-    f"{recipe.metric}{baseline}": True for recipe in EXTRACTORS.values() for baseline in ("", "_glo")
-}
 SECOND_STAGE = "sampler."
 
 
@@ -90,7 +87,9 @@ class StudyConfig(Section):
     )
     overrides: dict[str, Any] = Field({}, description="dotted keys of the recipe that all trials share")
     space: dict[str, Dimension] = Field(min_length=1, description="dotted keys of the recipe and what they range over")
-    metric: str = Field(description="what is compared: fd_squeezenet, fd_lite0, ..., l1, psnr")
+    metric: str = Field(
+        description=f"what is compared: {', '.join(METRICS)}; gaussian/NAME: the same of codes drawn from a Gaussian"
+    )
     direction: Literal["minimize", "maximize"] | None = Field(None, description="empty: as the metric is meant")
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -108,11 +107,10 @@ class StudyConfig(Section):
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, metric: str) -> str:
-        if metric not in LOWER_IS_BETTER:
-            raise ValueError(
-                f"no such metric{suggest(metric, LOWER_IS_BETTER)}; there are {', '.join(LOWER_IS_BETTER)}"
-            )
-        return metric
+        key, known = to_key(*from_key(metric)), known_results()
+        if key not in known:
+            raise ValueError(f"no such metric{suggest(metric, known)}; there are {', '.join(known)}")
+        return key
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -128,7 +126,7 @@ class StudyConfig(Section):
             raise ValueError(
                 f"metric={self.metric} is measured by {needed}, not by evaluation.extractor={shown(given)}"
             )
-        if self.second_stage_only and (needed is None or self.metric.endswith("_glo")):
+        if self.second_stage_only and from_key(self.metric)[1] != OWN:
             raise ValueError(
                 f"metric={self.metric} judges stage 1, which sampler.* does not change; take fd_lite0 or such"
             )
@@ -178,7 +176,12 @@ class StudyConfig(Section):
 
     @property
     def minimize(self) -> bool:
-        return LOWER_IS_BETTER[self.metric] if self.direction is None else self.direction == "minimize"
+        return self.measured.better == "lower" if self.direction is None else self.direction == "minimize"
+
+    @property
+    def measured(self) -> Metric:
+        """The metric that trials are compared by, whichever sampler it is of."""
+        return METRICS[from_key(self.metric)[0]]
 
     @property
     def trials_in_all(self) -> int:
@@ -239,8 +242,7 @@ class StudyConfig(Section):
     @property
     def extractor_needed(self) -> str | None:
         """The extractor that the metric is named for, if it is."""
-        named = {recipe.metric: name for name, recipe in EXTRACTORS.items()}
-        return named.get(self.metric.removesuffix("_glo"))
+        return self.measured.extractor
 
 
 def _canonical_keys(keys: dict[Any, Any]) -> dict[Any, Any]:

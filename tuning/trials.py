@@ -24,6 +24,7 @@ from ..config.sections import ClusterConfig
 from ..errors import UserError
 from ..inference.package import open_model
 from ..metrics.evaluate import evaluate
+from ..metrics.result import by_key
 from ..reports.run_folder import read_config
 from ..tracking.connection import absolute_uri, default_uri
 from ..tracking.runs import TrackedRun
@@ -158,7 +159,8 @@ def first_stage(conduct: Conduct) -> Path:
         began = monotonic()
         if study.stage_one:
             config = read_config(run_dir).model_copy(update={"evaluation": conduct.base.evaluation})
-            metrics = evaluate(config, *open_model(run_dir, s3=config.s3))
+            manifest, model = open_model(run_dir, s3=config.s3)
+            metrics = by_key(evaluate(config, manifest, model), model.own)
         else:
             config = conduct.part(train_both_stages).config(BASELINE, {})
             tags = {"glann.study": study.name, "glann.trial": str(BASELINE)}

@@ -1,9 +1,9 @@
 """Named feature extractors: functions from uint8 images to one feature vector per image.
 
 A distance between features means something only together with the network they come from, so the
-metric carries its name: `fd_lite0`, `fd_squeezenet`, ...  Only Inception's is called `fid`.
+metric carries its name (`metrics/spec.py`).
 
-    extractor = build_extractor("lite0", assets.load_weights, device)
+    extractor = build_extractor("lite0", device)
     features_BF = extractor(img_BCHW)
 
 Another extractor is added by `EXTRACTORS["name"] = Recipe(...)`.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...datasets.assets.catalogue import load_weights
 from ...errors import UserError
 from ...models.perceptual import build_features
 from . import efficientnet_lite, inception
@@ -28,8 +29,6 @@ from . import efficientnet_lite, inception
 CPU_BATCH = 8
 
 Weights = dict[str, Tensor]
-# name or path of weights -> (tensors, convention of their input); `datasets.assets.load_weights` is one
-LoadWeights = Callable[[str], tuple[Weights, str]]
 Network = Callable[[Tensor], Tensor]  # prepared images -> features_BF
 
 
@@ -46,7 +45,6 @@ class Recipe:
     dim: int
     build: Callable[[Weights, str], nn.Module]
     prepare: Callable[[Tensor], Tensor]
-    metric: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,6 @@ class Extractor:
     """
 
     name: str
-    metric: str
     dim: int
     device: torch.device
     _prepare: Callable[[Tensor], Tensor]
@@ -81,20 +78,26 @@ class Extractor:
         return self._network(img_B3HW.contiguous(memory_format=torch.channels_last)).float().cpu()
 
 
-def build_extractor(
-    name: str, load_weights: LoadWeights, device: torch.device | str = "cpu", weights: str | None = None
-) -> Extractor:
-    """The extractor of that name.
+def recipe_of(name: str) -> Recipe:
+    """How the extractor of that name is made.
 
-    Args:
-        load_weights: reads weights by asset name or safetensors path.
-        weights: asset or file to use in place of the extractor's own.
     Raises:
-        UserError: no such extractor, or the weights are of another network.
+        UserError: there is none.
     """
     if name not in EXTRACTORS:
         raise UserError(f"no feature extractor {name!r}; there are {', '.join(sorted(EXTRACTORS))}")
-    recipe = EXTRACTORS[name]
+    return EXTRACTORS[name]
+
+
+def build_extractor(name: str, device: torch.device | str = "cpu", weights: str | None = None) -> Extractor:
+    """The extractor of that name.
+
+    Args:
+        weights: asset or safetensors file to use in place of the extractor's own.
+    Raises:
+        UserError: no such extractor, or the weights are of another network.
+    """
+    recipe = recipe_of(name)
     source = weights or recipe.weights
     tensors, convention = load_weights(source)
     try:
@@ -105,7 +108,6 @@ def build_extractor(
     device = torch.device(device)
     return Extractor(
         name,
-        recipe.metric,
         recipe.dim,
         device,
         recipe.prepare,
@@ -145,16 +147,13 @@ def _as_in_fid(img_B3HW: Tensor) -> Tensor:
 
 EXTRACTORS: dict[str, Recipe] = {
     # 128 px keeps the last feature map at 7 x 7 and an image at 0.2 GFLOP: cheap enough for a CPU.
-    "squeezenet": Recipe(
-        "squeezenet-caffe", 512, _perceptual("squeezenet", "fire9"), _resized(128, 0.0, 255.0), "fd_squeezenet"
-    ),
-    "vgg16": Recipe("vgg16-caffe", 512, _perceptual("vgg16", "relu5_3"), _resized(224, 0.0, 255.0), "fd_vgg16"),
+    "squeezenet": Recipe("squeezenet-caffe", 512, _perceptual("squeezenet", "fire9"), _resized(128, 0.0, 255.0)),
+    "vgg16": Recipe("vgg16-caffe", 512, _perceptual("vgg16", "relu5_3"), _resized(224, 0.0, 255.0)),
     "lite0": Recipe(
         "lite0",
         efficientnet_lite.HEAD,
         lambda weights, _: efficientnet_lite.build(weights),
         _resized(224, 127.0, 128.0),
-        "fd_lite0",
     ),
-    "inception": Recipe("inception", 2048, lambda weights, _: inception.build(weights), _as_in_fid, "fid"),
+    "inception": Recipe("inception", 2048, lambda weights, _: inception.build(weights), _as_in_fid),
 }

@@ -50,7 +50,7 @@ def test_a_run_leaves_all_that_is_promised(glann, undisturbed):
     assert [("imle", n) for n in range(1, 13)] == [stage for stage in stages if stage[0] == "imle"]
     metrics = json.loads((run / "summary.json").read_text())["metrics"]
     assert metrics["fd_squeezenet"] > 0
-    assert metrics["fd_squeezenet_glo"] > 0
+    assert metrics["gaussian/fd_squeezenet"] > 0
     assert "done" in undisturbed.stdout
     assert "report.html" in undisturbed.stdout
     assert not (glann.folder / "runs" / "undisturbed" / "checkpoints" / "step-000001").exists()

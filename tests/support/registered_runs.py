@@ -12,6 +12,7 @@ from glann.datasets.index import Index
 from glann.datasets.pack import pack
 from glann.inference.package import export_model, load_model
 from glann.metrics.evaluate import evaluate
+from glann.metrics.result import by_key
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from glann.storage.journal import Journal
@@ -70,7 +71,7 @@ def make_run(config: Config, share: float = 0.0, metrics: dict[str, float] | Non
     torch.manual_seed(2)
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1)
     export_model(config.run_dir / "model", config, *networks(config, share), z_ND, index.fingerprint)
-    found = {"l1": 0.0625, "psnr": 21.5, "fd_squeezenet": 2.5, "fd_squeezenet_glo": 3.5} | (metrics or {})
+    found = {"l1": 0.0625, "psnr": 21.5, "fd_squeezenet": 2.5, "gaussian/fd_squeezenet": 3.5} | (metrics or {})
     journal = Journal(config.run_dir / "metrics.jsonl")
     for epoch in range(1, 4):
         journal.append({"stage": "glo", "epoch": epoch, "step": epoch, "loss": 1 / epoch})
@@ -102,7 +103,8 @@ def measured(source: str, extractor: str, samples: int, seed: int = 0) -> dict[s
     config = run_config(source)
     chosen = config.evaluation.model_copy(update={"extractor": extractor, "samples": samples})
     config = config.model_copy(update={"evaluation": chosen})
-    return evaluate(config, *open_model(source, s3=config.s3), seed=seed, with_codes=not is_registered(source))
+    manifest, model = open_model(source, s3=config.s3)
+    return by_key(evaluate(config, manifest, model, seed=seed, with_codes=not is_registered(source)), model.own)
 
 
 def _pack(config: Config) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError, redact
+from ...metrics.result import canonical
 from .client import CHALLENGER, CHAMPION, FIRST
 from .lineage import FINGERPRINT, METRIC
 from .models import checked
@@ -31,7 +32,8 @@ class Version:
 
     @property
     def metrics(self) -> dict[str, str]:
-        return {key.removeprefix(METRIC): value for key, value in self.tags.items() if key.startswith(METRIC)}
+        """By key, as they were written down."""
+        return canonical({key.removeprefix(METRIC): tag for key, tag in self.tags.items() if key.startswith(METRIC)})
 
     @property
     def fingerprint(self) -> str:

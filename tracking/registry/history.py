@@ -43,7 +43,7 @@ class Event(Section):
 
 
 class Measured(Section):
-    """What a promotion was decided by. Lower values are better."""
+    """What a promotion was decided by."""
 
     metric: str
     extractor: str

@@ -21,6 +21,7 @@ from ...config.run import Config, canonical, keys_with
 from ...config.section import Trait
 from ...errors import UserError, redact
 from ...inference.package import MANIFEST, Manifest, read_manifest
+from ...metrics.result import canonical_keys
 from ...reports.card import FILE as CARD
 from .client import fetch, locate, opened
 
@@ -53,11 +54,8 @@ def version_tags(run: Run, manifest: Manifest) -> dict[str, str]:
     }
     given = {canonical(key): value for key, value in params.items()}
     tags |= {CONFIG + key: given[key] for key in keys_with(Trait.IN_REGISTRY) if key in given}
-    tags |= {
-        METRIC + name.removeprefix(EVALUATION): f"{value:.6g}"
-        for name, value in metrics.items()
-        if name.startswith(EVALUATION)
-    }
+    measured = {name.removeprefix(EVALUATION): value for name, value in metrics.items() if name.startswith(EVALUATION)}
+    tags |= {METRIC + key: f"{value:.6g}" for key, value in canonical_keys(measured).items()}
     tags |= {ours: run.data.tags[theirs] for theirs, ours in COPIED.items() if theirs in run.data.tags}
     return {name: redact(str(value)) for name, value in tags.items()}
 

@@ -14,6 +14,7 @@ from ...errors import UserError, redact
 from ...inference.model import SamplingModel
 from ...inference.package import Manifest
 from ...metrics.evaluate import Judge, build_judge, moved, open_images, require_same
+from ...metrics.spec import METRICS, frechet_metric
 from ..source import open_model
 from . import catalogue
 from . import history as promotion
@@ -96,10 +97,11 @@ def _measure(
     require_same(images, challenger.manifest, config, conditions.data)
     extractor = conditions.extractor or config.evaluation.extractor
     samples = conditions.samples or config.evaluation.samples
-    judge = build_judge(config, images, extractor, samples, conditions.seed, conditions.device)
+    metric = frechet_metric(extractor)
+    judge = build_judge(config, images, [metric], samples, conditions.seed, conditions.device)
     values = [_value(judge, contender, say) for contender in contenders]
     return Measured(
-        metric=judge.metric,
+        metric=metric.name,
         extractor=extractor,
         samples=samples,
         seed=conditions.seed,
@@ -112,12 +114,12 @@ def _measure(
 
 
 def _value(judge: Judge, contender: Contender, say: Say) -> float:
-    value = judge.distance(contender.model)
+    [result] = judge.measure(contender.model)
     say(
-        f"version {contender.version.number}: {judge.metric} {value:.6g} "
+        f"version {contender.version.number}: {result.metric} {result.value:.6g} "
         f"({judge.samples} samples of seed {judge.seed}, {judge.real.count} images)"
     )
-    return value
+    return result.value
 
 
 def _incomparable(challenger: Contender, holder: Contender) -> str | None:
@@ -137,7 +139,12 @@ def _incomparable(challenger: Contender, holder: Contender) -> str | None:
 
 def _worse(challenger: Contender, holder: Contender | None, measured: Measured) -> str | None:
     """That the challenger is worse, in numbers, if so."""
-    if holder is None or measured.champion_value is None or measured.value <= measured.champion_value:
+    if holder is None or measured.champion_value is None:
+        return None
+    lower, higher = measured.value, measured.champion_value
+    if METRICS[measured.metric].better == "higher":
+        lower, higher = higher, lower
+    if lower <= higher:
         return None
     return (
         f"version {challenger.version.number} of {challenger.version.name} is worse than the champion, version "

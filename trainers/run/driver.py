@@ -11,7 +11,6 @@ from ...cluster.checkpoints import retention
 from ...cluster.checkpoints.lease import HeldLease, hold
 from ...cluster.nodes.ray import ray_cluster
 from ...config.run import Config
-from ...datasets.assets.catalogue import load_weights
 from ...datasets.index import Index
 from ...errors import UserError
 from ...metrics.features.extractor import build_extractor
@@ -55,7 +54,7 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
             return finish.summary_of(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night
-        build_extractor(config.evaluation.extractor, load_weights)
+        build_extractor(config.evaluation.extractor)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         store, mirror = open_store(config.checkpoint_url, config.s3), RunMirror(config)
         tags = {"glann.fingerprint": index.fingerprint, **hooks.tags}

@@ -21,6 +21,7 @@ from ...inference.model import SamplingModel
 from ...inference.package import export_model, open_model
 from ...metrics.copying import nearest_images
 from ...metrics.evaluate import evaluate, open_images
+from ...metrics.result import by_key, canonical_keys
 from ...reports import pictures
 from ...reports.card import write_card
 from ...reports.run import metric_rows, write_report
@@ -59,7 +60,7 @@ def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, 
     package(config, index, len(images))
     manifest, model = open_model(config.run_dir)
     drawn = drawn_from(model, config.preview.images) | {"nearest": beside_nearest(model, images)}
-    metrics = evaluate(config, manifest, model)
+    metrics = by_key(evaluate(config, manifest, model), model.own)
     conclude(config, tracked, drawn, metrics, timings | {"finish_s": monotonic() - began}, index, len(images))
 
 
@@ -114,8 +115,9 @@ def beside_nearest(model: SamplingModel, images: ImageRows) -> Image:
 
 
 def read_summary(config: Config) -> dict[str, Any]:
-    """What `finish` wrote last."""
-    return json.loads((config.run_dir / SUMMARY).read_text(encoding="utf-8"))
+    """What `finish` wrote last; metrics under the keys of today."""
+    summary = json.loads((config.run_dir / SUMMARY).read_text(encoding="utf-8"))
+    return summary | {"metrics": canonical_keys(summary["metrics"])}
 
 
 def summary_of(config: Config) -> Group:

@@ -5,7 +5,6 @@ Shapes: N rows, D latent dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from ...cluster.checkpoints import reader, retention
 from ...config.run import Config
-from ...datasets.assets.catalogue import load_weights
 from ...datasets.index import Index
 from ...errors import UserError
 from ...inference.model import SamplingModel
 from ...inference.package import export_model, load_model
-from ...metrics.evaluate import open_images, reconstruction, training_images
-from ...metrics.features.extractor import build_extractor
-from ...metrics.frechet import Moments, frechet_distance, moments_of
+from ...metrics.evaluate import Judge, Tallied, build_panel, open_images, reconstruction, training_images
+from ...metrics.result import by_key
+from ...metrics.spec import measured_with
 from ...reports.run_folder import read_config
 from ...samplers.base import Codes, build_sampler
 from ...storage.open import open_store
@@ -47,14 +45,14 @@ class StageOne:
     """What a trained stage 1 gives to every second stage.
 
     generator: weights and buffers by name, of the moving average where there is one. z_ND: codes. metrics: what
-    does not depend on stage 2. real: moments of the real images' features, of the run's extractor.
+    does not depend on stage 2. real: what the metrics of samples keep of the real images.
     """
 
     generator: dict[str, Tensor]
     z_ND: Tensor
     index: Index
     metrics: dict[str, float]
-    real: Moments
+    real: Tallied
 
 
 def load_stage_one(run_dir: Path, extractor: str) -> StageOne:
@@ -74,9 +72,8 @@ def load_stage_one(run_dir: Path, extractor: str) -> StageOne:
         )
     z_ND = torch.from_numpy(reader.load_rows(store, step, range(len(images)))["z"])
     model = load_model(run_dir, s3=config.s3)
-    extract = build_extractor(extractor, load_weights)
-    real = moments_of(extract, training_images(images, len(images), config))
-    metrics = reconstruction(config, model, images)
+    real = build_panel(measured_with(extractor)).tally(training_images(images, len(images), config))
+    metrics = by_key(reconstruction(config, model, images))
     return StageOne(final_weights(saved.networks[GENERATOR]), z_ND, index, metrics, real)
 
 
@@ -134,12 +131,7 @@ def fit_sampler(config: Config, z_ND: Tensor, tracked: TrackedRun, hooks: Hooks)
     return sampler.state()["weights"]
 
 
-def distances(config: Config, model: SamplingModel, real: Moments) -> dict[str, float]:
-    """The Frechet distance of the model's samples to the real images."""
-    extract = build_extractor(config.evaluation.extractor, load_weights)
-
-    def drawn() -> Iterator[Tensor]:
-        for part_NHWC in model.stream(config.evaluation.samples):
-            yield torch.from_numpy(part_NHWC).permute(0, 3, 1, 2)
-
-    return {extract.metric: frechet_distance(real, moments_of(extract, drawn()))}
+def distances(config: Config, model: SamplingModel, real: Tallied) -> dict[str, float]:
+    """The metrics of the model's samples, by key."""
+    panel = build_panel(measured_with(config.evaluation.extractor))
+    return by_key(Judge(panel, real, config.evaluation.samples, seed=0).measure(model), model.own)

@@ -163,8 +163,8 @@ def tiles(facts: StudyFacts) -> list[tuple[str, str, str]]:
 def gain(best: float, base: float, study: StudyConfig) -> str:
     """How much better one value is than another, as a share where that means something."""
     difference = base - best if study.minimize else best - base
-    if study.metric == "psnr":
-        return f"{difference:.2f} dB"
+    if study.measured.decibels:
+        return study.measured.format.format(difference)
     if not base:
         return f"{difference:.3g}"
     share = difference / abs(base)

@@ -15,6 +15,7 @@ import yaml
 from glann.cli import main as cli
 from glann.errors import EnvironmentFault, UserError
 from glann.metrics import evaluate as evaluation
+from glann.metrics.result import Result
 from glann.tracking import source
 from glann.trainers.run import driver
 
@@ -312,14 +313,14 @@ def test_a_run_is_evaluated_as_asked(
     (run_dir / "config.yaml").write_text(load("digits").to_yaml())
     asked = SimpleNamespace(arguments=())
 
-    def measure(config, *opened: object, **how: object) -> dict[str, float]:
+    def measure(config, *opened: object, **how: object) -> list[Result]:
         asked.arguments = (config.evaluation.extractor, config.evaluation.samples, *opened, how)
-        return {"fd_vgg16": 12.5}
+        return [Result("fd_vgg16", 12.5, "imle"), Result("fd_vgg16", 13.5, "gaussian")]
 
     monkeypatch.setattr(evaluation, "evaluate", measure)
     monkeypatch.setattr(source, "open_model", lambda run, s3, device: ("manifest", "model"))
     status, out, _ = run(capsys, "evaluate", "runs/digits", "--extractor", "vgg16")
-    assert (status, out.split()) == (0, ["fd_vgg16", "12.5"])
+    assert (status, out.split()) == (0, ["fd_vgg16", "12.5", "gaussian/fd_vgg16", "13.5"])
     how = {"seed": 0, "device": "cpu", "data": None, "with_codes": True}
     assert asked.arguments == ("vgg16", 2000, "manifest", "model", how)
     status, _, err = run(capsys, "evaluate", "runs/digits", "--extractor", "resnet")

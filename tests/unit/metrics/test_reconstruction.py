@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from glann.errors import UserError
-from glann.metrics.reconstruction import PSNR_LIMIT, ReconstructionError, l1, psnr
+from glann.metrics.reconstruction import PSNR_LIMIT, l1, psnr
+from glann.metrics.tally import Mean
 
 
 def test_a_constant_difference_has_the_textbook_values():
@@ -26,10 +27,13 @@ def test_workers_with_uneven_shares_add_up():
     generator = torch.Generator().manual_seed(torch.seed() % 2**31)
     real = torch.randint(0, 256, (11, 1, 6, 6), dtype=torch.uint8, generator=generator)
     fake = torch.randint(0, 256, (11, 1, 6, 6), dtype=torch.uint8, generator=generator)
-    whole = ReconstructionError().update(fake, real).metrics()
-    parts = ReconstructionError().update(fake[:3], real[:3]) + ReconstructionError().update(fake[3:], real[3:])
-    assert parts.metrics() == pytest.approx(whole)
-    assert whole["l1"] == pytest.approx((fake.double() - real.double()).abs().mean().item() / 255)
+    for metric in (l1, psnr):
+        whole = Mean().update(metric(fake, real))
+        parts = Mean().update(metric(fake[:3], real[:3])).merge(Mean().update(metric(fake[3:], real[3:])))
+        assert parts.count == whole.count == 11
+        assert parts.value() == pytest.approx(whole.value())
+    expected = (fake.double() - real.double()).abs().mean().item() / 255
+    assert Mean().update(l1(fake, real)).value() == pytest.approx(expected)
 
 
 def test_what_cannot_be_compared_is_refused():
@@ -39,4 +43,4 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(UserError, match="uint8"):
         psnr(image, image.float())
     with pytest.raises(UserError, match="no images"):
-        ReconstructionError().metrics()
+        Mean().value()

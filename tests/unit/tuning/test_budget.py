@@ -117,3 +117,10 @@ def test_the_journal_says_what_the_study_has_come_to(study: StudyConfig, clock: 
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert len(told) == 3
     assert started(study).entry == 3  # numbers go on, so that nothing is taken for a repetition
+
+
+def test_the_best_value_of_another_sampler_is_kept_under_its_name(tmp_path: Path, clock: Clock):
+    budget = started(make_study(tmp_path, metric="fd_squeezenet_glo"))
+    budget.ledger.end(budget.ledger.start({}), state="finished", value=0.4)
+    budget.on_step_begin(0, trials(1))
+    assert entries(budget.study.folder / "metrics.jsonl")[-1]["gaussian/best_fd_squeezenet"] == 0.4

@@ -163,6 +163,12 @@ def test_a_metric_that_is_not_finite_is_not_entered(tmp_path: Path):
     assert trials(tmp_path)[0] == ledger.trials[0]
 
 
+def test_a_line_with_the_suffix_of_old_is_read_under_the_key_of_today(tmp_path: Path):
+    ledger = Ledger(tmp_path)
+    ledger.end(ledger.start({}), state="finished", value=0.2, metrics={"fd_lite0": 0.1, "fd_lite0_glo": 0.2})
+    assert trials(tmp_path)[0].metrics == {"fd_lite0": 0.1, "gaussian/fd_lite0": 0.2}
+
+
 def test_the_best_is_the_first_of_equals_in_the_better_direction():
     known = [Trial(n, {}, "finished", value) for n, value in enumerate([0.5, 0.3, None, 0.3, 0.9])]
     assert best_of(known, minimize=True) == known[1]

@@ -77,8 +77,9 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"space": {}}, "space={} is not possible"),
         ({"recipe": None}, "give one of: recipe (both stages), or stage_one"),
         ({"stage_one": "runs/x"}, "give one of: recipe (both stages), or stage_one"),
+        ({"metric": "flow/fd_lite0"}, "; there are l1, psnr, fd_squeezenet, fd_vgg16, fd_lite0, fid, gaussian/fd_sq"),
         (SECOND | {"metric": "l1"}, "metric=l1 judges stage 1, which sampler.* does not change"),
-        (SECOND | {"metric": "fd_lite0_glo"}, "metric=fd_lite0_glo judges stage 1"),
+        (SECOND | {"metric": "fd_lite0_glo"}, "metric=gaussian/fd_lite0 judges stage 1"),
         ({"metric": "fd_lite0", "overrides": {"evaluation.extractor": "vgg16"}}, "is measured by lite0, not by"),
     ],
 )
@@ -309,10 +310,20 @@ def test_a_trial_is_what_glann_train_makes_of_the_same_values(tmp_path: Path):
     assert trial.run_dir == study.run_dir(7)
 
 
-@pytest.mark.parametrize(("metric", "extractor"), [("fd_lite0", "lite0"), ("fd_vgg16_glo", "vgg16"), ("l1", None)])
+@pytest.mark.parametrize(
+    ("metric", "extractor"),
+    [("fd_lite0", "lite0"), ("fd_vgg16_glo", "vgg16"), ("gaussian/fid", "inception"), ("l1", None)],
+)
 def test_trials_are_measured_by_what_the_metric_is_named_for(tmp_path: Path, metric: str, extractor: str | None):
     study = load_study(written(tmp_path, {"metric": metric}))
     assert study.base().evaluation.extractor == (extractor or load("digits").evaluation.extractor)
+
+
+def test_a_metric_with_the_suffix_of_old_is_the_one_of_today(tmp_path: Path):
+    """Studies that began under the old name go on."""
+    old, new = (load_study(written(tmp_path, {"metric": m})) for m in ("fd_lite0_glo", "gaussian/fd_lite0"))
+    assert old == new
+    assert load_study(written(tmp_path, {"metric": old.metric})) == old
 
 
 def test_a_recipe_file_is_taken_as_it_is(tmp_path: Path):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from glann.errors import UserError
-from glann.metrics.features import efficientnet_lite, inception
-from glann.metrics.features.extractor import EXTRACTORS, build_extractor
+from glann.metrics.features import efficientnet_lite, extractor, inception
+from glann.metrics.features.extractor import build_extractor
 from torch.nn import functional as F
 
 
@@ -43,7 +43,9 @@ def images(count, channels, side, seed=0):
 @pytest.fixture(scope="module")
 def lite0():
     weights = random_lite0()
-    return build_extractor("lite0", lambda name: (weights, "lite"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractor, "load_weights", lambda name: (weights, "lite"))
+        return build_extractor("lite0")
 
 
 def test_features_do_not_depend_on_batch_mates(lite0):
@@ -60,23 +62,15 @@ def test_grey_is_the_rgb_image_of_equal_channels_and_no_image_has_no_features(li
     assert lite0(grey[:0]).shape == (0, lite0.dim)
 
 
-def test_the_metric_is_named_for_its_extractor(lite0):
-    assert lite0.metric == "fd_lite0"
-    assert {name: recipe.metric for name, recipe in EXTRACTORS.items()} == {
-        "squeezenet": "fd_squeezenet",
-        "vgg16": "fd_vgg16",
-        "lite0": "fd_lite0",
-        "inception": "fid",
-    }
-
-
-def test_wrong_names_weights_and_images_are_one_line(lite0):
+def test_wrong_names_weights_and_images_are_one_line(lite0, monkeypatch):
     with pytest.raises(UserError, match="no feature extractor 'resnet'; there are inception, lite0"):
-        build_extractor("resnet", lambda name: ({}, ""))
+        build_extractor("resnet")
+    monkeypatch.setattr(extractor, "load_weights", lambda name: ({"a": torch.zeros(1)}, ""))
     with pytest.raises(UserError, match=r"weights x\.safetensors do not fit extractor inception"):
-        build_extractor("inception", lambda name: ({"a": torch.zeros(1)}, ""), weights="x.safetensors")
+        build_extractor("inception", weights="x.safetensors")
+    monkeypatch.setattr(extractor, "load_weights", lambda name: ({"layer.weight": torch.zeros(1)}, ""))
     with pytest.raises(UserError, match="do not fit extractor lite0"):
-        build_extractor("lite0", lambda name: ({"layer.weight": torch.zeros(1)}, ""))
+        build_extractor("lite0")
     with pytest.raises(UserError, match="uint8"):
         lite0(torch.rand(1, 3, 8, 8))
 
@@ -93,11 +87,11 @@ def test_inception_has_the_published_number_of_parameters():
     assert sum(p.numel() for p in network.parameters()) == 21_785_568
 
 
-def test_inception_gives_2048_features_from_small_images():
+def test_inception_gives_2048_features_from_small_images(monkeypatch):
     torch.manual_seed(0)
     weights = inception.Inception().state_dict() | {"fc.weight": torch.zeros(1008, 2048)}
-    extractor = build_extractor("inception", lambda name: (weights, "fid"))
-    features = extractor(images(1, 1, 28))
+    monkeypatch.setattr(extractor, "load_weights", lambda name: (weights, "fid"))
+    features = build_extractor("inception")(images(1, 1, 28))
     assert features.shape == (1, 2048)
     assert features.isfinite().all()
 

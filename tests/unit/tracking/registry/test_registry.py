@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,9 @@ from glann.cli import main as cli
 from glann.config.run import load
 from glann.errors import UserError
 from glann.metrics import evaluate as evaluation
+from glann.metrics.features import extractor
 from glann.metrics.features.extractor import EXTRACTORS, Recipe
+from glann.metrics.spec import METRICS
 from glann.tracking import outbox
 from glann.tracking.registry import catalogue, lineage
 from glann.tracking.registry import history as promotion
@@ -65,10 +68,8 @@ def here(home, monkeypatch):
     monkeypatch.chdir(home.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", home.uri)
     monkeypatch.setattr(outbox, "POLL_S", 0.05)
-    monkeypatch.setitem(
-        EXTRACTORS, "squeezenet", Recipe("none", 48, lambda *_: Pixels(), lambda img: img / 255, "fd_squeezenet")
-    )
-    monkeypatch.setattr(evaluation, "load_weights", lambda name: ({}, ""))
+    monkeypatch.setitem(EXTRACTORS, "squeezenet", Recipe("none", 48, lambda *_: Pixels(), lambda img: img / 255))
+    monkeypatch.setattr(extractor, "load_weights", lambda name: ({}, ""))
 
 
 @pytest.fixture
@@ -128,6 +129,7 @@ def test_a_version_says_what_it_is_and_where_it_comes_from(home, name, capsys):
         "glann.config.glo.epochs": "3",
         "glann.config.sampler.noise_dim": "5",
         "glann.metric.fd_squeezenet": "2.8",
+        "glann.metric.gaussian/fd_squeezenet": "3.5",
         "glann.metric.l1": "0.0625",
         "glann.metric.psnr": "21.5",
     }
@@ -147,6 +149,22 @@ def test_a_run_of_a_study_names_study_trial_and_parent_in_tags_and_card(home, na
     found = home.client.get_model_version(name, "1")
     assert known.items() <= found.tags.items()
     assert "| study | depth, trial 7 |" in found.description
+
+
+def test_a_run_that_was_tracked_with_the_old_suffix_is_registered_and_listed_like_a_new_one(home, name, capsys):
+    config = make_config("old")
+    make_run(config, metrics={"gaussian/fd_squeezenet": None, "fd_squeezenet_glo": 4.5})
+    track(config, home.uri, register_as=name)
+    found = home.client.get_model_version(name, "1").tags
+    assert found["glann.metric.gaussian/fd_squeezenet"] == "4.5"
+    assert "glann.metric.fd_squeezenet_glo" not in found
+    # as versions that were registered then have it
+    home.client.set_model_version_tag(name, "1", "glann.metric.fd_squeezenet_glo", "4.25")
+    home.client.delete_model_version_tag(name, "1", "glann.metric.gaussian/fd_squeezenet")
+    version = catalogue.read(home.client, name).version(1)
+    assert version.metrics["gaussian/fd_squeezenet"] == "4.25"
+    rows = [line.split("\t") for line in run(capsys, "registry", "list")[1].splitlines()]
+    assert [row[-1] for row in rows if row[0] == name] == ["fd_squeezenet 2.5, l1 0.0625, psnr 21.5"]
 
 
 def test_training_and_registering_by_hand_write_the_same(home, name):
@@ -311,6 +329,15 @@ def test_a_better_challenger_takes_over_with_the_numbers_of_both(home, name):
         assert float(found[f"glann.promotion.{key}"]) == pytest.approx(alone["fd_squeezenet"], rel=1e-9)
     assert found["glann.promotion.previous"] == "1"
     assert found["glann.promotion.samples"] == "100"
+
+
+def test_which_of_two_is_worse_is_the_metrics_to_say(home, name, monkeypatch):
+    monkeypatch.setitem(METRICS, "fd_squeezenet", replace(METRICS["fd_squeezenet"], better="higher"))
+    register_run("runs/bad", name)
+    promote(name)
+    register_run("runs/good", name)
+    with pytest.raises(UserError, match=r"version 2 of .* is worse than the champion, version 1"):
+        promote(name)
 
 
 def test_the_real_images_are_read_once_for_both(home, name, monkeypatch):
@@ -494,7 +521,7 @@ def test_registered_models_are_sampled_interpolated_and_evaluated(home, name, ca
         np.testing.assert_array_equal(a, b)
     status, out, err = run(capsys, "evaluate", uri, "--samples", 50)
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["fd_squeezenet", "fd_squeezenet_glo"]
+    assert [line.split()[0] for line in out.splitlines()] == ["fd_squeezenet", "gaussian/fd_squeezenet"]
     assert err == "reconstruction is not measured: it needs the codes in a run folder, and their images\n"
     status, _, err = run(capsys, "evaluate", uri, "--data", "data-32")
     assert (status, "data.resolution is 28 but data-32 holds images of 32" in err) == (2, True)

@@ -1,0 +1,198 @@
+"""Evaluation measures what the table says: one entry is enough, and more entries cost no more passes over images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from glann.config.run import find_recipe
+from glann.inference.model import SamplingModel
+from glann.inference.package import open_model
+from glann.metrics import evaluate as evaluation
+from glann.metrics.features import extractor
+from glann.metrics.features.extractor import EXTRACTORS, Recipe
+from glann.metrics.frechet import Moments, frechet_distance
+from glann.metrics.result import Result, by_key, to_key
+from glann.metrics.spec import METRICS, Codes, Metric, Samples
+from glann.reports.card import write_card
+from glann.reports.run import metric_rows
+from glann.tuning.study import load_study
+from registered_runs import DIM, ROWS, make_config, make_run
+from torch import Tensor, nn
+
+SEED = 4
+
+
+class Pixels(nn.Module):
+    """An extractor without weights: the image, small."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+
+    def forward(self, img_B3HW):
+        return self.layers(img_B3HW)
+
+
+@dataclass(frozen=True)
+class Brightness:
+    """A tally of a metric that is in no table of ours."""
+
+    count: int = 0
+    total: float = 0.0
+
+    def update(self, seen: Tensor, /) -> Brightness:
+        return self.merge(Brightness(seen.numel(), float(seen.double().sum())))
+
+    def merge(self, other: Brightness, /) -> Brightness:
+        return Brightness(self.count + other.count, self.total + other.total)
+
+    def mean(self) -> float:
+        return self.total / self.count
+
+
+def darker(real: Brightness, drawn: Brightness) -> float:
+    return drawn.mean() - real.mean()
+
+
+def worst(fake_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
+    return (fake_BCHW.double() - real_BCHW.double()).abs().flatten(1).amax(1)
+
+
+TOYS = (
+    Metric("toy", "Toy distance", "how much brighter samples are", "higher", "{:.3f} lux", Samples(Brightness, darker)),
+    Metric("fd_toy", "Toy of features", "the same", "lower", "{:.1f}", Samples(Brightness, darker, "squeezenet")),
+    Metric("blot", "Worst", "largest error", "lower", "{:.1f}", Codes(worst)),
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A working folder with a finished run and its data."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.manual_seed(0)
+        config = make_config("x")
+        make_run(config, 0.3)
+    return SimpleNamespace(folder=folder, config=config)
+
+
+@pytest.fixture
+def world(home, monkeypatch):
+    """A finished run, its codes, and how often its images were read, drawn and seen by the extractor."""
+    monkeypatch.chdir(home.folder)
+    seen = {"read": 0, "drawn": [], "features": 0}
+    recipe = Recipe("none", 48, lambda *_: Pixels(), lambda img: img / 255)
+    monkeypatch.setitem(EXTRACTORS, "squeezenet", recipe)
+    monkeypatch.setattr(extractor, "load_weights", lambda name: ({}, ""))
+    z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1).numpy()
+    monkeypatch.setattr(evaluation.retention, "latest", lambda store: 1)
+    monkeypatch.setattr(evaluation.reader, "load_rows", lambda store, step, rows: {"z": z_ND[rows.start : rows.stop]})
+    decode, stream = evaluation.training_images, SamplingModel.stream
+    features = extractor.Extractor.__call__
+
+    def read(*args):
+        for batch in decode(*args):
+            seen["read"] += len(batch)
+            yield batch
+
+    def drawn(self, n, *args, **how):
+        seen["drawn"].append(n)
+        return stream(self, n, *args, **how)
+
+    def looked(self, img_BCHW):
+        seen["features"] += len(img_BCHW)
+        return features(self, img_BCHW)
+
+    monkeypatch.setattr(evaluation, "training_images", read)
+    monkeypatch.setattr(SamplingModel, "stream", drawn)
+    monkeypatch.setattr(extractor.Extractor, "__call__", looked)
+    manifest, model = open_model(home.config.run_dir, s3=home.config.s3)
+    return SimpleNamespace(config=home.config, manifest=manifest, model=model, seen=seen, z_ND=z_ND)
+
+
+def evaluated(world) -> list[Result]:
+    return evaluation.evaluate(world.config, world.manifest, world.model, seed=SEED)
+
+
+def test_results_name_metric_and_sampler(world):
+    results = evaluated(world)
+    assert [(result.metric, result.sampler) for result in results] == [
+        ("l1", None),
+        ("psnr", None),
+        ("fd_squeezenet", "imle"),
+        ("fd_squeezenet", "gaussian"),
+    ]
+    assert list(by_key(results)) == ["l1", "psnr", "fd_squeezenet", "gaussian/fd_squeezenet"]
+
+
+def test_values_are_those_of_the_images_as_users_draw_them(world):
+    images = evaluation.open_images(world.config)
+    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    look = extractor.build_extractor("squeezenet")
+    values = by_key(evaluated(world))
+    for key, method in (("fd_squeezenet", "imle"), ("gaussian/fd_squeezenet", "glo")):
+        drawn = torch.from_numpy(world.model.sample(200, SEED, method=method)).permute(0, 3, 1, 2)
+        expected = frechet_distance(Moments.of(look(real)), Moments.of(look(drawn)))
+        assert values[key] == pytest.approx(expected, rel=1e-9)
+    fake = torch.from_numpy(world.model.decode(torch.from_numpy(world.z_ND))).permute(0, 3, 1, 2)
+    assert values["l1"] == pytest.approx((fake.double() - real.double()).abs().mean().item() / 255)
+
+
+def test_a_metric_more_is_one_entry_of_the_table_and_costs_no_pass(world, monkeypatch, tmp_path):
+    """It is measured, told on the card, and can be what a study is about."""
+    before = by_key(evaluated(world))
+    cost = dict(world.seen)
+    world.seen.update(read=0, drawn=[], features=0)
+    for toy in TOYS:
+        monkeypatch.setitem(METRICS, toy.name, toy)
+    results = evaluated(world)
+    values = by_key(results)
+    assert world.seen == cost == {"read": 2 * ROWS, "drawn": [200, 200], "features": ROWS + 2 * 200}
+    assert before.items() <= values.items()
+    names = ["toy", "gaussian/toy", "fd_toy", "gaussian/fd_toy", "blot"]
+    assert set(values) == set(before) | set(names)
+    assert Result("toy", values["gaussian/toy"], "gaussian") in results
+
+    rows = {title: (value, meaning) for title, value, meaning in metric_rows(values)}
+    assert rows["Toy distance"] == (f"{values['toy']:.3f} lux", "how much brighter samples are; higher is better")
+    assert "Toy distance, Gaussian (GLO baseline)" in rows
+    path = world.config.run_dir / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": values}))
+    assert f"| Toy distance | {values['toy']:.3f} lux |" in write_card(world.config.run_dir).read_text()
+
+    study = tmp_path / "study.yaml"
+    base = f"name: s\nrecipe: {find_recipe('digits')}\nspace: {{sampler.noise_dim: {{integer: [8, 16]}}}}\nmetric: "
+    study.write_text(f"{base}toy")
+    assert load_study(study).minimize is False
+    study.write_text(f"{base}fd_toy")
+    assert load_study(study).minimize is True
+    assert load_study(study).base().evaluation.extractor == "squeezenet"
+    study.write_text("\n".join([base.replace("sampler.noise_dim", "glo.batch_size") + to_key("toy", "gaussian")]))
+    assert load_study(study).metric == "gaussian/toy"
+
+
+def test_a_metric_of_another_extractor_is_not_measured(world, monkeypatch):
+    other = replace(TOYS[0], name="other", needs=Samples(Brightness, darker, "lite0"))
+    monkeypatch.setitem(METRICS, "other", other)
+    assert "other" not in by_key(evaluated(world))
+
+
+def test_without_the_codes_only_samples_are_measured(world):
+    results = evaluation.evaluate(world.config, world.manifest, world.model, with_codes=False)
+    assert {result.metric for result in results} == {"fd_squeezenet"}
+
+
+def test_tallies_of_workers_merge(world):
+    """What two workers have seen is what one sees, up to rounding."""
+    images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
+    panel = evaluation.build_panel(METRICS[name] for name in ("fd_squeezenet", "l1"))
+    whole, one, two = (panel.tally([part]) for part in (images, images[:7], images[7:]))
+    assert list(whole.by_metric) == ["fd_squeezenet"]
+    assert (whole.count, one.count, two.count) == (20, 7, 13)
+    merged = one.by_metric["fd_squeezenet"].merge(two.by_metric["fd_squeezenet"])
+    torch.testing.assert_close(merged.mean_F, whole.by_metric["fd_squeezenet"].mean_F)
