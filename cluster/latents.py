@@ -218,7 +218,7 @@ class LatentTable:
         """Keep the shard in a new actor on this node; it ends with the worker that owns it.
 
         Args:
-            in_flight: updates that may be under way before `push` waits for the oldest.
+            in_flight: updates that may be in flight before `apply` waits for the oldest.
             options: further arguments of `LatentShard`.
         """
         return cls(rows, _InActor(rows, dim, seed, **options), in_flight)
@@ -229,12 +229,12 @@ class LatentTable:
         return cls(rows, _InProcess(LatentShard(rows, dim, seed, **options)), 1)
 
     def prefetch(self, rows_B: Rows) -> None:
-        """Start gathering rows that `take` will ask for."""
+        """Start gathering rows for a later `gather`."""
         rows_B = np.ascontiguousarray(rows_B, np.int64)
         self._gathers[rows_B.tobytes()] = (rows_B, self._shard.start("gather", rows_B))
 
-    def take(self, rows_B: Rows) -> Tensor:
-        """Codes z_BD of global rows as a new float32 tensor, after every update pushed so far."""
+    def gather(self, rows_B: Rows) -> Tensor:
+        """Codes z_BD of global rows as a new float32 tensor, after all updates so far."""
         rows_B = np.ascontiguousarray(rows_B, np.int64)
         _, pending = self._gathers.pop(rows_B.tobytes(), (rows_B, None))
         if pending is None:
@@ -243,7 +243,7 @@ class LatentTable:
             self._updates.popleft()  # its answer tells of both
         return torch.tensor(self._shard.finish(pending))  # a copy: arrays from Ray are read-only
 
-    def push(
+    def apply(
         self,
         epoch: int,
         step: int,
@@ -256,9 +256,9 @@ class LatentTable:
         """Start `LatentShard.apply`; the arguments may be changed as soon as this returns.
 
         Args:
-            ahead_B: rows that a later `take` will ask for, gathered after this update by the same call.
+            ahead_B: rows of a later `gather`, gathered after this update by the same call.
         """
-        self._make_room()
+        self._limit_in_flight()
         rows_B = np.array(rows_B, np.int64)
         unmoved = np.array(skipped, np.int64) if len(skipped) else ()  # an empty array is one more to send
         grad = grad_BD.detach().to("cpu", torch.float32).numpy()
@@ -279,7 +279,7 @@ class LatentTable:
 
     def skip(self, epoch: int, step: int, rows_B: Rows) -> None:
         """Count rows as visited without moving them, such as those of a step that was not finite."""
-        self._make_room()
+        self._limit_in_flight()
         self._updates.append(self._shard.start("skip", epoch, step, np.array(rows_B, np.int64)))
 
     def flush(self) -> None:
@@ -329,8 +329,8 @@ class LatentTable:
         self._gathers.clear()
         self._shard.close()
 
-    def _make_room(self) -> None:
-        """Ask after the oldest update only when as many as may be are under way: asking takes time too."""
+    def _limit_in_flight(self) -> None:
+        """Wait for the oldest updates while the limit is reached, and not sooner: each wait costs time too."""
         while len(self._updates) >= self._in_flight:
             self._shard.finish(self._updates.popleft())
 

@@ -55,12 +55,12 @@ def train(rank, world):
         weight_B = (torch.arange(len(padded_B)) < len(own_B)).float()
         target = images[padded_B]
         result = engine.step(
-            table.take(padded_B.numpy()),
+            table.gather(padded_B.numpy()),
             weight_B,
             lambda f, p: (f - target[p]).abs().mean((1, 2, 3)),  # noqa: B023
             1e-3,
         )
-        table.push(0, step, own_B.numpy(), result.grad_BD[: len(own_B)], 0.01)
+        table.apply(0, step, own_B.numpy(), result.grad_BD[: len(own_B)], 0.01)
     state = engine.state()
     trainer = MappingTrainer(build_mapping(settings.imle, 6), settings, torch.device("cpu"))
     losses = [epoch.loss for epoch in train_imle(settings, table.codes(), rows, ROWS, trainer, 0, lambda: 0.0)]

@@ -199,7 +199,7 @@ class Worker:
     def report_imle(self, phase: str, epoch: int, step: int) -> None:
         self.reporter.enter(phase)
         if monotonic() - self.table_seen_at > TABLE_WATCH_S:  # stage 2 works on a copy of its codes
-            self.latents.take(())
+            self.latents.gather(())
             self.table_seen_at = monotonic()
         if self.rank == 0 and phase == "imle":
             steps = math.ceil(len(self.images) / self.config.imle.batch_size)
