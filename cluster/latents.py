@@ -27,7 +27,7 @@ from ..storage.base import Store
 from .checkpoints.layout import Files
 from .checkpoints.pieces import write_rows
 from .row_optimizers import Constraint, project, row_optimizer, usable_rows
-from .snapshot import FrozenRows
+from .snapshot import Snapshot
 
 Position = tuple[int, int]  # (epoch, step)
 Arrays = dict[str, np.ndarray]
@@ -56,7 +56,7 @@ class LatentShard:
         self._z_nD = project(first_nD, "sphere", first_nD)
         self._moments_n = self._optimizer.moments(len(rows), dim)
         self._visits_n = torch.zeros(len(rows), dtype=torch.int32)
-        self._frozen: list[FrozenRows] = []
+        self._snapshots: list[Snapshot] = []
         self._saving: Future[Files] = Future()
 
     def gather(self, rows_B: Rows) -> np.ndarray:
@@ -97,7 +97,7 @@ class LatentShard:
             raise ValueError(f"gradient of shape {grad_BD.shape} for {len(at_B)} codes")
         gradient_BD = torch.tensor(grad_BD, dtype=torch.float32)  # a copy: arrays from Ray are read-only
         self._refuse_unusable(gradient_BD, at_B)
-        self._keep(visited_at)
+        self._preserve(visited_at)
         self._visits_n[visited_at] += 1
         self._move(at_B, gradient_BD, lr)
         self.position = (epoch, step)
@@ -123,17 +123,17 @@ class LatentShard:
 
     def start_saving(self, store: Store, folder: str, block_bytes: int) -> None:
         """Write the rows as they are now as `latents-*.safetensors` below `folder`, behind what is called next."""
-        frozen, saving = FrozenRows(self._state()), Future[Files]()
-        self._frozen.append(frozen)
+        snapshot, saving = Snapshot(self._state()), Future[Files]()
+        self._snapshots.append(snapshot)
         self._saving = saving
 
         def write() -> None:
             try:
-                saving.set_result(write_rows(store, folder, self.rows.start, frozen, block_bytes))
+                saving.set_result(write_rows(store, folder, self.rows.start, snapshot, block_bytes))
             except BaseException as error:  # told by `saved`
                 saving.set_exception(error)
             finally:
-                self._frozen.remove(frozen)
+                self._snapshots.remove(snapshot)
 
         threading.Thread(target=write, name="latents", daemon=True).start()
 
@@ -160,15 +160,15 @@ class LatentShard:
                     f"the saved latent table has {name} as {held.dtype}{list(held.shape)} where "
                     f"{needed.dtype}{list(needed.shape)} is needed; resume with the configuration of the run"
                 )
-        self._keep(torch.arange(len(self.rows)))
+        self._preserve(torch.arange(len(self.rows)))
         for name, tensor in state.items():
             tensor.numpy()[...] = arrays[name]
         self.position = position
 
-    def _keep(self, at_B: Tensor) -> None:
-        """These rows are about to change: who is saving them as they are must have them."""
-        for frozen in tuple(self._frozen):  # the threads that write take theirs out
-            frozen.keep(at_B)
+    def _preserve(self, at_B: Tensor) -> None:
+        """Copy rows that are about to change into the snapshots that are still being written."""
+        for snapshot in tuple(self._snapshots):  # writing threads remove theirs
+            snapshot.preserve(at_B)
 
     def _state(self) -> dict[str, Tensor]:
         return {"z": self._z_nD, **self._moments_n, "steps": self._visits_n}
