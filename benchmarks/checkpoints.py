@@ -68,9 +68,9 @@ class Rank:
         rows_B = self.draw()
         while len(taken) < count or self.writer.saving:
             began = time.perf_counter()
-            z_BD = self.table.take(rows_B)
+            z_BD = self.table.gather(rows_B)
             time.sleep(STEP_S)
-            self.table.push(0, self.number, rows_B, z_BD, 0.01)
+            self.table.apply(0, self.number, rows_B, z_BD, 0.01)
             rows_B = self.draw()
             self.table.prefetch(rows_B)
             self.number += 1

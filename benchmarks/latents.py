@@ -87,7 +87,7 @@ def in_turns(options: argparse.Namespace) -> None:
 
 
 def behind_a_step(options: argparse.Namespace) -> None:
-    """What take, prefetch and push cost a worker whose step lasts 50 ms."""
+    """What gather, prefetch and apply cost a worker whose step lasts 50 ms."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
@@ -99,14 +99,14 @@ def behind_a_step(options: argparse.Namespace) -> None:
         for step, (rows_B, grad_BD) in enumerate(plan):
             ahead_B = [one[0] for one in plan[step + 1 : step + 3]]
             start = time.perf_counter()
-            table.take(rows_B)
+            table.gather(rows_B)
             if not together and ahead_B:
                 table.prefetch(ahead_B[0])
             waited = time.perf_counter() - start
             time.sleep(0.05)  # the training step, which computes elsewhere
             start = time.perf_counter()
             after_next_B = ahead_B[1] if together and len(ahead_B) == 2 else None
-            table.push(int(together), step, rows_B, grad_BD, 0.01, ahead_B=after_next_B)
+            table.apply(int(together), step, rows_B, grad_BD, 0.01, ahead_B=after_next_B)
             waits.append(waited + time.perf_counter() - start)
         table.flush()
         wait = statistics.median(waits[2:-2])

@@ -196,10 +196,10 @@ def stop(
 
 @contextmanager
 def _connected(address: str) -> Iterator[JobSubmissionClient]:
-    from ..cluster.jobs.client import connect, told
+    from ..cluster.jobs.client import connect, one_line_errors
 
     client = connect(address)
-    with told(address):
+    with one_line_errors(address):
         yield client
 
 

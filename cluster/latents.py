@@ -27,7 +27,7 @@ from ..storage.base import Store
 from .checkpoints.layout import Files
 from .checkpoints.pieces import write_rows
 from .row_optimizers import Constraint, project, row_optimizer, usable_rows
-from .snapshot import FrozenRows
+from .snapshot import Snapshot
 
 Position = tuple[int, int]  # (epoch, step)
 Arrays = dict[str, np.ndarray]
@@ -56,7 +56,7 @@ class LatentShard:
         self._z_nD = project(first_nD, "sphere", first_nD)
         self._moments_n = self._optimizer.moments(len(rows), dim)
         self._visits_n = torch.zeros(len(rows), dtype=torch.int32)
-        self._frozen: list[FrozenRows] = []
+        self._snapshots: list[Snapshot] = []
         self._saving: Future[Files] = Future()
 
     def gather(self, rows_B: Rows) -> np.ndarray:
@@ -97,7 +97,7 @@ class LatentShard:
             raise ValueError(f"gradient of shape {grad_BD.shape} for {len(at_B)} codes")
         gradient_BD = torch.tensor(grad_BD, dtype=torch.float32)  # a copy: arrays from Ray are read-only
         self._refuse_unusable(gradient_BD, at_B)
-        self._keep(visited_at)
+        self._preserve(visited_at)
         self._visits_n[visited_at] += 1
         self._move(at_B, gradient_BD, lr)
         self.position = (epoch, step)
@@ -123,17 +123,17 @@ class LatentShard:
 
     def start_saving(self, store: Store, folder: str, block_bytes: int) -> None:
         """Write the rows as they are now as `latents-*.safetensors` below `folder`, behind what is called next."""
-        frozen, saving = FrozenRows(self._state()), Future[Files]()
-        self._frozen.append(frozen)
+        snapshot, saving = Snapshot(self._state()), Future[Files]()
+        self._snapshots.append(snapshot)
         self._saving = saving
 
         def write() -> None:
             try:
-                saving.set_result(write_rows(store, folder, self.rows.start, frozen, block_bytes))
+                saving.set_result(write_rows(store, folder, self.rows.start, snapshot, block_bytes))
             except BaseException as error:  # told by `saved`
                 saving.set_exception(error)
             finally:
-                self._frozen.remove(frozen)
+                self._snapshots.remove(snapshot)
 
         threading.Thread(target=write, name="latents", daemon=True).start()
 
@@ -160,15 +160,15 @@ class LatentShard:
                     f"the saved latent table has {name} as {held.dtype}{list(held.shape)} where "
                     f"{needed.dtype}{list(needed.shape)} is needed; resume with the configuration of the run"
                 )
-        self._keep(torch.arange(len(self.rows)))
+        self._preserve(torch.arange(len(self.rows)))
         for name, tensor in state.items():
             tensor.numpy()[...] = arrays[name]
         self.position = position
 
-    def _keep(self, at_B: Tensor) -> None:
-        """These rows are about to change: who is saving them as they are must have them."""
-        for frozen in tuple(self._frozen):  # the threads that write take theirs out
-            frozen.keep(at_B)
+    def _preserve(self, at_B: Tensor) -> None:
+        """Copy rows that are about to change into the snapshots that are still being written."""
+        for snapshot in tuple(self._snapshots):  # writing threads remove theirs
+            snapshot.preserve(at_B)
 
     def _state(self) -> dict[str, Tensor]:
         return {"z": self._z_nD, **self._moments_n, "steps": self._visits_n}
@@ -218,7 +218,7 @@ class LatentTable:
         """Keep the shard in a new actor on this node; it ends with the worker that owns it.
 
         Args:
-            in_flight: updates that may be under way before `push` waits for the oldest.
+            in_flight: updates that may be in flight before `apply` waits for the oldest.
             options: further arguments of `LatentShard`.
         """
         return cls(rows, _InActor(rows, dim, seed, **options), in_flight)
@@ -229,12 +229,12 @@ class LatentTable:
         return cls(rows, _InProcess(LatentShard(rows, dim, seed, **options)), 1)
 
     def prefetch(self, rows_B: Rows) -> None:
-        """Start gathering rows that `take` will ask for."""
+        """Start gathering rows for a later `gather`."""
         rows_B = np.ascontiguousarray(rows_B, np.int64)
         self._gathers[rows_B.tobytes()] = (rows_B, self._shard.start("gather", rows_B))
 
-    def take(self, rows_B: Rows) -> Tensor:
-        """Codes z_BD of global rows as a new float32 tensor, after every update pushed so far."""
+    def gather(self, rows_B: Rows) -> Tensor:
+        """Codes z_BD of global rows as a new float32 tensor, after all updates so far."""
         rows_B = np.ascontiguousarray(rows_B, np.int64)
         _, pending = self._gathers.pop(rows_B.tobytes(), (rows_B, None))
         if pending is None:
@@ -243,7 +243,7 @@ class LatentTable:
             self._updates.popleft()  # its answer tells of both
         return torch.tensor(self._shard.finish(pending))  # a copy: arrays from Ray are read-only
 
-    def push(
+    def apply(
         self,
         epoch: int,
         step: int,
@@ -256,9 +256,9 @@ class LatentTable:
         """Start `LatentShard.apply`; the arguments may be changed as soon as this returns.
 
         Args:
-            ahead_B: rows that a later `take` will ask for, gathered after this update by the same call.
+            ahead_B: rows of a later `gather`, gathered after this update by the same call.
         """
-        self._make_room()
+        self._limit_in_flight()
         rows_B = np.array(rows_B, np.int64)
         unmoved = np.array(skipped, np.int64) if len(skipped) else ()  # an empty array is one more to send
         grad = grad_BD.detach().to("cpu", torch.float32).numpy()
@@ -279,7 +279,7 @@ class LatentTable:
 
     def skip(self, epoch: int, step: int, rows_B: Rows) -> None:
         """Count rows as visited without moving them, such as those of a step that was not finite."""
-        self._make_room()
+        self._limit_in_flight()
         self._updates.append(self._shard.start("skip", epoch, step, np.array(rows_B, np.int64)))
 
     def flush(self) -> None:
@@ -329,8 +329,8 @@ class LatentTable:
         self._gathers.clear()
         self._shard.close()
 
-    def _make_room(self) -> None:
-        """Ask after the oldest update only when as many as may be are under way: asking takes time too."""
+    def _limit_in_flight(self) -> None:
+        """Wait for the oldest updates while the limit is reached, and not sooner: each wait costs time too."""
         while len(self._updates) >= self._in_flight:
             self._shard.finish(self._updates.popleft())
 

@@ -107,7 +107,7 @@ def train_glo(
         after_next = [*plan[2:], None, None][: len(plan)]
         stream = batches(images, plan, threads=config.data.threads, prefetch=config.data.prefetch, max_bad=bad_rows)
         for planned, ahead, batch in zip(plan, after_next, stream, strict=True):
-            z_BD = latents.take(planned.rows_B).to(engine.device)
+            z_BD = latents.gather(planned.rows_B).to(engine.device)
             img_BCHW = batch.img_BCHW.to(engine.device, non_blocking=True).float() / 255
             weight_B = batch.weight_B.to(engine.device, non_blocking=True)
             seed_B = patch_seeds(config.seed, epoch, batch.rows_B)
@@ -127,7 +127,7 @@ def train_glo(
             if result.applied:
                 grad_BD = result.grad_BD[weight_B > 0].cpu()
                 ahead_B = ahead and ahead.rows_B  # gathered by the same call, and here when its step begins
-                latents.push(epoch, batch.step, rows_B, grad_BD, latent_lr, unread_B, ahead_B)
+                latents.apply(epoch, batch.step, rows_B, grad_BD, latent_lr, unread_B, ahead_B)
             else:
                 latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
             bad_in_a_row = 0 if result.applied else bad_in_a_row + 1

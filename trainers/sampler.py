@@ -76,7 +76,7 @@ class SamplerStage(Stage):
     def poll_table(self) -> None:
         """Raise if the actor that holds this worker's codes has died."""
         if monotonic() - self.polled_at > TABLE_POLL_S:
-            self.context.latents.take(())
+            self.context.latents.gather(())
             self.polled_at = monotonic()
 
     def lazy_state(self) -> dict[str, State]:

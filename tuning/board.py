@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..trainers.stage import stage_infos
 from .ledger import Ledger, Trial, best_of, in_words
-from .not_pickled import NotKept
+from .not_pickled import NotPickled
 from .study import StudyConfig
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ROWS = 12  # of trials that a screen is given
 STYLES = {"finished": "green", "failed": "red", "stopped": "dim", "running": ""}
 
 
-class Board(NotKept, tune.Callback):
+class Board(NotPickled, tune.Callback):
     """Hears of every result from Ray Tune. Use as a context manager around the study."""
 
     def __init__(self, study: StudyConfig, ledger: Ledger, console: Console) -> None:

@@ -13,13 +13,13 @@ from ..storage.journal import FILE as JOURNAL
 from ..storage.journal import entries
 from ..tracking.runs import TrackedRun
 from .ledger import Ledger, best_of
-from .not_pickled import NotKept
+from .not_pickled import NotPickled
 from .study import StudyConfig
 
 TELL_EVERY_S = 30.0  # a study that is killed forgets at most so much of what it took
 
 
-class Budget(NotKept, tune.Callback):
+class Budget(NotPickled, tune.Callback):
     """A clock of hours and GPU-hours, kept in the journal of the study, where MLflow has it from too."""
 
     def __init__(

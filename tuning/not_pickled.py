@@ -1,10 +1,10 @@
-"""Ray Tune writes out whatever it is given, so as to go on by itself; nothing of a study is read back."""
+"""Objects that Ray Tune must not save: it pickles all that it is given for a resume of its own, which is never used."""
 
 from __future__ import annotations
 
 
-class NotKept:
-    """Mixin of what belongs to the process of a study: written out as nothing."""
+class NotPickled:
+    """Mixin of objects that belong to the process of a study: pickled as a plain `object`."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()

@@ -19,7 +19,7 @@ from ray.tune.utils import flatten_dict
 from ..storage.open import open_store
 from ..trainers.run.preflight import is_worked_on
 from .ledger import BASELINE, Ledger, Trial
-from .not_pickled import NotKept
+from .not_pickled import NotPickled
 from .space import Dimension, Params, dependencies_first, grid
 from .study import StudyConfig
 
@@ -97,7 +97,7 @@ def _frozen(study: StudyConfig, trial: Trial) -> FrozenTrial:
     )
 
 
-class LedgerSearch(NotKept, Searcher):
+class LedgerSearch(NotPickled, Searcher):
     """Hands out trials to Ray Tune: first those that were interrupted, then new ones, up to the budget.
 
     Args:
@@ -174,7 +174,7 @@ class LedgerSearch(NotKept, Searcher):
         """Never asked for."""
 
 
-class Members(NotKept, tune.Callback):
+class Members(NotPickled, tune.Callback):
     """Tells the ledger of a population's trials, which no search has handed out."""
 
     def __init__(self, search: LedgerSearch) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...storage.base import Store
-from ..snapshot import FrozenRows
+from ..snapshot import Snapshot
 from .layout import File, Files
 
 BLOCK_BYTES = 256 << 20  # a file of tensors or of latent rows is of about this size
@@ -152,7 +152,7 @@ def put(store: Store, key: str, data: Iterator[memoryview]) -> File:
     return File(size=size, sha256=digest.hexdigest())
 
 
-def write_rows(store: Store, folder: str, first_row: int, rows: FrozenRows, block_bytes: int) -> Files:
+def write_rows(store: Store, folder: str, first_row: int, rows: Snapshot, block_bytes: int) -> Files:
     """Write rows of the latent table in blocks below `folder`; a block is in memory while it is sent."""
     count, step = len(rows), max(1, block_bytes // max(1, rows.row_bytes))
     files: Files = {}

@@ -87,15 +87,15 @@ def connect(address: str) -> JobSubmissionClient:
     enable_token_auth()
     given = {key: os.environ.pop(key) for key in (ADDRESS_VARIABLE, "RAY_ADDRESS") if key in os.environ}
     try:
-        with told(address):
+        with one_line_errors(address):
             return with_timeout(Client, CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S)(address)
     finally:
         os.environ.update(given)
 
 
 @contextmanager
-def told(address: str) -> Iterator[None]:
-    """Faults of the job server in one line."""
+def one_line_errors(address: str) -> Iterator[None]:
+    """Raise errors of the job server as UserError or EnvironmentFault, in one line."""
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -116,9 +116,9 @@ def told(address: str) -> Iterator[None]:
         if type(error) is not RuntimeError:  # the way out of a command is one, too
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told_first = lines[0][:160] if lines else type(error).__name__
+        first = lines[0][:160] if lines else type(error).__name__
         last = f" ... {lines[-1][:160]}" if len(lines) > 1 else ""
-        raise EnvironmentFault(f"{address}: {told_first}{last}") from error
+        raise EnvironmentFault(f"{address}: {first}{last}") from error
 
 
 def from_details(details: JobDetails) -> Job | None:

@@ -43,7 +43,7 @@ def train(table, way: str, epochs=4) -> list[torch.Tensor]:
     steps = share.steps(len(ROWS))
     plan = [(e, p) for e in range(epochs) for p in epoch_plan(0, e, ROWS, share, steps)]
     for number, (epoch, planned) in enumerate(plan):
-        z_BD = table.take(planned.rows_B)
+        z_BD = table.gather(planned.rows_B)
         if way == "ahead" and number + 1 < len(plan):
             table.prefetch(plan[number + 1][1].rows_B)
         real_B = planned.weight_B > 0
@@ -51,7 +51,7 @@ def train(table, way: str, epochs=4) -> list[torch.Tensor]:
         grad_BD = torch.sin(7 * z_BD + number)[torch.from_numpy(real_B)]
         together = way == "together" and number + 2 < len(plan)
         ahead_B = plan[number + 2][1].rows_B if together else None
-        table.push(epoch, planned.step, planned.rows_B[real_B], grad_BD, LR, ahead_B=ahead_B)
+        table.apply(epoch, planned.step, planned.rows_B[real_B], grad_BD, LR, ahead_B=ahead_B)
         grad_BD.zero_()  # the caller may reuse its memory at once
     return seen
 
@@ -74,9 +74,9 @@ def test_running_behind_the_step_gives_the_synchronous_result_bit_for_bit(local_
 
 def test_the_same_position_twice_is_applied_once(table):
     grad = torch.randn(2, DIM)
-    table.push(0, 0, [50, 51], grad, LR)
+    table.apply(0, 0, [50, 51], grad, LR)
     once = table.codes()
-    table.push(0, 0, [50, 51], grad, LR)
+    table.apply(0, 0, [50, 51], grad, LR)
     table.skip(0, 0, [52])
     assert torch.equal(table.codes(), once)
     assert table.visits().sum() == 2
@@ -91,20 +91,20 @@ def test_the_shard_lives_on_the_node_of_its_owner(table, local_ray):
 
 def test_a_failed_update_is_raised_by_a_flush_or_within_the_updates_under_way_and_changes_nothing(table):
     before = table.codes()
-    table.push(0, 0, [60], torch.full((1, DIM), float("inf")), LR)
+    table.apply(0, 0, [60], torch.full((1, DIM), float("inf")), LR)
     with pytest.raises(UserError, match=r"rows \[60\]"):
         table.flush()
     assert torch.equal(table.codes(), before)
-    table.push(0, 1, [999], torch.zeros(1, DIM), LR)
+    table.apply(0, 1, [999], torch.zeros(1, DIM), LR)
     later = iter(range(2, 2 + 8))  # as many as may be under way
     with pytest.raises(IndexError, match=r"40\.\.102"):
-        until(60, lambda: table.push(0, next(later), [60], torch.zeros(1, DIM), LR))
+        until(60, lambda: table.apply(0, next(later), [60], torch.zeros(1, DIM), LR))
 
 
 def test_a_failed_update_is_raised_where_the_codes_that_were_gathered_with_it_are_taken(table):
-    table.push(0, 0, [60], torch.full((1, DIM), float("inf")), LR, ahead_B=[70])
+    table.apply(0, 0, [60], torch.full((1, DIM), float("inf")), LR, ahead_B=[70])
     with pytest.raises(UserError, match=r"rows \[60\]"):
-        table.take([70])
+        table.gather([70])
     table.flush()  # told once
 
 
@@ -150,14 +150,14 @@ def test_a_snapshot_is_taken_between_updates_and_restores_elsewhere(table, local
     train(table, "ahead", epochs=1)
     saved, codes = table.snapshot(), table.codes()
     train_more = torch.randn(len(ROWS), DIM)
-    table.push(1, 0, list(ROWS), train_more, LR)
+    table.apply(1, 0, list(ROWS), train_more, LR)
     other = LatentTable.spawn(ROWS, DIM, seed=99)
     other.restore(saved, (0, 6))
     assert torch.equal(other.codes(), codes)
     assert not torch.equal(table.codes(), codes)
-    other.push(0, 6, list(ROWS), train_more, LR)  # a position that the snapshot covers
+    other.apply(0, 6, list(ROWS), train_more, LR)  # a position that the snapshot covers
     assert torch.equal(other.codes(), codes)
-    other.push(1, 0, list(ROWS), train_more, LR)
+    other.apply(1, 0, list(ROWS), train_more, LR)
     assert torch.equal(other.codes(), table.codes())
     other.close()
 

@@ -14,10 +14,9 @@ import torch
 from glann.cluster.latents import LatentTable
 from glann.config.run import validate
 from glann.models.generators import build_generator
-from glann.models.mapping import build_mapping
 from glann.trainers.engine.build import build_engine
 from glann.trainers.engine.step import OptimizerConfig
-from glann.samplers.imle import MappingTrainer, train_imle
+from glann.samplers.base import Codes, build_sampler
 
 ROWS, BATCH = 26, 8
 
@@ -58,17 +57,18 @@ def train(rank, world):
         weight_B = (torch.arange(len(padded_B)) < len(own_B)).float()
         target = images[padded_B]
         result = engine.step(
-            table.take(padded_B.numpy()),
+            table.gather(padded_B.numpy()),
             weight_B,
             lambda f, p: (f - target[p]).abs().mean((1, 2, 3)),  # noqa: B023
             1e-3,
         )
-        table.push(0, step, own_B.numpy(), result.grad_BD[: len(own_B)], 0.01)
+        table.apply(0, step, own_B.numpy(), result.grad_BD[: len(own_B)], 0.01)
     state = engine.state()
-    trainer = MappingTrainer(build_mapping(settings.sampler, 6), settings, torch.device("cpu"))
-    losses = [epoch.loss for epoch in train_imle(settings, table.codes(), rows, ROWS, trainer, 0, lambda: 0.0)]
+    sampler = build_sampler(settings.sampler, 6, "sphere", seed=settings.seed, device=torch.device("cpu"))
+    steps = sampler.fit(Codes(table.codes(), rows, ROWS), 0, lambda: torch.ones(2))
+    losses = [step.epoch_facts["loss"] for step in steps if step.epoch_facts]
     as_numpy = {name: tensor.numpy() for name, tensor in state["weights"].items()}
-    mapping = {name: tensor.numpy() for name, tensor in trainer.state()["weights"].items()}
+    mapping = {name: tensor.numpy() for name, tensor in sampler.state()["weights"].items()}
     return table.codes().numpy(), as_numpy, mapping, losses
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from glann.cluster.checkpoints.pieces import write_rows
-from glann.cluster.snapshot import FrozenRows
+from glann.cluster.snapshot import Snapshot
 
 
 class Held:
@@ -16,4 +16,4 @@ class Held:
 
     def start_saving(self, store, folder, block_bytes):
         copy = {name: torch.tensor(array) for name, array in self.arrays.items()}
-        return lambda: write_rows(store, folder, self.first_row, FrozenRows(copy), block_bytes)
+        return lambda: write_rows(store, folder, self.first_row, Snapshot(copy), block_bytes)

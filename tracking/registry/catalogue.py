@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError, redact
-from ...metrics.result import canonical
+from ...metrics.result import canonical_keys
 from .client import CHALLENGER, CHAMPION, FIRST
 from .lineage import FINGERPRINT, METRIC
 from .models import checked
@@ -33,7 +33,9 @@ class Version:
     @property
     def metrics(self) -> dict[str, str]:
         """By key, as they were written down."""
-        return canonical({key.removeprefix(METRIC): tag for key, tag in self.tags.items() if key.startswith(METRIC)})
+        return canonical_keys(
+            {key.removeprefix(METRIC): tag for key, tag in self.tags.items() if key.startswith(METRIC)}
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -48,7 +48,7 @@ def fetch(address: str, artifact_uri: str, scratch: Path) -> Path:
 
 @contextmanager
 def opened(missing: str) -> Iterator[MlflowClient]:
-    """A client of the registry that the environment names; its faults are told in one line, as by `told`.
+    """A client of the registry that the environment names; its errors are those of `one_line_errors`.
 
     Raises:
         UserError: nothing answers, or there is no database yet: one that is only read from is not made.
@@ -58,13 +58,16 @@ def opened(missing: str) -> Iterator[MlflowClient]:
     if path is not None and not path.exists():
         raise UserError(f"{missing}: there is no MLflow database {path} here; {FIRST}, or set MLFLOW_TRACKING_URI")
     client, _ = reach(address, lambda client: (client, client.search_registered_models(max_results=1)))
-    with told(address, missing):
+    with one_line_errors(address, missing):
         yield client
 
 
 @contextmanager
-def told(address: str, missing: str) -> Iterator[None]:
-    """Faults of the server at `address` in one line; `missing` says what is not there where nothing is found."""
+def one_line_errors(address: str, missing: str) -> Iterator[None]:
+    """Raise errors of the server at `address` as UserError or EnvironmentFault, in one line.
+
+    `missing`: the beginning of the message where the server does not find something.
+    """
     from mlflow.exceptions import MlflowException
 
     try:

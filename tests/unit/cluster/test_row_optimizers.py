@@ -185,15 +185,15 @@ def test_a_snapshot_of_another_kind_is_refused_and_changes_nothing():
 
 def test_a_table_in_process_raises_the_error_of_an_update_at_the_next_update():
     table = LatentTable.in_process(range(10), DIM, 0)
-    table.push(0, 0, [3], torch.full((1, DIM), float("nan")), LR)
+    table.apply(0, 0, [3], torch.full((1, DIM), float("nan")), LR)
     with pytest.raises(UserError, match=r"rows \[3\]"):
-        table.push(0, 1, [4], torch.zeros(1, DIM), LR)
+        table.apply(0, 1, [4], torch.zeros(1, DIM), LR)
 
 
 def test_codes_gathered_ahead_of_an_update_are_gathered_again():
     table = LatentTable.in_process(range(10), DIM, 0)
     table.prefetch([1, 2])
     table.prefetch([3, 4])
-    table.push(0, 0, [2, 5], torch.randn(2, DIM), LR)
-    np.testing.assert_array_equal(table.take([1, 2]), table.codes()[[1, 2]])
-    np.testing.assert_array_equal(table.take([3, 4]), table.codes()[[3, 4]])
+    table.apply(0, 0, [2, 5], torch.randn(2, DIM), LR)
+    np.testing.assert_array_equal(table.gather([1, 2]), table.codes()[[1, 2]])
+    np.testing.assert_array_equal(table.gather([3, 4]), table.codes()[[3, 4]])

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from glann.cluster.checkpoints.layout import DamagedCheckpoint, Manifest, group_files
 from glann.cluster.checkpoints.pieces import LazyTensor, copy_share, cut, deal, put, serialized, write_rows
-from glann.cluster.snapshot import FrozenRows
+from glann.cluster.snapshot import Snapshot
 from glann.storage.local import LocalStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,9 +126,9 @@ def test_the_hash_is_that_of_what_is_stored(tmp_path):
 
 def test_rows_are_written_in_blocks(tmp_path):
     z = torch.arange(20.0).reshape(10, 2)
-    files = write_rows(LocalStore(tmp_path), "step-000001/a", 5, FrozenRows({"z": z}), block_bytes=24)
+    files = write_rows(LocalStore(tmp_path), "step-000001/a", 5, Snapshot({"z": z}), block_bytes=24)
     assert list(files) == [f"latents-{a}-{b}.safetensors" for a, b in ((5, 8), (8, 11), (11, 14), (14, 15))]
-    assert write_rows(LocalStore(tmp_path), "x", 0, FrozenRows({"z": z[:0]}), 24) == {}
+    assert write_rows(LocalStore(tmp_path), "x", 0, Snapshot({"z": z[:0]}), 24) == {}
 
 
 @pytest.mark.parametrize(

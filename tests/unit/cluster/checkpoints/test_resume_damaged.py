@@ -29,7 +29,7 @@ def store(tmp_path):
         tensors = {"a": torch.full((3,), float(step))}
         generator = {"weights": tensors, "exp_avg": tensors, "exp_avg_sq": tensors, "updates": float(step)}
         saved = Saved(Position("glo", 1, step, step), {"generator": generator})
-        table.push(0, step, list(ROWS), torch.ones(len(ROWS), 4), 0.1)
+        table.apply(0, step, list(ROWS), torch.ones(len(ROWS), 4), 0.1)
         writer.save(step, saved.files(), table, saved.state(INDEX, len(ROWS)))
         writer.wait()
     return store

@@ -1,4 +1,4 @@
-"""Rows that are read while they change are those of the moment at which they were frozen, every bit of them."""
+"""A snapshot is bit for bit the table at the moment when it was taken, whatever changes while it is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from threading import Event, Thread
 import pytest
 import torch
 from glann.cluster.latents import LatentShard
-from glann.cluster.snapshot import FrozenRows
+from glann.cluster.snapshot import Snapshot
 
 
 @pytest.fixture
@@ -27,21 +27,21 @@ def change(live: dict[str, torch.Tensor], at_B: torch.Tensor) -> None:
     live["steps"][at_B] += 1
 
 
-def read_all(frozen: FrozenRows, block: int) -> dict[str, torch.Tensor]:
-    parts = [frozen.read(at, min(at + block, len(frozen))) for at in range(0, len(frozen), block)]
+def read_all(snapshot: Snapshot, block: int) -> dict[str, torch.Tensor]:
+    parts = [snapshot.read(at, min(at + block, len(snapshot))) for at in range(0, len(snapshot), block)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def test_changes_between_reads_are_not_seen(rng):
     live = rows(103, rng)
     before = {name: tensor.clone() for name, tensor in live.items()}
-    frozen, parts = FrozenRows(live), []
+    snapshot, parts = Snapshot(live), []
     for at in range(0, 103, 10):
         for _ in range(3):  # rows that were read, rows that were not, and some of them again
             at_B = torch.randperm(103, generator=rng)[:20]
-            frozen.keep(at_B)
+            snapshot.preserve(at_B)
             change(live, at_B)
-        parts.append(frozen.read(at, min(at + 10, 103)))
+        parts.append(snapshot.read(at, min(at + 10, 103)))
     for name, tensor in before.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
         assert not torch.equal(live[name], tensor)
@@ -50,19 +50,19 @@ def test_changes_between_reads_are_not_seen(rng):
 def test_changes_during_a_read_are_not_seen(rng):
     live = rows(20_011, rng)
     before = {name: tensor.clone() for name, tensor in live.items()}
-    frozen, stop = FrozenRows(live), Event()
+    snapshot, stop = Snapshot(live), Event()
     changes = [torch.randperm(20_011, generator=rng)[:64] for _ in range(200)]
 
     def train() -> None:
         while not stop.is_set():
             for at_B in changes:
-                frozen.keep(at_B)
+                snapshot.preserve(at_B)
                 change(live, at_B)
 
     training = Thread(target=train)
     training.start()
     try:
-        seen = read_all(frozen, 501)
+        seen = read_all(snapshot, 501)
     finally:
         stop.set()
         training.join()
@@ -71,11 +71,11 @@ def test_changes_during_a_read_are_not_seen(rng):
 
 
 def test_rows_are_read_once_and_in_order(rng):
-    frozen = FrozenRows(rows(10, rng))
-    frozen.read(0, 4)
+    snapshot = Snapshot(rows(10, rng))
+    snapshot.read(0, 4)
     for start in (0, 5):
         with pytest.raises(ValueError, match=f"4 comes next, not {start}"):
-            frozen.read(start, 10)
+            snapshot.read(start, 10)
 
 
 def test_two_savings_of_a_shard_each_see_their_own_moment(rng):
@@ -87,10 +87,10 @@ def test_two_savings_of_a_shard_each_see_their_own_moment(rng):
     moments = []
     for number in range(2):
         step(number)
-        shard._frozen.append(FrozenRows(shard._state()))
+        shard._snapshots.append(Snapshot(shard._state()))
         moments.append(shard.snapshot())
     step(2)
-    for frozen, moment in zip(shard._frozen, moments, strict=True):
-        seen = read_all(frozen, 9)
+    for snapshot, moment in zip(shard._snapshots, moments, strict=True):
+        seen = read_all(snapshot, 9)
         assert set(seen) == set(moment)
         assert all(torch.equal(seen[name], torch.from_numpy(array)) for name, array in moment.items())
