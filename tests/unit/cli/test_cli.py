@@ -318,11 +318,11 @@ def test_a_run_is_evaluated_as_asked(
         return [Result("fd_vgg16", 12.5, "imle"), Result("fd_vgg16", 13.5, "gaussian")]
 
     monkeypatch.setattr(evaluation, "evaluate", measure)
-    monkeypatch.setattr(source, "open_model", lambda run, s3, device: ("manifest", "model"))
+    monkeypatch.setattr(source, "open_model", lambda run, s3, device: ("manifest", SimpleNamespace(own="imle")))
     status, out, _ = run(capsys, "evaluate", "runs/digits", "--extractor", "vgg16")
     assert (status, out.split()) == (0, ["fd_vgg16", "12.5", "gaussian/fd_vgg16", "13.5"])
     how = {"seed": 0, "device": "cpu", "data": None, "with_codes": True}
-    assert asked.arguments == ("vgg16", 2000, "manifest", "model", how)
+    assert asked.arguments == ("vgg16", 2000, "manifest", SimpleNamespace(own="imle"), how)
     status, _, err = run(capsys, "evaluate", "runs/digits", "--extractor", "resnet")
     assert status == 2
     assert err.startswith("error: evaluation.extractor='resnet' is not possible")
