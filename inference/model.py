@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import UserError
 from ..models.noise import Stream, noise
+from ..models.sphere import Constraint, project
 
 Images = NDArray[np.uint8]
 Method = Literal["imle", "glo"]
@@ -40,7 +40,7 @@ class SamplingModel:
     mean_D: Tensor
     root_DD: Tensor
     noise_dim: int
-    constraint: Literal["sphere", "ball"]
+    constraint: Constraint
     source: str = "this model"
 
     def __post_init__(self) -> None:
@@ -119,10 +119,7 @@ class SamplingModel:
     def codes(self, noise_BE: Tensor, method: Method = "imle") -> Tensor:
         """Latent codes z_BD of noise."""
         if method == "glo":
-            z_BD = self.mean_D + noise_BE @ self.root_DD.T
-            if self.constraint == "sphere":
-                return F.normalize(z_BD, dim=1)
-            return z_BD / z_BD.norm(dim=1, keepdim=True).clamp(min=1.0)
+            return project(self.mean_D + noise_BE @ self.root_DD.T, self.constraint)
         if self.mapping is None:
             raise UserError(f"{self.source} has no mapping (stage 2 was not trained); sample with method=glo")
         return self.mapping(noise_BE)

@@ -31,6 +31,7 @@ from ..config.sections import GeneratorConfig, ImleConfig, S3Config, Section
 from ..errors import UserError
 from ..models.generators import build_generator
 from ..models.mapping import build_mapping
+from ..models.sphere import Constraint
 from ..samplers.gaussian import gaussian
 from ..storage.base import MissingObject
 from ..storage.files import os_fault
@@ -60,7 +61,7 @@ class Manifest(Section):
     channels: Literal[1, 3]
     generator: GeneratorConfig
     imle: ImleConfig
-    constraint: Literal["sphere", "ball"]
+    constraint: Constraint
     rows: int = Field(ge=1, description="training images, that is codes behind latents.safetensors")
     fingerprint: str = Field(description="fingerprint of the training data")
     files: dict[Literal["generator.safetensors", "mapping.safetensors", "latents.safetensors"], FileEntry]
