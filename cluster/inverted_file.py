@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..models.comm import all_sum, broadcast, gather, rank
 from .neighbours import NearestSearch, agreed_sizes, around_the_ring, check_shapes, ring_nearest, squared_distances
 
 LLOYD_STEPS = 8
@@ -38,27 +39,25 @@ def ivf_nearest(
         UserError: on every worker alike, as `ring_nearest`.
     """
     check_shapes(z_nD, block_mD)
-    world = dist.get_world_size(group) if dist.is_initialized() else 1
-    rank = dist.get_rank(group) if world > 1 else 0
-    sizes = agreed_sizes(z_nD, block_mD, world, group)
-    starts = [sum(sizes[:owner]) for owner in range(world)]
+    sizes = agreed_sizes(z_nD, block_mD, group)
+    starts = [sum(sizes[:owner]) for owner in range(len(sizes))]
     wanted = cells or round(4 * math.sqrt(sum(sizes)))
     centroid_CD = _shared_centroids(block_mD, wanted, sizes, group)
     cell_m = _nearest_cells(block_mD, centroid_CD, 1)[:, 0]
     order_m = cell_m.sort(stable=True).indices
-    counts_WC = _all_counts(cell_m.bincount(minlength=len(centroid_CD)), world, group)
+    counts_WC = gather(cell_m.bincount(minlength=len(centroid_CD)), group)
     # A candidate's place in its owner's block travels beside it, as the bits of one more number.
     place_m1 = order_m.to(torch.int32).view(torch.float32)[:, None]
     query_by_cell = _by_cell(_nearest_cells(z_nD, centroid_CD, min(probes, len(centroid_CD))), len(centroid_CD))
     search = NearestSearch(z_nD)
-    for owner, held_mK in around_the_ring(torch.cat([block_mD[order_m], place_m1], dim=1), sizes, rank, group):
+    for owner, held_mK in around_the_ring(torch.cat([block_mD[order_m], place_m1], dim=1), sizes, group):
         candidates_mD = held_mK[:, :-1].contiguous()
         index_m = held_mK[:, -1].contiguous().view(torch.int32).long() + starts[owner]
         best_n = _best_in_cells(z_nD, candidates_mD, query_by_cell, counts_WC[owner])
         query_n = (best_n >= 0).nonzero()[:, 0]
         best_n = best_n[query_n]
         search.merge(query_n, index_m[best_n], squared_distances(z_nD[query_n], candidates_mD[best_n]))
-    return search.index_N, search.distance_N, _recall(search, z_nD, block_mD, world, group)
+    return search.index_N, search.distance_N, _recall(search, z_nD, block_mD, group)
 
 
 def _best_in_cells(z_nD: Tensor, candidates_mD: Tensor, query_by_cell: tuple[Tensor, ...], counts_C: Tensor) -> Tensor:
@@ -79,14 +78,11 @@ def _best_in_cells(z_nD: Tensor, candidates_mD: Tensor, query_by_cell: tuple[Ten
     return best_n
 
 
-def _recall(
-    search: NearestSearch, z_nD: Tensor, block_mD: Tensor, world: int, group: dist.ProcessGroup | None
-) -> float:
+def _recall(search: NearestSearch, z_nD: Tensor, block_mD: Tensor, group: dist.ProcessGroup | None) -> float:
     rows_S = torch.linspace(0, len(z_nD) - 1, min(SAMPLE, len(z_nD)), device=z_nD.device).long()
     _, exact_S = ring_nearest(z_nD[rows_S], block_mD, group)
     found = torch.stack([(search.distance_N[rows_S] <= exact_S).sum(), torch.tensor(len(rows_S), device=z_nD.device)])
-    if world > 1:
-        dist.all_reduce(found, group=group)
+    all_sum(found, group)
     return float(found[0] / found[1]) if found[1] else 1.0
 
 
@@ -98,11 +94,9 @@ def _shared_centroids(block_mD: Tensor, wanted: int, sizes: list[int], group: di
     owner = sizes.index(max(sizes))
     cells = min(wanted, sizes[owner])
     centroid_CD = block_mD.new_empty(cells, block_mD.shape[1])
-    if len(sizes) == 1 or dist.get_rank(group) == owner:
+    if rank(group) == owner:
         centroid_CD = _centroids(block_mD[: PER_CENTROID * cells], cells)
-    if len(sizes) > 1:
-        dist.broadcast(centroid_CD, owner if group is None else dist.get_global_rank(group, owner), group=group)
-    return centroid_CD
+    return broadcast(centroid_CD, owner, group)
 
 
 def _centroids(sample_mD: Tensor, cells: int) -> Tensor:
@@ -132,11 +126,3 @@ def _by_cell(cells_nP: Tensor, cells: int) -> tuple[Tensor, ...]:
     flat = cells_nP.flatten()
     query = flat.sort(stable=True).indices // cells_nP.shape[1]
     return query.split(flat.bincount(minlength=cells).tolist())
-
-
-def _all_counts(count_C: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
-    counts = [torch.empty_like(count_C) for _ in range(world)]
-    if world == 1:
-        return count_C[None]
-    dist.all_gather(counts, count_C, group)
-    return torch.stack(counts)

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from ..errors import EnvironmentFault, UserError
 from ..models.noise import Stream, noise
+from ..models.sphere import Constraint, project_rows
 from ..storage.base import Store
 from .checkpoints.layout import Files
 from .checkpoints.pieces import write_rows
-from .row_optimizers import Constraint, project, row_optimizer, usable_rows
+from .row_optimizers import row_optimizer, usable_rows
 from .snapshot import Snapshot
 
 Position = tuple[int, int]  # (epoch, step)
@@ -53,7 +54,7 @@ class LatentShard:
         self._optimizer = row_optimizer(optimizer, betas)
         self._constraint: Constraint = constraint
         first_nD = noise(seed, 0, torch.arange(rows.start, rows.stop), dim, stream=Stream.LATENTS)
-        self._z_nD = project(first_nD, "sphere", first_nD)
+        self._z_nD = project_rows(first_nD, "sphere", first_nD)
         self._moments_n = self._optimizer.moments(len(rows), dim)
         self._visits_n = torch.zeros(len(rows), dtype=torch.int32)
         self._snapshots: list[Snapshot] = []
@@ -193,7 +194,7 @@ class LatentShard:
         moments_B = {name: moment_n[at_B] for name, moment_n in self._moments_n.items()}
         before_BD = self._z_nD[at_B]
         moved_BD = self._optimizer.update(before_BD, grad_BD, moments_B, self._visits_n[at_B], lr)
-        self._z_nD[at_B] = project(moved_BD, self._constraint, before_BD)
+        self._z_nD[at_B] = project_rows(moved_BD, self._constraint, before_BD)
         for name, moment_B in moments_B.items():
             self._moments_n[name][at_B] = moment_B
 

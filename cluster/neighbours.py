@@ -45,6 +45,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
+from ..models.comm import gather, rank, world_size
 
 _UNIT = 2.0**-24
 _CPU_TILE = (256, 1024)  # per thread: 1 MiB, about one core's second-level cache
@@ -95,30 +96,29 @@ def ring_nearest(z_nD: Tensor, block_mD: Tensor, group: dist.ProcessGroup | None
         UserError: on every worker alike, where `nearest` would raise it on one.
     """
     check_shapes(z_nD, block_mD)
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if world_size(group) == 1:
         return nearest(z_nD, block_mD)
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    sizes = agreed_sizes(z_nD, block_mD, world, group)
-    starts = [sum(sizes[:rank]) for rank in range(world)]
+    sizes = agreed_sizes(z_nD, block_mD, group)
+    starts = [sum(sizes[:owner]) for owner in range(len(sizes))]
     search = NearestSearch(z_nD)
-    for owner, held_mD in around_the_ring(block_mD, sizes, rank, group):
+    for owner, held_mD in around_the_ring(block_mD, sizes, group):
         search.add(held_mD, starts[owner])
     return search.index_N, search.distance_N
 
 
 def around_the_ring(
-    block_mK: Tensor, sizes: list[int], rank: int, group: dist.ProcessGroup | None = None
+    block_mK: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Every worker's block, with its owner's rank; the next one travels while the caller works on this one."""
-    world = len(sizes)
+    world, own = len(sizes), rank(group)
     travelling = [block_mK.new_empty(max(sizes), block_mK.shape[1]) for _ in range(min(2, world - 1))]
     held_mK = block_mK.contiguous()
     for turn in range(world):
-        owner = (rank - turn) % world
+        owner = (own - turn) % world
         coming_mK, transfers = held_mK, []
         if turn < world - 1:
             coming_mK = travelling[turn % 2][: sizes[owner - 1]]
-            transfers = _pass_on(held_mK, coming_mK, rank, world, group)
+            transfers = _pass_on(held_mK, coming_mK, group)
         yield owner, held_mK
         for transfer in transfers:
             transfer.wait()
@@ -243,11 +243,10 @@ def squared_distances(a_KD: Tensor, b_KD: Tensor) -> Tensor:
     return square_KD[:, 0].clone()
 
 
-def _pass_on(
-    held_mD: Tensor, coming_mD: Tensor, rank: int, world: int, group: dist.ProcessGroup | None
-) -> list[dist.Work]:
+def _pass_on(held_mD: Tensor, coming_mD: Tensor, group: dist.ProcessGroup | None) -> list[dist.Work]:
     """Start sending the held block to the next rank and receiving another; empty blocks do not travel."""
-    peers = [(rank + 1) % world, (rank - 1) % world]
+    world, own = world_size(group), rank(group)
+    peers = [(own + 1) % world, (own - 1) % world]
     if group is not None:
         peers = [dist.get_global_rank(group, peer) for peer in peers]
     transfers = []
@@ -258,18 +257,15 @@ def _pass_on(
     return dist.batch_isend_irecv(transfers) if transfers else []
 
 
-def agreed_sizes(z_nD: Tensor, block_mD: Tensor, world: int, group: dist.ProcessGroup | None) -> list[int]:
+def agreed_sizes(z_nD: Tensor, block_mD: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     """Every worker's block size, after making sure that all workers can go on or none does."""
     mine = [len(block_mD), z_nD.shape[1], _unusable(z_nD), _unusable(block_mD)]
     mine_4 = torch.tensor(mine, dtype=torch.int64, device=z_nD.device)
-    all_W4 = [torch.empty_like(mine_4) for _ in range(world)] if world > 1 else [mine_4]
-    if world > 1:
-        dist.all_gather(all_W4, mine_4, group)
-    sizes, dims, bad_queries, bad_candidates = zip(*(row.tolist() for row in all_W4), strict=True)
+    sizes, dims, bad_queries, bad_candidates = zip(*gather(mine_4, group).tolist(), strict=True)
     for name, counts in (("queries", bad_queries), ("candidates", bad_candidates)):
-        for rank, bad in enumerate(counts):
+        for worker, bad in enumerate(counts):
             if bad:
-                raise UserError(_not_finite(bad, f"{name} of worker {rank}"))
+                raise UserError(_not_finite(bad, f"{name} of worker {worker}"))
     if len(set(dims)) > 1:
         raise UserError(f"workers search in codes of different dimensions: {dims}")
     if not sum(sizes):

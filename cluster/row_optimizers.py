@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Constraint = Literal["sphere", "ball"]
 Moments = dict[str, Tensor]
 
 
@@ -73,19 +72,6 @@ RowOptimizer = RowAdam | RowAdagrad
 def row_optimizer(name: Literal["adam", "adagrad"], betas: tuple[float, float]) -> RowOptimizer:
     """The optimiser that the configuration names; `betas` are Adam's."""
     return RowAdam(betas) if name == "adam" else RowAdagrad()
-
-
-def project(z_BD: Tensor, constraint: Constraint, previous_BD: Tensor) -> Tensor:
-    """The nearest point of the unit sphere, or of the unit ball, to each code.
-
-    The norm is taken in float64, where the square of no float32 overflows. A code without a nearest
-    point (zero, on the sphere) or without a value stays at `previous_BD`.
-    """
-    norm_B1 = torch.linalg.vector_norm(z_BD, dim=1, keepdim=True, dtype=torch.float64)
-    unit_BD = (z_BD / norm_B1).float()
-    projected_BD = unit_BD if constraint == "sphere" else torch.where(norm_B1 > 1, unit_BD, z_BD)
-    possible_B1 = norm_B1.isfinite() & (norm_B1 > 0) if constraint == "sphere" else norm_B1.isfinite()
-    return torch.where(possible_B1, projected_BD, previous_BD)
 
 
 def usable_rows(grad_BD: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from ..config.section import Section
 from ..config.sections import GeneratorConfig, S3Config
 from ..errors import UserError
 from ..models.generators import build_generator
+from ..models.sphere import Constraint
 from ..samplers.base import build_network
 from ..samplers.gaussian import gaussian
 from ..storage.base import MissingObject
@@ -73,7 +74,7 @@ class Manifest(Section):
     resolution: Literal[28, 32, 64, 128, 256, 512, 1024]
     channels: Literal[1, 3]
     generator: GeneratorConfig
-    constraint: Literal["sphere", "ball"]
+    constraint: Constraint
     own: str = Field(description="kind of sampler that the run was configured with")
     samplers: dict[str, SamplerEntry] = Field(description="by kind")
     rows: int = Field(ge=1, description="training images")
@@ -100,7 +101,7 @@ class ManifestOfFormat1(Section):
     channels: Literal[1, 3]
     generator: GeneratorConfig
     imle: ImleConfig
-    constraint: Literal["sphere", "ball"]
+    constraint: Constraint
     rows: int = Field(ge=1)
     fingerprint: str
     files: dict[Literal["generator.safetensors", "mapping.safetensors", "latents.safetensors"], FileEntry]

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def world_size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """How many processes train together, in all or in the group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
+def rank(group: dist.ProcessGroup | None = None) -> int:
     """The number of this process among them, from 0."""
-    return dist.get_rank() if world_size() > 1 else 0
+    return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
-def all_sum(tensor: Tensor) -> Tensor:
+def all_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The tensor summed over all processes, in place; all of them have to call it."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def broadcast(tensor: Tensor, owner: int = 0, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The tensor of process `owner` of the group on all of them, in place; all of them have to call it."""
+    if world_size(group) > 1:
+        dist.broadcast(tensor, owner if group is None else dist.get_global_rank(group, owner), group=group)
+    return tensor
+
+
+def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The tensors of all processes [W, ...], in the order of their numbers; all of them have to call it."""
+    world = world_size(group)
+    if world == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(world)]
+    dist.all_gather(parts, tensor, group)
+    return torch.stack(parts)

@@ -5,16 +5,13 @@ Shapes: B batch, E noise dimension, H hidden width, D latent dimension.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config.samplers import ImleConfig
 from .norm import SharedBatchNorm
-
-Constraint = Literal["sphere", "ball"]
+from .sphere import Constraint, project
 
 
 class NoiseToCode(nn.Module):
@@ -52,10 +49,7 @@ class Mapping(NoiseToCode):
         """Codes z_BD on the sphere or in the ball; `weight_B` is 0 for padding, which BatchNorm leaves out."""
         h_BH = F.relu(self.norm1(self.fc1(e_BE), weight_B))
         h_BH = F.relu(self.norm2(self.fc2(h_BH), weight_B))
-        z_BD = self.fc3(h_BH)
-        if self.constraint == "sphere":
-            return F.normalize(z_BD, dim=1)
-        return z_BD / z_BD.norm(dim=1, keepdim=True).clamp(min=1.0)
+        return project(self.fc3(h_BH), self.constraint)
 
     @torch.no_grad()
     def fix_statistics(self, e_BE: Tensor) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from .comm import broadcast, gather, world_size
 
 
 class SharedBatchNorm(nn.Module):
@@ -23,6 +25,8 @@ class SharedBatchNorm(nn.Module):
 
     Parameters, buffers, `eps`, `momentum` and their state dict names are those of `nn.BatchNorm2d`.
     As in any data-parallel layer, `weight.grad` and `bias.grad` hold this worker's share; the engine adds them up.
+    Gradients may be differentiated again (gradient penalties), any number of times: with `create_graph=True` every
+    worker must make each backward call, as every worker must make each forward call.
     Source: Ioffe & Szegedy 2015; merging of partial moments: Chan, Golub & LeVeque 1979.
     """
 
@@ -55,8 +59,7 @@ class SharedBatchNorm(nn.Module):
         variance_C, mean_C = torch.var_mean(x.double(), dim=0)
         for held, found in ((self.running_mean, mean_C), (self.running_var, variance_C)):
             held.copy_(found)
-            if _world() > 1:
-                dist.broadcast(held, 0)  # machines may round differently
+            broadcast(held)  # machines may round differently
 
     @torch.no_grad()
     def _track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
@@ -131,15 +134,15 @@ class _SharedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         x, mask, weight_C, mean_C, invstd_C, count = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            mean_C, invstd_C = _SharedMoments.apply(x, mask, mean_C, invstd_C, count)
         dims = [0, *range(2, x.dim())]
         work = grad.to(invstd_C.dtype)
         normal = (x.to(invstd_C.dtype) - _over_channels(mean_C, x)) * _over_channels(invstd_C, x)
         grad_bias_C, grad_weight_C = work.sum(dims), (work * normal).sum(dims)
         # Every row of every worker depends on the shared moments: their gradient is summed over all of
         # them, and flows back to the real rows alone.
-        total_2C = torch.stack([grad_bias_C, grad_weight_C]).contiguous()
-        if _world() > 1:
-            dist.all_reduce(total_2C)
+        total_2C = _sum_over_workers(torch.stack([grad_bias_C, grad_weight_C]))
         total_2C = total_2C / count.clamp(min=1).to(total_2C.dtype)
         through = _over_channels(total_2C[0], x) + normal * _over_channels(total_2C[1], x)
         if mask is not None:
@@ -149,8 +152,37 @@ class _SharedBatchNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), None, grad_weight_C.to(dtype), grad_bias_C.to(dtype), None
 
 
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+class _SharedMoments(torch.autograd.Function):
+    """The known mean and 1 / sqrt(var + eps) of all real rows of all workers, as functions of `x`.
+
+    `_SharedBatchNorm` keeps both as plain numbers. Where its gradient is to be differentiated again they have to
+    count as what they are, functions of the rows; their values stay the same bit for bit, and nothing is sent
+    until then.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mask, mean_C, invstd_C, count):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, mask, mean_C, invstd_C, count)
+        return mean_C.clone(), invstd_C.clone()
+
+    @staticmethod
+    def backward(ctx, grad_mean_C, grad_invstd_C):  # type: ignore[no-untyped-def]
+        x, mask, mean_C, invstd_C, count = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            mean_C, invstd_C = _SharedMoments.apply(x, mask, mean_C, invstd_C, count)
+        # d mean / dx = 1 / count; d invstd / dx = -invstd^3 (x - mean) / count, for real rows.
+        normal = (x.to(invstd_C.dtype) - _over_channels(mean_C, x)) * _over_channels(invstd_C, x)
+        total_2C = _sum_over_workers(torch.stack([grad_mean_C, grad_invstd_C]))
+        total_2C = total_2C / count.clamp(min=1).to(total_2C.dtype)
+        through = _over_channels(total_2C[0], x) - normal * _over_channels(total_2C[1] * invstd_C.square(), x)
+        if mask is not None:
+            through = through * mask
+        return through.to(x.dtype), None, None, None, None
+
+
+def _sum_over_workers(value: Tensor) -> Tensor:
+    """The sum of all workers' values, which may be differentiated any number of times."""
+    return all_reduce(value.contiguous()) if world_size() > 1 else value
 
 
 def _merge(count: Tensor, mean_C: Tensor, spread_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,15 +192,8 @@ def _merge(count: Tensor, mean_C: Tensor, spread_C: Tensor) -> tuple[Tensor, Ten
     another order on another rank.
     """
     partial = torch.cat([count.view(1), mean_C.double(), spread_C.double()])
-    world = _world()
-    if world == 1:
-        gathered_WK = partial[None]
-    else:
-        parts = [torch.empty_like(partial) for _ in range(world)]
-        dist.all_gather(parts, partial)
-        gathered_WK = torch.stack(parts)
     channels = len(mean_C)
-    count_W1, mean_WC, spread_WC = gathered_WK.split([1, channels, channels], dim=1)
+    count_W1, mean_WC, spread_WC = gather(partial).split([1, channels, channels], dim=1)
     total = count_W1.sum()
     divisor = total.clamp(min=1)
     mean_all_C = (count_W1 * mean_WC).sum(0) / divisor

@@ -12,15 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ..config.samplers import SAMPLERS, SamplerConfig
 from ..models.mapping import NoiseToCode
+from ..models.sphere import Constraint
 
-Constraint = Literal["sphere", "ball"]
 State = dict[str, Any]  # groups of tensors by name (`weights`, Adam's moments), and `updates`
 
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..config.samplers import SamplerConfig
 from ..models.comm import all_sum
 from ..models.mapping import NoiseToCode
-from .base import Codes, Constraint, FitStep, Sampler
+from ..models.sphere import Constraint, project
+from .base import Codes, FitStep, Sampler
 
 CHUNK = 65536
 
@@ -32,10 +32,7 @@ class Gaussian(NoiseToCode):
         self.register_buffer("root", torch.eye(latent_dim))
 
     def forward(self, e_BE: Tensor) -> Tensor:
-        z_BD = self.mean + e_BE @ self.root.T
-        if self.constraint == "sphere":
-            return F.normalize(z_BD, dim=1)
-        return z_BD / z_BD.norm(dim=1, keepdim=True).clamp(min=1.0)
+        return project(self.mean + e_BE @ self.root.T, self.constraint)
 
 
 class GaussianSampler(Sampler):

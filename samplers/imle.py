@@ -24,7 +24,8 @@ from ..models.comm import all_sum, rank, world_size
 from ..models.cost import cost
 from ..models.mapping import Mapping, build_mapping
 from ..models.noise import noise
-from .base import Codes, Constraint, FitStep, Sampler, State
+from ..models.sphere import Constraint
+from .base import Codes, FitStep, Sampler, State
 
 CHUNK = 16384  # candidates mapped at once; also the noises that T's statistics are taken from
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import EnvironmentFault, UserError
+from ...models.comm import broadcast
 from ...storage.base import MissingObject, ObjectExists, Store
 from .layout import (
     DAMAGED,
@@ -293,5 +294,4 @@ class CheckpointWriter:
             return secrets.token_hex(7)
         device = "cuda" if "nccl" in dist.get_backend() else "cpu"
         number = torch.tensor(secrets.randbits(56), dtype=torch.int64, device=device)
-        dist.broadcast(number, 0)
-        return f"{int(number):014x}"
+        return f"{int(broadcast(number)):014x}"

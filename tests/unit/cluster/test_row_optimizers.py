@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from glann.cluster.latents import LatentShard, LatentTable
-from glann.cluster.row_optimizers import project, usable_rows
+from glann.cluster.row_optimizers import usable_rows
 from glann.errors import UserError
 from glann.models.noise import Stream, noise
 
@@ -83,19 +83,6 @@ def test_norms_are_one_after_every_apply():
     for step, size in enumerate((1e-30, 1e-3, 1.0, 1e15)):
         table.apply(0, step, table.rows, gradients(rng, 50) * np.float32(size), LR)
         np.testing.assert_allclose(np.linalg.norm(table.codes().astype(np.float64), axis=1), 1, atol=3e-7)
-
-
-def test_the_ball_leaves_codes_inside_it_alone():
-    inside = torch.tensor([[0.3, 0.4], [0.0, 0.0], [3.0, 4.0], [3e30, 4e30]])
-    expected = torch.tensor([[0.3, 0.4], [0.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
-    torch.testing.assert_close(project(inside, "ball", torch.ones(4, 2)), expected)
-
-
-def test_a_code_that_has_no_projection_stays_where_it_was():
-    z = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0], [0.0, 2.0]])
-    before = torch.tensor([[1.0, 0.0]] * 4)
-    expected = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]])
-    assert torch.equal(project(z, "sphere", before), expected)
 
 
 def test_a_duplicate_or_late_apply_changes_nothing():

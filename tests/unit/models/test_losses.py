@@ -124,6 +124,20 @@ def test_the_fused_l1_has_the_gradient_of_the_plain_one():
     torch.testing.assert_close(fused, fake.grad)
 
 
+def test_the_fused_l1_may_be_differentiated_twice():
+    """Against finite differences away from equal values, where the sign has no derivative."""
+    generator = torch.Generator().manual_seed(torch.seed() % 2**32)
+    real = torch.rand(3, 2, 5, dtype=torch.float64, generator=generator)
+    sign = torch.randint(2, real.shape, generator=generator) * 2 - 1
+    fake = (real + sign * (0.1 + torch.rand(real.shape, generator=generator))).requires_grad_()
+    weight_B = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def weighted(fake, weight_B):
+        return l1_per_image(fake.square(), real.square()) * weight_B
+
+    assert torch.autograd.gradgradcheck(weighted, (fake, weight_B))
+
+
 def test_l1_of_half_precision_maps_is_summed_in_float32():
     fake, real = pair(2, 64, 64, 64)
     loss_B = l1_per_image(fake.bfloat16(), real.bfloat16())

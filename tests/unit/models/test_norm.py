@@ -1,5 +1,6 @@
 """Protects SharedBatchNorm: however a batch is cut over workers, its numbers are those of plain BatchNorm
-over all real rows (float64), forwards and backwards, and every worker ends with the same running statistics.
+over all real rows (float64), forwards, backwards and backwards again through the gradient (a gradient penalty), and
+every worker ends with the same running statistics.
 
 The file is also the program of the workers that the fixture `trained` starts.
 """
@@ -50,7 +51,7 @@ def worker(rank: int, folder: Path, seed: int) -> None:
     """One of three workers: its rows of each batch, padding of garbage after them; results into files."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
     for spatial in SPATIAL:
-        np.savez(folder / f"{rank}-{len(spatial)}.npz", **train(rank, seed, spatial))
+        np.savez(folder / f"{rank}-{len(spatial)}.npz", **train(rank, seed, spatial), **penalised(rank, seed, spatial))
     dist.destroy_process_group()
 
 
@@ -68,6 +69,35 @@ def train(rank: int, seed: int, spatial: tuple[int, ...]) -> dict[str, np.ndarra
         results |= {f"padding_grad{step}": x.grad[real:].numpy()}
     results |= {name: value.numpy() for name, value in layer.state_dict().items()}
     return results | {"weight_grad": layer.weight.grad.numpy(), "bias_grad": layer.bias.grad.numpy()}
+
+
+def penalised(rank: int, seed: int, spatial: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The gradients of a worker's share of a gradient penalty, with the layer twice in the network."""
+    layer, _ = layer_and_reference(spatial)
+    results = {}
+    for step, (x_all, coefficients_all) in enumerate(fresh_batches(seed, spatial)):
+        layer.zero_grad()
+        start, real, padding = sum(REAL[step][:rank]), REAL[step][rank], PADDING[step][rank]
+        x = torch.cat([x_all[start : start + real], torch.randn(padding, CHANNELS, *spatial, dtype=torch.float64)])
+        weight_B = torch.cat([torch.ones(real), torch.zeros(padding)])
+        x.requires_grad_()
+
+        def network(x, weight_B=weight_B):
+            return layer(layer(x, weight_B).tanh(), weight_B)
+
+        value = penalty(network, x, coefficients_all[start : start + real])
+        value.backward()
+        results |= {f"penalty{step}": value.detach().numpy(), f"penalty_grad{step}": x.grad[:real].numpy()}
+        results |= {f"penalty_padding{step}": x.grad[real:].numpy()}
+        results |= {f"penalty_{name}{step}": one.grad.numpy() for name, one in layer.named_parameters()}
+    return results
+
+
+def penalty(network, x, coefficients) -> torch.Tensor:
+    """The squared gradient of a loss of the real rows that is not linear in the output."""
+    loss = (network(x)[: len(coefficients)].pow(3) * coefficients).sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    return gradient.square().sum()
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +132,26 @@ def test_uneven_workers_equal_plain_batchnorm_over_all_rows(trained, spatial):
         np.testing.assert_allclose(share, plain.get_parameter(name).grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("spatial", SPATIAL)
+def test_a_gradient_penalty_over_uneven_workers_is_that_of_plain_batchnorm_over_all_rows(trained, spatial):
+    seed, folder = trained
+    print("seed", seed)
+    results = [np.load(folder / f"{rank}-{len(spatial)}.npz") for rank in range(3)]
+    _, plain = layer_and_reference(spatial)
+    for step, (x, coefficients) in enumerate(fresh_batches(seed, spatial)):
+        plain.zero_grad()
+        value = penalty(lambda x: plain(plain(x).tanh()), x.requires_grad_(), coefficients)
+        value.backward()
+        shares = sum(result[f"penalty{step}"] for result in results)
+        np.testing.assert_allclose(shares, value.detach(), rtol=1e-11)
+        scale = float(x.grad.abs().max())
+        np.testing.assert_allclose(joined(results, f"penalty_grad{step}"), x.grad, rtol=0, atol=1e-11 * scale)
+        assert not joined(results, f"penalty_padding{step}").any()
+        for name, parameter in plain.named_parameters():
+            share = sum(result[f"penalty_{name}{step}"] for result in results)
+            np.testing.assert_allclose(share, parameter.grad, rtol=1e-9, atol=1e-11 * scale)
+
+
 def joined(results: list, name: str) -> np.ndarray:
     return np.concatenate([result[name] for result in results])
 
@@ -116,6 +166,51 @@ def test_gradients_are_those_of_finite_differences_with_padding_in_the_batch():
 
     with frozen_statistics(layer):
         assert torch.autograd.gradcheck(normalise, (x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("weights", [None, (1, 1, 0, 1, 0)])
+def test_gradients_may_be_differentiated_again_and_again(order, weights):
+    """Against finite differences, through all that a gradient is made of: padding, weight, bias, the incoming one."""
+    layer, _ = layer_and_reference((2,))
+    weight_B = None if weights is None else torch.tensor(weights)
+    spread = torch.arange(5, dtype=torch.float64).view(5, 1, 1)  # a small variance defeats finite differences
+    x = (spread + torch.rand(5, CHANNELS, 2, dtype=torch.float64)).requires_grad_()
+    coefficients = torch.randn(5, CHANNELS, 2, dtype=torch.float64, requires_grad=True)
+
+    def gradients(x, weight, bias, coefficients):
+        out = torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x, weight_B))
+        found = torch.autograd.grad((out.sin() * coefficients).sum(), (x, weight, bias), create_graph=True)
+        if order == 2:
+            return found
+        total = sum((one.sin() * (i + 1)).sum() for i, one in enumerate(found))
+        return torch.autograd.grad(total, (x, weight, coefficients), create_graph=True)
+
+    with frozen_statistics(layer):
+        assert torch.autograd.gradcheck(gradients, (x, layer.weight, layer.bias, coefficients))
+
+
+def test_without_real_rows_the_moments_are_constants_also_when_differentiated_twice():
+    layer, _ = layer_and_reference((2,))
+    x = torch.randn(5, CHANNELS, 2, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x, torch.zeros(5)).square().sum(), x, create_graph=True)
+    gradient.sum().backward()
+    expected = 2 * (layer.weight**2 / layer.eps).view(1, -1, 1).expand_as(x)
+    torch.testing.assert_close(x.grad, expected.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_first_gradient_has_the_same_bits_whether_or_not_it_may_be_differentiated_again(dtype):
+    layer = SharedBatchNorm(CHANNELS)
+    x = (2 + torch.randn(9, CHANNELS, 5, dtype=dtype)).requires_grad_()
+    weight_B = torch.tensor([1.0] * 7 + [0.0] * 2)
+    inputs = (x, layer.weight, layer.bias)
+    gradients = [
+        torch.autograd.grad(layer(x, weight_B).float().pow(3).sum(), inputs, create_graph=create_graph)
+        for create_graph in (False, True)
+    ]
+    for plain, differentiable in zip(*gradients, strict=True):
+        assert torch.equal(plain, differentiable)
 
 
 @pytest.mark.parametrize("spatial", SPATIAL)
