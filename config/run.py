@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..errors import UserError, redact
-from .parse import explain, plain_data, shown
+from .parse import explain, kind_of, plain_data, shown
 from .sections import (
     UNION_TAGS,
     CheckpointConfig,
@@ -124,15 +124,25 @@ def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
         UserError: in one line per fault.
     """
     path = find_recipe(recipe)
+    tree = load_tree(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(tree, str(path))
+
+
+def load_tree(path: Path) -> dict[str, Any]:
+    """What a recipe's file says, as plain data.
+
+    Raises:
+        UserError: it is not YAML, or no sections; in one line.
+    """
     try:
         tree = plain_data(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return validate(tree, str(path))
+        raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {kind_of(tree)}")
+    return tree
 
 
 def find_recipe(recipe: str | Path) -> Path:
