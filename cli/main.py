@@ -377,16 +377,17 @@ def _save_images(batches: Iterable[NDArray[uint8]], out: Path, columns: int | No
     import numpy as np
     from PIL import Image
 
-    from ..reports.pictures import grid
+    from ..reports.pictures import grid, save
+    from ..storage.files import write_whole
 
     (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() == ".png":
-        grid(np.concatenate(list(batches)), columns).save(out)
+        save(grid(np.concatenate(list(batches)), columns), out)
     elif out.suffix.lower() == ".npz":
-        np.savez_compressed(out, images=np.concatenate(list(batches)))
+        images_NHWC = np.concatenate(list(batches))
+        write_whole(out, lambda file: np.savez_compressed(file, images=images_NHWC))
     else:
         numbered = enumerate(image_HWC for batch in batches for image_HWC in batch)
-        for number, image_HWC in numbered:
-            Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC).save(
-                out / f"{number:06d}.png"
-            )
+        for number, image_HWC in numbered:  # perhaps 50,000: not each waits for the disk
+            picture = Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC)
+            save(picture, out / f"{number:06d}.png", durable=False)

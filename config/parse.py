@@ -57,8 +57,25 @@ def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) ->
     if fault["type"] == "union_tag_not_found":
         return f"{key}={shown(fault['input'])} is not possible: input should be a section with keys such as kind"
     prefix = f"{key}={shown(fault['input'])}" if key else shown(fault["input"])
-    allowed = fault["msg"].removeprefix("Value error, ")
-    return f"{prefix} is not possible: {allowed[0].lower()}{allowed[1:]}"
+    return f"{prefix} is not possible: {reason(fault)}"
+
+
+def reason(fault: Any) -> str:
+    """What pydantic says is wrong, without the names of our classes."""
+    if fault["type"] in ("model_type", "model_attributes_type", "dataclass_type"):
+        return "keys with values are needed" + (f", not {kind_of(fault['input'])}" if "input" in fault else "")
+    allowed = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{allowed[0].lower()}{allowed[1:]}"
+
+
+def kind_of(value: Any) -> str:
+    """What plain data are, in words."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "a yes or no"
+    words = {int: "a number", float: "a number", str: "text", list: "a list", dict: "keys with values"}
+    return words.get(type(value), f"a {type(value).__name__}")
 
 
 def shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ..errors import UserError, redact
 from .methods import METHODS
-from .parse import explain, plain_data, shown, suggest
+from .parse import explain, kind_of, plain_data, shown, suggest
 from .samplers import TAGS, AnySampler, ImleConfig
 from .section import Section, Trait
 from .sections import (
@@ -147,19 +147,28 @@ def load(
         UserError: in one line per fault.
     """
     path = find_recipe(recipe)
+    tree = load_tree(path)
+    for key, value in [*map(_read_override, overrides), *changes.items()]:
+        _override(tree, key, value)
+    return validate(tree, str(path))
+
+
+def load_tree(path: Path) -> dict[str, Any]:
+    """What a recipe's file says, as plain data.
+
+    Raises:
+        UserError: it is not YAML, or no sections; in one line.
+    """
     try:
         tree = plain_data(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
+        raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {kind_of(tree)}")
     try:
-        tree = with_shorthands(tree)
+        return with_shorthands(tree)
     except ValueError as error:
         raise UserError(f"{error}; in {path}") from error
-    for key, value in [*map(_read_override, overrides), *changes.items()]:
-        _override(tree, key, value)
-    return validate(tree, str(path))
 
 
 def find_recipe(recipe: str | Path) -> Path:

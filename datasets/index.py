@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..config.parse import reason
 from ..config.sections import S3Config
 from ..errors import UserError
 from ..storage.base import MissingObject
@@ -199,8 +200,8 @@ def _parse_header(data: bytes, where: str) -> Header:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in fault["loc"])
-        reason = f"{place}: {fault['msg']}" if place else "truncated or not JSON"
-        raise UserError(f"{where}/{INDEX_FILE} cannot be used ({reason}); copy or pack the data set again") from error
+        why = f"{place}: {reason(fault)}" if place else "truncated or not JSON"
+        raise UserError(f"{where}/{INDEX_FILE} cannot be used ({why}); copy or pack the data set again") from error
     if header.fingerprint != _fingerprint(header.model_dump(mode="json")):
         raise UserError(f"{where}/{INDEX_FILE} was changed: its fingerprint does not fit; pack the data set again")
     if header.rows != sum(shard.rows for shard in header.shards):

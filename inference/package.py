@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,7 +26,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from ..config.parse import shown
+from ..config.parse import reason, shown
 from ..config.run import Config
 from ..config.samplers import AnySampler, GaussianConfig, ImleConfig
 from ..config.section import Section
@@ -39,13 +37,15 @@ from ..models.sphere import Constraint
 from ..samplers.base import build_network
 from ..samplers.gaussian import gaussian
 from ..storage.base import MissingObject
-from ..storage.files import os_fault
+from ..storage.files import os_fault, read_document, replacing_folder, write_whole
 from ..storage.open import open_store
 from .model import SamplingModel
 
 FORMAT = 2
 MANIFEST, GENERATOR = "model.json", "generator.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
+FOLDER = "model"  # of a run folder, in which the packaged model lies
+REMEDY = "copy the model again, or have the same `glann train` package it anew"
 DTYPES = (torch.float32, torch.int64)  # weights, and the counters of BatchNorm
 GAUSSIAN = GaussianConfig()
 
@@ -139,34 +139,27 @@ def export_model(
     tensors = {GENERATOR: generator_state} | {samplers[kind].file: state for kind, state in states.items()}
     for file, state in tensors.items():
         _require_finite(state, f"{file} of {config.name}")
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        for file, state in tensors.items():
-            safetensors.torch.save_file(
-                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, staging / file
+        with replacing_folder(folder) as staging:
+            for file, state in tensors.items():
+                whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+                write_whole(staging / file, safetensors.torch.save(whole))
+            manifest = Manifest(
+                format=FORMAT,
+                name=config.name,
+                resolution=config.data.resolution,
+                channels=config.data.channels,
+                generator=config.generator,
+                constraint=config.glo.constraint,
+                own=config.sampler.kind,
+                samplers=samplers,
+                rows=len(z_ND),
+                fingerprint=fingerprint,
+                files={file: _entry(staging / file) for file in tensors},
             )
-        manifest = Manifest(
-            format=FORMAT,
-            name=config.name,
-            resolution=config.data.resolution,
-            channels=config.data.channels,
-            generator=config.generator,
-            constraint=config.glo.constraint,
-            own=config.sampler.kind,
-            samplers=samplers,
-            rows=len(z_ND),
-            fingerprint=fingerprint,
-            files={file: _entry(staging / file) for file in tensors},
-        )
-        (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)
+            write_whole(staging / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise os_fault(error, folder) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -200,7 +193,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise UserError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; this is not a packaged model")
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_document(path))
         written = tree.get("format") if isinstance(tree, dict) else FORMAT
         if written == 1:
             return ManifestOfFormat1.model_validate(tree).as_today()
@@ -211,10 +204,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"cannot read {path}: {error.strerror}; is this a packaged model?") from error
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"{path} is not a packaged model: {key}: {fault['msg']}") from error
+        key = "".join(f"{part}." for part in fault["loc"])[:-1]
+        why = f"{key}: {reason(fault)}" if key else reason(fault)
+        raise UserError(f"{path} is not a packaged model: {why}; {REMEDY}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON; this is not a packaged model") from error
+        raise UserError(f"{path} is not JSON; this is not a packaged model; {REMEDY}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where model.json cannot be read, or a file that it names is missing or of another size."""
+    for file, entry in read_manifest(folder).files.items():
+        _size(folder / file, entry)
 
 
 def find_folder(path: Path) -> Path:
@@ -223,26 +223,26 @@ def find_folder(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    for folder in (path, path / "model"):
+    for folder in (path, path / FOLDER):
         if (folder / MANIFEST).is_file():
             return folder
     if not path.exists():
         raise UserError(f"no such run or model folder: {path}")
-    raise UserError(f"{path} holds no packaged model (no {MANIFEST}, no model/{MANIFEST}); has the run finished?")
+    raise UserError(f"{path} holds no packaged model (no {MANIFEST}, no {FOLDER}/{MANIFEST}); has the run finished?")
 
 
 def _from_s3(url: str, s3: S3Config, scratch: Path) -> Path:
     """Only the files that model.json may name are fetched; what else lies there is left alone."""
     store = open_store(url, s3)
-    prefix = next((prefix for prefix in ("", "model/") if store.exists(prefix + MANIFEST)), None)
+    prefix = next((prefix for prefix in ("", f"{FOLDER}/") if store.exists(prefix + MANIFEST)), None)
     if prefix is None:
-        raise UserError(f"{url} holds no packaged model (no {MANIFEST}, no model/{MANIFEST})")
+        raise UserError(f"{url} holds no packaged model (no {MANIFEST}, no {FOLDER}/{MANIFEST})")
     if store.size(prefix + MANIFEST) > MAX_MANIFEST_BYTES:
         raise UserError(f"{url}/{prefix}{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes")
-    (scratch / MANIFEST).write_bytes(store.read(prefix + MANIFEST))
+    store.download(prefix + MANIFEST, scratch / MANIFEST)
     for file in read_manifest(scratch).files:
         try:
-            (scratch / file).write_bytes(store.read(prefix + file))
+            store.download(prefix + file, scratch / file)
         except MissingObject as error:
             raise UserError(f"{url} is incomplete: {file} is missing") from error
     return scratch
@@ -271,16 +271,13 @@ def open_folder(folder: Path, source: str, device: torch.device | str = "cpu") -
 
 def _read(path: Path, entry: FileEntry) -> dict[str, Tensor]:
     """The tensors of a file whose size and SHA-256 are as promised.  What is hashed is what is parsed."""
+    _size(path, entry)
     try:
-        if path.stat().st_size != entry.size:
-            raise UserError(
-                f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {entry.size}; copy the model again"
-            )
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; copy the model again") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
     if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise UserError(f"{path} does not have the SHA-256 in {MANIFEST}; the model is damaged, copy it again")
+        raise UserError(f"{path} does not have the SHA-256 in {MANIFEST}; the model is damaged; {REMEDY}")
     try:
         state = safetensors.torch.load(content)
     except Exception as error:  # besides its own, the errors of torch for types and shapes it does not have
@@ -290,6 +287,15 @@ def _read(path: Path, entry: FileEntry) -> dict[str, Tensor]:
             raise UserError(f"{path}: {name[:100]} is of type {tensor.dtype}, which no packaged model holds")
     _require_finite(state, str(path))
     return state
+
+
+def _size(path: Path, entry: FileEntry) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
+    if size != entry.size:
+        raise UserError(f"{path} has {size} bytes, {MANIFEST} says {entry.size}; {REMEDY}")
 
 
 def _assign(network: nn.Module, state: dict[str, Tensor], file: str, source: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..errors import UserError
-from ..storage.files import os_fault
+from ..storage.files import write_whole
 
 MAX_PNG_BYTES = 200_000
 WEBP_QUALITY = 88
@@ -45,14 +45,8 @@ def environment(*folders: Path) -> jinja2.Environment:
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write a file that is seen whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may write the same file
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of file names that are no text
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise os_fault(error, path) from error
+    """Write a page. Names of files that are not text are written with backslashes."""
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -88,6 +82,8 @@ def duration(seconds: float) -> str:
 
 def number(value: float) -> str:
     """Three significant digits, with separators where it is large."""
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"

@@ -9,9 +9,8 @@ Legend: N images, P pairs, S steps, H W pixels, C channels (1 or 3).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError
-from ..storage.files import os_fault
+from ..storage.files import write_whole
 
 Images = NDArray[np.uint8]
 
@@ -74,15 +73,15 @@ def labelled_rows(rows: Sequence[tuple[str, Images]]) -> Image.Image:
     return picture
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG as a whole or not at all: half of one, left by a full disk, would spoil the report."""
-    part = path.with_suffix(".part")
-    try:
-        picture.save(part, "PNG")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise os_fault(error, path) from error
+def save(picture: Image.Image, path: Path, *, durable: bool = True) -> None:
+    """Write a PNG as a whole or not at all: half of one would spoil the report.
+
+    Args:
+        durable: as of `write_whole`.
+    Raises:
+        UserError, EnvironmentFault: the folder cannot be written to, or the disk is full.
+    """
+    write_whole(path, partial(picture.save, format="PNG"), durable=durable)
 
 
 def _under_one_another(kinds: Sequence[tuple[str, Images]], columns: int) -> Image.Image:

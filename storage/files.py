@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from ..errors import EnvironmentFault, GlannError, UserError
 from .base import Data
 
 READ_BYTES = 64 << 20
+MAX_DOCUMENT = 4 << 20  # bytes of a file of settings or facts; ours have a few thousand
+TEMPORARY = ".glann-tmp-"  # prefix of files and folders that are still being written; never listed, never read
 
-
-TEMPORARY = ".glann-tmp-"  # prefix of files that are still being written; never listed, never read
+_swept: set[Path] = set()  # folders in which this process has looked for what killed writers left
 
 
 def os_fault(error: OSError, path: Path | str) -> GlannError:
@@ -47,6 +50,127 @@ def read_at(descriptor: int, offset: int, length: int) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
+def read_document(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
+    """The whole of a small file.
+
+    Raises:
+        ValueError: it has more than `limit` bytes, or is no file. OSError: it cannot be read.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe would wait
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data
+
+
+def write_whole(path: Path, data: str | bytes | Callable[[IO[bytes]], None], *, durable: bool = True) -> None:
+    """Write a local file that is seen as a whole or not at all; what `path` held before stays until then.
+
+    Text is written as UTF-8. A link at `path` is replaced, not followed.
+
+    Args:
+        data: the content, or what writes it into the open file it is given.
+        durable: wait for the disk, so that a power failure costs nothing either. False only for a large number of
+            files of which none is read back by name.
+    Raises:
+        UserError, EnvironmentFault: what the operating system reported, in one line.
+    """
+    try:
+        folder = path.absolute().parent
+        if folder not in _swept:
+            sweep(folder)
+            _swept.add(folder)
+        with replacing(path, durable=durable) as file:
+            if callable(data):
+                data(file)
+            else:
+                file.write(data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise os_fault(error, path) from error
+
+
+@contextlib.contextmanager
+def replacing(target: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `target` once the block has ended without an error. Raises OSError."""
+    with temporary_beside(target) as file:
+        yield file
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+        os.replace(file.name, target)
+    if durable:
+        sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` once the block has ended without an error.
+
+    The two are exchanged in one step where the file system can do that (Linux's own do, NFS does not); elsewhere
+    there is an instant, between two renames, in which `target` is not there.
+
+    Raises:
+        OSError: also where `target` is a file or a link.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
+    folder = _locked_folder(target.parent)
+    try:
+        yield folder.path
+        sync_folder(folder.path)
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file or a link where a folder is needed", str(target))
+        _exchange(folder.path, target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(folder.path, ignore_errors=True)  # what was begun, or what stood there before
+        os.close(folder.descriptor)
+
+
+class _Locked(NamedTuple):
+    path: Path
+    descriptor: int
+
+
+def _locked_folder(parent: Path) -> _Locked:
+    while True:
+        path = parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+        path.mkdir()
+        descriptor = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # NFS cannot lock a folder, and so does not sweep one either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists():
+            return _Locked(path, descriptor)
+        os.close(descriptor)  # swept between its creation and its lock
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Give `new` the name `target`; the folder that had it, if one did, is then called `new`."""
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchanged(new, target):
+        aside = new.with_name(f"{new.name}-old")
+        os.rename(target, aside)
+        try:
+            os.rename(new, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        os.rename(aside, new)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step (renameat2 of Linux); False where that is not possible."""
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return call(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+
+
 @contextlib.contextmanager
 def temporary_beside(target: Path) -> Iterator[IO[bytes]]:
     """A new file in the folder of `target`, open for writing; what is left under its name at the end is removed.
@@ -67,12 +191,22 @@ def temporary_beside(target: Path) -> Iterator[IO[bytes]]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that were killed have left in `folder`."""
+    """Remove what writers that were killed have left in `folder`, as far as it is ours to remove."""
     for entry in os.scandir(folder):
-        if entry.name.startswith(TEMPORARY):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), open(entry.path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(entry.path)
+        if not entry.name.startswith(TEMPORARY):
+            continue
+        # NFS locks a file for one process alone only where it is open for writing; a folder cannot be
+        flags = os.O_RDONLY if entry.is_dir(follow_symlinks=False) else os.O_RDWR | os.O_NOFOLLOW
+        with contextlib.suppress(OSError):  # gone, still being written, or of another user
+            descriptor = os.open(entry.path, flags)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
+            finally:
+                os.close(descriptor)
 
 
 def fill(file: IO[bytes], data: Data) -> None:
@@ -84,6 +218,16 @@ def fill(file: IO[bytes], data: Data) -> None:
             file.write(piece)
     file.flush()
     os.fsync(file.fileno())
+
+
+def sync_tree(path: Path) -> None:
+    """Have the disk keep a file, or a folder with all that is in it."""
+    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if each.is_dir():
+            sync_folder(each)
+        else:
+            with open(each, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
-from .files import TEMPORARY, fill, os_fault, read_at, sweep, sync_folder, temporary_beside
+from .files import TEMPORARY, fill, os_fault, read_at, replacing, sweep, sync_folder, temporary_beside
 
 
 class LocalStore:
@@ -53,18 +53,18 @@ class LocalStore:
             if target.parent not in self._swept:
                 sweep(target.parent)
                 self._swept.add(target.parent)
-            with temporary_beside(target) as temporary:
-                fill(temporary, data)
-                if only_if_absent:
+            if only_if_absent:
+                with temporary_beside(target) as temporary:
+                    fill(temporary, data)
                     _link(temporary.name, target)
-                else:
-                    os.replace(temporary.name, target)
-            sync_folder(target.parent)
+                sync_folder(target.parent)
+            else:
+                with replacing(target) as file:
+                    fill(file, data)
 
     def download(self, key: str, path: Path) -> None:
-        with self._faults(key), temporary_beside(path) as temporary:
-            fill(temporary, self.path(key))
-            os.replace(temporary.name, path)
+        with self._faults(key), replacing(path) as file:
+            fill(file, self.path(key))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         if self.root.exists() and not self.root.is_dir():

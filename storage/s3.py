@@ -38,7 +38,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from ..config.sections import S3Config
 from ..errors import EnvironmentFault, GlannError, UserError
 from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
-from .files import os_fault, temporary_beside
+from .files import os_fault, replacing
 
 MULTIPART_BYTES = 64 << 20
 STREAM_BYTES = 16 << 20  # of a stream, so much is a part
@@ -111,7 +111,7 @@ class S3Store:
 
     def download(self, key: str, path: Path) -> None:
         place = self._place(key)
-        with self._faults(key), temporary_beside(path) as temporary:
+        with self._faults(key), replacing(path) as temporary:
             size = self.size(key)
 
             def once() -> None:
@@ -123,7 +123,6 @@ class S3Store:
                     raise TruncatedObject(f"{self.url}/{key}: not all of its {size} bytes arrived")
 
             self._again(once)
-            os.replace(temporary.name, path)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         found: dict[str, int] = {}

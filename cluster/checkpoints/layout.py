@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
+from ...config.parse import reason
 from ...errors import UserError
 from ...storage.base import MissingObject, Store
 
@@ -192,7 +193,7 @@ def parse(model: type[Model], data: bytes, where: str) -> Model:
         fault = error.errors(include_url=False)[0]
         path = ".".join(map(str, fault["loc"]))
         raise DamagedCheckpoint(
-            f"{where} is damaged or not one of ours: {path} {fault['msg']}".replace("\n", " ")
+            f"{where} is damaged or not one of ours: {path} {reason(fault)}".replace("\n", " ")
         ) from error
 
 

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from ...errors import EnvironmentFault, UserError
+from ...storage.files import sync_folder, sync_tree
 from . import converters
 from .downloads import (
     Address,
@@ -300,7 +301,9 @@ def _fetch_into(name: str, asset: Asset, cache: Path) -> None:
         finished = Path(scratch) / asset.product
         origin = {"asset": name, "sha256": asset.sha256, "licence": asset.licence, "credit": asset.credit}
         asset.convert(raw, finished, {"convention": asset.convention, **origin})
+        sync_tree(finished)  # it is known by its name alone from now on
         finished.replace(cache / asset.product)
+        sync_folder(cache)
 
 
 def _obtain(name: str, asset: Asset, cache: Path, scratch: Path) -> Path:

@@ -132,8 +132,8 @@ def test_a_picture_that_finds_no_room_leaves_the_one_before(tmp_path, monkeypatc
     pictures.save(Image.new("L", (8, 8)), path)
     before = path.read_bytes()
 
-    def torn(self, target, *_):
-        target.write_bytes(b"half")
+    def torn(self, target, format):
+        target.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", torn)
