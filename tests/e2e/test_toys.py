@@ -99,6 +99,22 @@ SAMPLERS["mean"] = create_model(
 """
 
 
+METRIC = '''
+"""The largest difference of a pixel between an image and its reconstruction."""
+
+
+def worst(fake_BCHW, real_BCHW):
+    return (fake_BCHW.double() - real_BCHW.double()).abs().flatten(1).amax(1) / 255
+'''
+
+METRIC_ENTRY = """
+
+from .worst import worst
+
+METRICS["worst"] = Metric("worst", "Worst pixel", "largest difference of a pixel", "lower", "{:.3f}", Codes(worst))
+"""
+
+
 @pytest.fixture
 def extended(tmp_path: Path, glann):
     """A copy of the package to be extended, and a function that runs its command in a folder with the digits."""
@@ -152,12 +168,15 @@ def entries(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_toy_stage_and_a_toy_sampler_are_trained_resumed_and_reported(extended, glann):
+def test_a_toy_stage_sampler_and_metric_are_trained_resumed_and_reported(extended, glann):
     package, work, run = extended
     (package / "trainers" / "nudge.py").write_text(STAGE)
     insert(package / "config" / "methods.py", '"glann": (', '"nudged": ("glo", "nudge", "sampler"), ')
     (package / "samplers" / "mean.py").write_text(SAMPLER)
     insert(package / "config" / "samplers.py", "\n\ndef _tag(", SAMPLER_ENTRY)
+    (package / "metrics" / "worst.py").write_text(METRIC)
+    with (package / "metrics" / "spec.py").open("a") as table:
+        table.write(METRIC_ENTRY)
 
     small = [value for value in glann.small if not value.startswith("imle.")]
     words = ["train", "digits", *small, "glo.epochs=2", "method=nudged", "sampler.kind=mean", "sampler.spread=0.3"]
@@ -173,7 +192,14 @@ def test_a_toy_stage_and_a_toy_sampler_are_trained_resumed_and_reported(extended
     report = (run_dir / "report.html").read_text()
     assert "Nudge for 6 epochs and Around the mean for 1 epoch" in report
     assert "Nudge: loss" in report
-    assert "| sampler | mean |" in (run_dir / "MODEL_CARD.md").read_text()
+    card = (run_dir / "MODEL_CARD.md").read_text()
+    assert "| sampler | mean |" in card
+    measured = json.loads((run_dir / "summary.json").read_text())["metrics"]
+    assert list(measured) == ["l1", "psnr", "worst", "fd_squeezenet", "gaussian/fd_squeezenet"]
+    assert measured["l1"] < measured["worst"] <= 1
+    assert f"| Worst pixel | {measured['worst']:.3f} | largest difference of a pixel; lower is better |" in card
+    assert "Worst pixel" in report
+    assert "Worst pixel" in done.stdout
 
     without_its_end(work, run_dir, "nudge")
     again = run(*words)
