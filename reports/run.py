@@ -12,8 +12,8 @@ from ..config.run import redacted_config
 from .charts import line_chart
 from .facts import STAGES, RunFacts, series
 from .page import Figure, duration, environment, figure, number, write_page
+from .run_folder import REPORT
 
-FILE = "report.html"
 MAX_PREVIEWS = 12
 
 # What the metrics are called in words, and which way is better.
@@ -36,7 +36,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: the folder is not a run, or one of its files is damaged.
     """
-    return write_page(run_dir / FILE, render(RunFacts.read(run_dir)))
+    return write_page(run_dir / REPORT, render(RunFacts.read(run_dir)))
 
 
 def render(facts: RunFacts) -> str:

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..cluster.nodes.ray import ray_cluster
-from ..config.run import Config, redacted_config
+from ..config.run import Config
 from ..datasets.assets.catalogue import load_weights
 from ..errors import GlannError, UserError
 from ..metrics.features.extractor import build_extractor
+from ..reports.run_folder import RAY, REPORT, write_config
+from ..storage.files import write_whole
 from ..tracking.runs import Status, TrackedRun
 from ..trainers.objective import build_objective
+from ..trainers.run.folder import take_back_tracking
 from ..trainers.run.mirror import RunMirror, take_back
-from ..trainers.run.preflight import open_data, refuse_other_configuration, sole_command
+from ..trainers.run.preflight import open_data, sole_command
 from ..trainers.run.recovery import RunStopped, stop_on_signal
 from .folder import is_study, refuse_other_study
 from .ledger import Ledger
-from .report.study import write_report
+from .report.study import TABLE, write_report
 from .study import FILE, StudyConfig
 
 if TYPE_CHECKING:
@@ -43,8 +46,8 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
     try:
         if take_back(base):
             console.print(f"going on with the copy of the study folder beside {base.checkpoint_url}")
-        refuse_other_study(study)
-        refuse_other_configuration(base)
+        refuse_other_study(study, base)
+        take_back_tracking(base)
         index = open_data(base, console)
         build_objective(base, torch.device("cpu"))  # fetches what trials need, once
         build_extractor(base.evaluation.extractor, load_weights)
@@ -53,14 +56,14 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
             tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}
             tracked = TrackedRun.open(base, study.folder, tags)
             fresh = False
-            (study.folder / "config.yaml").write_text(redacted_config(base).to_yaml(), encoding="utf-8")
-            (study.folder / FILE).write_text(study.to_yaml(), encoding="utf-8")
+            write_config(study.folder, base)
+            write_whole(study.folder / FILE, study.to_yaml())
             conduct(study, base, tracked, console)
     except UserError:
         if fresh:
             shutil.rmtree(study.folder, ignore_errors=True)
         raise
-    return study.folder / "report.html"
+    return study.folder / REPORT
 
 
 def run_on_cluster(
@@ -105,7 +108,7 @@ def conduct(study: StudyConfig, base: Config, tracked: TrackedRun, console: Cons
         ledger.close()
         tracked.finish(status)
         mirror.close(console.print)
-        shutil.rmtree(study.folder / "ray", ignore_errors=True)
+        shutil.rmtree(study.folder / RAY, ignore_errors=True)
 
 
 def tell(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Console) -> None:
@@ -113,7 +116,7 @@ def tell(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Conso
     if not any(trial.ended for trial in ledger.trials):
         return
     try:
-        for path in (study.folder / FILE, write_report(study), study.folder / "leaderboard.csv"):
+        for path in (study.folder / FILE, write_report(study), study.folder / TABLE):
             tracked.log_artifact(path)
     except GlannError as error:
         console.print(f"the report of {study.name} could not be written: {error}", soft_wrap=True)

@@ -20,7 +20,7 @@ from ...config import run as config
 from ...config.run import Config
 from ...errors import UserError, redact
 from ...inference.package import MANIFEST, Manifest, read_manifest
-from ...reports.card import FILE as CARD
+from ...reports.run_folder import CARD, TRACKED_CONFIG
 from .client import fetch, locate, opened
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 FINGERPRINT, RUN, RUN_NAME = "glann.fingerprint", "glann.run", "glann.run_name"
 STUDY, TRIAL, PARENT = "glann.study", "glann.trial", "mlflow.parentRunId"
 METRIC, CONFIG = "glann.metric.", "glann.config.run."
-TRACKED_CONFIG = "tracked-config.yaml"  # among the artifacts of a run
 EVALUATION = "evaluation/"  # the stage under which a run logs what it measured of itself
 CONFIG_KEYS = (
     "seed",

@@ -10,21 +10,22 @@ import torch
 from ...cluster.checkpoints import retention
 from ...cluster.checkpoints.lease import HeldLease, hold
 from ...cluster.nodes.ray import ray_cluster
-from ...config.run import Config, redacted_config
+from ...config.run import Config
 from ...datasets.assets.catalogue import load_weights
 from ...datasets.index import Index
 from ...errors import GlannError, UserError
 from ...metrics.features.extractor import build_extractor
-from ...storage.journal import FILE as JOURNAL
+from ...reports.run_folder import CHECKPOINTS, JOURNAL, write_config
 from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import Status, TrackedRun
 from ..objective import build_objective
 from . import finish
+from .folder import is_finished, refuse_other_configuration, require_checkpoint, take_back_tracking
 from .hooks import ALONE, Event, Supervision
 from .log import RunLog
 from .mirror import RunMirror, take_back
-from .preflight import open_data, refuse_other_configuration, sole_command
+from .preflight import open_data, sole_command
 from .recovery import GOES_ON, RunStopped, run_workers
 
 if TYPE_CHECKING:
@@ -44,13 +45,15 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
         if take_back(config):
             console.print(f"going on with the copy of the run folder beside {config.checkpoint_url}")
         refuse_other_configuration(config)
-        if finish.is_finished(config):
+        take_back_tracking(config)
+        if is_finished(config):
             if config.tracking.enabled and TrackedRun.waits(config.run_dir):
                 console.print(f"{config.run_dir} is finished; sending MLflow what it has not taken yet")
                 TrackedRun.open(config, config.run_dir).finish()
             else:
                 console.print(f"{config.run_dir} is finished already; nothing to do")
             return finish.summary_of(config)
+        require_checkpoint(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night
         build_extractor(config.evaluation.extractor, load_weights)
@@ -70,7 +73,7 @@ def train(config: Config, console: Console, supervision: Supervision = ALONE) ->
 
 def has_begun(config: Config) -> bool:
     """Whether the run folder holds anything that would be missed: an epoch's numbers, or a checkpoint."""
-    journal, saved = config.run_dir / JOURNAL, (config.run_dir / "checkpoints").glob("step-*")
+    journal, saved = config.run_dir / JOURNAL, (config.run_dir / CHECKPOINTS).glob("step-*")
     return any(saved) or (journal.exists() and any("epoch" in entry for entry in entries(journal)))
 
 
@@ -88,7 +91,7 @@ def run(
         supervision.hear(event)
 
     try:
-        (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
+        write_config(config.run_dir, config)
         retention.remove_torn(open_store(config.checkpoint_url, config.s3))
         with ray_cluster(config), RunLog(config, tracked, console) as log:
             run_workers(config, on_event, lease, supervision)

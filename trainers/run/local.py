@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cluster.checkpoints import reader, retention
-from ...config.run import Config, redacted_config
+from ...config.run import Config
 from ...datasets.assets.catalogue import load_weights
 from ...datasets.index import Index
 from ...errors import UserError
@@ -25,14 +25,15 @@ from ...metrics.evaluate import open_images, reconstruction, training_images
 from ...metrics.features.extractor import build_extractor
 from ...metrics.frechet import Moments, frechet_distance, moments_of
 from ...models.mapping import build_mapping
-from ...reports.run_folder import read_config
+from ...reports.run_folder import MODEL, read_config, write_config
 from ...samplers.imle import MappingTrainer, train_imle
 from ...storage.open import open_store
 from ...tracking.runs import Status, TrackedRun
 from . import finish
+from .folder import is_finished, refuse_other_configuration, require_summary, take_back_tracking
 from .hooks import Supervision
 from .mailbox import NOTHING, STOP
-from .preflight import refuse_other_configuration, sole_command
+from .preflight import sole_command
 from .recovery import RunStopped
 from .state import final_weights, load
 
@@ -89,11 +90,12 @@ def train_second_stage(
         RunStopped: `supervision` wanted it. UserError: values that do not train.
     """
     refuse_other_configuration(config)
-    if finish.is_finished(config):
-        return finish.read_summary(config)["metrics"]
+    take_back_tracking(config)
+    if is_finished(config):
+        return require_summary(config)["metrics"]
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with sole_command(config.run_dir, "train"):
-        (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
+        write_config(config.run_dir, config)
         tags = {"glann.fingerprint": shared.index.fingerprint, **supervision.tags}
         tracked = TrackedRun.open(config, config.run_dir, tags, parent_run_id=supervision.parent_run_id)
         status: Status = "FAILED"
@@ -132,7 +134,7 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, supervision: S
     trained_s = monotonic() - began
     weights = trainer.state()["weights"]
     fingerprint = shared.index.fingerprint
-    export_model(config.run_dir / "model", config, shared.generator, weights, shared.z_ND, fingerprint)
+    export_model(config.run_dir / MODEL, config, shared.generator, weights, shared.z_ND, fingerprint)
     model = load_model(config.run_dir)
     metrics = shared.metrics | distances(config, model, shared.real)
     timings = {"train_s": trained_s, "finish_s": monotonic() - began - trained_s}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...cluster.checkpoints import pieces, reader
 from ...cluster.checkpoints.layout import DamagedCheckpoint, parse
 from ...cluster.latents import LatentTable
+from ...config.run import Config, redacted_config
 from ...datasets.index import Index
 from ...errors import UserError
 from ...storage.base import Store
@@ -60,8 +61,8 @@ class Saved:
             if key in state
         }
 
-    def state(self, index: Index, rows: int) -> dict[str, Any]:
-        """Counters and what they belong to."""
+    def state(self, index: Index, rows: int, config: Config) -> dict[str, Any]:
+        """Counters and what they belong to; the configuration in it outlives a damaged config.yaml."""
         return {
             "position": asdict(self.position),
             "updates": {
@@ -70,6 +71,7 @@ class Saved:
             },
             "rows": rows,
             "fingerprint": index.fingerprint,
+            "config": redacted_config(config).model_dump(mode="json"),
         }
 
 
@@ -108,6 +110,7 @@ class _State(BaseModel):
     updates: dict[Literal["generator", "mapping"], Annotated[float, Field(ge=0, lt=2**62)] | None] = Field(min_length=2)
     rows: Count
     fingerprint: str
+    config: dict[str, Any] | None = None  # earlier versions did not save it
 
 
 def checked_state(state: dict[str, Any], where: str) -> dict[str, Any]:

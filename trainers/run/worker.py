@@ -243,7 +243,7 @@ class Worker:
             self.saved.position.serial,
             tensors=self.saved.files(),
             latents=self.latents,
-            state=self.saved.state(self.images.index, len(self.images)),
+            state=self.saved.state(self.images.index, len(self.images), self.config),
         )
         if stop:
             self.writer.wait()

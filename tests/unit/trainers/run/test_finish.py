@@ -7,7 +7,8 @@ import json
 
 import pytest
 from glann.config.run import Config, load
-from glann.trainers.run.finish import SUMMARY, summary_of
+from glann.reports.run_folder import SUMMARY
+from glann.trainers.run.finish import summary_of
 from rich.console import Console
 
 
