@@ -12,8 +12,7 @@ from ..errors import redact
 from .facts import RunFacts
 from .page import environment, write_page
 from .run import commands, headline, metric_rows
-
-FILE = "MODEL_CARD.md"
+from .run_folder import CARD, IMAGES
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
             commands=commands(facts),
             tracked=tracked,
             sampler=described(facts.config.sampler),
-            samples="images/samples.png" if facts.picture("samples") else None,
+            samples=f"{IMAGES}/samples.png" if facts.picture("samples") else None,
         )
     )
-    return write_page(run_dir / FILE, text)
+    return write_page(run_dir / CARD, text)

@@ -13,11 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..config import run as configuration
 from ..config.run import Config
-from ..errors import UserError
 from ..storage import journal
 from ..storage.journal import Entry
+from .run_folder import IMAGES, JOURNAL, read_config, read_summary
 
 _NO_STAGES = ("run", "evaluation", "study")  # other entries of a journal that have a `stage`
 _PREVIEW = re.compile(r"([a-z0-9-]+)-epoch-(\d+)-(reconstructions|samples)\.png")
@@ -66,20 +65,18 @@ class RunFacts:
     @classmethod
     def read(cls, run_dir: Path) -> RunFacts:
         """Raises UserError where the folder is not a run, or a file in it is damaged."""
-        path = run_dir / "config.yaml"
-        if not path.is_file():
-            raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
-        entries = journal.entries(run_dir / journal.FILE)
+        config = read_config(run_dir)
+        entries = journal.entries(run_dir / JOURNAL)
         stages = [
             _stage(name, title, [e for e in entries if e.get("stage") == name])
             for name, title in stage_titles(entries).items()
         ]
         return cls(
             run_dir,
-            configuration.load(path),
+            config,
             [stage for stage in stages if stage.entries],
-            _previews(run_dir / "images"),
-            _summary(run_dir / "summary.json"),
+            _previews(run_dir / IMAGES),
+            read_summary(run_dir) or {},
         )
 
     @property
@@ -95,8 +92,8 @@ class RunFacts:
         return self.summary.get("timings", {})
 
     def picture(self, name: str) -> Path | None:
-        """images/<name>.png, if it was drawn."""
-        path = self.run_dir / "images" / f"{name}.png"
+        """The picture of that name in images/, if it was drawn."""
+        path = self.run_dir / IMAGES / f"{name}.png"
         return path if path.is_file() else None
 
 
@@ -147,17 +144,3 @@ def _previews(folder: Path) -> list[Preview]:
     named = ((path, _PREVIEW.fullmatch(path.name)) for path in folder.glob("*.png"))
     found = [Preview(match[1], int(match[2]), match[3], path) for path, match in named if match]
     return sorted(found, key=lambda preview: (preview.stage, preview.kind, preview.epoch))
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        summary = journal.strict_json(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON; remove it and run the same command again") from error
-    if not isinstance(summary, dict) or not all(
-        isinstance(summary.get(key, {}), dict) for key in ("metrics", "timings")
-    ):
-        raise UserError(f"{path} must hold an object; remove it and run the same command again")
-    return summary

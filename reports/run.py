@@ -14,8 +14,8 @@ from ..metrics.spec import METRICS
 from .charts import line_chart
 from .facts import RunFacts, series
 from .page import Figure, duration, environment, figure, number, write_page
+from .run_folder import REPORT
 
-FILE = "report.html"
 MAX_PREVIEWS = 12
 
 PICTURES = {
@@ -31,7 +31,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: the folder is not a run, or one of its files is damaged.
     """
-    return write_page(run_dir / FILE, render(RunFacts.read(run_dir)))
+    return write_page(run_dir / REPORT, render(RunFacts.read(run_dir)))
 
 
 def render(facts: RunFacts) -> str:

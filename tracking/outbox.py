@@ -9,7 +9,6 @@ opened.  Training never waits for it.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import time
@@ -20,8 +19,9 @@ from pydantic import Field, ValidationError
 
 from ..config.section import Section
 from ..errors import EnvironmentFault, GlannError, UserError
+from ..reports.run_folder import TRACKING
 from ..storage import journal
-from ..storage.files import os_fault
+from ..storage.files import read_document, write_whole
 from .connection import redact
 from .registry.models import PublishedModel, publish
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("glann.tracking")
 
-STATE = "tracking.json"
 POLL_S = 2.0
 MAX_DELAY_S = 60.0
 PATIENCE_S = 30.0  # a run that has ended waits so long for a server that fails
@@ -61,11 +60,11 @@ class State(Section):
 
     @classmethod
     def load(cls, run_dir: Path) -> State | None:
-        path = run_dir / STATE
+        path = run_dir / TRACKING
         if not path.exists():
             return None
         try:
-            state = cls.model_validate(journal.strict_json(path.read_bytes()))
+            state = cls.model_validate(journal.strict_json(read_document(path)))
         except (ValidationError, ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path} is damaged; remove it (the run will appear once more in MLflow)") from error
         home = run_dir.resolve()
@@ -75,12 +74,7 @@ class State(Section):
         return state
 
     def save(self, run_dir: Path) -> None:
-        path, temporary = run_dir / STATE, run_dir / f".{STATE}.tmp"
-        try:
-            temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise os_fault(error, path) from error
+        write_whole(run_dir / TRACKING, self.model_dump_json(indent=2) + "\n")
 
 
 class Unnoted(EnvironmentFault):

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from ..config.parse import flatten
 from ..config.run import Config, redacted_config
 from ..reports.card import TrackedAs
-from ..storage.files import os_fault
-from ..storage.journal import FILE, Journal
+from ..reports.run_folder import IMAGES, JOURNAL, TRACKED_CONFIG
+from ..storage.files import os_fault, write_whole
+from ..storage.journal import Journal
 from .connection import default_uri, experiment_id, reach, redact
 from .outbox import Outbox, Parcel, State
-from .registry.lineage import PARENT, STUDY, TRACKED_CONFIG, TRIAL
+from .registry.lineage import PARENT, STUDY, TRIAL
 from .registry.models import PublishedModel
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class TrackedRun:
 
     def __init__(self, run_dir: Path, outbox: Outbox | None) -> None:
         self.run_dir = run_dir
-        self.journal = Journal(run_dir / FILE)
+        self.journal = Journal(run_dir / JOURNAL)
         self._outbox = outbox
 
     @classmethod
@@ -80,7 +81,7 @@ class TrackedRun:
             state = state.model_copy(update={"sent_bytes": 0})
         state = state.model_copy(update={"run_id": run_id, "lineage": lineage, "ended": False})
         state.save(run_dir)
-        (run_dir / TRACKED_CONFIG).write_text(redacted_config(config).to_yaml(), encoding="utf-8")
+        write_whole(run_dir / TRACKED_CONFIG, redacted_config(config).to_yaml())
         run = cls(run_dir, Outbox(client, run_id, run_dir, state, config.tracking.register_as))
         run.log_artifact(run_dir / TRACKED_CONFIG)
         return run
@@ -115,7 +116,7 @@ class TrackedRun:
 
     def log_image(self, path: Path) -> None:
         """Have a picture of the run folder sent to MLflow, under images/."""
-        self.log_artifact(path, "images")
+        self.log_artifact(path, IMAGES)
 
     def log_artifact(self, path: Path, target: str | None = None) -> None:
         """Have a file sent to MLflow, into the folder `target` of the run's artifacts."""
@@ -165,7 +166,7 @@ def _state_of(run_dir: Path, uri: str) -> State:
     state = State.load(run_dir)
     if state is None or state.uri != uri:
         return State(key=uuid.uuid4().hex, uri=uri)
-    journal = run_dir / FILE
+    journal = run_dir / JOURNAL
     held = journal.stat().st_size if journal.exists() else 0  # less, where the journal is an older copy
     return state.model_copy(update={"sent_bytes": min(state.sent_bytes, held)})
 

@@ -14,15 +14,18 @@ from ..cluster.nodes.ray import ray_cluster
 from ..config.run import Config
 from ..errors import GlannError, UserError
 from ..metrics.features.extractor import build_extractor
+from ..reports.run_folder import RAY, REPORT
+from ..storage.files import write_whole
 from ..tracking.runs import TrackedRun
 from ..trainers.objective import build_objective
+from ..trainers.run.folder import take_back_tracking
 from ..trainers.run.lifecycle import open_run
 from ..trainers.run.mirror import RunMirror, take_back
-from ..trainers.run.preflight import open_data, refuse_other_configuration
+from ..trainers.run.preflight import open_data
 from ..trainers.run.recovery import RunStopped, stop_on_signal
 from .folder import is_study, refuse_other_study
 from .ledger import Ledger
-from .report.study import write_report
+from .report.study import TABLE, write_report
 from .study import FILE, StudyConfig
 
 if TYPE_CHECKING:
@@ -43,8 +46,8 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
     try:
         if take_back(base):
             console.print(f"going on with the copy of the study folder beside {base.checkpoint_url}")
-        refuse_other_study(study)
-        refuse_other_configuration(base)
+        refuse_other_study(study, base)
+        take_back_tracking(base)
         index = open_data(base, console)
         build_objective(base, torch.device("cpu"))  # fetches what trials need, once
         build_extractor(base.evaluation.extractor)
@@ -53,17 +56,17 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
         try:
             with open_run(base, study.folder, "tune", tags) as tracked:
                 fresh, opened = False, True
-                (study.folder / FILE).write_text(study.to_yaml(), encoding="utf-8")
+                write_whole(study.folder / FILE, study.to_yaml())
                 conduct(study, base, tracked, console, mirror)
         finally:
             if opened:
                 mirror.close(console.print)
-                shutil.rmtree(study.folder / "ray", ignore_errors=True)
+                shutil.rmtree(study.folder / RAY, ignore_errors=True)
     except UserError:
         if fresh:
             shutil.rmtree(study.folder, ignore_errors=True)
         raise
-    return study.folder / "report.html"
+    return study.folder / REPORT
 
 
 def run_on_cluster(
@@ -108,7 +111,7 @@ def tell(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Conso
     if not any(trial.ended for trial in ledger.trials):
         return
     try:
-        for path in (study.folder / FILE, write_report(study), study.folder / "leaderboard.csv"):
+        for path in (study.folder / FILE, write_report(study), study.folder / TABLE):
             tracked.log_artifact(path)
     except GlannError as error:
         console.print(f"the report of {study.name} could not be written: {error}", soft_wrap=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..cluster.checkpoints import retention
 from ..cluster.checkpoints.layout import folder_name
-from ..config.run import Config, redacted_config
+from ..config.run import Config
 from ..errors import UserError
-from ..reports.run_folder import read_config
+from ..reports.run_folder import MODEL, read_config, write_config
 from ..storage.base import Store
 from ..storage.open import open_store
 
@@ -37,9 +37,9 @@ def clone_run(donor: Path, config: Config, told: int | None) -> None:
         if key.startswith("step-"):
             target.delete(key)
     copy_step(source, target, step)
-    shutil.rmtree(config.run_dir / "model", ignore_errors=True)
+    shutil.rmtree(config.run_dir / MODEL, ignore_errors=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
+    write_config(config.run_dir, config)
 
 
 def copy_step(source: Store, target: Store, step: int) -> None:

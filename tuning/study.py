@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from ..config.parse import explain, plain_data, shown, suggest
+from ..config.parse import explain, kind_of, plain_data, shown, suggest
 from ..config.run import (
     RECIPES,
     Config,
@@ -30,13 +30,14 @@ from ..config.run import (
     has_trait,
     keys_with,
     known_keys,
+    load_tree,
     validate,
-    with_shorthands,
 )
 from ..config.section import Section, Trait
 from ..errors import UserError
 from ..metrics.result import OWN, from_key, known_results, to_key
 from ..metrics.spec import METRICS, Metric
+from ..reports.run_folder import CONFIG, read_config
 from ..trainers.run.preflight import may_change
 from .ledger import BASELINE
 from .space import Dimension, dependencies_first, grid, premises
@@ -217,19 +218,12 @@ class StudyConfig(Section):
         return self._config(trial_name(self.name, number), str(self.folder / "trials"), params)
 
     def _config(self, name: str, runs_dir: str, params: dict[str, Any]) -> Config:
-        path = Path(self.stage_one) / "config.yaml" if self.stage_one else find_recipe(self.recipe or "")
-        if not path.is_file():
-            raise UserError(f"stage_one={self.stage_one} is no run folder: it has no config.yaml")
-        try:
-            tree = plain_data(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} must hold sections such as `data:` and `glo:`, not {type(tree).__name__}")
-        try:
-            tree = with_shorthands(tree)
-        except ValueError as error:
-            raise UserError(f"{error}; in {path}") from error
+        if self.stage_one:
+            path = Path(self.stage_one) / CONFIG
+            tree = read_config(self.stage_one).model_dump(mode="json")
+        else:
+            path = find_recipe(self.recipe or "")
+            tree = load_tree(path)
         for key, value in (self.overrides | params).items():
             _put(tree, key, value)
         if self.extractor_needed:
@@ -273,7 +267,7 @@ def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold keys such as `recipe:` and `space:`, not {type(tree).__name__}")
+        raise UserError(f"{path} must hold keys such as `recipe:` and `space:`, not {kind_of(tree)}")
     if trials is not None and isinstance(budget := tree.get("budget", {}), dict):
         tree["budget"] = budget | {"trials": trials}
     try:

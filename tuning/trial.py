@@ -21,6 +21,8 @@ from ray import tune
 
 from ..config.run import Config
 from ..errors import GlannError, redact
+from ..reports.run_folder import RAY
+from ..storage.files import write_whole
 from ..trainers.run.events import EpochDone, Event, Progress
 from ..trainers.run.hooks import Hooks
 from ..trainers.run.preflight import is_worked_on
@@ -108,7 +110,7 @@ class TrialRun(tune.Trainable):
         """Not the run's state, which has checkpoints of its own: only which run this is."""
         config = self.part.config(self.number, {})
         told = {"run": str(config.run_dir), "number": self.number, "step": newest_step(config)}
-        (Path(checkpoint_dir) / DONOR).write_text(json.dumps(told))
+        write_whole(Path(checkpoint_dir) / DONOR, json.dumps(told))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """`checkpoint`: the folder that the other was told to save to."""
@@ -174,9 +176,9 @@ class TrialRun(tune.Trainable):
 
 def own_number(study: StudyConfig, trial_id: str, given: int) -> int:
     """The number that Ray's trial began with: who goes on from another's copy is given all of the other's values."""
-    path = study.folder / "ray" / f"{trial_id}.number"
+    path = study.folder / RAY / f"{trial_id}.number"
     if not path.exists():
-        path.write_text(str(given), encoding="utf-8")
+        write_whole(path, str(given))
     return int(path.read_text(encoding="utf-8"))
 
 

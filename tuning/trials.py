@@ -25,11 +25,11 @@ from ..errors import UserError
 from ..inference.package import open_model
 from ..metrics.evaluate import evaluate
 from ..metrics.result import by_key
-from ..reports.run_folder import read_config
+from ..reports.run_folder import RAY, read_config
 from ..tracking.connection import absolute_uri, default_uri
 from ..tracking.runs import TrackedRun
 from ..trainers.run.driver import train
-from ..trainers.run.finish import read_summary
+from ..trainers.run.folder import require_summary
 from ..trainers.run.hooks import Hooks
 from ..trainers.run.local import load_stage_one, train_second_stage
 from .board import Board
@@ -118,7 +118,7 @@ def tune_trials(search: LedgerSearch, part: Part, callbacks: list[Any], own: Map
         tune_config=chosen,
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(part.study.folder / "ray"),
+            storage_path=str(part.study.folder / RAY),
             verbose=0,
             callbacks=callbacks,
             stop=lambda trial_id, result: search.over(),
@@ -147,7 +147,7 @@ def processes_here(own: Mapping[str, float]) -> int:
 def train_both_stages(config: Config, console: Console, hooks: Hooks) -> Metrics:
     """What `glann train` does."""
     train(config, console, hooks)
-    return read_summary(config)["metrics"]
+    return require_summary(config)["metrics"]
 
 
 def first_stage(conduct: Conduct) -> Path:

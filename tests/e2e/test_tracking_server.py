@@ -17,6 +17,7 @@ from glann.config.run import Config
 from glann.inference.package import export_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
+from glann.reports.run_folder import TRACKING
 from glann.tracking import connection, outbox
 from glann.tracking.runs import TrackedRun
 from glann.tracking.source import load_model
@@ -152,7 +153,7 @@ def test_a_killed_run_goes_on_as_the_same_run_without_a_doubled_metric(server, t
 
     def state():
         assert process.poll() is None, process.communicate()
-        return outbox.State.load(folder) if (folder / outbox.STATE).exists() else None
+        return outbox.State.load(folder) if (folder / TRACKING).exists() else None
 
     wait_until(lambda: (held := state()) is not None and held.sent_bytes > 0, "no metric arrived", PATIENT_S)
     time.sleep(1)

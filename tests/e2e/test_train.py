@@ -117,6 +117,7 @@ def test_interrupted_and_killed_it_ends_bit_for_bit_like_an_undisturbed_run(glan
     glann.wait_for_epoch(process, "disturbed", "imle", 1)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    (glann.folder / "runs" / "disturbed" / "config.yaml").write_bytes(b"")  # as a disk leaves it that loses its power
 
     done = glann(*command)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -152,3 +153,23 @@ def test_another_configuration_in_the_same_folder_is_refused(glann, undisturbed)
     assert refused.returncode == 2
     assert "glo.latent_lr is" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_what_was_damaged_on_disk_is_written_anew_by_the_same_command(glann):
+    short = ("glo.epochs=2", "imle.epochs=2", "tracking.enabled=false")
+    command = ("train", "digits", *glann.small, "name=mended", *short)
+    assert glann(*command).returncode == 0
+    run = glann.folder / "runs" / "mended"
+    before = {name: (run / name).read_bytes() for name in ("config.yaml", "model/model.json")}
+    metrics = json.loads((run / "summary.json").read_text())["metrics"]
+    for name in ("config.yaml", "summary.json", "model/model.json"):
+        (run / name).write_bytes((run / name).read_bytes()[:40])
+    refused = glann(*command, "glo.latent_lr=0.02")
+    assert refused.returncode == 2
+    assert "glo.latent_lr is" in refused.stderr
+    done = glann(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert json.loads((run / "summary.json").read_text())["metrics"] == metrics
+    assert [entry["epoch"] for entry in glann.entries("mended") if entry["stage"] == "glo"] == [1, 2]
+    assert "finished already" in glann(*command).stdout

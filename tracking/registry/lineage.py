@@ -22,7 +22,7 @@ from ...config.section import Trait
 from ...errors import UserError, redact
 from ...inference.package import MANIFEST, Manifest, read_manifest
 from ...metrics.result import canonical_keys
-from ...reports.card import FILE as CARD
+from ...reports.run_folder import CARD, TRACKED_CONFIG
 from .client import fetch, locate, opened
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 FINGERPRINT, RUN, RUN_NAME = "glann.fingerprint", "glann.run", "glann.run_name"
 STUDY, TRIAL, PARENT = "glann.study", "glann.trial", "mlflow.parentRunId"
 METRIC, CONFIG = "glann.metric.", "glann.config."
-TRACKED_CONFIG = "tracked-config.yaml"  # among the artifacts of a run
 EVALUATION = "evaluation/"  # the stage under which a run logs what it measured of itself
 COPIED = {tag: tag for tag in (STUDY, TRIAL, PARENT, "glann.data")} | {"mlflow.source.git.commit": "glann.commit"}
 MAX_DESCRIPTION = 5000  # MLflow's database column; PostgreSQL refuses more

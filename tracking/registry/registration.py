@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from ...errors import EnvironmentFault, UserError
 from ...inference.package import find_folder, read_manifest
-from ...reports.card import FILE as CARD_FILE
 from ...reports.card import write_card
 from ...reports.facts import RunFacts
+from ...reports.run_folder import CARD
 from ..connection import absolute_uri, default_uri, redact
 from ..outbox import State
 from ..runs import TrackedRun
@@ -90,7 +90,7 @@ def _track(facts: RunFacts, name: str, address: str) -> PublishedModel:
         folder,
         {FINGERPRINT: read_manifest(model).fingerprint},
     )
-    run.log_artifact(folder / CARD_FILE if (folder / CARD_FILE).is_file() else write_card(folder, run.tracked_as))
+    run.log_artifact(folder / CARD if (folder / CARD).is_file() else write_card(folder, run.tracked_as))
     run.log_model(model)
     run.finish()
     if run.model is None:

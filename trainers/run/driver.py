@@ -14,18 +14,19 @@ from ...config.run import Config
 from ...datasets.index import Index
 from ...errors import UserError
 from ...metrics.features.extractor import build_extractor
-from ...storage.journal import FILE as JOURNAL
+from ...reports.run_folder import CHECKPOINTS, JOURNAL
 from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import TrackedRun
 from ..objective import build_objective
 from . import finish
 from .events import CheckpointStarted, Event
+from .folder import is_finished, refuse_other_configuration, require_checkpoint, take_back_tracking
 from .hooks import NO_HOOKS, Hooks
 from .lifecycle import open_run
 from .log import RunLog
 from .mirror import RunMirror, take_back
-from .preflight import open_data, refuse_other_configuration
+from .preflight import open_data
 from .recovery import RESUMES, RunStopped, run_workers
 
 if TYPE_CHECKING:
@@ -45,13 +46,15 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         if take_back(config):
             console.print(f"resuming with the copy of the run folder beside {config.checkpoint_url}")
         refuse_other_configuration(config)
-        if finish.is_finished(config):
+        take_back_tracking(config)
+        if is_finished(config):
             if config.tracking.enabled and TrackedRun.waits(config.run_dir):
                 console.print(f"{config.run_dir} is finished; sending MLflow what it has not taken yet")
                 TrackedRun.open(config, config.run_dir).finish()
             else:
                 console.print(f"{config.run_dir} is finished already; nothing to do")
             return finish.summary_of(config)
+        require_checkpoint(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night
         build_extractor(config.evaluation.extractor)
@@ -77,7 +80,7 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
 
 def has_begun(config: Config) -> bool:
     """Whether the run folder holds anything that would be missed: an epoch's numbers, or a checkpoint."""
-    journal, saved = config.run_dir / JOURNAL, (config.run_dir / "checkpoints").glob("step-*")
+    journal, saved = config.run_dir / JOURNAL, (config.run_dir / CHECKPOINTS).glob("step-*")
     return any(saved) or (journal.exists() and any("epoch" in entry for entry in entries(journal)))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,16 +20,18 @@ from ...inference.model import SamplingModel
 from ...inference.package import export_model, open_model
 from ...metrics.copying import nearest_images
 from ...metrics.evaluate import evaluate, open_images
-from ...metrics.result import by_key, canonical_keys
+from ...metrics.result import by_key
 from ...reports import pictures
 from ...reports.card import write_card
 from ...reports.run import metric_rows, write_report
+from ...reports.run_folder import IMAGES, MODEL, REPORT, write_summary
 from ...storage.open import open_store
 from ...tracking.connection import default_uri, redact
 from ...tracking.runs import TrackedRun
 from ..glo import GENERATOR
 from ..sampler import MAPPING
 from ..stage import DONE, final_weights, stage_infos
+from .folder import require_summary
 from .state import load
 
 if TYPE_CHECKING:
@@ -39,13 +40,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-SUMMARY, REPORT = "summary.json", "report.html"
 PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples between which is interpolated
-
-
-def is_finished(config: Config) -> bool:
-    """Whether the run is trained, packaged and reported."""
-    return (config.run_dir / SUMMARY).exists() and (config.run_dir / REPORT).exists()
 
 
 def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, timings: dict[str, float]) -> None:
@@ -74,7 +69,7 @@ def conclude(
     rows: int,
 ) -> None:
     """Write and track what is known of a packaged model: pictures by name, metrics, card, report."""
-    folder = config.run_dir / "images"
+    folder = config.run_dir / IMAGES
     folder.mkdir(exist_ok=True)
     for name, picture in drawn.items():
         pictures.save(picture, folder / f"{name}.png")
@@ -82,9 +77,9 @@ def conclude(
     tracked.log_metrics({"stage": "evaluation"} | metrics, sum(info.epochs for info in stage_infos(config).values()))
     summary = {"metrics": metrics, "timings": timings, "rows": rows, "fingerprint": index.fingerprint}
     (config.run_dir / REPORT).unlink(missing_ok=True)
-    (config.run_dir / SUMMARY).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_summary(config.run_dir, summary)
     tracked.log_artifact(write_card(config.run_dir, tracked.tracked_as))
-    tracked.log_model(config.run_dir / "model")
+    tracked.log_model(config.run_dir / MODEL)
     tracked.log_artifact(write_report(config.run_dir))  # last: a run with a report is finished
 
 
@@ -97,7 +92,7 @@ def package(config: Config, index: Index, rows: int) -> None:
         raise EnvironmentFault(f"{store.url} holds no finished checkpoint; run the same command again to resume it")
     z_ND = torch.from_numpy(reader.load_rows(store, step, range(rows))["z"])
     weights, sampler = final_weights(saved.networks[GENERATOR]), saved.networks[MAPPING]["weights"]
-    export_model(config.run_dir / "model", config, weights, sampler, z_ND, index.fingerprint)
+    export_model(config.run_dir / MODEL, config, weights, sampler, z_ND, index.fingerprint)
 
 
 def drawn_from(model: SamplingModel, count: int) -> dict[str, Image]:
@@ -114,19 +109,13 @@ def beside_nearest(model: SamplingModel, images: ImageRows) -> Image:
     return pictures.nearest(samples, nearest_images(samples, images).img_NHWC)
 
 
-def read_summary(config: Config) -> dict[str, Any]:
-    """What `finish` wrote last; metrics under the keys of today."""
-    summary = json.loads((config.run_dir / SUMMARY).read_text(encoding="utf-8"))
-    return summary | {"metrics": canonical_keys(summary["metrics"])}
-
-
 def summary_of(config: Config) -> Group:
     """What was trained, how good it is, where to look, and what to try next; print it with `soft_wrap`."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    summary = read_summary(config)
+    summary = require_summary(config)
     run = config.run_dir
     metrics, timings = summary["metrics"], summary["timings"]
     cluster = config.cluster
@@ -140,7 +129,7 @@ def summary_of(config: Config) -> Group:
     table = Table(show_header=False, box=None, pad_edge=False)
     for title, value, _ in metric_rows(metrics):
         table.add_row(f"  {title}", value)
-    look = [f"{run}/report.html", f"{run}/images/samples.png"]
+    look = [f"{run}/{REPORT}", f"{run}/{IMAGES}/samples.png"]
     try_next = [
         f"{program('glann')} sample {run} --n 100 --seed 1 --out more.png",
         f"{program('glann')} interpolate {run} --out between.png",

@@ -9,6 +9,7 @@ from typing import Any
 from ...cluster.checkpoints.lease import Ticket
 from ...cluster.nodes.ray import resources_of, set_ray_env
 from ...config.run import Config, redacted_config
+from ...reports.run_folder import RAY
 from .mailbox import STOPPED
 
 
@@ -38,7 +39,7 @@ def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: T
         ),
         run_config=train.RunConfig(
             name=f"workers-{group}",
-            storage_path=str((config.run_dir / "ray").absolute()),
+            storage_path=str((config.run_dir / RAY).absolute()),
             failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...config.run import Config, redacted_config
+from ...config.run import Config
+from ...reports.run_folder import write_config
 from ...tracking.runs import Status, TrackedRun
 from .preflight import sole_command
 from .recovery import RunStopped
@@ -29,7 +30,7 @@ def open_run(
         tracked = TrackedRun.open(config, folder, dict(tags), parent_run_id=parent_run_id)
         status: Status = "FAILED"
         try:
-            (folder / "config.yaml").write_text(redacted_config(config).to_yaml(), encoding="utf-8")
+            write_config(folder, config)
             yield tracked
             status = "FINISHED"
         except (RunStopped, KeyboardInterrupt):

@@ -22,7 +22,7 @@ from ...inference.package import export_model, load_model
 from ...metrics.evaluate import Judge, Tallied, build_panel, open_images, reconstruction, training_images
 from ...metrics.result import by_key
 from ...metrics.spec import measured_with
-from ...reports.run_folder import read_config
+from ...reports.run_folder import MODEL, read_config
 from ...samplers.base import Codes, build_sampler
 from ...storage.open import open_store
 from ...tracking.runs import TrackedRun
@@ -30,9 +30,9 @@ from ..glo import GENERATOR
 from ..stage import final_weights, stage_infos
 from . import finish
 from .events import EpochDone
+from .folder import is_finished, refuse_other_configuration, require_summary, take_back_tracking
 from .hooks import Hooks
 from .lifecycle import open_run
-from .preflight import refuse_other_configuration
 from .recovery import RunStopped
 from .state import load
 
@@ -86,8 +86,9 @@ def train_second_stage(config: Config, console: Console, hooks: Hooks, shared: S
         RunStopped: `hooks` gave a reason. UserError: values that do not train.
     """
     refuse_other_configuration(config)
-    if finish.is_finished(config):
-        return finish.read_summary(config)["metrics"]
+    take_back_tracking(config)
+    if is_finished(config):
+        return require_summary(config)["metrics"]
     tags = {"glann.fingerprint": shared.index.fingerprint, **hooks.tags}
     with open_run(config, config.run_dir, "train", tags, hooks.parent_run_id) as tracked:
         metrics = _train(config, shared, tracked, hooks)
@@ -100,7 +101,7 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, hooks: Hooks) 
     weights = fit_sampler(config, shared.z_ND, tracked, hooks)
     trained_s = monotonic() - began
     fingerprint = shared.index.fingerprint
-    export_model(config.run_dir / "model", config, shared.generator, weights, shared.z_ND, fingerprint)
+    export_model(config.run_dir / MODEL, config, shared.generator, weights, shared.z_ND, fingerprint)
     model = load_model(config.run_dir)
     metrics = shared.metrics | distances(config, model, shared.real)
     timings = {"train_s": trained_s, "finish_s": monotonic() - began - trained_s}

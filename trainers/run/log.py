@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ...config.run import Config
 from ...reports import pictures
+from ...reports.run_folder import IMAGES
 from ...tracking.runs import TrackedRun
 from ..stage import DONE, numbered, stage_infos
 from . import events
@@ -104,7 +105,7 @@ class RunLog:
         for kind, images in event.pictures.items():
             if not len(images):
                 continue
-            path = self.config.run_dir / "images" / f"{event.stage}-epoch-{event.epoch:03d}-{kind}.png"
+            path = self.config.run_dir / IMAGES / f"{event.stage}-epoch-{event.epoch:03d}-{kind}.png"
             self.save_picture(path, kind, images)
 
     def save_picture(self, path: Path, kind: str, images: np.ndarray) -> None:

@@ -15,15 +15,13 @@ from pathlib import Path
 
 from ...config.run import Config
 from ...errors import GlannError
+from ...reports.run_folder import CHECKPOINTS, CONFIG, JOURNAL, RAY, TRACKING
 from ...storage.base import Store, check_key
-from ...storage.journal import FILE as JOURNAL
 from ...storage.open import open_store
-from ...tracking.outbox import STATE
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
-ELSEWHERE = ("checkpoints", "ray")  # the run's checkpoints, and what Ray keeps for itself
+ELSEWHERE = (CHECKPOINTS, RAY)  # the run's checkpoints, and what Ray keeps for itself
 
 
 class RunMirror:
@@ -58,7 +56,7 @@ class RunMirror:
         """Copy every file that has changed since it was copied last."""
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and self.copied(self.key(path))]
         # What MLflow has been told comes before the journal: a copy must not claim more as sent than it holds.
-        for path in sorted(files, key=lambda path: (path.name != STATE, path.name != JOURNAL)):
+        for path in sorted(files, key=lambda path: (path.name != TRACKING, path.name != JOURNAL)):
             stat = path.stat()
             if self.sent.get(self.key(path)) != (stat.st_size, stat.st_mtime_ns):
                 growing = path.name == JOURNAL
@@ -79,7 +77,7 @@ def take_back(config: Config) -> bool:
     if store is None or (config.run_dir / CONFIG).exists():
         return False
     keys = [check_key(key) for key in store.list() if is_copied(key)]
-    if CONFIG not in keys:
+    if not {CONFIG, JOURNAL, TRACKING} & {*keys}:
         return False
     for key in sorted(keys, key=lambda key: key == CONFIG):  # last: without it the folder is filled again
         path = config.run_dir / key

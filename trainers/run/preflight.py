@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...config.parse import flatten, plain_data
-from ...config.run import Config, has_trait, redacted_config, validate
+from ...config.run import Config, has_trait
 from ...config.section import Trait
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
@@ -52,29 +51,6 @@ def is_packed(config: Config) -> bool:
     return open_store(config.data.url, config.s3).exists("index.json")
 
 
-def refuse_other_configuration(config: Config) -> None:
-    """A run folder belongs to one configuration, except keys that only say where and how it runs (`may_change`).
-
-    Raises:
-        UserError: naming the first keys that differ.
-    """
-    path = config.run_dir / "config.yaml"
-    if not path.exists():
-        return
-    try:
-        saved = validate(plain_data(path.read_text(encoding="utf-8")), str(path))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged; restore it, or start a new run with name=...") from error
-    there, here = flatten(saved.model_dump(mode="json")), flatten(redacted_config(config).model_dump(mode="json"))
-    differing = [key for key in here if here[key] != there.get(key) and not may_change(key)]
-    if differing:
-        told = ", ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing[:3])
-        more = f" and {len(differing) - 3} more differ" if len(differing) > 3 else ""
-        raise UserError(
-            f"{config.run_dir} holds a run of another configuration: {told}{more}; start a new one with name=..."
-        )
-
-
 def may_change(key: str) -> bool:
     """Whether a run may be resumed with another value of this key."""
     return has_trait(key, Trait.RESUMABLE)
@@ -97,7 +73,7 @@ def is_worked_on(run_dir: Path) -> bool:
     """Whether a command, or a trial of a study, works on the run folder now."""
     if not (run_dir / LOCK).exists():
         return False
-    with (run_dir / LOCK).open("r") as file:
+    with (run_dir / LOCK).open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

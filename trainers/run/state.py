@@ -16,6 +16,7 @@ from ...cluster.checkpoints import reader
 from ...cluster.checkpoints.layout import DamagedCheckpoint, parse
 from ...cluster.checkpoints.pieces import LazyTensor
 from ...cluster.latents import LatentTable
+from ...config.run import Config, redacted_config
 from ...datasets.index import Index
 from ...errors import UserError
 from ...storage.base import Store
@@ -54,13 +55,14 @@ class Saved:
             if isinstance(tensors, dict)
         }
 
-    def state(self, index: Index, rows: int) -> dict[str, Any]:
-        """Counters and what they belong to."""
+    def state(self, index: Index, rows: int, config: Config) -> dict[str, Any]:
+        """Counters and what they belong to; the configuration in it outlives a damaged config.yaml."""
         return {
             "position": asdict(self.position),
             "updates": {network: state["updates"] for network, state in self.networks.items()},
             "rows": rows,
             "fingerprint": index.fingerprint,
+            "config": redacted_config(config).model_dump(mode="json"),
         }
 
 
@@ -98,6 +100,7 @@ class _State(BaseModel):
     updates: dict[Name, Annotated[float, Field(ge=0, lt=2**62)] | None] = Field(min_length=1)
     rows: Count
     fingerprint: str
+    config: dict[str, Any] | None = None  # earlier versions did not save it
 
 
 def checked_state(state: dict[str, Any], where: str) -> dict[str, Any]:

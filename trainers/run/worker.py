@@ -177,7 +177,7 @@ class Worker:
             saved.position.serial,
             tensors=saved.files(),
             latents=self.latents,
-            state=saved.state(self.images.index, len(self.images)),
+            state=saved.state(self.images.index, len(self.images), self.config),
         )
         if stop:
             self.writer.wait()

@@ -14,6 +14,7 @@ import yaml
 
 from ...config.run import RECIPES, find_recipe
 from ...errors import redact
+from ...reports.run_folder import CONFIG
 from ..ledger import BASELINE, Trial
 from ..space import Params, dependencies_first
 from ..study import StudyConfig, trial_name
@@ -95,7 +96,7 @@ def command(study: StudyConfig, trial: Trial) -> str:
 def recipe_name(study: StudyConfig) -> str:
     """The base recipe as `glann train` takes it: its name where it ships with glann, else its file."""
     if study.stage_one:
-        return f"{study.stage_one}/config.yaml"
+        return f"{study.stage_one}/{CONFIG}"
     path = find_recipe(study.recipe or "")
     return path.stem if path.absolute().parent == RECIPES.absolute() else str(study.recipe)
 

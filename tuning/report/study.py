@@ -13,6 +13,7 @@ from ...config.run import redacted_config
 from ...errors import redact
 from ...reports.page import Figure, environment, figure, write_page
 from ...reports.run import metric_rows
+from ...reports.run_folder import IMAGES, REPORT
 from ...storage import journal
 from .. import ledger
 from ..ledger import BASELINE, STATES, Trial
@@ -23,7 +24,7 @@ from .importance import FEW, Importance, best_count, importances
 from .leaderboard import Row, as_csv, command, leaderboard, recipe_name, recipe_params, text
 from .parallel import Line, parallel_coordinates
 
-FILE, TABLE = "report.html", "leaderboard.csv"
+TABLE = "leaderboard.csv"
 MAX_ROWS = 100
 STATE_WORDS = {"running": "running", "finished": "finished", "stopped": "stopped early", "failed": "failed"}
 SEARCHES = {
@@ -85,7 +86,7 @@ def write_report(study: StudyConfig) -> Path:
     """
     facts = StudyFacts.read(study)
     write_page(study.folder / TABLE, as_csv(study, facts.rows))
-    return write_page(study.folder / FILE, render(facts))
+    return write_page(study.folder / REPORT, render(facts))
 
 
 def render(facts: StudyFacts) -> str:
@@ -175,7 +176,7 @@ def samples(facts: StudyFacts) -> list[tuple[str, str, Figure]]:
     """(name, value, picture) of the best trial and of the base recipe, as far as they were drawn."""
     shown = []
     for trial in dict.fromkeys(trial.number for trial in (facts.best, facts.base) if trial):
-        path = facts.study.run_dir(trial) / "images" / "samples.png"
+        path = facts.study.run_dir(trial) / IMAGES / "samples.png"
         name = "Base recipe" if trial == BASELINE else f"Best: trial {trial}"
         value = facts.trials[trial].value
         if path.is_file():

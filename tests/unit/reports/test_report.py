@@ -116,7 +116,7 @@ def test_a_folder_that_is_no_run_or_is_damaged_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"samples\.png is not a picture"):
         write_report(run_dir)
     (run_dir / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is not JSON"):
+    with pytest.raises(UserError, match=r"summary\.json is damaged: it is not JSON"):
         write_report(run_dir)
 
 

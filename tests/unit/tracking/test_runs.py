@@ -18,6 +18,7 @@ from glann.errors import UserError
 from glann.inference.package import export_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
+from glann.reports.run_folder import TRACKING
 from glann.storage import journal
 from glann.storage.files import os_fault
 from glann.storage.journal import Journal, entries
@@ -159,9 +160,9 @@ def test_after_a_restart_the_same_run_goes_on_and_nothing_is_sent_twice(tmp_path
 def test_a_run_made_just_before_a_crash_is_found_by_its_tag(tmp_path, server):
     run = TrackedRun.open(make_config(server), tmp_path)
     run.finish()
-    state = json.loads((tmp_path / outbox.STATE).read_text())
+    state = json.loads((tmp_path / TRACKING).read_text())
     state["run_id"] = None  # it died between making the run and writing down its id
-    (tmp_path / outbox.STATE).write_text(json.dumps(state))
+    (tmp_path / TRACKING).write_text(json.dumps(state))
     again = TrackedRun.open(make_config(server), tmp_path)
     again.finish()
     assert again.run_id == run.run_id
@@ -239,7 +240,7 @@ def test_a_full_disk_is_not_laid_at_the_servers_door_nor_waited_for(tmp_path, se
     save, full = outbox.State.save, OSError(errno.ENOSPC, "No space left on device")
 
     def refuse(self, run_dir):
-        raise os_fault(full, run_dir / outbox.STATE)
+        raise os_fault(full, run_dir / TRACKING)
 
     monkeypatch.setattr(outbox.State, "save", refuse)
     with caplog.at_level(logging.WARNING, "glann.tracking"):

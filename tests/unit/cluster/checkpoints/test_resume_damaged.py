@@ -9,6 +9,7 @@ import torch
 from glann.cluster.checkpoints.retention import usable
 from glann.cluster.checkpoints.writer import CheckpointWriter
 from glann.cluster.latents import LatentTable
+from glann.config.run import load
 from glann.errors import UserError
 from glann.storage.local import LocalStore
 from glann.trainers.run.events import CheckpointDamaged, Resumed
@@ -16,6 +17,7 @@ from glann.trainers.run.state import Position, Saved
 from glann.trainers.run.worker import Worker
 
 ROWS = range(12)
+CONFIG = load("digits")
 INDEX = SimpleNamespace(fingerprint="f" * 64)
 
 
@@ -30,7 +32,7 @@ def store(tmp_path):
         generator = {"weights": tensors, "exp_avg": tensors, "exp_avg_sq": tensors, "updates": float(step)}
         saved = Saved(Position("glo", 1, step, step), {"generator": generator})
         table.apply(0, step, list(ROWS), torch.ones(len(ROWS), 4), 0.1)
-        writer.save(step, saved.files(), table, saved.state(INDEX, len(ROWS)))
+        writer.save(step, saved.files(), table, saved.state(INDEX, len(ROWS), CONFIG))
         writer.wait()
     return store
 

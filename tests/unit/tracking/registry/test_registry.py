@@ -16,6 +16,7 @@ from glann.metrics import evaluate as evaluation
 from glann.metrics.features import extractor
 from glann.metrics.features.extractor import EXTRACTORS, Recipe
 from glann.metrics.spec import METRICS
+from glann.reports.run_folder import TRACKING
 from glann.tracking import outbox
 from glann.tracking.registry import catalogue, lineage
 from glann.tracking.registry import history as promotion
@@ -375,7 +376,7 @@ def test_other_data_and_other_resolutions_are_refused_unless_forced(home, name, 
     promote(name)
     register_run("runs/large", name)
     shutil.copytree("runs/good", "runs/elsewhere", dirs_exist_ok=True)
-    (Path("runs/elsewhere") / outbox.STATE).unlink()
+    (Path("runs/elsewhere") / TRACKING).unlink()
     path = Path("runs/elsewhere/model/model.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "e" * 64}))
     register_run("runs/elsewhere", name)

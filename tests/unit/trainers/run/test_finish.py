@@ -7,7 +7,9 @@ import json
 
 import pytest
 from glann.config.run import Config, load
-from glann.trainers.run.finish import SUMMARY, read_summary, summary_of
+from glann.reports.run_folder import SUMMARY
+from glann.trainers.run.finish import summary_of
+from glann.trainers.run.folder import require_summary
 from rich.console import Console
 
 
@@ -25,7 +27,7 @@ def lines_told(config: Config) -> list[str]:
 def test_a_summary_with_the_suffix_of_old_is_read_under_the_keys_of_today(tmp_path):
     config = load("digits", ["name=mine", f"runs_dir={tmp_path}", "tracking.enabled=false"])
     lines_told(config)
-    assert read_summary(config)["metrics"] == {"fd_squeezenet": 0.3797, "gaussian/fd_squeezenet": 0.4683}
+    assert require_summary(config)["metrics"] == {"fd_squeezenet": 0.3797, "gaussian/fd_squeezenet": 0.4683}
 
 
 def test_what_is_told_can_be_copied_from_a_narrow_terminal(tmp_path):
