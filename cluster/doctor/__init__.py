@@ -1,1 +1,1 @@
-"""`glann doctor`: what is missing, and what is exposed."""
+"""`glann doctor`: preflight and security checks."""

@@ -1,4 +1,4 @@
-"""What `glann doctor` says: one answer per question."""
+"""Result of one check of `glann doctor`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question: what was found and, where it is bad, what to do."""
+    """What a check found and, if it failed, the remedy."""
 
     name: str
     ok: bool

@@ -1,7 +1,7 @@
-"""Preflight: what `glann doctor` looks at before hours of machine time are spent.
+"""Preflight checks of `glann doctor`, before hours of machine time are spent.
 
-Every check answers one question with one line: good, or bad and what to do.  A check never
-changes anything, except that a place for checkpoints is tried by writing and removing one object.
+Every check results in one line: good, or bad with a remedy. A check changes nothing, except that the checkpoint store
+is tested by writing and removing one object.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from ..nodes.ray import listens, ray_address
 from . import security
 from .check import Check
 
-MAIN_PACKAGES = ("torch", "ray", "deepspeed", "mlflow")  # told one by one; the others share a line
+MAIN_PACKAGES = ("torch", "ray", "deepspeed", "mlflow")  # a line each; the others share one
 RAY_TIMEOUT_S = 60.0
 GIB = 1 << 30
 MIN_DISK_GIB = 5
 MIN_SHM_GIB = 1
 PROBE_KEY = "glann-doctor-probe"
 
-# A failed connection can end the process that tries it, so another process asks the cluster.
+# In a process of its own, because a failed connection can end the process.
 _RAY_PROBE = """
 import json, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -51,7 +51,7 @@ if answers_without_token(ray.get_runtime_context().gcs_address):
 
 
 def checks(config: Config | None = None) -> Iterator[Check]:
-    """All checks, one after the other; with a configuration also its data, cluster and tracking."""
+    """Run all checks in order; with a configuration also those of its data, cluster and tracking."""
     yield from package_checks()
     yield accelerators(config)
     yield security.auth_mode(config)
@@ -67,7 +67,7 @@ def checks(config: Config | None = None) -> Iterator[Check]:
 
 
 def package_checks() -> Iterator[Check]:
-    """Installed versions against the ranges that glann declares."""
+    """Compare installed versions with the ranges that glann declares."""
     try:
         declared = metadata.metadata("glann")
     except metadata.PackageNotFoundError:
@@ -105,7 +105,7 @@ def _in_range(name: str, version: str, allowed: SpecifierSet, remedy: str) -> Ch
 
 
 def accelerators(config: Config | None) -> Check:
-    """GPUs of this machine, and whether a local run has as many as it asks for."""
+    """List the GPUs of this machine, and check that a local run has as many as it needs."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -120,14 +120,14 @@ def accelerators(config: Config | None) -> Check:
         return Check(
             "accelerators",
             False,
-            f"{found}; {config.name} asks for {needed:g} GPUs on this machine",
+            f"{found}; {config.name} needs {needed:g} GPUs on this machine",
             "join a cluster with cluster.address=…, or set cluster.gpus_per_worker=0 to train on CPUs",
         )
     return Check("accelerators", True, found)
 
 
 def ray_cluster(config: Config | None) -> Check:
-    """Whether the cluster answers and has what the run asks for."""
+    """Check that the cluster answers, requires a token and has the resources that the run needs."""
     address = ray_address(config)
     if address is None:
         return Check("ray", True, "a local Ray will be started")
@@ -145,12 +145,13 @@ def ray_cluster(config: Config | None) -> Check:
         reason = (result.stderr.strip().splitlines() or ["no answer"])[-1]
         return Check("ray", False, f"{address}: {reason}", "compare Ray versions and RAY_AUTH_MODE with the head's")
     if "OPEN" in result.stdout.splitlines():
-        return Check("ray", False, f"{address} takes code to run from anyone, without a token", security.RAY_REMEDY)
+        found = f"{address} accepts calls without a token: anyone who reaches it can run code there"
+        return Check("ray", False, found, security.RAY_REMEDY)
     return _enough(address, json.loads(answer[0].removeprefix("RESOURCES ")), config)
 
 
 def _enough(address: str, resources: dict[str, float], config: Config | None) -> Check:
-    """Compare what the cluster has with what the workers ask for."""
+    """Compare the cluster's resources with those that the workers need."""
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     found = f"{address}: {cpus:g} CPUs, {gpus:g} GPUs"
     if config is not None:
@@ -160,14 +161,14 @@ def _enough(address: str, resources: dict[str, float], config: Config | None) ->
             return Check(
                 "ray",
                 False,
-                f"{found}; {config.name} asks for {need_cpus:g} CPUs, {need_gpus:g} GPUs",
+                f"{found}; {config.name} needs {need_cpus:g} CPUs, {need_gpus:g} GPUs",
                 "wait for the cluster to grow, or lower cluster.workers, cpus_per_worker or gpus_per_worker",
             )
     return Check("ray", True, found)
 
 
 def disk_checks(config: Config | None) -> Iterator[Check]:
-    """Free space where a run, the asset cache and Ray write."""
+    """Check the free space of the run folder and of the asset cache."""
     cache = Path(os.environ.get("GLANN_CACHE") or Path.home() / ".cache" / "glann")
     places = {"run folder": Path(config.runs_dir) if config else Path.cwd(), "cache": cache}
     for name, place in places.items():
@@ -195,7 +196,7 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def shared_memory() -> Check:
-    """Ray keeps its objects in shared memory; a container's default of 64 MB makes it crawl."""
+    """Check the free shared memory, where Ray keeps its objects; a container's default of 64 MB makes it very slow."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return Check("shared memory", True, "not limited on this system")
@@ -208,7 +209,7 @@ def shared_memory() -> Check:
 
 
 def tracking(config: Config) -> Iterator[Check]:
-    """MLflow: a server that answers, and to whom, or a database file that can be written."""
+    """Check that the MLflow server answers and requires authentication, or that its database file can be written."""
     if not config.tracking.enabled:
         yield Check("mlflow server", True, "tracking is off")
         return
@@ -225,12 +226,12 @@ def tracking(config: Config) -> Iterator[Check]:
         found = f"{where}: MLflow no longer has a file store"
         yield Check("mlflow server", False, found, "use sqlite:///FILE or http://")
     else:
-        yield Check("mlflow server", True, f"{where} (a database or service of its own: not tried)")
+        yield Check("mlflow server", True, f"{where} (another kind of database or service: not tested)")
 
 
 def data_set(config: Config) -> Check:
-    """The index, its fit to the configuration, and the last image of the first and last shard."""
-    return _told("data", lambda: _read_data(config))
+    """Check the index, its fit to the configuration, and the last image of the first and last shard."""
+    return _checked("data", lambda: _read_data(config))
 
 
 def _read_data(config: Config) -> str:
@@ -256,8 +257,8 @@ def _read_data(config: Config) -> str:
 
 
 def checkpoints(config: Config) -> Check:
-    """Whether the place for checkpoints takes an object, gives it back and lets it go."""
-    return _told("checkpoints", lambda: _try_checkpoints(config))
+    """Write an object to the checkpoint store, read it back and remove it."""
+    return _checked("checkpoints", lambda: _try_checkpoints(config))
 
 
 def _try_checkpoints(config: Config) -> str:
@@ -274,15 +275,15 @@ def _try_checkpoints(config: Config) -> str:
     finally:
         store.delete(PROBE_KEY)
     if echoed != b"probe":
-        raise UserError(f"{url} gave back other bytes than were written; check the server behind it")
+        raise UserError(f"{url} returned other bytes than were written; check the server behind it")
     if not enforces_conditions(store):
         return f"{url} (written and read back; no If-None-Match: a second command on one run may not be refused)"
     return f"{url} (written and read back)"
 
 
-def _told(name: str, question: Callable[[], str]) -> Check:
-    """A check whose bad answer is an error that already says what to do."""
+def _checked(name: str, probe: Callable[[], str]) -> Check:
+    """A check that fails with the error of `probe`, which contains the remedy."""
     try:
-        return Check(name, True, question())
+        return Check(name, True, probe())
     except GlannError as error:
         return Check(name, False, str(error))

@@ -1,8 +1,7 @@
-"""What strangers on the network, or other users of this machine, could reach: the part of `glann doctor` that looks
-for open doors.
+"""Security checks of `glann doctor`: access from the network, and by other users of this machine.
 
-Ray's ports run any code that is sent to them, an MLflow server without accounts takes anybody's word, and plain
-HTTP can be read and changed on the way.  What listens on this machine's loopback alone is nobody else's.
+Ray runs any code that is sent to its ports, an MLflow server without accounts accepts every request, and plain HTTP can
+be read and changed in transit. Servers that listen on the loopback interface alone pass.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from ..nodes.ray import listens, ray_address
 from .check import Check
 
 TIMEOUT_S = 5.0
-SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"  # a call that MLflow's accounts protect
+SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"  # requires a login where MLflow has accounts
 RAY_REMEDY = "start every node with RAY_AUTH_MODE=token and the same token (`ray get-auth-token --generate`)"
 
 
 def auth_mode(config: Config | None) -> Check:
-    """Head, joiners and drivers must agree on token authentication, or they wait and fail."""
+    """Check this process's token settings: they must be those of the head, or joining the cluster fails."""
     mode, local = os.environ.get("RAY_AUTH_MODE"), ray_address(config) is None
     if mode is None:
         if local:
@@ -38,7 +37,7 @@ def auth_mode(config: Config | None) -> Check:
         return Check("ray auth", False, "RAY_AUTH_MODE is not set", "export RAY_AUTH_MODE=token as on the head node")
     if mode == "disabled":
         remedy = "unset RAY_AUTH_MODE: a local Ray then gets a token of its own" if local else RAY_REMEDY
-        return Check("ray auth", False, "disabled: whoever reaches Ray's ports may run code here", remedy)
+        return Check("ray auth", False, "disabled: anyone who reaches Ray's ports can run code here", remedy)
     if mode != "token":
         return Check("ray auth", False, f"RAY_AUTH_MODE={mode}", "use token")
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -54,14 +53,14 @@ def auth_mode(config: Config | None) -> Check:
 
 
 def tracking_server(config: Config) -> Iterator[Check]:
-    """MLflow's server at an http address: whether it answers, and to whom else."""
+    """Check that the MLflow server at an http address answers and requires authentication."""
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     shown = redact(uri)
     try:
         split = urlsplit(uri)
         base = f"{split.scheme}://{_place(split)}{split.path.rstrip('/')}"
-    except ValueError:  # a port that is none
-        yield Check("mlflow server", False, f"{shown} is not an address", "correct tracking.uri")
+    except ValueError:  # an invalid port
+        yield Check("mlflow server", False, f"{shown} is not a valid address", "correct tracking.uri")
         return
     remedy = "start it with `mlflow server`, correct tracking.uri, or set tracking.enabled=false"
     status, reason = _get(f"{base}/health", _authorization(split))
@@ -73,27 +72,27 @@ def tracking_server(config: Config) -> Iterator[Check]:
 
 
 def _mlflow_access(split: SplitResult, base: str) -> Check:
-    """Who can use the tracking server."""
+    """Check that the tracking server requires a login and gets no password over plain HTTP."""
     here = is_loopback(split.hostname or "")
     secured = split.scheme == "https" or here
     if not secured and (split.password or any(os.environ.get(name) for name in _MLFLOW_SECRETS)):
-        return Check("mlflow access", False, f"the password goes to {base} unencrypted", "serve it by https://")
+        return Check("mlflow access", False, f"the password is sent to {base} unencrypted", "serve it by https://")
     outside = base if not here else _from_outside(split)
     if outside and _get(f"{outside}{SEARCH}", {"Host": split.netloc.rpartition("@")[2]})[0] == 200:
         return Check(
             "mlflow access",
             False,
-            f"{outside} takes runs and models from whoever reaches it",
+            f"{outside} accepts runs and models from anyone who reaches it",
             "start it with `mlflow server --app-name basic-auth`, or with --host 127.0.0.1 for this machine alone",
         )
-    return Check("mlflow access", True, "this machine alone" if here and not outside else "asks who is there")
+    return Check("mlflow access", True, "loopback only" if here and not outside else "requires a login")
 
 
 _MLFLOW_SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def _from_outside(split: SplitResult) -> str:
-    """The address at which others find the server that this machine finds on its loopback, or ""."""
+    """The address under which other machines reach a server of this machine's loopback interface, or ""."""
     port = split.port or 80
     address = own_address()
     if address is None or not listens(address, port):
@@ -102,7 +101,7 @@ def _from_outside(split: SplitResult) -> str:
 
 
 def storage_transport(config: Config) -> Check | None:
-    """Whether what goes to S3 and comes from it can be read and changed on the way; None without S3."""
+    """Check that traffic with S3 is encrypted; None if the run does not use S3."""
     urls = (config.data.url, config.data.source or "", config.checkpoint_url)
     if not any(url.startswith("s3://") for url in urls):
         return None
@@ -112,14 +111,14 @@ def storage_transport(config: Config) -> Check | None:
         return Check(
             "s3 transport",
             False,
-            f"{redact(str(endpoint))} is not encrypted: images and models can be read and changed on the way",
+            f"{redact(str(endpoint))} is not encrypted: images and models can be read and changed in transit",
             "serve S3 by https:// and set s3.endpoint_url (or AWS_ENDPOINT_URL) to that",
         )
-    return Check("s3 transport", True, "encrypted" if split.scheme == "https" else "this machine alone")
+    return Check("s3 transport", True, "encrypted" if split.scheme == "https" else "loopback only")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the name or address is this machine as it talks to itself."""
+    """Whether the name or address is of the loopback interface."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -127,10 +126,10 @@ def is_loopback(host: str) -> bool:
 
 
 def own_address() -> str | None:
-    """The address under which others know this machine; None where it has no network."""
+    """This machine's address in its network; None without a network."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # of a datagram socket: nothing is sent
+            probe.connect(("192.0.2.1", 9))  # a datagram socket: this sends nothing
         except OSError:
             return None
         address = str(probe.getsockname()[0])
@@ -150,7 +149,7 @@ def _authorization(split: SplitResult) -> dict[str, str]:
 
 
 def _get(url: str, headers: dict[str, str]) -> tuple[int, str]:
-    """The status of a page, 0 without an answer, and what went wrong in words."""
+    """The status of a page, or 0 without an answer, and the reason of a failure."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
             return answer.status, ""

@@ -1,4 +1,4 @@
-"""`glann doctor` finds what would otherwise fail after hours, says what to do, and does not cry wolf."""
+"""`glann doctor` finds what would otherwise fail after hours, with a remedy, and raises no false alarm."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_gpus_that_are_not_there_are_missed_only_by_local_runs(monkeypatch: pyte
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not doctor.accelerators(load("celebahq-256")).ok
-    assert "asks for 4 GPUs" in doctor.accelerators(load("celebahq-256")).found
+    assert "needs 4 GPUs" in doctor.accelerators(load("celebahq-256")).found
     assert doctor.accelerators(load("celebahq-256", ["cluster.address=head:6379"])).ok
     assert doctor.accelerators(load("digits")).ok
 
@@ -117,7 +117,7 @@ def test_a_cluster_is_compared_with_what_the_recipe_asks_for(
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: answer)
     check = doctor.ray_cluster(load("celebahq-1024", ["cluster.address=auto"]))
     assert check.ok == ok
-    assert ("asks for 80 CPUs, 8 GPUs" in check.found) != ok
+    assert ("needs 80 CPUs, 8 GPUs" in check.found) != ok
 
 
 def test_a_cluster_that_refuses_hangs_or_takes_anyone_is_bad(monkeypatch: pytest.MonkeyPatch):
@@ -128,7 +128,7 @@ def test_a_cluster_that_refuses_hangs_or_takes_anyone_is_bad(monkeypatch: pytest
 
     answer = SimpleNamespace(returncode=0, stdout='RESOURCES {"CPU": 80}\nOPEN\n', stderr="")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: answer)
-    assert "from anyone" in doctor.ray_cluster(config).found
+    assert "without a token" in doctor.ray_cluster(config).found
 
     def hang(*args: object, **options: object) -> None:
         raise subprocess.TimeoutExpired("python", 60)

@@ -1,4 +1,4 @@
-"""`glann doctor` finds open doors: Ray without a token, MLflow without accounts, S3 without encryption, loose files."""
+"""`glann doctor` finds Ray without a token, MLflow without accounts, S3 without encryption and readable token files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glann.cluster.doctor import security
 from glann.cluster.nodes.ray import protect_local_ray
 from glann.config.run import Config, load
 
-ELSEWHERE = "127.0.0.2"  # stands for the address under which others know this machine
+ELSEWHERE = "127.0.0.2"  # stands for this machine's address in its network
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def cluster() -> Config:
         ("tokens", "x", False),
     ],
 )
-def test_a_cluster_needs_tokens_and_says_so_itself(
+def test_a_cluster_needs_a_token_and_the_remedy_says_so(
     mode: str | None, token: str, ok: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
@@ -55,7 +55,7 @@ def test_a_cluster_needs_tokens_and_says_so_itself(
 
 
 def test_a_local_ray_is_good_unless_its_token_was_switched_off(monkeypatch: pytest.MonkeyPatch):
-    """It listens on every interface, so that `disabled` is an open door also where nobody else is meant."""
+    """A local Ray listens on every interface too, so `disabled` is a failure."""
     assert security.auth_mode(load("digits")).ok
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert security.auth_mode(load("digits")).ok
@@ -64,7 +64,7 @@ def test_a_local_ray_is_good_unless_its_token_was_switched_off(monkeypatch: pyte
     assert (check.ok, "unset RAY_AUTH_MODE" in check.remedy) == (False, True)
 
 
-def test_a_local_ray_gets_a_token_that_nobody_knows(monkeypatch: pytest.MonkeyPatch):
+def test_a_local_ray_gets_a_random_token(monkeypatch: pytest.MonkeyPatch):
     tokens = set()
     for _ in range(2):
         monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
@@ -74,7 +74,7 @@ def test_a_local_ray_gets_a_token_that_nobody_knows(monkeypatch: pytest.MonkeyPa
         tokens.add(os.environ["RAY_AUTH_TOKEN"])
     assert len(tokens) == 2
     assert all(len(token) >= 32 for token in tokens)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the user's own choice stands; doctor has an opinion on it
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the user's own choice is kept
     protect_local_ray()
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
@@ -94,7 +94,7 @@ def test_a_token_that_others_can_read_is_bad(mode: int, ok: bool, elsewhere: Pat
 
 
 class Tracker(http.server.BaseHTTPRequestHandler):
-    """MLflow as far as it is asked: its health, and a call that accounts protect where it has them."""
+    """MLflow's health page, and a call that requires a login where there are accounts."""
 
     password: str | None = None
     seen: list[str] = []  # noqa: RUF012 - of the class on purpose: every request makes a new handler
@@ -103,7 +103,7 @@ class Tracker(http.server.BaseHTTPRequestHandler):
         authorization = self.headers.get("Authorization", "")
         self.seen.append(f"{self.headers['Host']} {self.path} {authorization}")
         open_page = self.path == "/health" or self.password is None
-        # MLflow answers to names it knows alone; whoever attacks it writes the name he likes
+        # MLflow checks the Host header, which an attacker can choose
         status = 403 if not self.headers["Host"].startswith("127.0.0.1") else 200 if open_page or authorization else 401
         self.send_response(status)
         self.end_headers()
@@ -130,7 +130,7 @@ def mlflow_checks(uri: str) -> dict[str, doctor.Check]:
 @pytest.mark.parametrize(
     ("host", "password", "ok"),
     [
-        ("127.0.0.1", None, True),  # loopback: nobody else's
+        ("127.0.0.1", None, True),  # loopback
         ("0.0.0.0", None, False),
         ("0.0.0.0", "hunter2", True),
     ],
@@ -158,7 +158,7 @@ def test_a_password_in_the_address_is_used_and_never_shown(place: str, monkeypat
 @pytest.mark.parametrize(
     "uri", ["http://me:hunter2@nowhere.invalid", "http://me:hunter2@127.0.0.1:1x", "http://:a b@h"]
 )
-def test_an_address_that_cannot_be_asked_is_bad_without_its_password(uri: str):
+def test_an_address_that_does_not_answer_is_bad_without_its_password(uri: str):
     found = mlflow_checks(uri)
     assert not found["mlflow server"].ok
     assert "hunter2" not in str(found)
