@@ -73,7 +73,7 @@ def save(config: Config, step: int, old: bool = False) -> None:
     """A checkpoint as a worker of this run writes it; `old`: as versions did that kept no configuration."""
     rows, index = range(4), SimpleNamespace(fingerprint="f" * 64)
     writer = CheckpointWriter(open_store(config.checkpoint_url, config.s3), 0, 1, 9, 20.0, f"attempt{step}")
-    saved = Saved(Position("glo", 1, 0, step))
+    saved = Saved(Position("glo", 1, 0, step), {"generator": {"updates": 1.0}})
     state: dict[str, Any] = saved.state(index, len(rows), config.with_absolute_paths())  # type: ignore[arg-type]
     if old:
         del state["config"]
@@ -84,7 +84,7 @@ def save(config: Config, step: int, old: bool = False) -> None:
 def finish(config: Config) -> None:
     """What a finished run leaves behind."""
     generator = build_generator(config.generator, config.data.resolution, config.data.channels)
-    mapping = build_mapping(config.imle, config.generator.latent_dim, config.glo.constraint)
+    mapping = build_mapping(config.sampler, config.generator.latent_dim, config.glo.constraint)
     z_ND = torch.nn.functional.normalize(torch.randn(8, config.generator.latent_dim), dim=1)
     folder = config.run_dir / MODEL
     export_model(folder, config, generator.state_dict(), mapping.state_dict(), z_ND, "f" * 64)
@@ -133,7 +133,7 @@ def test_a_damaged_configuration_is_written_anew_where_the_checkpoint_agrees(con
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("key", ["seed=8", "glo.epochs=99", "imle.lr=0.5"])
+@pytest.mark.parametrize("key", ["seed=8", "glo.epochs=99", "sampler.lr=0.5"])
 def test_it_is_not_taken_over_by_another_configuration(config, how, key):
     begin(config)
     damage(config.run_dir / CONFIG, how)
@@ -219,7 +219,7 @@ def test_a_configuration_cut_where_it_is_still_valid_is_known_by_the_checkpoint(
     """Cut behind `generator` and `glo` it reads as one with the defaults of what is missing."""
     begin(config)
     whole = (config.run_dir / CONFIG).read_text()
-    for end in range(whole.index("\nimle:") + 1, len(whole), 40):
+    for end in range(whole.index("\nsampler:") + 1, len(whole), 40):
         (config.run_dir / CONFIG).write_text(whole[:end])
         refuse_other_configuration(config)
         assert not differences(read_config(config.run_dir), config)
@@ -227,19 +227,19 @@ def test_a_configuration_cut_where_it_is_still_valid_is_known_by_the_checkpoint(
 
 def test_the_newest_checkpoint_that_can_be_read_decides(config):
     begin(config)
-    save(changed(config, "imle.lr=0.5"), 4)
-    save(changed(config, "imle.lr=0.25"), 5)
+    save(changed(config, "sampler.lr=0.5"), 4)
+    save(changed(config, "sampler.lr=0.25"), 5)
     (config.run_dir / CONFIG).unlink()
     (state,) = (config.run_dir / CHECKPOINTS / "step-000005").rglob("state.json")
     state.write_bytes(state.read_bytes().replace(b"0.25", b"0.26"))
-    with pytest.raises(UserError, match=r"imle\.lr is 0\.5 there"):
+    with pytest.raises(UserError, match=r"sampler\.lr is 0\.5 there"):
         refuse_other_configuration(config)
-    refuse_other_configuration(changed(config, "imle.lr=0.5"))
+    refuse_other_configuration(changed(config, "sampler.lr=0.5"))
 
 
 def test_no_password_gets_into_a_checkpoint(config):
     secret = changed(config, "data.url=s3://user:secret@bucket/x")
-    saved = Saved(Position()).state(SimpleNamespace(fingerprint="f"), 4, secret)  # type: ignore[arg-type]
+    saved = Saved(Position("glo"), {"generator": {"updates": 1.0}}).state(SimpleNamespace(fingerprint="f"), 4, secret)  # type: ignore[arg-type]
     assert "secret" not in json.dumps(saved)
 
 
