@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ExitStatus
+
 SPARE_S = 10.0  # of the time until EC2 takes a machine, for what comes after Ray
 
 
@@ -36,5 +38,5 @@ def leave(
     typer.echo(f"{why}: this node goes away in {within:.0f} s")
     if not run(within, why):
         typer.echo(f"something still ran here after {within:.0f} s", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(ExitStatus.ENVIRONMENT)
     typer.echo("the node was left")

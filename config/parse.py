@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..errors import one_line
+
 if TYPE_CHECKING:
     pass
 
@@ -35,7 +37,7 @@ def plain_data(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except Exception as error:  # besides its own errors PyYAML lets out those of dates, numbers and deep nesting
-        raise ValueError(" ".join(str(error).split())[:500]) from error
+        raise ValueError(one_line(error, 500)) from error
 
 
 def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..config.run import Config
 from ..config.sections import GeneratorConfig, ImleConfig, S3Config, Section
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models.generators import build_generator
 from ..models.mapping import build_mapping
 from ..models.sphere import Constraint
@@ -213,8 +213,7 @@ def open_folder(folder: Path, source: str, device: torch.device | str = "cpu") -
             generator = build_generator(manifest.generator, manifest.resolution, manifest.channels)
             mapping = build_mapping(manifest.imle, dim, manifest.constraint) if MAPPING in manifest.files else None
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{MANIFEST} of {source} describes networks that cannot be: {detail}") from error
+        raise UserError(f"{MANIFEST} of {source} describes networks that cannot be: {one_line(error)}") from error
     _assign(generator, states[GENERATOR], GENERATOR, source)
     if mapping is not None:
         _assign(mapping, states[MAPPING], MAPPING, source)
@@ -245,7 +244,7 @@ def _read(path: Path, entry: FileEntry) -> dict[str, Tensor]:
     try:
         state = safetensors.torch.load(content)
     except Exception as error:  # besides its own, the errors of torch for types and shapes it does not have
-        raise UserError(f"{path} is not a safetensors file: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{path} is not a safetensors file: {one_line(error, 300)}") from error
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES:
             raise UserError(f"{path}: {name[:100]} is of type {tensor.dtype}, which no packaged model holds")
@@ -262,8 +261,7 @@ def _assign(network: nn.Module, state: dict[str, Tensor], file: str, source: str
     try:
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} of {source} does not fit the networks in {MANIFEST}: {detail}") from error
+        raise UserError(f"{file} of {source} does not fit the networks in {MANIFEST}: {one_line(error)}") from error
 
 
 def _require_finite(state: dict[str, Tensor], where: str) -> None:

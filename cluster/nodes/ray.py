@@ -13,7 +13,7 @@ from typing import Any
 
 from ...config.run import Config
 from ...config.sections import ClusterConfig
-from ...errors import EnvironmentFault, UserError, redact
+from ...errors import EnvironmentFault, UserError, one_line, redact
 
 # Read by Ray where the driver runs and by what it starts; whoever sets one himself keeps his own.
 KNOBS = {
@@ -69,7 +69,7 @@ def ray_cluster(config: Config) -> Iterator[None]:
 
 def no_ray(address: str | None, error: Exception) -> EnvironmentFault:
     """What to say where Ray cannot be joined, or started (no address)."""
-    reason = " ".join(redact(str(error)).split())[:200]
+    reason = one_line(error)
     if address is None:
         return EnvironmentFault(f"Ray did not start on this machine: {reason}; run the same command again")
     return EnvironmentFault(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import UserError
+from ...errors import UserError, one_line
 from ...models.perceptual import build_features
 from . import efficientnet_lite, inception
 
@@ -100,8 +100,7 @@ def build_extractor(
     try:
         network = recipe.build(tensors, convention)
     except (RuntimeError, KeyError) as error:  # torch's strict load, or a name that cannot be translated
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights {source} do not fit extractor {name}: {detail}") from error
+        raise UserError(f"the weights {source} do not fit extractor {name}: {one_line(error)}") from error
     device = torch.device(device)
     return Extractor(
         name,

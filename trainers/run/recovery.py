@@ -19,7 +19,7 @@ from ...cluster.checkpoints.retention import latest
 from ...cluster.nodes.capacity import Room, draining_nodes, this_node
 from ...cluster.nodes.ray import resources_of
 from ...config.run import Config
-from ...errors import EnvironmentFault, GlannError, UserError
+from ...errors import EnvironmentFault, ExitStatus, GlannError, UserError
 from ...storage.open import open_store
 from .hooks import ALONE, Event, Supervision
 from .launch import fit_workers
@@ -36,7 +36,7 @@ GOES_ON = "the same command goes on from the last checkpoint"
 class RunStopped(GlannError):
     """The run was asked to stop, has been saved, and can go on."""
 
-    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+    exit_status = ExitStatus.STOPPED
 
 
 def run_workers(
