@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import ExitStatus
+
 if TYPE_CHECKING:
     from ..config.sections import S3Config
 
@@ -105,7 +107,7 @@ def verify(url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoin
     for fault in faults:
         typer.echo(fault, err=True)
     if faults:
-        raise typer.Exit(1)
+        raise typer.Exit(ExitStatus.ENVIRONMENT)
     typer.echo(f"{url} is intact")
 
 

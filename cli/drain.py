@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ExitStatus
+
 SPARE_S = 10.0  # kept back of the time until EC2 takes a machine, for what comes after Ray
 
 Within = Annotated[
@@ -35,7 +37,7 @@ def drain(within: Within = 110.0, on_spot_notice: OnSpotNotice = False) -> None:
     typer.echo(f"{reason}: this node is drained within {within:.0f} s")
     if not node.drain(within, reason):
         typer.echo(f"something still runs on this node after {within:.0f} s", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(ExitStatus.ENVIRONMENT)
     typer.echo("the node is drained")
 
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import ExitStatus
 from .table import print_table
 
 if TYPE_CHECKING:
     from ..cluster.jobs.client import Job, JobSubmissionClient
-
-INTERRUPTED = 130
 
 jobs_app = typer.Typer(no_args_is_help=True, help="Look at submitted runs, read their logs, stop them.")
 
@@ -190,8 +189,8 @@ def stop(
             typer.echo(f"{job.id} has ended already")
         status = jobs.exit_status(client, job)
         typer.echo(f"{job.id}: {jobs.outcome(job, status)}")
-    if job.state == "stopped" and status not in (0, jobs.STOPPED_AND_SAVED):
-        raise typer.Exit(1)
+    if job.state == "stopped" and status not in (ExitStatus.OK, ExitStatus.STOPPED):
+        raise typer.Exit(ExitStatus.ENVIRONMENT)
 
 
 @contextmanager
@@ -219,7 +218,7 @@ def _follow(client: JobSubmissionClient, job: Job, address: str) -> None:
             f"stop: glann jobs stop {job.name}{_at(address)}",
             err=True,
         )
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(ExitStatus.INTERRUPTED) from None
 
 
 def _at(address: str) -> str:

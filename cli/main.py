@@ -1,7 +1,6 @@
 """The `glann` command: thin; each subcommand imports what it needs when it runs, so `--help` is instant.
 
-Exit status: 0 done, 1 the world failed (storage, a server, a node), 2 the input was wrong,
-70 a bug of ours, 75 stopped by a signal and saved, 130 interrupted.
+Exit statuses: `errors.ExitStatus`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from ..errors import GlannError, UserError, redact
+from ..errors import ExitStatus, GlannError, UserError, one_line, redact
 from .data import Endpoint, data_app, s3_at
 from .drain import drain, leave
 from .jobs import jobs_app, submit
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..config.run import Config
-
-BUG, STOPPED, INTERRUPTED = 70, 75, 130
 
 app = typer.Typer(
     name="glann",
@@ -301,7 +298,7 @@ def doctor(config: MaybeRecipe = None, overrides: Overrides = None) -> None:
         typer.echo(f"{'good' if check.ok else 'BAD '}  {check.name:14} {check.found}{remedy}")
     if bad:
         typer.echo(f"{bad} of the checks {'is' if bad == 1 else 'are'} bad", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(ExitStatus.ENVIRONMENT)
 
 
 app.command()(drain)
@@ -316,7 +313,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         app(args=given, prog_name="glann")
     except SystemExit as exit:
-        if exit.code == INTERRUPTED:
+        if exit.code == ExitStatus.INTERRUPTED:
             _tell("interrupted" + ("; the same command continues the run" if given[:1] == ["train"] else ""))
         raise
     except Exception as error:
@@ -326,18 +323,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         message, status = explain(error)
         _tell(message)
         sys.exit(status)
-    sys.exit(0)
+    sys.exit(ExitStatus.OK)
 
 
 def explain(error: Exception) -> tuple[str, int]:
     """The line to print for an error, and the exit status."""
     if isinstance(error, GlannError):
-        return f"{'stopped' if error.exit_status == STOPPED else 'error'}: {error}", error.exit_status
+        return f"{'stopped' if error.exit_status == ExitStatus.STOPPED else 'error'}: {error}", error.exit_status
     if isinstance(error, OSError) and error.strerror:
-        return f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), 1
-    text = redact(" ".join(str(error).split()))[:300]
-    kind = type(error).__name__
-    return f"error: unexpected {kind}: {text}; this is a bug, run it again with --traceback and report it", BUG
+        return f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), ExitStatus.ENVIRONMENT
+    what = f"unexpected {type(error).__name__}: {one_line(error, 300)}"
+    return f"error: {what}; this is a bug, run it again with --traceback and report it", ExitStatus.BUG
 
 
 def _traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from ..errors import one_line
+
 MAX_YAML, MAX_NESTING = 1 << 20, 100  # characters and brackets of a recipe; PyYAML is slow with more, and then slower
 MAX_SHOWN = 300  # characters of what was given
 
@@ -32,7 +34,7 @@ def plain_data(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except Exception as error:  # besides its own errors PyYAML lets out those of dates, numbers and deep nesting
-        raise ValueError(" ".join(str(error).split())[:500]) from error
+        raise ValueError(one_line(error, 500)) from error
 
 
 def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) -> str:

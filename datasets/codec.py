@@ -12,6 +12,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..errors import first_line
+
 Crop = Literal["center", "pad", "none"]
 ImageFormat = Literal["jpeg", "png", "webp"]
 CROPS: tuple[str, ...] = get_args(Crop)
@@ -45,7 +47,7 @@ def decode_any(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:  # whose own words name an object in memory
         raise BadImage("not a JPEG, PNG, WebP, BMP, PPM, TIFF or GIF, or damaged at its beginning") from error
     except Exception as error:  # a damaged file can raise almost anything from within a decoder
-        raise BadImage(f"not a readable image ({_first_line(error)})") from error
+        raise BadImage(f"not a readable image ({first_line(error)})") from error
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -123,14 +125,10 @@ def decode_packed(data: bytes, resolution: int, channels: int, image_format: str
     except BadImage:
         raise
     except Exception as error:  # as above: whatever the decoder says, the image is bad
-        raise BadImage(f"not a readable {image_format} image ({_first_line(error)})") from error
+        raise BadImage(f"not a readable {image_format} image ({first_line(error)})") from error
     return np.ascontiguousarray(img_HWC.transpose(2, 0, 1))
 
 
 def _check_size(width: int, height: int, resolution: int) -> None:
     if (width, height) != (resolution, resolution):
         raise BadImage(f"the image is {width} x {height}, not {resolution} x {resolution}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

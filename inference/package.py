@@ -31,7 +31,7 @@ from ..config.run import Config
 from ..config.samplers import AnySampler, GaussianConfig, ImleConfig
 from ..config.section import Section
 from ..config.sections import GeneratorConfig, S3Config
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models.generators import build_generator
 from ..models.sphere import Constraint
 from ..samplers.base import build_network
@@ -260,8 +260,7 @@ def open_folder(folder: Path, source: str, device: torch.device | str = "cpu") -
                 kind: build_network(entry.config, dim, manifest.constraint) for kind, entry in manifest.samplers.items()
             }
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{MANIFEST} of {source} describes networks that cannot be: {detail}") from error
+        raise UserError(f"{MANIFEST} of {source} describes networks that cannot be: {one_line(error)}") from error
     _assign(generator, states[GENERATOR], GENERATOR, source)
     for kind, network in samplers.items():
         file = manifest.samplers[kind].file
@@ -281,7 +280,7 @@ def _read(path: Path, entry: FileEntry) -> dict[str, Tensor]:
     try:
         state = safetensors.torch.load(content)
     except Exception as error:  # besides its own, the errors of torch for types and shapes it does not have
-        raise UserError(f"{path} is not a safetensors file: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{path} is not a safetensors file: {one_line(error, 300)}") from error
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES:
             raise UserError(f"{path}: {name[:100]} is of type {tensor.dtype}, which no packaged model holds")
@@ -307,8 +306,7 @@ def _assign(network: nn.Module, state: dict[str, Tensor], file: str, source: str
     try:
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} of {source} does not fit the networks in {MANIFEST}: {detail}") from error
+        raise UserError(f"{file} of {source} does not fit the networks in {MANIFEST}: {one_line(error)}") from error
 
 
 def _require_finite(state: dict[str, Tensor], where: str) -> None:

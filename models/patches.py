@@ -3,6 +3,10 @@
 Where an image's patch lies follows from (seed, epoch, row): a resumed run, another batch size or
 another number of workers gives the same patches, bit for bit.
 
+The hash is SplitMix64's, not the Philox of `noise.py`: a patch needs one number of 64 bits from one of 64 bits, which
+this gives in a handful of operations that compile into the loss; Philox takes ten rounds for four words. Both are
+functions of a counter; to use one for both would cut other patches in runs that are resumed.
+
 Shapes: B batch, C channels, H and W pixels, P side of the patch.
 """
 

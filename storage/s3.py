@@ -36,7 +36,7 @@ from botocore.exceptions import (
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from ..config.sections import S3Config
-from ..errors import EnvironmentFault, GlannError, UserError
+from ..errors import EnvironmentFault, GlannError, UserError, first_line
 from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
 from .files import os_fault, replacing
 
@@ -310,7 +310,7 @@ def _client(s3: S3Config, endpoint: str | None) -> Any:
         region = s3.region or session.region_name or "us-east-1"
         return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
     except (ProfileNotFound, BotoCoreError, ValueError) as error:
-        raise UserError(f"S3 cannot be set up: {str(error).splitlines()[0]}") from error
+        raise UserError(f"S3 cannot be set up: {first_line(error)}") from error
 
 
 def _last_line(error: Exception) -> str:

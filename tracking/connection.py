@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_fixed
 
-from ..errors import UserError, redact
+from ..errors import UserError, one_line, redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -193,5 +193,5 @@ def _reason(error: BaseException) -> str:
     """The innermost cause in a few words: MLflow wraps urllib3, which wraps the one that says something."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    text = redact(" ".join(str(error).split())) or type(error).__name__
+    text = one_line(error, 161)
     return text if len(text) <= 160 else text[:157] + "..."

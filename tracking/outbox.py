@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from ..config.section import Section
-from ..errors import EnvironmentFault, GlannError, UserError
+from ..errors import EnvironmentFault, GlannError, UserError, one_line
 from ..reports.run_folder import TRACKING
 from ..storage import journal
 from ..storage.files import read_document, write_whole
-from .connection import redact
 from .registry.models import PublishedModel, publish
 
 if TYPE_CHECKING:
@@ -189,7 +188,7 @@ class Outbox:
     def _say_failing(self, error: Exception) -> None:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
-            detail = redact(" ".join(str(error).split()))[:200] or type(error).__name__
+            detail = one_line(error)
             wrong = f"the MLflow server {self._state.uri} does not take metrics"
             if isinstance(error, Unnoted):
                 wrong = "metrics are not sent to MLflow, because what was sent cannot be noted"

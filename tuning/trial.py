@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from ..config.run import Config
-from ..errors import GlannError, redact
+from ..errors import GlannError, one_line, redact
 from ..reports.run_folder import RAY
 from ..storage.files import write_whole
 from ..trainers.run.events import EpochDone, Event, Progress
@@ -184,5 +184,5 @@ def own_number(study: StudyConfig, trial_id: str, given: int) -> int:
 
 def reason(error: Exception) -> str:
     """Why a trial failed, in one line."""
-    text = " ".join(redact(str(error)).split())[:500]
+    text = one_line(error, 500)
     return text if isinstance(error, GlannError) else f"{type(error).__name__}: {text}"

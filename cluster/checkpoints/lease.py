@@ -10,12 +10,10 @@ A holder on this machine whose process is gone is not waited for.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import logging
 import os
 import re
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...errors import EnvironmentFault, UserError
+from ...storage.author import user_at_host
 from ...storage.base import MissingObject, ObjectExists, Store
 from .layout import parse
 
@@ -182,7 +181,7 @@ def _taken(store: Store, lease: Lease) -> RunTaken:
 
 def _new(number: int) -> Lease:
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    holder = f"{_user()}@{socket.gethostname()} (process {os.getpid()})"
+    holder = f"{user_at_host()} (process {os.getpid()})"
     return Lease(
         number=number, owner=secrets.token_hex(16), holder=holder, since=now, process=_process(os.getpid()), count=0
     )
@@ -217,13 +216,6 @@ def _numbers(store: Store) -> list[int]:
 
 def _key(number: int) -> str:
     return f"lease-{number:06d}.json"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container without an entry for its user
-        return f"user {os.getuid()}"
 
 
 def _process(pid: int) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.run import Config
-from ...errors import EnvironmentFault, UserError, redact
+from ...errors import EnvironmentFault, ExitStatus, UserError, redact
 from ..nodes.ray_private import enable_token_auth, quiet_job_client, with_timeout
 from . import shipping
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own; it would override an address that is given
 NAME, ATTEMPT, DIGEST, CHECKPOINTS = "glann.name", "glann.attempt", "glann.config", "glann.checkpoints"
-STOPPED_AND_SAVED = 75
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 120.0
 POLL_S = 1.0
 SILENCE_S = 30.0  # without a line of log for so long, ask whether the cluster is still there
@@ -290,7 +289,7 @@ def exit_status(client: JobSubmissionClient, job: Job) -> int:
     Ray keeps none of a job that was stopped, so the job says it in the last line of its log.
     """
     if job.state == "succeeded":
-        return 0
+        return ExitStatus.OK
     if job.state == "failed" and job.exit_status is not None:
         return job.exit_status if job.exit_status > 0 else 128 - job.exit_status
     said = [
@@ -298,8 +297,8 @@ def exit_status(client: JobSubmissionClient, job: Job) -> int:
         for line in client.get_job_logs(job.id).splitlines()
         if line.startswith(shipping.STATUS_LINE)
     ]
-    status = int(said[-1]) if said and said[-1].isdigit() else 1
-    return status or 1 if job.state == "failed" else status
+    status = int(said[-1]) if said and said[-1].isdigit() else ExitStatus.ENVIRONMENT
+    return status or ExitStatus.ENVIRONMENT if job.state == "failed" else status
 
 
 def outcome(job: Job, status: int) -> str:
@@ -307,9 +306,9 @@ def outcome(job: Job, status: int) -> str:
     if job.state == "succeeded":
         return "finished"
     again = "the same `glann submit` goes on with it"
-    if status == STOPPED_AND_SAVED:
+    if status == ExitStatus.STOPPED:
         return f"stopped and saved; {again}"
-    if job.state == "stopped" and status == 0:
+    if job.state == "stopped" and status == ExitStatus.OK:
         return "finished before it could be stopped"
     if job.state == "stopped" and status == 128 + signal.SIGTERM:
         return f"stopped before it began to train; {again}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...config.run import Config
 from ...datasets.assets.catalogue import ASSETS
-from ...errors import UserError
+from ...errors import ExitStatus, UserError
 
 PACKAGE = Path(__file__).parents[2]
 DATA_SUFFIXES = {".yaml", ".html", ".md"}  # `package-data` in pyproject.toml
@@ -30,7 +30,7 @@ STATUS_LINE = "glann: exit status"
 START_SCRIPT = f"""\
 trap : INT TERM
 config="$PWD/{CONFIG_FILE}"
-mkdir -p "$HOME/{JOBS_FOLDER}" && cd "$HOME/{JOBS_FOLDER}" || exit 1
+mkdir -p "$HOME/{JOBS_FOLDER}" && cd "$HOME/{JOBS_FOLDER}" || exit {ExitStatus.ENVIRONMENT:d}
 python3 -P -m glann train "$config"
 status=$?
 echo "{STATUS_LINE} $status"

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...config.run import Config
 from ...config.sections import ClusterConfig
-from ...errors import EnvironmentFault, UserError, redact
+from ...errors import EnvironmentFault, UserError, one_line, redact
 from .ray_private import hide_worker_output, set_process_title
 
 CONNECT_S = 5.0
@@ -89,7 +89,7 @@ def listens(host: str, port: int) -> bool:
 
 def no_ray(address: str | None, error: Exception) -> EnvironmentFault:
     """The error for a Ray that cannot be joined, or not started (`address` is None)."""
-    reason = " ".join(redact(str(error)).split())[:200]
+    reason = one_line(error)
     if address is None:
         return EnvironmentFault(f"Ray did not start on this machine: {reason}; run the same command again")
     return EnvironmentFault(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import IO, Any
 
-from ...errors import UserError
+from ...errors import UserError, one_line
 from ...storage.base import Store
 from ...storage.seekable import open_file
 from ..codec import BadImage
@@ -78,8 +78,7 @@ def tar_members(file: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
                 at = archive.offset
                 yield member
     except (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where} is not a complete, uncompressed tar file ({reason})") from error
+        raise UserError(f"{where} is not a complete, uncompressed tar file ({one_line(error)})") from error
 
 
 class _Headers:

@@ -16,9 +16,9 @@ from functools import partial
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, first_line
 from ...storage.base import Store
-from .base import Item, Source, first_line, identity
+from .base import Item, Source, identity
 
 MAX_ARRAY_BYTES = 16 << 30  # of an npz or idx file
 

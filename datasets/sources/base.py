@@ -68,7 +68,3 @@ def natural(key: str) -> tuple:
 def identity(kind: str, contents: list) -> str:
     """A hash of what a source holds, to recognise it when packing goes on."""
     return hashlib.sha256(json.dumps([kind, contents], separators=(",", ":")).encode()).hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, first_line
 from ...storage.base import Store
 from ...storage.seekable import open_file
 from ..codec import BadImage
@@ -46,7 +46,7 @@ def _open(store: Store, key: str) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(open_file(store, key))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{store.url}/{key} is not a readable parquet file ({_first_line(error)})") from error
+        raise UserError(f"{store.url}/{key} is not a readable parquet file ({first_line(error)})") from error
 
 
 def _inspect(store: Store, key: str) -> tuple[str, int]:
@@ -59,7 +59,7 @@ def _inspect(store: Store, key: str) -> tuple[str, int]:
     except UserError:
         raise
     except Exception as error:  # a damaged schema can raise many kinds, such as names that are no text
-        raise UserError(f"{store.url}/{key} is not a readable parquet file ({_first_line(error)})") from error
+        raise UserError(f"{store.url}/{key} is not a readable parquet file ({first_line(error)})") from error
     candidates = []
     for name, kind in columns:
         if types.is_struct(kind):
@@ -103,7 +103,7 @@ def _rows(store: Store, key: str, column: str, start: int) -> Iterator[Item]:
                             yield Item(f"{store.url}/{key}: row {row}", partial(_bytes, value))
                         row += 1
             except Exception as error:  # as above
-                raise UserError(f"{store.url}/{key} is damaged in row group {group} ({_first_line(error)})") from error
+                raise UserError(f"{store.url}/{key} is damaged in row group {group} ({first_line(error)})") from error
 
 
 def _bytes(value: Any) -> bytes:
@@ -111,7 +111,3 @@ def _bytes(value: Any) -> bytes:
     if not data:
         raise BadImage("the row holds no image bytes (perhaps only a path)")
     return data
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...datasets.assets.catalogue import load_weights
-from ...errors import UserError
+from ...errors import UserError, one_line
 from ...models.perceptual import build_features
 from . import efficientnet_lite, inception
 
@@ -103,8 +103,7 @@ def build_extractor(name: str, device: torch.device | str = "cpu", weights: str 
     try:
         network = recipe.build(tensors, convention)
     except (RuntimeError, KeyError) as error:  # torch's strict load, or a name that cannot be translated
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights {source} do not fit extractor {name}: {detail}") from error
+        raise UserError(f"the weights {source} do not fit extractor {name}: {one_line(error)}") from error
     device = torch.device(device)
     return Extractor(
         name,

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import EnvironmentFault, UserError
-from ..connection import default_uri, reach, redact, registry_uri, sqlite_path
+from ...errors import EnvironmentFault, UserError, one_line, redact
+from ..connection import default_uri, reach, registry_uri, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -73,12 +73,12 @@ def one_line_errors(address: str, missing: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        detail = redact(" ".join(str(error).split()))[:300]
+        detail = one_line(error, 300)
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
             raise UserError(f"{missing} at {redact(address)}: {detail}") from error
         raise EnvironmentFault(f"MLflow at {redact(address)} failed: {detail}") from error
     except OSError as error:
-        raise EnvironmentFault(f"MLflow at {redact(address)} failed: {redact(str(error))[:300]}") from error
+        raise EnvironmentFault(f"MLflow at {redact(address)} failed: {one_line(error, 300)}") from error
 
 
 def locate(client: MlflowClient, uri: str) -> tuple[str, str | None]:

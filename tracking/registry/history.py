@@ -7,9 +7,6 @@ that did not happen, and neither `previous` nor the next event is misled by it.
 
 from __future__ import annotations
 
-import getpass
-import os
-import socket
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +14,7 @@ from pydantic import Field, ValidationError
 
 from ...config.section import Section
 from ...errors import UserError, redact
+from ...storage.author import user_at_host
 from ...storage.journal import strict_json
 from . import catalogue
 from .catalogue import Entry, Version
@@ -143,7 +141,7 @@ def _event(action: Literal["promote", "rollback"], entry: Entry, version: int, w
         version=version,
         previous=entry.aliases.get(CHAMPION),
         at=datetime.now(UTC).isoformat(timespec="seconds"),
-        by=f"{_user()}@{socket.gethostname()}",
+        by=user_at_host(),
         why=checked_why(why),
         forced=forced,
     )
@@ -166,10 +164,3 @@ def _told(value: Any) -> str:
     if value is None or value == "":
         return NONE
     return str(value).lower() if isinstance(value, bool) else redact(str(value))
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())

@@ -20,7 +20,7 @@ from ...cluster.nodes.capacity import PlacementReservation, this_node
 from ...cluster.nodes.ray import resources_of
 from ...cluster.nodes.ray_private import draining_nodes
 from ...config.run import Config
-from ...errors import EnvironmentFault, GlannError, UserError
+from ...errors import EnvironmentFault, ExitStatus, GlannError, UserError
 from ...storage.open import open_store
 from ..stage import DONE
 from .control import Request
@@ -53,7 +53,7 @@ RESUMES = "the same command resumes from the last checkpoint"
 class RunStopped(GlannError):
     """The run was asked to stop, has been saved, and can go on."""
 
-    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+    exit_status = ExitStatus.STOPPED
 
 
 def run_workers(config: Config, on_event: Callable[[Event], None], lease: HeldLease, hooks: Hooks = NO_HOOKS) -> None:

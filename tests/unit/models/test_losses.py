@@ -200,6 +200,9 @@ def test_patch_seeds_never_change():
     seeds = patch_seeds(7, 11, torch.tensor([0, 1, 2**40])).tolist()
     assert seeds == [splitmix_reference(7, 11, row) for row in (0, 1, 2**40)]
     assert seeds == [-5820749403645412224, -3528180118738955514, -6006113347356372146]
+    pixels = torch.arange(32.0 * 44).view(1, 1, 32, 44).expand(3, 1, 32, 44)
+    corners = crop(pixels, 8, patch_seeds(7, 11, torch.tensor([0, 1, 2**40])))[:, 0, 0, 0].int().tolist()
+    assert [divmod(corner, 44) for corner in corners] == [(12, 31), (0, 21), (22, 30)]
 
 
 def splitmix_reference(seed: int, epoch: int, row: int) -> int:
