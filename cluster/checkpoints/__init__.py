@@ -1,1 +1,1 @@
-"""Checkpoints that do not depend on the number of workers."""
+"""Checkpoints that are independent of the number of workers."""

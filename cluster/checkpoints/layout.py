@@ -1,7 +1,6 @@
-"""What a checkpoint is on disk, and the refusal of whatever is not one.
+"""On-disk layout of a checkpoint, and its validation.
 
-Nothing that is read is trusted: sizes and hashes are checked before a byte is parsed, and only
-safetensors and JSON are parsed at all.
+Input is untrusted: sizes and hashes are checked before a byte is parsed, and only safetensors and JSON are parsed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint is not what was written; an older one may be used."""
+    """A checkpoint differs from what was saved; an older one may be usable."""
 
 
 class _Json(BaseModel):
@@ -46,11 +45,11 @@ class File(_Json):
 
 FileName = Annotated[str, Field(pattern=r"^[a-z][A-Za-z0-9_-]{0,99}\.(safetensors|json)$")]
 Files = dict[FileName, File]
-Attempt = Annotated[str, Field(pattern=r"^[a-z0-9]{1,32}$")]  # one start of the workers; the folder of its files
+Attempt = Annotated[str, Field(pattern=r"^[a-z0-9]{1,32}$")]  # one start of the workers; names their folder
 
 
 class Part(_Json):
-    """What one rank has written."""
+    """Files that one rank has written."""
 
     attempt: Attempt
     world: int
@@ -58,7 +57,7 @@ class Part(_Json):
 
 
 class Manifest(_Json):
-    """What makes a folder a checkpoint."""
+    """Contents of a checkpoint; a folder without a manifest is not one."""
 
     step: int = Field(ge=0)
     attempt: Attempt
@@ -73,26 +72,26 @@ def folder_name(step: int) -> str:
 
 
 def file_key(manifest: Manifest, name: str) -> str:
-    """Where a file lies: in a folder of its attempt, so that two writers never write to the same file."""
+    """Key of a file: in a folder of its attempt, so that two writers never write to the same object."""
     return f"{folder_name(manifest.step)}/{manifest.attempt}/{name}"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The checkpoints of a store by step, oldest first: those that look whole, and why the others are not used."""
+    """The checkpoints of a store by step, oldest first: complete ones, and the fault of each damaged one."""
 
     good: dict[int, Manifest]
     damaged: dict[int, str]
 
 
 def survey(store: Store, only: int | None = None) -> Survey:
-    """Tell the checkpoints that can be used: there is a manifest, every file has its size, none is known as damaged."""
+    """Find complete checkpoints: with a manifest, every file of the right size, and not marked as damaged."""
     sizes = store.sizes("step-" if only is None else f"{folder_name(only)}/")
     found = Survey({}, {})
     for step in committed_steps(sizes):
         try:
             if f"{folder_name(step)}/{DAMAGED}" in sizes:
-                raise DamagedCheckpoint(_told_damage(store, step))
+                raise DamagedCheckpoint(_damage_reason(store, step))
             manifest = load_manifest(store, step)
             check_sizes(store, manifest, sizes)
             found.good[step] = manifest
@@ -104,7 +103,10 @@ def survey(store: Store, only: int | None = None) -> Survey:
 
 
 def check_sizes(store: Store, manifest: Manifest, sizes: Mapping[str, int]) -> None:
-    """Raise DamagedCheckpoint if a file of the manifest is missing or has another size; `sizes` are by key."""
+    """Raise DamagedCheckpoint if a file of the manifest is missing or has another size.
+
+    `sizes`: bytes by key.
+    """
     for name, file in manifest.files.items():
         key = file_key(manifest, name)
         if sizes.get(key) != file.size:
@@ -117,11 +119,11 @@ class _Damage(_Json):
 
 
 def mark_damaged(store: Store, step: int, reason: str) -> None:
-    """Have a checkpoint passed over from now on; its files stay until newer ones are enough."""
+    """Mark a checkpoint as unusable; `retain` removes it once there are enough newer ones."""
     store.write(f"{folder_name(step)}/{DAMAGED}", _Damage(reason=reason[:1000]).model_dump_json().encode())
 
 
-def _told_damage(store: Store, step: int) -> str:
+def _damage_reason(store: Store, step: int) -> str:
     key = f"{folder_name(step)}/{DAMAGED}"
     if store.size(key) > _MAX_JSON:
         return f"{store.url}/{key} is too large"
@@ -129,7 +131,11 @@ def _told_damage(store: Store, step: int) -> str:
 
 
 def load_manifest(store: Store, step: int) -> Manifest:
-    """The manifest of a checkpoint. Raises UserError if there is none, DamagedCheckpoint if it is not one of ours."""
+    """The manifest of a checkpoint.
+
+    Raises:
+        UserError: there is none. DamagedCheckpoint: it is invalid.
+    """
     key = f"{folder_name(step)}/{MANIFEST}"
     if store.size(key) > _MAX_JSON:
         raise DamagedCheckpoint(f"{store.url}/{key} is too large to be a manifest")
@@ -140,39 +146,39 @@ def load_manifest(store: Store, step: int) -> Manifest:
 
 
 def read_verified(store: Store, manifest: Manifest, name: str) -> bytes:
-    """A file of a checkpoint, whose size and hash are those of its manifest. Raises DamagedCheckpoint."""
+    """A file of a checkpoint with the size and hash of its manifest. Raises DamagedCheckpoint."""
     file, key = manifest.files.get(name), file_key(manifest, name)
     if file is None:
         raise DamagedCheckpoint(f"{store.url}/{key} is not part of the checkpoint")
-    for _ in range(2):  # what was stored may be whole where what arrived is not
+    for _ in range(2):  # the stored file may be intact although the answer was not
         try:
             data = store.read(key)
         except MissingObject as error:
             raise DamagedCheckpoint(f"{store.url}/{key} is missing") from error
         if len(data) == file.size and hashlib.sha256(data).hexdigest() == file.sha256:
             return data
-    raise DamagedCheckpoint(f"{store.url}/{key} is not what was saved (size or SHA-256 differ)")
+    raise DamagedCheckpoint(f"{store.url}/{key} is not what was saved (size or SHA-256 differs)")
 
 
 def group_files(store: Store, manifest: Manifest, group: str) -> list[str]:
-    """The files of a group of tensors, in order. Raises DamagedCheckpoint if one is not listed."""
+    """Names of the files of a group of tensors, in order. Raises DamagedCheckpoint if one is missing."""
     found = {name: match for name in manifest.files if (match := GROUP.match(name)) and match[1] == group}
     counts = {int(match[3] or 1) for match in found.values()}
     numbers = sorted(int(match[2] or 1) for match in found.values())
     if len(counts) != 1 or numbers != list(range(1, counts.pop() + 1)):
         where = f"{store.url}/{folder_name(manifest.step)}"
-        raise DamagedCheckpoint(f"{where} does not hold {group}, or not all of it: {sorted(found)}")
+        raise DamagedCheckpoint(f"{where} does not contain {group} completely; its files: {sorted(found)}")
     return sorted(found)
 
 
 def row_blocks(files: Files) -> list[range]:
-    """The ranges of latent rows that the files hold, sorted."""
+    """Ranges of latent rows in the files, sorted."""
     matches = [match for name in files if (match := ROWS.match(name))]
     return sorted((range(int(match[1]), int(match[2])) for match in matches), key=lambda block: block.start)
 
 
 def check_cover(blocks: list[range], rows: range, where: str) -> None:
-    """Refuse sorted blocks that do not follow one another, or that leave out one of `rows`."""
+    """Refuse sorted blocks that are not contiguous (DamagedCheckpoint), or that do not cover `rows` (UserError)."""
     stops = [block.stop for block in blocks]
     for block, expected in zip(blocks, [None, *stops], strict=False):
         if not block or expected not in (None, block.start):
@@ -186,20 +192,20 @@ def check_cover(blocks: list[range], rows: range, where: str) -> None:
 
 
 def parse(model: type[Model], data: bytes, where: str) -> Model:
-    """JSON of exactly that form, or DamagedCheckpoint in one line."""
+    """Parse JSON of exactly that model. Raises DamagedCheckpoint with the first fault, in one line."""
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         path = ".".join(map(str, fault["loc"]))
         raise DamagedCheckpoint(
-            f"{where} is damaged or not one of ours: {path} {reason(fault)}".replace("\n", " ")
+            f"{where} is damaged or not a file of glann: {path} {reason(fault)}".replace("\n", " ")
         ) from error
 
 
 @contextlib.contextmanager
 def checked_safetensors(where: str, data: bytes) -> Iterator[None]:
-    """Refuse an absurd header before it is parsed, and explain what the parser refuses."""
+    """Refuse an oversized header before it is parsed; raise the parser's errors as DamagedCheckpoint."""
     if len(data) < 8 or int.from_bytes(data[:8], "little") > min(_MAX_HEADER, len(data) - 8):
         raise DamagedCheckpoint(f"{where} is not a safetensors file: its header does not fit")
     try:
@@ -209,6 +215,6 @@ def checked_safetensors(where: str, data: bytes) -> Iterator[None]:
 
 
 def committed_steps(keys: Iterable[str]) -> list[int]:
-    """The steps whose folder has a manifest, sorted."""
+    """Steps whose folder has a manifest, sorted."""
     matches = [(key, match) for key in keys if (match := FOLDER.match(key))]
     return sorted(int(match[1]) for key, match in matches if key == f"{folder_name(int(match[1]))}/{MANIFEST}")

@@ -1,10 +1,10 @@
-"""Who may write a run: a lease in the run's checkpoint store, so that two commands never train the same run.
+"""Exclusive lease of a run in its checkpoint store, so that two commands never train the same run.
 
-The lease is a numbered object, `lease-000007.json`, created on condition that it is absent. The highest
-number is in force; its holder renews it by counting up in it. Whoever finds that count unchanged for
-`PATIENCE_S` by his own clock creates the next number, and of several who do only one succeeds. So no two
-clocks are compared. A holder that finds a higher number has lost the run and must not commit any more.
-A holder on this machine whose process is gone is not waited for.
+The lease is a numbered object, `lease-000007.json`, created on condition that it is absent. The highest number is in
+force; its holder renews it by incrementing its count. A command that sees that count unchanged for `PATIENCE_S` by its
+own clock creates the next number; if several do, one of them succeeds. So clocks of different machines are never
+compared. A holder that finds a higher number has lost the run and must not commit any more. The lease of a process of
+this machine that no longer exists is taken over at once.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from .layout import parse
 log = logging.getLogger(__name__)
 
 RENEW_S = 3.0
-PATIENCE_S = 15.0  # a killed command is followed by another one after so long, on whatever machine
+PATIENCE_S = 15.0  # until another machine may take over the run of a killed command
 _POLL_S = 0.5
 _LEASE = re.compile(r"^lease-(\d{6,12})\.json$")
 
 
 class RunTaken(UserError):
-    """Another command holds the run."""
+    """Another command holds the lease of the run."""
 
 
 class Lease(BaseModel):
-    """What the object says. `count` is all that anyone acts upon; the rest names the holder."""
+    """Contents of the lease object. Decisions depend on `count`, `owner`, `process` and `released` alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -49,21 +49,21 @@ class Lease(BaseModel):
     owner: str = Field(pattern=r"^[0-9a-f]{1,64}$")
     holder: str = Field(max_length=300, description="user, machine and process, for people")
     since: str = Field(max_length=40, description="UTC, by the holder's clock, for people")
-    process: str = Field(max_length=300, description="machine and process, to tell on the same machine if it is gone")
+    process: str = Field(max_length=300, description="identity of the process, to detect its end on the same machine")
     count: int = Field(ge=0)
     released: bool = False
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """What the holder hands to its workers, so that they can ask whether the run is still theirs."""
+    """Identity of a lease, with which workers check that it is still in force (`require`)."""
 
     number: int
     owner: str
 
 
 def require(store: Store, ticket: Ticket) -> None:
-    """Raise RunTaken if the lease of `ticket` is not in force any more. To be asked right before a commit."""
+    """Raise RunTaken if the lease of `ticket` is not in force any more; call it right before a commit."""
     newest = _newest(store)
     if newest is None or (newest.number, newest.owner) != (ticket.number, ticket.owner):
         by = f"was taken over by {newest.holder}" if newest else "has lost its lease: its checkpoint folder was removed"
@@ -71,7 +71,7 @@ def require(store: Store, ticket: Ticket) -> None:
 
 
 class HeldLease:
-    """A lease in force, renewed by a thread until it is released. Made by `hold`."""
+    """A lease in force, renewed by a thread until it is released; created by `hold`."""
 
     def __init__(self, store: Store, lease: Lease):
         self._store, self._lease = store, lease
@@ -82,12 +82,12 @@ class HeldLease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise RunTaken if the last renewal found that another command has taken over. Contacts nobody."""
+        """Raise RunTaken if the last renewal found another holder. Makes no request."""
         if self._lost:
             raise self._lost
 
     def release(self) -> None:
-        """Let the next command have the run at once."""
+        """Release the lease, so that the next command can take it at once."""
         self._end.set()
         self._thread.join(RENEW_S)
         with contextlib.suppress(RunTaken, EnvironmentFault):
@@ -103,18 +103,18 @@ class HeldLease:
             except RunTaken as error:
                 self._lost = error
                 return
-            except Exception as error:  # while nobody has taken over it is ours; a commit needs the store anyway
+            except Exception as error:  # the lease stays in force until another command takes it
                 log.warning("the lease of %s could not be renewed: %s", self._store.url, error)
 
 
 @contextlib.contextmanager
 def hold(store: Store, say: Callable[[str], None]) -> Iterator[HeldLease]:
-    """Hold the lease of a run as long as inside, after waiting at most `PATIENCE_S` for a holder that may be gone.
+    """Hold the lease of a run inside the context, after at most `PATIENCE_S` of waiting for an unresponsive holder.
 
     Args:
-        say: is told in one line what the user should know.
+        say: receives one-line messages for the user.
     Raises:
-        RunTaken: another command is at work; the message says who, since when and what to do.
+        RunTaken: another command trains the run; the message names its holder, since when, and the remedy.
     """
     if not enforces_conditions(store):
         say(
@@ -129,7 +129,7 @@ def hold(store: Store, say: Callable[[str], None]) -> Iterator[HeldLease]:
 
 
 def enforces_conditions(store: Store) -> bool:
-    """Whether a second conditional write to the same key is refused. Leaves nothing behind."""
+    """Whether the store refuses a second conditional write to the same key. Removes its test object."""
     key = f"lease-probe-{secrets.token_hex(8)}"
     try:
         for body in (b"1", b"2"):
@@ -142,18 +142,18 @@ def enforces_conditions(store: Store) -> bool:
 
 
 def _take(store: Store, say: Callable[[str], None]) -> Lease:
-    """Create the next lease once the one in force is free or not renewed any more."""
+    """Create the next lease once the one in force is released or no longer renewed."""
     waited_for: Lease | None = None
     since = time.monotonic()
     while True:
         newest = _newest(store)
         if newest is None or newest.released or _is_gone(newest.process):
             if newest and not newest.released:
-                say(f"the last command on this run, {newest.holder}, is gone; going on in its place")
+                say(f"the last command on this run, {newest.holder}, is gone; taking over")
         elif waited_for is None or newest.owner != waited_for.owner:
             if waited_for is None:
                 waited_for, since = newest, time.monotonic()
-                say(f"looking whether {newest.holder} still works on this run (at most {PATIENCE_S:g} s)")
+                say(f"checking whether {newest.holder} still trains this run (at most {PATIENCE_S:g} s)")
                 continue
             raise _taken(store, newest)
         elif newest.count != waited_for.count:
@@ -162,7 +162,7 @@ def _take(store: Store, say: Callable[[str], None]) -> Lease:
             time.sleep(_POLL_S)
             continue
         else:
-            say(f"{newest.holder} has not renewed its lease for {PATIENCE_S:g} s; going on in its place")
+            say(f"{newest.holder} has not renewed its lease for {PATIENCE_S:g} s; taking over")
         mine = _new(newest.number + 1 if newest else 1)
         if _create(store, mine):
             for number in _numbers(store):
@@ -173,9 +173,9 @@ def _take(store: Store, say: Callable[[str], None]) -> Lease:
 
 def _taken(store: Store, lease: Lease) -> RunTaken:
     return RunTaken(
-        f"{lease.holder} has been training the run at {store.url} since {lease.since} and is at work; wait for it, "
-        f"stop it, or use another name=...; this command may take over once that one ends, or {PATIENCE_S:g} s after "
-        "it last renewed its lease"
+        f"{lease.holder} has been training the run at {store.url} since {lease.since} and is still active; wait for "
+        f"it, stop it, or use another name=...; this command can take over once that one ends, or {PATIENCE_S:g} s "
+        "after it last renewed its lease"
     )
 
 
@@ -188,8 +188,8 @@ def _new(number: int) -> Lease:
 
 
 def _create(store: Store, lease: Lease) -> bool:
-    """Create the object; False if another was faster."""
-    with contextlib.suppress(ObjectExists):  # which may be ours, where only the answer to it was lost
+    """Create the object; False if another command did so first."""
+    with contextlib.suppress(ObjectExists):  # possibly by our own earlier request whose answer was lost
         store.write(_key(lease.number), lease.model_dump_json().encode(), only_if_absent=True)
     newest = _newest(store)
     return newest is not None and newest.owner == lease.owner
@@ -219,7 +219,7 @@ def _key(number: int) -> str:
 
 
 def _process(pid: int) -> str:
-    """This boot of this machine, the process namespace, and a process by id and start; empty where that is unknown."""
+    """Boot id of this machine, process namespace, and id and start of a process; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')} {pid} {_started(pid)}"
@@ -228,13 +228,13 @@ def _process(pid: int) -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process was started, in ticks since boot; a process id may be given to another one later."""
+    """Start of a process in ticks since boot, since process ids are reused; empty for one that has ended."""
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return "" if state in "ZX" else fields[18]
 
 
 def _is_gone(process: str) -> bool:
-    """Whether it ran on this boot of this machine and does not any more; False where that cannot be told."""
+    """Whether the process ran on this boot of this machine and has ended; False if that is unknown."""
     parts, here = process.split(), _process(os.getpid()).split()
     if len(parts) != 4 or len(here) != 4 or parts[:2] != here[:2] or not parts[2].isdecimal():
         return False

@@ -1,8 +1,8 @@
-"""Who writes what of a checkpoint, and how it is sent: pure functions, and writing with bounded memory.
+"""Partition of a checkpoint into files and ranks (pure functions), and streaming writes with bounded memory.
 
-Groups of named tensors are cut into files of about `limit` bytes and the files dealt out over the ranks,
-so that every rank copies and sends its share. The files do not depend on the number of ranks, only who
-writes them does. A file is sent as it lies in memory, tensor after tensor, and hashed on its way.
+Groups of named tensors are cut into files of about `limit` bytes, which are distributed over the ranks, so that every
+rank copies and sends its share. The files do not depend on the number of ranks. A file is sent straight from memory,
+tensor after tensor, and hashed at the same time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...storage.base import Store
 from ..snapshot import Snapshot
 from .layout import File, Files
 
-BLOCK_BYTES = 256 << 20  # a file of tensors or of latent rows is of about this size
+BLOCK_BYTES = 256 << 20  # approximate size of a file of tensors or of latent rows
 _HASH_BYTES = 4 << 20
 _GROUP = re.compile(r"^[a-z][a-z0-9_-]{0,63}$")
 _DTYPES = {
@@ -40,9 +40,9 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a running training, gathered over the ranks only when it is needed.
+    """A tensor that is gathered from all ranks on demand.
 
-    nbytes: of the whole tensor.  whole: collective; the tensor may still be the live one.
+    nbytes: of the whole tensor. whole: collective; its result may share memory with the training's own tensor.
     """
 
     nbytes: int
@@ -90,7 +90,7 @@ def cut(sizes: Mapping[str, Mapping[str, int]], limit: int) -> list[Piece]:
 
 
 def deal(pieces: list[Piece], world: int) -> list[int]:
-    """The rank that writes each piece: the largest first, each to whoever has least so far."""
+    """The rank that writes each piece: largest piece first, each to the rank with the fewest bytes so far."""
     owners, load = [0] * len(pieces), [0] * world
     for at in sorted(range(len(pieces)), key=lambda at: (-pieces[at].nbytes, at)):
         owners[at] = min(range(world), key=lambda rank: (load[rank], rank))
@@ -99,7 +99,7 @@ def deal(pieces: list[Piece], world: int) -> list[int]:
 
 
 def copy_share(groups: Groups, rank: int, world: int, limit: int) -> dict[str, dict[str, Tensor]]:
-    """This rank's files, as copies in CPU memory. All ranks give the same groups; collective for `LazyTensor`."""
+    """Copy this rank's files to CPU memory. All ranks pass the same groups; collective for `LazyTensor`."""
     sizes = {group: {name: tensor.nbytes for name, tensor in tensors.items()} for group, tensors in groups.items()}
     pieces = cut(sizes, limit)
     share: dict[str, dict[str, Tensor]] = {}
@@ -117,7 +117,7 @@ def copy_share(groups: Groups, rank: int, world: int, limit: int) -> dict[str, d
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The safetensors form of contiguous CPU tensors, one piece of memory after the other and without a copy."""
+    """Yield contiguous CPU tensors in the safetensors format, without copying them."""
     # The widest first, so that each tensor starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     stops = list(accumulate((tensors[name].nbytes for name in names), initial=0))
@@ -137,7 +137,7 @@ def serialized(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
 
 
 def put(store: Store, key: str, data: Iterator[memoryview]) -> File:
-    """Store a stream, and say what its size and hash are."""
+    """Store a stream; return its size and hash."""
     digest, size = hashlib.sha256(), 0
 
     def hashed() -> Iterator[memoryview]:

@@ -1,6 +1,6 @@
-"""Reading a checkpoint back, whatever number of workers wrote it: every byte is verified before it is parsed.
+"""Reading of checkpoints, independent of the number of workers that wrote them; files are verified before parsing.
 
-What is not as it was written is a `DamagedCheckpoint`, so that the caller may go back to an older one.
+A file that differs from what was saved raises DamagedCheckpoint, so that the caller can fall back to an older one.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _ROW_TYPES = ("float32", "int32")
 
 
 def names(store: Store, step: int) -> list[str]:
-    """The groups of tensors that a checkpoint holds."""
+    """Names of the groups of tensors in a checkpoint."""
     files = load_manifest(store, step).files
     return sorted({match[1] for name in files if (match := GROUP.match(name)) and not ROWS.match(name)})
 
 
 def load_state(store: Store, step: int) -> dict[str, Any]:
-    """The counters and seeds that were saved. Raises DamagedCheckpoint if they are not what was written."""
+    """The saved counters and seeds. Raises DamagedCheckpoint if they differ from what was saved."""
     data = read_verified(store, load_manifest(store, step), "state.json")
     try:
         state = json.loads(data)
@@ -52,7 +52,7 @@ def load_state(store: Store, step: int) -> dict[str, Any]:
 
 
 def load_tensors(store: Store, step: int, group: str) -> dict[str, Tensor]:
-    """A group of tensors by name, on the CPU. Raises DamagedCheckpoint if it is not what was written."""
+    """A group of tensors by name, on the CPU. Raises DamagedCheckpoint if it differs from what was saved."""
     manifest = load_manifest(store, step)
     tensors: dict[str, Tensor] = {}
     for name in group_files(store, manifest, group):
@@ -63,10 +63,10 @@ def load_tensors(store: Store, step: int, group: str) -> dict[str, Tensor]:
 
 
 def load_rows(store: Store, step: int, rows: range) -> Arrays:
-    """The latent table of any range of rows, whatever ranges wrote it, for `LatentTable.restore`.
+    """The latent table of any range of rows, for `LatentTable.restore`.
 
     Raises:
-        UserError: a row is missing. DamagedCheckpoint: a block is not what was written.
+        UserError: a row is missing. DamagedCheckpoint: a block differs from what was saved.
     """
     manifest = load_manifest(store, step)
     where = f"{store.url}/{folder_name(step)}"
@@ -93,6 +93,6 @@ def _check_block(held: Arrays, block: range, before: Arrays, where: str) -> None
                 f"{where}: {name} is {array.dtype}{list(array.shape)}, which cannot be {len(block)} rows"
             )
         if before and (name not in before or before[name].shape[1:] != array.shape[1:]):
-            raise DamagedCheckpoint(f"{where}: {name} does not go with the blocks before it")
+            raise DamagedCheckpoint(f"{where}: {name} does not match the blocks before it")
     if before and set(before) != set(held):
-        raise DamagedCheckpoint(f"{where} holds {sorted(held)} where the blocks before it hold {sorted(before)}")
+        raise DamagedCheckpoint(f"{where} contains {sorted(held)} where the blocks before it contain {sorted(before)}")

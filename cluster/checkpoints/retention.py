@@ -1,4 +1,4 @@
-"""Which checkpoints there are, which of them can be used, and which are removed."""
+"""Selection of usable checkpoints, and removal of old and incomplete ones."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ log = logging.getLogger(__name__)
 
 
 def latest(store: Store) -> int | None:
-    """The step of the newest complete checkpoint, or None. A damaged one is passed over with a warning."""
+    """Step of the newest complete checkpoint, or None; logs a warning for each damaged one."""
     found = survey(store)
     for step, reason in found.damaged.items():
-        log.warning("checkpoint %s is passed over: %s", folder_name(step), reason)
+        log.warning("skipping damaged checkpoint %s: %s", folder_name(step), reason)
     return max(found.good, default=None)
 
 
 def usable(store: Store) -> tuple[list[int], dict[int, str]]:
-    """The steps to go on from, newest first, and why the damaged ones are passed over.
+    """Steps of the checkpoints to resume from, newest first, and the faults of the damaged ones.
 
     Raises:
-        UserError: there are checkpoints, and none can be used. A run never begins anew over them.
+        UserError: there are checkpoints and all are damaged; the run must not start over on top of them.
     """
     found = survey(store)
     if found.damaged and not found.good:
@@ -35,16 +35,19 @@ def usable(store: Store) -> tuple[list[int], dict[int, str]]:
 
 def none_left(store: Store, damaged: Mapping[int, str]) -> UserError:
     """The error for a run whose checkpoints are all damaged."""
-    told = "; ".join(damaged.values())
     return UserError(
-        f"no checkpoint of {store.url} can be used: {told}; restore it, or remove this folder to begin the run anew"
+        f"no checkpoint of {store.url} can be used: {'; '.join(damaged.values())}; restore it, or remove this folder "
+        "to start the run over"
     )
 
 
 def remove_torn(store: Store) -> list[str]:
-    """Remove what killed saves left behind: folders without a manifest, whose names are returned, and stray files.
+    """Remove the remains of killed saves: folders without a manifest, and files that no manifest lists.
 
-    Only for when nobody saves: by the driver before it starts the workers, and by the workers when they start.
+    Only while nothing is being saved: in the driver before it starts the workers, and in the workers when they start.
+
+    Returns:
+        Names of the removed folders.
     """
     store.sweep("step-")
     sizes = store.sizes("step-")
@@ -61,19 +64,22 @@ def remove_torn(store: Store) -> list[str]:
 
 
 def retain(store: Store, keep: int) -> list[int]:
-    """Remove checkpoints except the newest `keep` that look whole and the best by score. Returns the steps removed.
+    """Remove checkpoints except the newest `keep` complete ones and the best by score.
 
-    A damaged one goes once `keep` newer ones look whole; it is never counted as one of them. The manifest
-    goes first, so that a removal cut short leaves no checkpoint rather than half of one.
+    A damaged one never counts; it is removed once there are `keep` newer complete ones. The manifest is removed first,
+    so that an interrupted removal leaves no checkpoint rather than half of one.
+
+    Returns:
+        The removed steps.
     """
     found = survey(store)
     good = found.good
     scores = {step: manifest.score for step, manifest in good.items() if manifest.score is not None}
     best = min(scores, key=lambda step: (scores[step], -step), default=None)
     kept = list(good)[-max(1, keep) :]
-    whole_enough = len(kept) == max(1, keep)
+    enough = len(kept) == max(1, keep)
     removed = [step for step in good if step not in kept and step != best]
-    removed += [step for step in found.damaged if whole_enough and step < kept[0]]
+    removed += [step for step in found.damaged if enough and step < kept[0]]
     for step in sorted(removed):
         folder = folder_name(step)
         for key in [f"{folder}/{MANIFEST}", *store.list(f"{folder}/")]:

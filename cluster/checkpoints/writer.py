@@ -1,17 +1,16 @@
-"""Checkpoints: a folder `step-000123/` of safetensors and JSON that knows no number of workers.
+"""Collective, asynchronous writer of checkpoints: folders `step-000123/` of safetensors and JSON.
 
     <attempt>/generator.safetensors ...            tensors by name; a large group is cut into several files
     <attempt>/latents-<start>-<stop>.safetensors   rows start..stop-1 of the latent table, written by their owners
     <attempt>/state.json                           counters and seeds
     manifest.json                                  files, sizes, SHA-256: written last; no manifest, no checkpoint
 
-Saving is collective and asynchronous: every rank copies its share of the tensors at once and a thread
-sends it, while the rank's latent shard sends its own rows from where they are. The ranks meet in the
-store itself: each leaves `part-<rank>.json` with the hashes of its files, rank 0 waits for all of them
-and writes the manifest, and every rank waits for that. So a collective operation of the training never
-mixes with one of the saving, and whoever does not arrive can be named. The files of each start of the
-workers (attempt) lie in a folder of their own and the manifest is never overwritten, so two writers
-that do not know of one another cannot mix their files.
+The format does not depend on the number of workers. Every rank copies its share of the tensors at once, a thread sends
+it, and the rank's latent shard sends its own rows. The ranks synchronise through the store: each writes
+`part-<rank>.json` with the hashes of its files, rank 0 waits for all of them and writes the manifest, and every rank
+waits for that. So saving uses no collective operation that could mix with those of the training, and a missing rank can
+be named. Each start of the workers (attempt) has a folder of its own and the manifest is never overwritten, so two
+concurrent writers cannot mix their files.
 """
 
 from __future__ import annotations
@@ -56,15 +55,15 @@ _POLL_S = (0.02, 1.0)  # first and longest pause while waiting for another rank
 
 
 class Rows(Protocol):
-    """Whoever holds this rank's rows of the latent table and can write them (`LatentTable`)."""
+    """Holder of this rank's rows of the latent table (`LatentTable`)."""
 
     def start_saving(self, store: Store, folder: str, block_bytes: int) -> Callable[[], Files | None]:
-        """Write the rows as they are now, from now on; the result tells the files, or None until they are there."""
+        """Start writing a snapshot of the rows; the callable returns the files, or None until all are written."""
 
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What a finished save cost this rank: its own bytes, and the seconds until all ranks were done."""
+    """Cost of a finished save: bytes that this rank wrote, and seconds until all ranks had finished."""
 
     step: int
     bytes: int
@@ -81,7 +80,7 @@ class _Job:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run; every rank holds one and calls `save` at the same steps."""
+    """Writer of the checkpoints of a run; every rank has one and calls `save` at the same steps."""
 
     def __init__(
         self,
@@ -94,16 +93,15 @@ class CheckpointWriter:
         block_bytes: int = BLOCK_BYTES,
         fence: Callable[[], None] = lambda: None,
     ):
-        """Made by all ranks together, in the thread that uses torch.distributed.
+        """Collective: all ranks construct it together, in the thread that uses torch.distributed.
 
         Args:
-            keep: how many checkpoints stay, besides the best by score.
+            keep: number of checkpoints to retain, besides the best by score.
             timeout: seconds that ranks wait for one another.
-            attempt: names this start of the workers, so that what a killed one left behind is never
-                taken for a part of this one. None: rank 0 removes such left-overs and draws a name
-                for all ranks.
+            attempt: id of this start of the workers, which keeps its files apart from those of a killed one.
+                None: rank 0 removes the remains of earlier attempts and draws an id for all ranks.
             block_bytes: size of a file of tensors or of latent rows.
-            fence: raises if this run is not the writer's any more; rank 0 asks it before it commits or removes.
+            fence: raises if another command has taken over the run; rank 0 calls it before a commit or a removal.
         """
         self._store, self._rank, self._world, self._keep = store, rank, world, keep
         self._timeout, self._block_bytes, self._fence = timeout, block_bytes, fence
@@ -120,23 +118,23 @@ class CheckpointWriter:
         state: Mapping[str, Any] | None = None,
         score: float | None = None,
     ) -> None:
-        """Start saving; returns once everything is copied, so training may go on and change it.
+        """Start saving; returns once everything is copied, so that training may continue and change it.
 
-        A step that is saved already is left as it is.
+        A step that is saved already stays unchanged.
 
         Args:
             step: of the whole run; it names the checkpoint.
             tensors: groups of named tensors, the same on every rank; each copies and writes its share.
             latents: holder of this rank's rows.
-            state: what JSON can hold. Only rank 0's is written.
-            score: lower is better; the best checkpoint is kept however old it is. Rank 0's counts.
+            state: values that JSON can represent; rank 0's is written.
+            score: lower is better; the best checkpoint is retained whatever its age. Rank 0's is used.
         Raises:
             The error of the previous save, if it failed.
         """
         report = self.wait()
         if report is not None and report.step == step:
             return
-        # First the rows: their holder begins to write while the tensors are copied here.
+        # The rows first: their holder starts writing while the tensors are copied here.
         rows = latents.start_saving(self._store, self._folder(step), self._block_bytes) if latents else dict
         share = copy_share(tensors or {}, self._rank, self._world, self._block_bytes)
         job = _Job(step, share, rows, state if self._rank == 0 else None, score)
@@ -145,11 +143,11 @@ class CheckpointWriter:
 
     @property
     def saving(self) -> bool:
-        """Whether a save is under way."""
+        """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> SaveReport | None:
-        """Wait until the save under way, if any, is committed by all ranks; raises its error.
+        """Wait until the save in progress, if any, is committed by all ranks; raises its error.
 
         Returns:
             The report of the last save.
@@ -192,7 +190,7 @@ class CheckpointWriter:
             retain(self._store, self._keep)
 
     def _write(self, job: _Job) -> Files:
-        """Send this rank's share, letting go of each file's copy once it is there."""
+        """Send this rank's share, freeing each file's copy once it is sent."""
         files: Files = {}
         for name in list(job.share):
             files[name] = put(self._store, f"{self._folder(job.step)}/{name}", serialized(job.share.pop(name)))
@@ -202,7 +200,7 @@ class CheckpointWriter:
         return files | self._written_rows(job)
 
     def _written_rows(self, job: _Job) -> Files:
-        """The files of latent rows, once their holder has written them; raises its error."""
+        """Wait for the files of latent rows; raises their holder's error."""
         pause = _POLL_S[0]
         while (files := job.rows()) is None:
             time.sleep(pause)
@@ -210,7 +208,7 @@ class CheckpointWriter:
         return files
 
     def _commit(self, job: _Job, by_another: Callable[[], bool]) -> None:
-        """Rank 0: make it a checkpoint once every rank's part is there."""
+        """Rank 0: write the manifest once every rank's part is written."""
         self._wait_until(lambda: len(self._parts(job.step)) == self._world or by_another(), job.step)
         if by_another():
             raise self._overtaken(job.step)
@@ -226,16 +224,16 @@ class CheckpointWriter:
             raise EnvironmentFault(f"step {job.step} was not stored as it was sent: {error}") from error
         self._fence()
         if job.step in survey(self._store, job.step).damaged:
-            for name in (MANIFEST, DAMAGED):  # it makes way, and is torn from here on
+            for name in (MANIFEST, DAMAGED):  # from here on the damaged checkpoint is incomplete
                 self._store.delete(f"{folder}/{name}")
         try:
             data = manifest.model_dump_json(indent=1).encode()
             self._store.write(f"{folder}/{MANIFEST}", data, only_if_absent=True)
-        except ObjectExists as error:  # our own, if only the answer to it was lost
+        except ObjectExists as error:  # possibly by our own earlier request whose answer was lost
             if self._committed(job.step) != self._attempt:
                 raise self._overtaken(job.step) from error
         whole = {file_key(manifest, name) for name in files} | {f"{folder}/{MANIFEST}"}
-        for key in self._store.list(f"{folder}/"):  # the parts, and what a killed attempt left in this folder
+        for key in self._store.list(f"{folder}/"):  # the parts, and files of a killed attempt
             if key not in whole:
                 self._store.delete(key)
 
@@ -252,19 +250,19 @@ class CheckpointWriter:
         return f"{self._folder(step)}/part-{rank}.json"
 
     def _parts(self, step: int) -> dict[int, Part]:
-        """The parts of this attempt that are there, by rank."""
+        """The parts of this attempt that are written, by rank."""
         parts = {}
         for key in self._store.list(self._part(step, "").removesuffix(".json")):
             try:
                 part = parse(Part, self._store.read(key), key)
-            except MissingObject:  # rank 0 has made the checkpoint meanwhile
+            except MissingObject:  # rank 0 has committed and removed it meanwhile
                 continue
             if (part.attempt, part.world) == (self._attempt, self._world):
                 parts[int(key.rpartition("-")[2].removesuffix(".json"))] = part
         return parts
 
     def _committed(self, step: int) -> str | None:
-        """The attempt that made this step a checkpoint, if one did."""
+        """The attempt that committed this step, if any; empty if its manifest is damaged."""
         try:
             return load_manifest(self._store, step).attempt
         except MissingObject:
@@ -278,18 +276,18 @@ class CheckpointWriter:
             if time.monotonic() > deadline:
                 missing = sorted(set(range(self._world)) - set(self._parts(step))) or [0]
                 raise EnvironmentFault(
-                    f"saving step {step} gave up after {self._timeout:g} s: no word from rank "
+                    f"saving step {step} timed out after {self._timeout:g} s: nothing from rank "
                     f"{', '.join(map(str, missing))}; look at the logs of these workers, or raise checkpoint.timeout_s"
                 )
             time.sleep(pause)
             pause = min(2 * pause, _POLL_S[1])
 
     def _begin(self) -> str:
-        """A new attempt's name, the same on all ranks, after rank 0 has cleaned up behind the last one."""
+        """A new attempt id, the same on all ranks, after rank 0 has removed the remains of earlier attempts."""
         if self._rank == 0:
             self._fence()
             for folder in remove_torn(self._store):
-                log.info("removed %s, which was never finished", folder)
+                log.info("removed %s, an unfinished save", folder)
         if self._world == 1:
             return secrets.token_hex(7)
         device = "cuda" if "nccl" in dist.get_backend() else "cpu"

@@ -208,7 +208,7 @@ def test_a_rank_that_gives_up_just_when_the_parts_go_may_still_try_again(tmp_pat
 
     writer = CheckpointWriter(Removing(tmp_path), 1, 2, 1, timeout=0.05, attempt="a")
     writer.save(1, {"generator": {"a": torch.ones(8)}})
-    with pytest.raises(EnvironmentFault, match="saving step 1 gave up"):  # not MissingObject, which would end the run
+    with pytest.raises(EnvironmentFault, match="saving step 1 timed out"):  # not MissingObject, which would end the run
         writer.wait()
 
 

@@ -135,7 +135,7 @@ def test_a_rank_that_does_not_arrive_is_named(store):
     for rank in (0, 2):
         ranks[rank].save(5, latents=Held(6 * rank, part))
     for rank in (0, 2):
-        with pytest.raises(EnvironmentFault, match="no word from rank 1, 3"):
+        with pytest.raises(EnvironmentFault, match="nothing from rank 1, 3"):
             ranks[rank].wait()
     assert latest(store) is None
 
