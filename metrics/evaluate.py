@@ -21,7 +21,7 @@ from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
 from ..inference.model import SamplingModel
-from ..inference.package import Manifest
+from ..inference.package import ModelManifest
 from ..storage.open import open_store
 from .features.extractor import Extractor, build_extractor
 from .result import Result
@@ -116,7 +116,7 @@ def draw(model: SamplingModel, count: int, seed: int, sampler: str | None = None
 
 def evaluate(
     config: Config,
-    manifest: Manifest,
+    manifest: ModelManifest,
     model: SamplingModel,
     *,
     seed: int = 0,
@@ -197,7 +197,7 @@ def moved(config: Config, url: str | None) -> Config:
     return config if url is None else config.model_copy(update={"data": config.data.model_copy(update={"url": url})})
 
 
-def require_same(images: ImageRows, manifest: Manifest, config: Config, given: str | None) -> None:
+def require_same(images: ImageRows, manifest: ModelManifest, config: Config, given: str | None) -> None:
     """Refuse images that have another form than the model's and, unless they were asked for by address, other images.
 
     Raises:
