@@ -25,7 +25,7 @@ from ..inference.package import ModelManifest
 from ..storage.open import open_store
 from .features.extractor import Extractor, build_extractor
 from .result import Result
-from .spec import METRICS, Codes, Metric, Samples, measured_with
+from .spec import METRICS, Metric, Reconstructions, Samples, measured_with
 from .tally import Mean, Tally
 
 BATCH = 100
@@ -157,7 +157,7 @@ def reconstruction(config: Config, model: SamplingModel, images: ImageRows) -> l
         raise UserError(f"no checkpoint in {store.url}: its latent codes are needed to measure reconstruction")
     rows = range(min(len(images), RECONSTRUCTED))
     z_ND = torch.from_numpy(reader.load_rows(store, step, rows)["z"])
-    measures = {metric.name: metric.needs for metric in METRICS.values() if isinstance(metric.needs, Codes)}
+    measures = {metric.name: metric.needs for metric in METRICS.values() if isinstance(metric.needs, Reconstructions)}
     means, at = dict.fromkeys(measures, Mean()), 0
     for real_BCHW in training_images(images, len(rows), config):
         fake_BCHW = torch.from_numpy(model.decode(z_ND[at : at + len(real_BCHW)])).permute(0, 3, 1, 2)
