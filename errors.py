@@ -1,7 +1,7 @@
-"""The two ways in which a run may fail that are not our fault, each told in one line.
+"""Errors that are reported in one line, without a traceback.
 
-`UserError`: the input is wrong; exit status 2.  `EnvironmentFault`: the world is wrong
-(storage, a server, a node) after the stated retries; exit status 1.
+`UserError`: the input is wrong; exit status 2.  `EnvironmentFault`: storage, a server or a node
+failed after the stated retries; exit status 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def redact(text: str) -> str:
 
 
 class GlannError(Exception):
-    """A failure that is explained by its message: what, where and what to do. Addresses lose their passwords."""
+    """Base of the errors whose message says what, where and what to do. Passwords in addresses are removed."""
 
     exit_status = 1
 
@@ -27,12 +27,12 @@ class GlannError(Exception):
 
 
 class UserError(GlannError):
-    """The configuration, data or a path given by the user cannot be used."""
+    """Invalid configuration, data or path given by the user."""
 
     exit_status = 2
 
 
 class EnvironmentFault(GlannError):
-    """Storage, a server, a disk or a node failed, and retrying did not help."""
+    """Failure of storage, a server, a disk or a node that retries did not resolve."""
 
     exit_status = 1
