@@ -50,7 +50,7 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 
 class GlannError(Exception):
-    """A failure that is explained by its message: what, where and what to do. Addresses lose their passwords."""
+    """Base of the errors whose message says what, where and what to do. Passwords in addresses are removed."""
 
     exit_status = ExitStatus.ENVIRONMENT
 
@@ -59,12 +59,12 @@ class GlannError(Exception):
 
 
 class UserError(GlannError):
-    """The configuration, data or a path given by the user cannot be used."""
+    """Invalid configuration, data or path given by the user."""
 
     exit_status = ExitStatus.USER
 
 
 class EnvironmentFault(GlannError):
-    """Storage, a server, a disk or a node failed, and retrying did not help."""
+    """Failure of storage, a server, a disk or a node that retries did not resolve."""
 
     exit_status = ExitStatus.ENVIRONMENT

@@ -21,7 +21,7 @@ Endpoint = Annotated[
 ]
 
 
-class Crop(Enum):
+class CropChoice(Enum):
     """How an image becomes a square."""
 
     center = "center"
@@ -49,8 +49,8 @@ def pack(
     resolution: Annotated[int, typer.Option(help="side of the packed square images in pixels")],
     channels: Annotated[int, typer.Option(help="3 (RGB) or 1 (grey)")] = 3,
     crop: Annotated[
-        Crop, typer.Option(help="center: cut the middle; pad: keep all; none: refuse what is not square")
-    ] = Crop.center,
+        CropChoice, typer.Option(help="center: cut the middle; pad: keep all; none: refuse what is not square")
+    ] = CropChoice.center,
     image_format: Annotated[Format | None, typer.Option("--format", help="empty: png up to 64 px, jpeg above")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="of jpeg and webp")] = 95,
     shard_size: Annotated[float, typer.Option(min=0.001, help="megabytes per shard")] = 256.0,

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 jobs_app = typer.Typer(no_args_is_help=True, help="Look at submitted runs, read their logs, stop them.")
 
-Address = Annotated[
+AddressOption = Annotated[
     str,
     typer.Option(
         envvar="RAY_API_SERVER_ADDRESS", show_envvar=True, help="the cluster's dashboard, e.g. http://HEAD:8265"
     ),
 ]
 HERE = "http://127.0.0.1:8265"
-Name = Annotated[str, typer.Argument(metavar="NAME", help="the run's name, or one attempt at it such as faces.2")]
+NameArg = Annotated[str, typer.Argument(metavar="NAME", help="the run's name, or one attempt at it such as faces.2")]
 
 
 def submit(
@@ -34,7 +34,7 @@ def submit(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. glo.epochs=100, as for `glann train`")
     ] = None,
-    address: Address = HERE,
+    address: AddressOption = HERE,
     name: Annotated[
         str | None, typer.Option(help="of the run, its checkpoints and the job; empty means the recipe's")
     ] = None,
@@ -92,7 +92,7 @@ def submit(
 
 
 @jobs_app.command("list")
-def list_jobs(address: Address = HERE) -> None:
+def list_jobs(address: AddressOption = HERE) -> None:
     """List the submitted runs of a cluster, every attempt, the newest first; tab-separated if not on a terminal.
 
     \b
@@ -109,7 +109,7 @@ def list_jobs(address: Address = HERE) -> None:
 
 
 @jobs_app.command()
-def status(name: Name, address: Address = HERE) -> None:
+def status(name: NameArg, address: AddressOption = HERE) -> None:
     """Say how a submitted run stands.
 
     \b
@@ -138,11 +138,11 @@ def status(name: Name, address: Address = HERE) -> None:
 
 @jobs_app.command()
 def logs(
-    name: Name,
+    name: NameArg,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="until the job ends; Ctrl-C leaves it running")
     ] = False,
-    address: Address = HERE,
+    address: AddressOption = HERE,
 ) -> None:
     """Print what a submitted run has said.
 
@@ -162,9 +162,9 @@ def logs(
 
 @jobs_app.command()
 def stop(
-    name: Name,
+    name: NameArg,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="until it has saved; or return at once")] = True,
-    address: Address = HERE,
+    address: AddressOption = HERE,
 ) -> None:
     """Save and stop a submitted run; the same `glann submit` goes on with it.
 

@@ -40,12 +40,12 @@ app.add_typer(data_app, name="data")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(registry_app, name="registry")
 
-Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="a recipe's name or a YAML file; see `glann recipes`")]
-MaybeRecipe = Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="a recipe's name or a YAML file")]
+RecipeArg = Annotated[str, typer.Argument(metavar="CONFIG", help="a recipe's name or a YAML file; see `glann recipes`")]
+MaybeRecipeArg = Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="a recipe's name or a YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. glo.epochs=100; see `glann config --keys`")
 ]
-Source = Annotated[
+SourceArg = Annotated[
     str, typer.Argument(metavar="SOURCE", help="a run folder, models:/name@alias, or an s3:// address of a model")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="the same seed draws the same images")]
@@ -93,7 +93,7 @@ def root(
 
 @app.command()
 def train(
-    config: Recipe,
+    config: RecipeArg,
     overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan (cost, memory, time) and train nothing")
@@ -124,7 +124,7 @@ app.command()(tune)
 
 @app.command()
 def sample(
-    source: Source,
+    source: SourceArg,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="how many images")] = 64,
     seed: Seed = 0,
     truncation: Truncation = 1.0,
@@ -153,7 +153,7 @@ def sample(
 
 @app.command()
 def interpolate(
-    source: Source,
+    source: SourceArg,
     pairs: Annotated[int, typer.Option(min=1, help="how many pairs of images, one row each")] = 8,
     steps: Annotated[int, typer.Option(min=2, help="images per row, ends included")] = 8,
     seed: Seed = 0,
@@ -239,7 +239,7 @@ def report(
 
 @app.command("config")
 def show_config(
-    config: MaybeRecipe = None,
+    config: MaybeRecipeArg = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of every key")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="list every key with its default and meaning")] = False,
@@ -280,7 +280,7 @@ def recipes() -> None:
 
 
 @app.command()
-def doctor(config: MaybeRecipe = None, overrides: Overrides = None) -> None:
+def doctor(config: MaybeRecipeArg = None, overrides: Overrides = None) -> None:
     """Check versions, accelerators, Ray, MLflow, storage, data and disks; one line each.
 
     \b

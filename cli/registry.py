@@ -9,13 +9,13 @@ import typer
 from .table import print_table
 
 if TYPE_CHECKING:
-    from ..tracking.registry.catalogue import Entry, Version
+    from ..tracking.registry.catalogue import ModelEntry, Version
 
 registry_app = typer.Typer(
     no_args_is_help=True, help="Name trained models, compare them, choose the one that is in use."
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="of the model, as registered")]
+NameArg = Annotated[str, typer.Argument(metavar="NAME", help="of the model, as registered")]
 Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="is written down with who and when")]
 METRICS_SHOWN = 3
 
@@ -48,7 +48,7 @@ def list_models() -> None:
 
 
 @registry_app.command()
-def show(name: Name) -> None:
+def show(name: NameArg) -> None:
     """Show the versions of a model, the newest first, and when which of them became champion.
 
     \b
@@ -100,7 +100,7 @@ def register(
 
 @registry_app.command()
 def promote(
-    name: Name,
+    name: NameArg,
     version: Annotated[int | None, typer.Option(min=1, metavar="V", help="empty means the challenger")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="also if it is worse, or of another data set or resolution")
@@ -134,7 +134,7 @@ def promote(
 
 
 @registry_app.command()
-def rollback(name: Name, why: Why = "") -> None:
+def rollback(name: NameArg, why: Why = "") -> None:
     """Make the champion before the present one champion again; once more goes one further back.
 
     \b
@@ -148,7 +148,7 @@ def rollback(name: Name, why: Why = "") -> None:
     typer.echo(f"version {event.version} of {name} is the champion again, instead of {event.previous}")
 
 
-def _row(entry: Entry, version: Version) -> tuple[str, ...]:
+def _row(entry: ModelEntry, version: Version) -> tuple[str, ...]:
     from datetime import datetime
 
     tags = version.tags

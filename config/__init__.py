@@ -1,1 +1,1 @@
-"""The configuration of a run: sections, recipes, overrides, and what is wrong with them in one line."""
+"""The configuration of a run: sections, recipes, overrides, and one-line validation errors."""

@@ -1,6 +1,6 @@
-"""Methods: the stages that a run goes through. A stage is a file of its name in trainers/."""
+"""Methods: the stages of a run, in order. Each stage is a module of that name in trainers/."""
 
 from __future__ import annotations
 
-# One entry a method.
+# One entry per method.
 METHODS: dict[str, tuple[str, ...]] = {"glann": ("glo", "sampler")}

@@ -1,7 +1,4 @@
-"""Configurations as they are given: YAML that nobody vouches for, and what is wrong with it in words.
-
-Each fault is one line, however large what was given is.
-"""
+"""Safe YAML parsing and one-line validation errors; the input is untrusted and may be of any size."""
 
 from __future__ import annotations
 
@@ -14,15 +11,15 @@ import yaml
 
 from ..errors import one_line
 
-MAX_YAML, MAX_NESTING = 1 << 20, 100  # characters and brackets of a recipe; PyYAML is slow with more, and then slower
-MAX_SHOWN = 300  # characters of what was given
+MAX_YAML, MAX_NESTING = 1 << 20, 100  # characters and open brackets of a recipe; PyYAML slows down superlinearly beyond
+MAX_SHOWN = 300  # characters of a value that a message quotes
 
 
 def plain_data(text: str) -> Any:
-    """What YAML says, as plain data.
+    """Parse YAML to plain data.
 
     Raises:
-        ValueError: it is not YAML, or is more than data; in one line.
+        ValueError: not valid YAML, too large, or not plain data; in one line.
     """
     if len(text) > MAX_YAML:
         raise ValueError(f"it has {len(text)} characters, more than {MAX_YAML}")
@@ -33,16 +30,16 @@ def plain_data(text: str) -> Any:
             raise ValueError(f"more than {MAX_NESTING} brackets are open")
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # besides its own errors PyYAML lets out those of dates, numbers and deep nesting
+    except Exception as error:  # besides its own errors PyYAML raises those of dates, numbers and deep nesting
         raise ValueError(one_line(error, 500)) from error
 
 
 def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) -> str:
-    """One line for a fault that pydantic found.
+    """The one-line message for an error of pydantic.
 
     Args:
         known: every dotted key with its field.
-        hidden: parts of places that are not keys.
+        hidden: parts of error locations that are not keys.
     """
     key = ".".join(str(part) for part in fault["loc"] if part not in hidden)[:MAX_SHOWN]
     if fault["type"] == "extra_forbidden":
@@ -52,7 +49,7 @@ def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) ->
         return f"missing key {key}: {(field and field.description) or 'a value is needed'}"
     if fault["type"] == "value_error" and not key:
         return str(fault["ctx"]["error"])
-    if fault["type"] == "union_tag_invalid":  # a section whose `kind` says which keys it has
+    if fault["type"] == "union_tag_invalid":  # a section whose keys depend on its `kind`
         given = fault["ctx"]["tag"].strip("<>")
         allowed = fault["ctx"]["expected_tags"].replace("<", "").replace(">", "")
         return f"{key}.kind={shown(given)} is not possible: input should be {allowed}"
@@ -63,7 +60,7 @@ def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) ->
 
 
 def reason(fault: Any) -> str:
-    """What pydantic says is wrong, without the names of our classes."""
+    """Pydantic's message without the names of our classes."""
     if fault["type"] in ("model_type", "model_attributes_type", "dataclass_type"):
         return "keys with values are needed" + (f", not {kind_of(fault['input'])}" if "input" in fault else "")
     allowed = str(fault["msg"]).removeprefix("Value error, ")
@@ -71,7 +68,7 @@ def reason(fault: Any) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What plain data are, in words."""
+    """The kind of a plain value, for messages."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -81,17 +78,17 @@ def kind_of(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: short, also where a few lines of YAML stand for a billion words."""
+    """A value shortened for a message, also where YAML aliases expand to billions of items."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, MAX_SHOWN, MAX_SHOWN, MAX_SHOWN
     try:
         return short.repr(value)
-    except ValueError:  # Python writes out no number of more than 4,300 digits
+    except ValueError:  # Python does not format integers of more than 4,300 digits
         return "a number of too many digits"
 
 
 def suggest(key: str, known: Iterable[str]) -> str:
-    """The known key most like `key`: as a whole, or by its last part where only the section is wrong."""
+    """A hint with the known key closest to `key`, compared as a whole and by the last part; empty if none is close."""
 
     def likeness(other: str) -> float:
         whole = difflib.SequenceMatcher(None, key, other).ratio()
@@ -103,7 +100,7 @@ def suggest(key: str, known: Iterable[str]) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
+    """Flatten nested sections to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

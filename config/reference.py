@@ -1,6 +1,6 @@
-"""The configuration in words: every key, what it may be, its default and its meaning.
+"""Reference of the configuration: every key with its type, default and meaning.
 
-`glann config --keys`, docs/configuration.md and the tables of docs/studies.md are made from this.
+`glann config --keys`, docs/configuration.md and the tables of docs/studies.md are generated from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 @dataclass(frozen=True)
 class Key:
-    """One configurable value, in words: dotted name, what it may be, its default and its meaning."""
+    """One key of the configuration: dotted name, type and bounds, default, meaning."""
 
     name: str
     kind: str
@@ -29,7 +29,7 @@ class Key:
 
 
 def describe_keys(section: type[BaseModel] = Config) -> list[Key]:
-    """Every key that holds a value (not the sections), in the order of the models."""
+    """Every key that has a value (no sections), in the order of the models."""
     described = []
     for name, field in known_keys(section).items():
         if _is_section(field.annotation):
@@ -43,14 +43,14 @@ def describe_keys(section: type[BaseModel] = Config) -> list[Key]:
 
 
 def summary(name: str) -> str:
-    """What a section is about, in a line."""
+    """The first line of a section's docstring."""
     annotation = Config.model_fields[name].annotation
     section = SamplerConfig if name == "sampler" else annotation
     return (getattr(section, "__doc__", None) or "").strip().splitlines()[0]
 
 
 def _is_section(annotation: Any) -> bool:
-    """Whether it is a section, or a choice among sections."""
+    """Whether an annotation is a section, or a union of sections."""
     if get_origin(annotation) is Annotated:
         return _is_section(get_args(annotation)[0])
     if isinstance(annotation, type):

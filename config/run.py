@@ -1,7 +1,7 @@
 """Typed, validated and frozen configuration: a YAML recipe plus dotted overrides.
 
-`load(recipe, overrides)` is the only way in.  Whatever is unknown or impossible is refused
-before anything starts, naming the key, what was given, what is allowed and the closest key.
+`load(recipe, overrides)` is the only entry point.  Unknown keys and invalid values are rejected
+before anything starts, with the key, the given value, the allowed values and the closest key.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .sections import (
     TrackingConfig,
 )
 
-MAX_FAULTS = 20  # that are reported at once
+MAX_FAULTS = 20  # reported at once
 RECIPES = Path(__file__).parent.parent / "configs"
 
 
@@ -46,10 +46,10 @@ class Config(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="run name; its folder is runs_dir/name"
     )
     seed: Annotated[int, Trait.IN_REGISTRY] = Field(
-        0, ge=0, lt=2**32, description="of everything that is random in the run"
+        0, ge=0, lt=2**32, description="seed of all random numbers of the run"
     )
     runs_dir: Annotated[str, Trait.RESUMABLE, Trait.NOT_SEARCHABLE] = Field(
-        "runs", description="where run folders are made"
+        "runs", description="folder of the run folders"
     )
     method: str = Field("glann", description="the stages of the run: " + ", ".join(METHODS))
     data: DataConfig
@@ -109,13 +109,13 @@ class Config(Section):
 
     @property
     def checkpoint_url(self) -> str:
-        """Folder or s3:// prefix that holds this run's checkpoints."""
+        """Folder or s3:// prefix of this run's checkpoints."""
         if self.checkpoint.url is None:
             return str((self.run_dir / "checkpoints").absolute())
         return f"{self.checkpoint.url.rstrip('/')}/{self.name}/checkpoints"
 
     def with_absolute_paths(self) -> Self:
-        """The same run for processes with another working folder, such as workers."""
+        """The same configuration with absolute local paths, for processes with another working folder (workers)."""
         data = {"url": absolute(self.data.url), "cache_dir": self.data.cache_dir and absolute(self.data.cache_dir)}
         checkpoint = {"url": self.checkpoint.url and absolute(self.checkpoint.url)}
         return self.model_copy(
@@ -131,20 +131,20 @@ class Config(Section):
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute; an address such as s3://bucket/prefix as it is."""
+    """Make a local path absolute; an address such as s3://bucket/prefix is returned as it is."""
     return url if "://" in url else str(Path(url).expanduser().absolute())
 
 
 def load(
     recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), changes: Mapping[str, Any] = MappingProxyType({})
 ) -> Config:
-    """The configuration of `recipe` (a YAML file, or the name of a recipe that ships with glann).
+    """Load the configuration of `recipe`, a YAML file or the name of a recipe that ships with glann.
 
     Args:
-        overrides: `dotted.key=value` strings; the value is read as YAML.
-        changes: the same as plain data, by dotted key.
+        overrides: `dotted.key=value` strings; the value is parsed as YAML.
+        changes: overrides as plain data, by dotted key.
     Raises:
-        UserError: in one line per fault.
+        UserError: one line per error.
     """
     path = find_recipe(recipe)
     tree = load_tree(path)
@@ -154,10 +154,10 @@ def load(
 
 
 def load_tree(path: Path) -> dict[str, Any]:
-    """What a recipe's file says, as plain data.
+    """Read the file of a recipe as plain data.
 
     Raises:
-        UserError: it is not YAML, or no sections; in one line.
+        UserError: not valid YAML, or not sections; in one line.
     """
     try:
         tree = plain_data(path.read_text(encoding="utf-8"))
@@ -172,7 +172,7 @@ def load_tree(path: Path) -> dict[str, Any]:
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """The file of a recipe: a path, or the bundled recipe of that name."""
+    """The file of a recipe, given by path or by the name of a bundled recipe. Raises UserError if there is none."""
     path = Path(recipe)
     if path.is_file():
         return path
@@ -186,7 +186,7 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 def validate(tree: dict[str, Any], where: str) -> Config:
-    """A frozen configuration from plain data, or a UserError with one line per fault."""
+    """Validate plain data as a configuration; raises UserError with one line per error."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -197,7 +197,7 @@ def validate(tree: dict[str, Any], where: str) -> Config:
 
 
 def _read_override(override: str) -> tuple[str, Any]:
-    """Key and value of `dotted.key=value`."""
+    """Parse `dotted.key=value` to key and value."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"cannot read override {shown(override)}: write section.key=value, e.g. glo.epochs=100")
@@ -208,7 +208,7 @@ def _read_override(override: str) -> tuple[str, Any]:
 
 
 def _override(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of the tree."""
+    """Set a dotted key of the tree, in place."""
     first = key.split(".")[0]
     if first in SHORTHANDS:
         section, discriminator = SHORTHANDS[first]
@@ -226,24 +226,24 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
             raise UserError(f"override {shown(key)}: {parent[:100]} is a value, not a section")
         node = child
     if leaf == "kind" and parents == ["sampler"] and node.get("kind", "imle") != value:
-        node.clear()  # the keys of another kind
+        node.clear()  # drop the keys of the other kind
     node[leaf] = value
 
 
-SHORTHANDS = {"imle": ("sampler", "kind")}  # `imle.epochs` is `sampler.epochs` of `sampler.kind=imle`
+SHORTHANDS = {"imle": ("sampler", "kind")}  # `imle.epochs` stands for `sampler.epochs` with `sampler.kind=imle`
 
 
 def canonical(key: str) -> str:
-    """A dotted key as the configuration has it: `imle.epochs` is short for `sampler.epochs`."""
+    """Expand a shorthand key: `imle.epochs` is short for `sampler.epochs`."""
     first, dot, rest = key.partition(".")
     return SHORTHANDS[first][0] + dot + rest if first in SHORTHANDS else key
 
 
 def with_shorthands(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with `imle: {...}` as `sampler: {kind: imle, ...}`; what is given under both is merged.
+    """Expand `imle: {...}` to `sampler: {kind: imle, ...}`; keys given under both names are merged.
 
     Raises:
-        ValueError: keys of one kind beside a section of another.
+        ValueError: keys of one kind together with a section of another kind.
     """
     tree = dict(tree)
     for kind, (section, discriminator) in SHORTHANDS.items():
@@ -266,7 +266,7 @@ def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def keys_with(trait: Trait) -> tuple[str, ...]:
-    """The dotted keys, and whole sections, that have a trait."""
+    """The dotted keys, whole sections among them, that have a trait."""
     found = []
     for name, field in known_keys().items():
         models = [form for form in _forms(field.annotation) if isinstance(form, type) and issubclass(form, Section)]
@@ -276,12 +276,12 @@ def keys_with(trait: Trait) -> tuple[str, ...]:
 
 
 def has_trait(key: str, trait: Trait) -> bool:
-    """Whether a dotted key, or a section that it lies in, has a trait."""
+    """Whether a dotted key, or a section that contains it, has a trait."""
     return any(key == marked or key.startswith(f"{marked}.") for marked in keys_with(trait))
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the configuration with its field, sections included; of a union, the keys of every form."""
+    """Every dotted key with its field, sections included; of a union, the keys of every member."""
     keys: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         keys.setdefault(prefix + name, field)
@@ -293,12 +293,12 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str,
 
 
 def _forms(annotation: Any) -> list[Any]:
-    """A section, or the forms of a union that sections are part of."""
+    """An annotation and, of a union, its members."""
     return [annotation, *(get_args(part)[0] if get_args(part) else part for part in get_args(annotation))]
 
 
 def redacted_config(config: Config) -> Config:
-    """The configuration as it may be shown to others: addresses without credentials."""
+    """The configuration with credentials removed from its addresses."""
     return Config.model_validate(_redacted(config.model_dump(mode="json")))
 
 

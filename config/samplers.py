@@ -1,4 +1,4 @@
-"""Samplers: the keys of every kind. A kind is a section here and a file of its name in samplers/."""
+"""Samplers: one section per kind. The implementation is the module of that name in samplers/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .section import Positive, Section, Trait
 
 
 class SamplerConfig(Section):
-    """From normal noise to latent codes; `sampler.kind` says how."""
+    """The map from normal noise to latent codes; `sampler.kind` selects it."""
 
     kind: str
 
@@ -36,7 +36,7 @@ class ImleConfig(SamplerConfig):
     hidden_dim: Annotated[int, Trait.IN_REGISTRY] = Field(128, ge=1, description="width of both hidden layers")
     statistics: Annotated[Literal["noise", "batch"], Trait.IN_REGISTRY] = Field(
         "noise",
-        description="what BatchNorm in T normalises by: fresh noise, once; or each batch of matches, as published",
+        description="BatchNorm statistics of T: fixed, from fresh noise; or of each batch of matches (as published)",
     )
     lr: Annotated[Positive, Trait.SCHEDULABLE] = Field(1e-3, description="learning rate of the mapping (Adam)")
     weight_decay: Annotated[float, Trait.SCHEDULABLE] = Field(1e-5, ge=0, description="weight decay of the mapping")
@@ -47,23 +47,23 @@ class ImleConfig(SamplerConfig):
 
 
 class GaussianConfig(SamplerConfig):
-    """A Gaussian fitted to the codes, in closed form: GLO's own way of sampling, the baseline."""
+    """A Gaussian fitted to the codes in closed form: the sampling of GLO, and the baseline."""
 
     kind: Literal["gaussian"] = "gaussian"
 
 
-# One entry a kind.
+# One entry per kind.
 SAMPLERS: dict[str, type[SamplerConfig]] = {"imle": ImleConfig, "gaussian": GaussianConfig}
 
 
 def _tag(value: Any) -> str | None:
-    """The kind of a section that is given as a dictionary or a model; `imle` where none is said."""
+    """The tag of a section given as a dictionary or a model; the default kind is `imle`."""
     if isinstance(value, dict):
         return f"<{value.get('kind', 'imle')}>"
     return f"<{value.kind}>" if isinstance(value, SamplerConfig) else None
 
 
-TAGS = tuple(f"<{kind}>" for kind in SAMPLERS)  # parts of the place of a fault that are no keys
+TAGS = tuple(f"<{kind}>" for kind in SAMPLERS)  # parts of error locations that are not keys
 if TYPE_CHECKING:
     AnySampler = SamplerConfig
 else:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules; time is counted in epochs, so that they do not depend on the batch."""
+"""Learning-rate schedules over epochs, so that they do not depend on the batch size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ScheduleConfig(Section):
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """What the learning rate is multiplied by at `epoch` (0.25: a quarter into the first) of `epochs`."""
+        """Factor of the learning rate at the fractional `epoch` (0.25: a quarter into the first) of `epochs`."""
         warm = min(1.0, epoch / self.warmup) if self.warmup and epoch < self.warmup else 1.0
         if self.kind == "halving":  # the paper's: constant within an epoch
             return warm * 0.5 ** (int(epoch) // self.every)
@@ -30,6 +30,6 @@ class ScheduleConfig(Section):
 
 
 class GloScheduleConfig(ScheduleConfig):
-    """As published: halved. A class of its own, so that giving one key does not undo the others' defaults."""
+    """The published schedule: halving. A separate class, so that setting one key keeps the other defaults."""
 
     kind: Literal["constant", "halving", "cosine"] = Field("halving", description="shape of the factor over epochs")

@@ -1,4 +1,4 @@
-"""The base of every section, and what is said of a key beside its type: the traits."""
+"""The base class of sections, and the traits: properties of a key beside its type."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Trait(Enum):
-    """A property of a key, or of all keys of a section, that other parts of glann go by."""
+    """A property of a key, or of all keys of a section, that other modules rely on."""
 
-    RESUMABLE = "may change when a run is resumed: where and how it runs, not what it computes"
-    NOT_SEARCHABLE = "is no property of a model, so a study cannot search it"
-    SCHEDULABLE = "may change while a run trains, as population-based search does"
-    IN_REGISTRY = "stands among the tags of a registered version"
+    RESUMABLE = "may change when a run is resumed: affects where and how it runs, not the result"
+    NOT_SEARCHABLE = "is not a property of the model, so a study cannot search it"
+    SCHEDULABLE = "may change during training, as in population-based search"
+    IN_REGISTRY = "is a tag of registered model versions"
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors and values never change."""
+    """Base class of sections: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     traits: ClassVar[tuple[Trait, ...]] = ()  # of all keys of the section

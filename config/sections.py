@@ -13,7 +13,7 @@ RESOLUTIONS = (28, 32, 64, 128, 256, 512, 1024)
 
 
 class S3Config(Section):
-    """How s3:// addresses are reached. Keys come from the usual AWS chain, never from here."""
+    """Access to s3:// addresses. Credentials come from the AWS chain, never from the configuration."""
 
     traits = (
         Trait.RESUMABLE,
@@ -34,7 +34,7 @@ class DataConfig(Section):
         description="folder of a packed data set: a local path or s3://bucket/prefix"
     )
     source: Annotated[str | None, Trait.RESUMABLE] = Field(
-        None, description="what to pack into `url` if nothing is there yet (a named asset, folder or archive)"
+        None, description="images to pack into `url` if it is empty: a named asset, folder or archive"
     )
     resolution: Literal[28, 32, 64, 128, 256, 512, 1024] = Field(description="side of the square images in pixels")
     channels: Literal[1, 3] = Field(3, description="1 for grey images, 3 for RGB")
@@ -42,13 +42,13 @@ class DataConfig(Section):
     threads: Annotated[int, Trait.RESUMABLE] = Field(2, ge=1, le=128, description="decoding threads per worker")
     prefetch: Annotated[int, Trait.RESUMABLE] = Field(4, ge=1, le=64, description="batches decoded ahead per worker")
     cache_dir: Annotated[str | None, Trait.RESUMABLE] = Field(
-        None, description="where S3 shards are cached; empty means ~/.cache/glann/shards"
+        None, description="cache folder of S3 shards; empty means ~/.cache/glann/shards"
     )
     cache_gb: Annotated[Positive, Trait.RESUMABLE] = Field(
-        20.0, description="bound of the local shard cache per node, in GB"
+        20.0, description="size limit of the local shard cache per node, in GB"
     )
     max_bad_fraction: Annotated[Fraction, Trait.RESUMABLE] = Field(
-        0.0, description="share of images that may be corrupt before a run refuses"
+        0.0, description="share of corrupt images that is tolerated; with more, the run stops"
     )
 
 
@@ -73,13 +73,13 @@ class LossConfig(Section):
     """The reconstruction loss between G(z_i) and x_i, one number per image."""
 
     kind: Annotated[Literal["perceptual", "laplacian", "l1", "l2"], Trait.IN_REGISTRY] = Field(
-        "perceptual", description="what is compared"
+        "perceptual", description="what the loss compares"
     )
     network: Annotated[Literal["vgg16", "squeezenet"], Trait.IN_REGISTRY] = Field(
         "vgg16", description="frozen network of the perceptual loss"
     )
     weights: str | None = Field(
-        None, description="asset name or safetensors path of the network; empty means the first source that answers"
+        None, description="asset name or safetensors path of the network; empty means the first available asset"
     )
     taps: tuple[str, ...] | None = Field(None, description="feature maps to compare; empty means the paper's choice")
     levels: int | None = Field(
@@ -95,9 +95,9 @@ class LossConfig(Section):
 class GloConfig(Section):
     """Stage 1 (GLO): latent codes and generator."""
 
-    epochs: Annotated[int, Trait.IN_REGISTRY] = Field(ge=1, description="visits of each image")
+    epochs: Annotated[int, Trait.IN_REGISTRY] = Field(ge=1, description="passes over the data set")
     batch_size: Annotated[int, Trait.IN_REGISTRY] = Field(
-        128, ge=1, description="global batch, over all workers, however many they are"
+        128, ge=1, description="global batch, over all workers; independent of their number"
     )
     latent_lr: Annotated[Positive, Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
         0.01, description="learning rate of the latent codes"
@@ -132,14 +132,14 @@ class EngineConfig(Section):
 WorkerCount = Annotated[int, Field(ge=1, le=4096)]
 
 
-UNION_TAGS = ("<number>", "<range>")  # tags of the two forms, never shown
+UNION_TAGS = ("<number>", "<range>")  # tags of the two forms; hidden in messages
 
 
 class Workers(Section):
     """An elastic number of workers."""
 
-    min: WorkerCount = Field(description="go on with as few as these, and wait for them where there are fewer")
-    max: WorkerCount = Field(description="grow to as many as these, at the next checkpoint after nodes come")
+    min: WorkerCount = Field(description="fewest workers to run with; the run waits while there is capacity for fewer")
+    max: WorkerCount = Field(description="most workers; the run grows at the next checkpoint after nodes join")
 
 
 class ClusterConfig(Section):
@@ -160,10 +160,12 @@ class ClusterConfig(Section):
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each worker; 0 trains on CPUs")
     cpus_per_worker: Positive = Field(1.0, description="CPU cores of each worker")
     max_failures: int = Field(
-        3, ge=-1, description="restarts after losses with no new checkpoint between them; -1 is without end"
+        3, ge=-1, description="restarts after failures without a new checkpoint in between; -1: no limit"
     )
-    start_timeout_s: Positive = Field(600.0, description="seconds to wait for capacity, at the start and after a loss")
-    peer_timeout_s: float = Field(900.0, ge=10, description="seconds workers wait for one another in an exchange")
+    start_timeout_s: Positive = Field(
+        600.0, description="seconds to wait for capacity, at the start and after a failure"
+    )
+    peer_timeout_s: float = Field(900.0, ge=10, description="timeout of collectives between workers, in seconds")
 
     @property
     def min_workers(self) -> int:
@@ -175,7 +177,7 @@ class ClusterConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When and where a run is saved."""
+    """When and where checkpoints are saved."""
 
     traits = (
         Trait.RESUMABLE,
@@ -184,9 +186,9 @@ class CheckpointConfig(Section):
 
     url: str | None = Field(None, description="folder or s3:// prefix; empty means the run folder (one machine)")
     every_minutes: Positive = Field(10.0, description="time between checkpoints")
-    every_epochs: int | None = Field(None, ge=1, description="also after every so many epochs")
-    keep: int = Field(3, ge=1, description="how many to keep, besides the best")
-    timeout_s: Positive = Field(600.0, description="how long ranks wait for one another while saving")
+    every_epochs: int | None = Field(None, ge=1, description="also every this many epochs")
+    keep: int = Field(3, ge=1, description="checkpoints to keep, besides the best")
+    timeout_s: Positive = Field(600.0, description="seconds that ranks wait for one another while saving")
 
 
 class PreviewConfig(Section):
@@ -202,7 +204,7 @@ class PreviewConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is measured at the end of a run."""
+    """The metrics measured at the end of a run."""
 
     traits = (
         Trait.RESUMABLE,
@@ -210,13 +212,13 @@ class EvaluationConfig(Section):
     )
 
     extractor: Literal["squeezenet", "lite0", "vgg16", "inception"] = Field(
-        "squeezenet", description="feature extractor of the Frechet distance; the metric is named for it"
+        "squeezenet", description="feature extractor of the Frechet distance; part of the metric's name"
     )
     samples: int = Field(2000, ge=2, description="images drawn for the Frechet distance")
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """Tracking in MLflow."""
 
     traits = (
         Trait.RESUMABLE,

@@ -33,14 +33,14 @@ _MAX_INDEX_BYTES = 64 << 20
 _TAR_BLOCK = 512
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.tar$")]
+ShardFileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.tar$")]
 
 
 class Shard(BaseModel):
     """One tar file: its name, images, bytes and hash."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    file: FileName
+    file: ShardFileName
     rows: int = Field(ge=1, le=1 << 31)
     bytes: int = Field(ge=2 * _TAR_BLOCK, le=1 << 44)
     sha256: Sha256

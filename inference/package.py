@@ -49,7 +49,7 @@ REMEDY = "copy the model again, or have the same `glann train` package it anew"
 DTYPES = (torch.float32, torch.int64)  # weights, and the counters of BatchNorm
 GAUSSIAN = GaussianConfig()
 
-FileName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,99}\.safetensors$")]
+ModelFileName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,99}\.safetensors$")]
 
 
 class FileEntry(Section):
@@ -63,10 +63,10 @@ class SamplerEntry(Section):
     """One kind of sampler of a model."""
 
     config: AnySampler
-    file: FileName
+    file: ModelFileName
 
 
-class Manifest(Section):
+class ModelManifest(Section):
     """model.json."""
 
     format: Literal[2]
@@ -79,7 +79,7 @@ class Manifest(Section):
     samplers: dict[str, SamplerEntry] = Field(description="by kind")
     rows: int = Field(ge=1, description="training images")
     fingerprint: str = Field(description="fingerprint of the training data")
-    files: dict[FileName, FileEntry]
+    files: dict[ModelFileName, FileEntry]
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -92,7 +92,7 @@ class Manifest(Section):
         return self
 
 
-class ManifestOfFormat1(Section):
+class ModelManifestV1(Section):
     """model.json of glann 0.1."""
 
     format: Literal[1]
@@ -106,13 +106,13 @@ class ManifestOfFormat1(Section):
     fingerprint: str
     files: dict[Literal["generator.safetensors", "mapping.safetensors", "latents.safetensors"], FileEntry]
 
-    def as_today(self) -> Manifest:
+    def as_today(self) -> ModelManifest:
         """The same model in today's words."""
         samplers: dict[str, Any] = {"gaussian": {"config": GAUSSIAN, "file": "latents.safetensors"}}
         if "mapping.safetensors" in self.files:
             samplers["imle"] = {"config": self.imle, "file": "mapping.safetensors"}
         kept = self.model_dump(exclude={"format", "imle"})
-        return Manifest.model_validate({"format": FORMAT, "own": "imle", "samplers": samplers} | kept)
+        return ModelManifest.model_validate({"format": FORMAT, "own": "imle", "samplers": samplers} | kept)
 
 
 def export_model(
@@ -144,7 +144,7 @@ def export_model(
             for file, state in tensors.items():
                 whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
                 write_whole(staging / file, safetensors.torch.save(whole))
-            manifest = Manifest(
+            manifest = ModelManifest(
                 format=FORMAT,
                 name=config.name,
                 resolution=config.data.resolution,
@@ -176,7 +176,7 @@ def load_model(source: str | Path, *, s3: S3Config | None = None, device: torch.
 
 def open_model(
     source: str | Path, *, s3: S3Config | None = None, device: torch.device | str = "cpu"
-) -> tuple[Manifest, SamplingModel]:
+) -> tuple[ModelManifest, SamplingModel]:
     """The same with its model.json, which says what data it was trained on."""
     source = str(source)
     if "://" in source and not source.startswith("s3://"):
@@ -187,7 +187,7 @@ def open_model(
         return open_folder(_from_s3(source, s3 or S3Config(), Path(scratch)), source, device)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> ModelManifest:
     """model.json of a model folder, validated."""
     path = folder / MANIFEST
     try:
@@ -196,10 +196,10 @@ def read_manifest(folder: Path) -> Manifest:
         tree = json.loads(read_document(path))
         written = tree.get("format") if isinstance(tree, dict) else FORMAT
         if written == 1:
-            return ManifestOfFormat1.model_validate(tree).as_today()
+            return ModelManifestV1.model_validate(tree).as_today()
         if written != FORMAT:
             raise UserError(f"{path} has format {shown(written)}; this glann reads formats 1 and {FORMAT}")
-        return Manifest.model_validate(tree)
+        return ModelManifest.model_validate(tree)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; is this a packaged model?") from error
     except ValidationError as error:
@@ -248,7 +248,7 @@ def _from_s3(url: str, s3: S3Config, scratch: Path) -> Path:
     return scratch
 
 
-def open_folder(folder: Path, source: str, device: torch.device | str = "cpu") -> tuple[Manifest, SamplingModel]:
+def open_folder(folder: Path, source: str, device: torch.device | str = "cpu") -> tuple[ModelManifest, SamplingModel]:
     """The model in a folder that holds model.json; `source` is what the user calls it, for messages."""
     manifest = read_manifest(folder)
     states: dict[str, dict[str, Tensor]] = {file: _read(folder / file, entry) for file, entry in manifest.files.items()}

@@ -21,11 +21,11 @@ from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
 from ..inference.model import SamplingModel
-from ..inference.package import Manifest
+from ..inference.package import ModelManifest
 from ..storage.open import open_store
 from .features.extractor import Extractor, build_extractor
 from .result import Result
-from .spec import METRICS, Codes, Metric, Samples, measured_with
+from .spec import METRICS, Metric, Reconstructions, Samples, measured_with
 from .tally import Mean, Tally
 
 BATCH = 100
@@ -116,7 +116,7 @@ def draw(model: SamplingModel, count: int, seed: int, sampler: str | None = None
 
 def evaluate(
     config: Config,
-    manifest: Manifest,
+    manifest: ModelManifest,
     model: SamplingModel,
     *,
     seed: int = 0,
@@ -157,7 +157,7 @@ def reconstruction(config: Config, model: SamplingModel, images: ImageRows) -> l
         raise UserError(f"no checkpoint in {store.url}: its latent codes are needed to measure reconstruction")
     rows = range(min(len(images), RECONSTRUCTED))
     z_ND = torch.from_numpy(reader.load_rows(store, step, rows)["z"])
-    measures = {metric.name: metric.needs for metric in METRICS.values() if isinstance(metric.needs, Codes)}
+    measures = {metric.name: metric.needs for metric in METRICS.values() if isinstance(metric.needs, Reconstructions)}
     means, at = dict.fromkeys(measures, Mean()), 0
     for real_BCHW in training_images(images, len(rows), config):
         fake_BCHW = torch.from_numpy(model.decode(z_ND[at : at + len(real_BCHW)])).permute(0, 3, 1, 2)
@@ -197,7 +197,7 @@ def moved(config: Config, url: str | None) -> Config:
     return config if url is None else config.model_copy(update={"data": config.data.model_copy(update={"url": url})})
 
 
-def require_same(images: ImageRows, manifest: Manifest, config: Config, given: str | None) -> None:
+def require_same(images: ImageRows, manifest: ModelManifest, config: Config, given: str | None) -> None:
     """Refuse images that have another form than the model's and, unless they were asked for by address, other images.
 
     Raises:

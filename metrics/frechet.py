@@ -21,7 +21,7 @@ Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Moments:
+class FeatureMoments:
     """Count, mean and centred sum of squares of feature vectors.
 
     Centred sums are merged with the parallel rule of Chan, Golub & LeVeque (1979), so neither
@@ -33,11 +33,11 @@ class Moments:
     scatter_FF: Float64
 
     @classmethod
-    def empty(cls, dim: int) -> Moments:
+    def empty(cls, dim: int) -> FeatureMoments:
         return cls(0, np.zeros(dim), np.zeros((dim, dim)))
 
     @classmethod
-    def of(cls, features_BF: Tensor | NDArray[np.floating]) -> Moments:
+    def of(cls, features_BF: Tensor | NDArray[np.floating]) -> FeatureMoments:
         """The moments of one batch, [B, F].
 
         Raises:
@@ -55,11 +55,11 @@ class Moments:
         centred_BF = features_BF - mean_F
         return cls(count, mean_F, centred_BF.T @ centred_BF)
 
-    def update(self, features_BF: Tensor, /) -> Moments:
+    def update(self, features_BF: Tensor, /) -> FeatureMoments:
         """These moments with one batch of features more."""
-        return self.merge(Moments.of(features_BF))
+        return self.merge(FeatureMoments.of(features_BF))
 
-    def merge(self, other: Moments, /) -> Moments:
+    def merge(self, other: FeatureMoments, /) -> FeatureMoments:
         """The moments of both sets of features together."""
         if self.mean_F.shape != other.mean_F.shape:
             raise UserError(
@@ -72,7 +72,7 @@ class Moments:
         shift_F = other.mean_F - self.mean_F
         mean_F = self.mean_F + shift_F * (other.count / count)
         between_FF = np.outer(shift_F, shift_F) * (self.count * other.count / count)
-        return Moments(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
+        return FeatureMoments(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
 
     def covariance_FF(self) -> Float64:
         """The unbiased covariance, as in the published FID.
@@ -85,7 +85,7 @@ class Moments:
         return self.scatter_FF / (self.count - 1)
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), Heusel et al. 2017, Eq. 6.
 
     With S = R R^T the trace of the root is the nuclear norm of R_a^T R_b.  That needs symmetric

@@ -21,16 +21,18 @@ _SAMPLER = re.compile(r"[a-z0-9][a-z0-9-]*")
 Value = TypeVar("Value")
 
 
-class Sampler(NamedTuple):
+class SamplerLabel(NamedTuple):
     """A sampler in words: what follows a metric's title, and its meaning, where it is not the run's own."""
 
     title: str
     meaning: str
 
 
-SAMPLERS = {
-    "imle": Sampler("IMLE", "samples drawn by IMLE"),
-    "gaussian": Sampler("Gaussian (GLO baseline)", "samples drawn from a Gaussian over the codes, without stage 2"),
+SAMPLER_LABELS = {
+    "imle": SamplerLabel("IMLE", "samples drawn by IMLE"),
+    "gaussian": SamplerLabel(
+        "Gaussian (GLO baseline)", "samples drawn from a Gaussian over the codes, without stage 2"
+    ),
 }
 
 
@@ -71,7 +73,7 @@ def by_key(results: Iterable[Result], own: str = OWN) -> dict[str, float]:
 
 def known_results() -> list[str]:
     """Every key that a result of today can have."""
-    others = [sampler for sampler in SAMPLERS if sampler != OWN]
+    others = [sampler for sampler in SAMPLER_LABELS if sampler != OWN]
     return [*METRICS, *(to_key(name, sampler) for sampler in others for name in METRICS if _of_samples(name))]
 
 

@@ -3,7 +3,7 @@
 Everything that names, shows, compares or measures a metric reads `METRICS`. Another metric is one more entry:
 
     METRICS["worst"] = Metric("worst", "Worst pixel", "largest difference of a pixel, range 0 to 1", "lower", "{:.3f}",
-                              Codes(lambda fake, real: difference(fake, real).abs().flatten(1).amax(1)))
+                              Reconstructions(lambda fake, real: difference(fake, real).abs().flatten(1).amax(1)))
 
 Legend: B batch, F feature dimension.
 """
@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .features.extractor import EXTRACTORS, recipe_of
-from .frechet import Moments, frechet_distance
+from .features.extractor import EXTRACTORS, extractor_spec
+from .frechet import FeatureMoments, frechet_distance
 from .reconstruction import l1, psnr
 from .tally import Tally
 
 
 @dataclass(frozen=True)
-class Codes:
+class Reconstructions:
     """The metric needs the codes of the training images: it is a mean over them, each beside its reconstruction.
 
     per_image: uint8 `fake_BCHW`, `real_BCHW` -> float64 `value_B`.
@@ -60,7 +60,7 @@ class Metric:
     meaning: str
     better: Literal["lower", "higher"]
     format: str
-    needs: Codes | Samples
+    needs: Reconstructions | Samples
     note: str = ""
     decibels: bool = False
 
@@ -90,7 +90,7 @@ def frechet_metric(extractor: str) -> Metric:
     Raises:
         UserError: no such extractor.
     """
-    recipe_of(extractor)
+    extractor_spec(extractor)
     return METRICS[frechet_name(extractor)]
 
 
@@ -100,7 +100,7 @@ def measured_with(extractor: str) -> list[Metric]:
 
 
 def _frechet(extractor: str) -> Metric:
-    needs = Samples(lambda: Moments.empty(recipe_of(extractor).dim), frechet_distance, extractor)
+    needs = Samples(lambda: FeatureMoments.empty(extractor_spec(extractor).dim), frechet_distance, extractor)
     name = frechet_name(extractor)
     if name == "fid":
         return Metric(name, "FID", "Fréchet Inception Distance", "lower", "{:.2f}", needs)
@@ -117,7 +117,7 @@ METRICS: dict[str, Metric] = {
             "mean absolute difference of pixels, range 0 to 1",
             "lower",
             "{:.4f}",
-            Codes(l1),
+            Reconstructions(l1),
         ),
         Metric(
             "psnr",
@@ -125,7 +125,7 @@ METRICS: dict[str, Metric] = {
             "peak signal-to-noise ratio in dB",
             "higher",
             "{:.2f} dB",
-            Codes(psnr),
+            Reconstructions(psnr),
             decibels=True,
         ),
         *(_frechet(extractor) for extractor in EXTRACTORS),

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..config.run import redacted_config
-from ..metrics.result import OWN, SAMPLERS, from_key
+from ..metrics.result import OWN, SAMPLER_LABELS, from_key
 from ..metrics.spec import METRICS
 from .charts import line_chart
 from .facts import RunFacts, series
@@ -86,7 +86,7 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
             continue
         title, meaning = metric.title, metric.explained()
         if sampler not in (None, OWN):
-            words, drawn = SAMPLERS.get(sampler, (sampler, f"samples drawn by {sampler}"))
+            words, drawn = SAMPLER_LABELS.get(sampler, (sampler, f"samples drawn by {sampler}"))
             title, meaning = f"{title}, {words}", f"{meaning}; {drawn}"
         rows.append((title, metric.format.format(value), meaning))
     return rows

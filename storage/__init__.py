@@ -1,1 +1,1 @@
-"""Files that outlive a process: local folders and S3 behind one contract, whole or not at all."""
+"""Persistent files: local folders and S3 behind one interface with atomic writes."""

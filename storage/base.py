@@ -1,8 +1,8 @@
-"""The contract of every store, and its errors.
+"""The interface of every store, and its errors.
 
 Everything that outlives a process (shards, indices, checkpoints) is written through a `Store`.
-Its promises: an object is either there as a whole or not at all, a read of the wrong length is
-never returned, a missing object is `MissingObject`, and no message holds a credential.
+Guarantees: writes are atomic, a read of the wrong length is never returned, a missing object
+raises `MissingObject`, and no message contains a credential.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ Data = bytes | Path | Iterator[memoryview]  # bytes, a local file, or a stream o
 
 
 class MissingObject(UserError):
-    """There is no object of that key."""
+    """No object has that key."""
 
 
 class TruncatedObject(EnvironmentFault):
-    """The object ends before the bytes that were asked for."""
+    """The object ends before the requested bytes."""
 
 
 class ObjectExists(UserError):
-    """`write(..., only_if_absent=True)` found the key taken; what is stored was left alone."""
+    """`write(..., only_if_absent=True)` found an existing object, which is unchanged."""
 
 
 class Store(Protocol):
-    """Objects below one url. Keys are relative, with forward slashes, and never leave the url."""
+    """Objects below one URL. Keys are relative paths with forward slashes that stay below the URL."""
 
     url: str
 
@@ -37,39 +37,39 @@ class Store(Protocol):
         """The whole object. Raises MissingObject."""
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`. Raises MissingObject, or TruncatedObject when it is shorter."""
+        """Exactly `length` bytes from `offset`. Raises MissingObject, or TruncatedObject if the object is shorter."""
 
     def write(self, key: str, data: Data, *, only_if_absent: bool = False) -> None:
         """Store bytes, the contents of a local file, or a stream of pieces, atomically.
 
-        A stream of any length is held a few parts at a time. Raises ObjectExists if `only_if_absent`; such
-        a write may also meet what it stored itself, where an answer was lost and the request repeated.
+        Of a stream only a few parts are in memory at a time. With `only_if_absent`, raises ObjectExists if the
+        key is taken; after a lost response and a retry, the existing object may be the one just written.
         """
 
     def download(self, key: str, path: Path) -> None:
-        """Copy the object to the local file `path`, which appears only once it is complete."""
+        """Copy the object to the local file `path`, atomically."""
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Bytes of every object whose key starts with `prefix`, in the order of the keys."""
+        """Size in bytes of every object whose key starts with `prefix`, sorted by key."""
 
     def list(self, prefix: str = "") -> list[str]:
-        """Sorted keys that start with `prefix`; empty where nothing is stored."""
+        """Sorted keys that start with `prefix`; empty if there are none."""
 
     def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Whether the object exists."""
 
     def size(self, key: str) -> int:
-        """Bytes of the object. Raises MissingObject."""
+        """Size of the object in bytes. Raises MissingObject."""
 
     def delete(self, key: str) -> None:
-        """Remove the object; one that is already gone is not an error."""
+        """Delete the object; no error if it does not exist."""
 
     def sweep(self, prefix: str = "") -> None:
-        """Remove what writers that were killed left unfinished below `prefix`: only for when nobody writes there."""
+        """Remove unfinished writes of killed processes below `prefix`; call only while no process writes there."""
 
 
 def check_key(key: str) -> str:
-    """The key itself, if it is relative and stays inside its store; else a UserError."""
+    """Return the key if it is relative and stays inside its store, else raise UserError."""
     parts = key.split("/")
     if not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
         raise UserError(f"{key!r} is not a usable file name: it must be relative and stay inside its folder")
@@ -77,7 +77,7 @@ def check_key(key: str) -> str:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """The parent url and the last name of a url that points at one file."""
+    """The parent URL and the file name of the URL of one file."""
     trimmed = url.rstrip("/")
     parent, _, name = trimmed.rpartition("/")
     if trimmed.startswith("s3://"):

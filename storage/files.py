@@ -1,4 +1,4 @@
-"""Local files: written whole or not at all, and the operating system's errors in one line."""
+"""Local files: atomic writes, and operating-system errors as one-line messages."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..errors import EnvironmentFault, GlannError, UserError
 from .base import Data
 
 READ_BYTES = 64 << 20
-MAX_DOCUMENT = 4 << 20  # bytes of a file of settings or facts; ours have a few thousand
-TEMPORARY = ".glann-tmp-"  # prefix of files and folders that are still being written; never listed, never read
+MAX_DOCUMENT = 4 << 20  # bytes of a settings or metadata file; ours have a few thousand
+TEMPORARY = ".glann-tmp-"  # prefix of files and folders being written; never listed or read
 
-_swept: set[Path] = set()  # folders in which this process has looked for what killed writers left
+_swept: set[Path] = set()  # folders that this process has cleared of the remains of killed writers
 
 
 def os_fault(error: OSError, path: Path | str) -> GlannError:
-    """The one-line error for what the operating system reported about `path`."""
+    """The one-line error for an operating-system error on `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentFault(f"disk full while writing {path}; free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -38,10 +38,10 @@ def os_fault(error: OSError, path: Path | str) -> GlannError:
 
 
 def read_at(descriptor: int, offset: int, length: int) -> bytes:
-    """Up to `length` bytes from `offset`; fewer only where the file ends. Safe for concurrent use."""
+    """Up to `length` bytes from `offset`; fewer only at the end of the file. Safe for concurrent use."""
     chunks, missing = [], length
     while missing > 0:
-        # a part at a time: Python takes the memory first, and the length may be a stranger's
+        # in parts: Python allocates the memory first, and the length may come from an untrusted file
         chunk = os.pread(descriptor, min(missing, READ_BYTES), offset + length - missing)
         if not chunk:
             break
@@ -51,12 +51,14 @@ def read_at(descriptor: int, offset: int, length: int) -> bytes:
 
 
 def read_document(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
-    """The whole of a small file.
+    """Read a small file.
 
     Raises:
-        ValueError: it has more than `limit` bytes, or is no file. OSError: it cannot be read.
+        ValueError: more than `limit` bytes, or not a regular file. OSError: it cannot be read.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe would wait
+    with open(
+        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    ) as file:  # a pipe would block
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("it is not a regular file")
         data = file.read(limit + 1)
@@ -66,16 +68,16 @@ def read_document(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
 
 
 def write_whole(path: Path, data: str | bytes | Callable[[IO[bytes]], None], *, durable: bool = True) -> None:
-    """Write a local file that is seen as a whole or not at all; what `path` held before stays until then.
+    """Write a local file atomically: until the new file is complete, `path` keeps its former content.
 
-    Text is written as UTF-8. A link at `path` is replaced, not followed.
+    Text is encoded as UTF-8. A symbolic link at `path` is replaced, not followed.
 
     Args:
-        data: the content, or what writes it into the open file it is given.
-        durable: wait for the disk, so that a power failure costs nothing either. False only for a large number of
-            files of which none is read back by name.
+        data: the content, or a function that writes it to an open file.
+        durable: sync to disk, so that the file also survives a power failure. False only for large numbers of
+            files that are not read back by name.
     Raises:
-        UserError, EnvironmentFault: what the operating system reported, in one line.
+        UserError, EnvironmentFault: the operating-system error in one line.
     """
     try:
         folder = path.absolute().parent
@@ -93,7 +95,7 @@ def write_whole(path: Path, data: str | bytes | Callable[[IO[bytes]], None], *, 
 
 @contextlib.contextmanager
 def replacing(target: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of `target` once the block has ended without an error. Raises OSError."""
+    """A temporary file that replaces `target` when the block ends without an error. Raises OSError."""
     with temporary_beside(target) as file:
         yield file
         file.flush()
@@ -106,13 +108,13 @@ def replacing(target: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` once the block has ended without an error.
+    """A temporary folder that replaces `target` when the block ends without an error.
 
-    The two are exchanged in one step where the file system can do that (Linux's own do, NFS does not); elsewhere
-    there is an instant, between two renames, in which `target` is not there.
+    The exchange is atomic where the file system supports it (local Linux file systems do, NFS does not);
+    elsewhere `target` is missing for an instant between two renames.
 
     Raises:
-        OSError: also where `target` is a file or a link.
+        OSError: also if `target` is a file or a link.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
@@ -125,7 +127,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         _exchange(folder.path, target)
         sync_folder(target.parent)
     finally:
-        shutil.rmtree(folder.path, ignore_errors=True)  # what was begun, or what stood there before
+        shutil.rmtree(folder.path, ignore_errors=True)  # the unfinished folder, or the former one
         os.close(folder.descriptor)
 
 
@@ -139,7 +141,7 @@ def _locked_folder(parent: Path) -> _Locked:
         path = parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         path.mkdir()
         descriptor = os.open(path, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # NFS cannot lock a folder, and so does not sweep one either
+        with contextlib.suppress(OSError):  # NFS cannot lock a folder; folders are not swept there either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if path.exists():
             return _Locked(path, descriptor)
@@ -147,7 +149,7 @@ def _locked_folder(parent: Path) -> _Locked:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Give `new` the name `target`; the folder that had it, if one did, is then called `new`."""
+    """Rename `new` to `target`; a former `target` becomes `new`."""
     if not target.exists():
         os.rename(new, target)
     elif not _exchanged(new, target):
@@ -162,7 +164,7 @@ def _exchange(new: Path, target: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange two names in one step (renameat2 of Linux); False where that is not possible."""
+    """Exchange two names atomically (Linux's renameat2); False where this is not supported."""
     at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
@@ -173,10 +175,10 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary_beside(target: Path) -> Iterator[IO[bytes]]:
-    """A new file in the folder of `target`, open for writing; what is left under its name at the end is removed.
+    """A temporary file in the folder of `target`, open for writing; removed at the end unless it was renamed.
 
-    The file is locked as long as it is open.  A process that is killed loses its lock, and so the
-    next writer can tell its remains (`sweep`) from a file that is still being written.
+    The file is locked while it is open.  A killed process loses its lock, so `sweep` can distinguish
+    its remains from a file that is still being written.
     """
     while True:
         with open(target.parent / f"{TEMPORARY}{uuid.uuid4().hex}", "xb") as file:
@@ -191,13 +193,13 @@ def temporary_beside(target: Path) -> Iterator[IO[bytes]]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that were killed have left in `folder`, as far as it is ours to remove."""
+    """Remove the temporary files of killed writers from `folder`, where permissions allow it."""
     for entry in os.scandir(folder):
         if not entry.name.startswith(TEMPORARY):
             continue
-        # NFS locks a file for one process alone only where it is open for writing; a folder cannot be
+        # NFS grants an exclusive lock only on files open for writing, which folders cannot be
         flags = os.O_RDONLY if entry.is_dir(follow_symlinks=False) else os.O_RDWR | os.O_NOFOLLOW
-        with contextlib.suppress(OSError):  # gone, still being written, or of another user
+        with contextlib.suppress(OSError):  # removed, still being written, or owned by another user
             descriptor = os.open(entry.path, flags)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,7 +223,7 @@ def fill(file: IO[bytes], data: Data) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Have the disk keep a file, or a folder with all that is in it."""
+    """Sync a file, or a folder with its content, to disk."""
     for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if each.is_dir():
             sync_folder(each)
@@ -231,7 +233,7 @@ def sync_tree(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; file systems that cannot sync a folder do it on their own."""
+    """Sync a folder, so that renames in it are durable; not needed on file systems that do not support it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

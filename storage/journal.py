@@ -1,8 +1,8 @@
-"""metrics.jsonl: what happened in a run, one JSON object per line, only ever appended to.
+"""metrics.jsonl: the append-only log of a run, one JSON object per line.
 
-A run that died and was resumed repeats some steps: readers take the last entry of each (stage, step).
-A line torn by a crash is dropped when the journal is opened again.  A number that is not finite is
-written as null, since JSON has no word for it.
+A resumed run repeats some steps: readers take the last entry of each (stage, step).  A line that a
+crash left incomplete is dropped when the journal is opened again.  Non-finite numbers are written
+as null, since JSON cannot represent them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _KINDS: dict[str, type | tuple[type, ...]] = {"stage": str, "step": int, "epoch"
 class Journal:
     """The journal of one run folder, open for appending.
 
-    Lines reach the operating system at once, so they survive the death of the process; the disk is
-    asked to keep them every few seconds and on `close`.
+    Lines are flushed to the operating system at once, so they survive a crash of the process; they are
+    synced to disk every few seconds and on `close`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,16 +42,16 @@ class Journal:
             raise os_fault(error, path) from error
 
     def append(self, entry: Entry) -> None:
-        """Add an entry; `time` (seconds since 1970) is filled in where it is missing.
+        """Append an entry; `time` (seconds since 1970) is added if missing.
 
         Raises:
-            UserError: a value that JSON cannot hold.
+            UserError: a value that JSON cannot represent.
             EnvironmentFault: the disk is full or failing.
         """
         try:
             line = json.dumps(_finite({"time": time.time()} | entry), allow_nan=False, separators=(",", ":"))
         except TypeError as error:
-            raise UserError(f"an entry of {self.path} holds what JSON cannot: {error}") from error
+            raise UserError(f"an entry of {self.path} is not valid JSON data: {error}") from error
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
@@ -71,10 +71,10 @@ class Journal:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[int, Entry]]:
-    """Entries from byte `offset` on, each with the offset behind it; stops at a line still being written.
+    """Entries from byte `offset` on, each with the offset of its end; stops at an incomplete line.
 
     Raises:
-        UserError: a whole line is not a JSON object.
+        UserError: a complete line is not a JSON object.
     """
     if not path.exists():
         return
@@ -89,7 +89,7 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[int, Entry]]:
 
 
 def entries(path: Path) -> list[Entry]:
-    """The journal as it stands: the last entry of each (stage, step), in the order of steps of each stage."""
+    """The last entry of each (stage, step), ordered by stage and step; then the entries without a step."""
     latest: dict[tuple[Any, Any], Entry] = {}
     loose: list[Entry] = []
     for _, entry in read(path):
@@ -97,7 +97,7 @@ def entries(path: Path) -> list[Entry]:
             loose.append(entry)
             continue
         key = (entry.get("stage"), entry["step"])
-        latest.pop(key, None)  # keeps the order of what was written last
+        latest.pop(key, None)  # moves the key to the end: insertion order is order of the last write
         latest[key] = entry
     return sorted(latest.values(), key=lambda entry: (str(entry.get("stage")), entry["step"])) + loose
 
@@ -117,10 +117,10 @@ def _parse(path: Path, line: bytes, end: int) -> Entry:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """JSON without NaN, infinity, and numbers that neither a float nor a database can hold.
+    """Parse JSON; reject NaN, infinity, and numbers out of the range of floats and database integers.
 
     Raises:
-        ValueError, RecursionError: it is not.
+        ValueError, RecursionError: invalid JSON, or such a number.
     """
     return json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_number)
 
@@ -143,7 +143,7 @@ def _finite(value: Any) -> Any:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut the file behind its last newline: what follows is half an entry of a process that died."""
+    """Truncate the file after its last newline: the rest is an incomplete entry of a crashed process."""
     with open(path, "r+b") as file:
         size = end = file.seek(0, os.SEEK_END)
         while end > 0:

@@ -1,9 +1,4 @@
-"""Files at a url: a local folder or an `s3://bucket/prefix`, behind one small interface.
-
-Everything that outlives a process (shards, indices, checkpoints) is written through a `Store`.
-Its promises: an object is either there as a whole or not at all, a read of the wrong length is
-never returned, a missing object is `MissingObject`, and no message holds a credential.
-"""
+"""The store of a local folder."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ from .files import TEMPORARY, fill, os_fault, read_at, replacing, sweep, sync_fo
 
 
 class LocalStore:
-    """A folder. Writes go to a temporary file beside the target, are synced, then renamed."""
+    """Files in a folder. A write goes to a temporary file beside the target, is synced, then renamed."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
@@ -29,7 +24,7 @@ class LocalStore:
         return self.root / check_key(key)
 
     def _own(self, key: str) -> Path:
-        """The path of a key that may be changed: not one that a link inside the folder leads out of it."""
+        """The path of a key for writing; raises UserError if a link inside the folder leads out of it."""
         path = self.path(key)
         if not path.parent.resolve().is_relative_to(self.root.resolve()):
             raise UserError(f"{path.parent} is a link that leads out of {self.root}; remove it")
@@ -91,7 +86,7 @@ class LocalStore:
         with self._faults(key):
             path = self._own(key)
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty yet; object stores have no empty folders either
+        with contextlib.suppress(OSError):  # not empty; object stores have no empty folders, so none are left here
             for folder in path.parents[: len(Path(key).parts) - 1]:
                 folder.rmdir()
 
@@ -104,7 +99,7 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _faults(self, key: str) -> Iterator[None]:
-        """Explain what the operating system reports."""
+        """Raise operating-system errors as MissingObject, UserError or EnvironmentFault."""
         try:
             yield
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -116,7 +111,7 @@ class LocalStore:
 
 
 def _link(temporary: str, target: Path) -> None:
-    """Give a complete file its name unless that is taken; a rename would overwrite."""
+    """Link a complete file to its name unless that exists; a rename would overwrite."""
     try:
         os.link(temporary, target)
     except FileExistsError as error:
@@ -124,9 +119,9 @@ def _link(temporary: str, target: Path) -> None:
 
 
 def _walk(root: str) -> Iterator[tuple[str, int]]:
-    """Path and size of every finished file below `root`, each folder once however it is linked.
+    """Path and size of every finished file below `root`; each folder once, however many links lead to it.
 
-    Others may remove files and folders meanwhile: those are left out. A link that leads nowhere is a fault.
+    Files and folders that another process removes meanwhile are left out. A dangling link is an error.
     """
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unless_gone):
@@ -143,7 +138,7 @@ def _walk(root: str) -> Iterator[tuple[str, int]]:
 
 
 def _stat(path: str) -> os.stat_result | None:
-    """What the system knows of a file; None where it was removed meanwhile."""
+    """The status of a file; None if it was removed meanwhile."""
     try:
         return os.stat(path)
     except FileNotFoundError as error:
@@ -152,6 +147,6 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def _unless_gone(error: OSError) -> None:
-    """Raise it, but for what was removed while it was looked at."""
+    """Raise the error, unless the file was removed meanwhile."""
     if not isinstance(error, FileNotFoundError) or os.path.lexists(error.filename):
         raise error

@@ -1,4 +1,4 @@
-"""The store at an address."""
+"""Open the store at an address."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def open_store(url: str, s3: S3Config | None = None) -> Store:
-    """The store at a local folder (which need not exist yet) or at `s3://bucket/prefix`.
+    """The store of a local folder (which need not exist yet) or of `s3://bucket/prefix`.
 
-    Nothing is contacted here. `s3` says how S3 is reached; without it the defaults hold.
+    Makes no request. `s3`: how to reach S3; None uses the defaults.
     """
     if not url or "\0" in url:
         raise UserError(f"{url!r} is not a place for files; give a folder or s3://bucket/prefix")
     if url.startswith("s3://"):
-        from .s3 import S3Store  # boto3 takes half a second to import; local runs never pay it
+        from .s3 import S3Store  # importing boto3 takes half a second, which local runs save
 
         return S3Store(url, s3 or S3Config())
     if match := _SCHEME.match(url):

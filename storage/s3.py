@@ -1,8 +1,8 @@
-"""Files at an `s3://bucket/prefix`: the only place that knows boto3.
+"""The store of an `s3://bucket/prefix`; the only module that imports boto3.
 
-Requests are retried by botocore with exponential backoff and jitter (`standard` mode, at most
-`max_attempts` tries); what breaks while a body is read, which botocore leaves alone, is retried here
-inside the same bound.  Keys come from the AWS chain (environment, profile, instance role).
+botocore retries requests with exponential backoff and jitter (`standard` mode, at most `max_attempts`
+tries).  It does not retry a body that breaks off while it is read; that is done here, with the same
+bound.  Credentials come from the AWS chain (environment, profile, instance role).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
 from .files import os_fault, replacing
 
 MULTIPART_BYTES = 64 << 20
-STREAM_BYTES = 16 << 20  # of a stream, so much is a part
-STREAM_PARTS = 4  # parts of a stream that are held and under way at a time
+STREAM_BYTES = 16 << 20  # part size of a streamed upload
+STREAM_PARTS = 4  # parts of a stream in memory and in flight at a time
 _BROKEN_BODY = (
     ResponseStreamingError,
     IncompleteReadError,
@@ -76,10 +76,10 @@ class S3Store:
         self._stream = TransferConfig(
             multipart_threshold=STREAM_BYTES, multipart_chunksize=STREAM_BYTES, max_concurrency=STREAM_PARTS
         )
-        self._stream.max_in_memory_upload_chunks = STREAM_PARTS  # boto3 does not pass it on
+        self._stream.max_in_memory_upload_chunks = STREAM_PARTS  # boto3 does not pass this on
 
     def __reduce__(self) -> tuple[type[S3Store], tuple[str, S3Config]]:
-        """A client cannot travel to another process; the address and how to reach it can."""
+        """A client cannot be pickled; its address and configuration can."""
         return S3Store, (self.url, self._s3)
 
     def read(self, key: str) -> bytes:
@@ -94,12 +94,12 @@ class S3Store:
             if isinstance(data, Iterator):
                 if only_if_absent:
                     raise ValueError("a stream cannot be written on condition")
-                # boto3 repeats each part on its own and aborts the upload if one cannot be sent.
+                # boto3 retries each part by itself and aborts the upload if one fails.
                 stream = _Stream(data)
                 self._client.upload_fileobj(stream, place["Bucket"], place["Key"], Config=self._stream)
                 self._check_size(key, stream.size)
             elif only_if_absent:
-                # One request even for a large file: the condition must hold for the object as a whole.
+                # A single request even for a large file: the condition must apply to the whole object.
                 with contextlib.ExitStack() as stack:
                     body = stack.enter_context(open(data, "rb")) if isinstance(data, Path) else data
                     self._client.put_object(**place, Body=body, IfNoneMatch="*")
@@ -130,7 +130,7 @@ class S3Store:
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
                 for entry in page.get("Contents", ()):
-                    if not entry["Key"].endswith("/"):  # consoles make such empty objects for "folders"
+                    if not entry["Key"].endswith("/"):  # S3 consoles create such empty objects for "folders"
                         found[entry["Key"][len(self._prefix) :]] = entry["Size"]
         return dict(sorted(found.items()))
 
@@ -153,7 +153,7 @@ class S3Store:
             self._client.delete_object(**self._place(key))
 
     def sweep(self, prefix: str = "") -> None:
-        """Abort multipart uploads that were never completed; a server that cannot list them keeps them."""
+        """Abort incomplete multipart uploads; servers that cannot list uploads are left as they are."""
         with self._faults(prefix):
             pages = self._client.get_paginator("list_multipart_uploads")
             try:
@@ -170,7 +170,7 @@ class S3Store:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
 
     def _body(self, key: str, extent: tuple[int, int] | None) -> bytes:
-        """An object or a range of it, of exactly the length that was announced."""
+        """Read an object or a range of it, of exactly the announced length."""
         request: dict[str, Any] = self._place(key)
         if extent:
             request["Range"] = f"bytes={extent[0]}-{extent[0] + extent[1] - 1}"
@@ -188,7 +188,7 @@ class S3Store:
             return self._again(once)
 
     def _again(self, once: Callable[[], T]) -> T:
-        """Repeat a download whose body broke off. Requests as such are repeated by botocore."""
+        """Retry a download whose body broke off; botocore retries the requests themselves."""
         retrying = Retrying(
             stop=stop_after_attempt(self._s3.max_attempts),
             wait=wait_random_exponential(0.5, max=_MAX_WAIT_S),
@@ -211,7 +211,7 @@ class S3Store:
 
     @contextlib.contextmanager
     def _faults(self, key: str) -> Iterator[None]:
-        """Say in one line what went wrong, with nothing of the request but its address."""
+        """Raise errors in one line, which names the address and nothing else of the request."""
         where = f"{self.url}/{key}" if key else self.url
         server = self._endpoint or "AWS"
         try:
@@ -222,7 +222,7 @@ class S3Store:
             raise UserError(
                 f"no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             ) from error
-        except GlannError:  # told already
+        except GlannError:  # already in one line
             raise
         except (ConnectionError, HTTPClientError, *_BROKEN_BODY) as error:
             raise EnvironmentFault(
@@ -238,7 +238,7 @@ class S3Store:
 
 
 class _Stream:
-    """Pieces that follow one another, as the file that boto3 wants; what was read is counted and let go."""
+    """A file-like view of consecutive pieces, as boto3 needs it; counts the bytes and drops pieces once read."""
 
     def __init__(self, pieces: Iterator[memoryview]):
         self.size = 0
@@ -246,7 +246,7 @@ class _Stream:
         self._rest = memoryview(b"")
 
     def read(self, amount: int = -1) -> bytes:
-        """The next `amount` bytes, fewer only at the end; all that is left if it is negative."""
+        """The next `amount` bytes, fewer only at the end; the rest if `amount` is negative."""
         taken: list[memoryview] = []
         missing = amount if amount >= 0 else 1 << 62
         while missing:
@@ -273,7 +273,7 @@ def _explain(error: ClientError, where: str, bucket: str, server: str) -> UserEr
     if code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
         return ObjectExists(f"{where} exists already")
     if code in ("InvalidRange", "416"):
-        return TruncatedObject(f"{where} ends before the bytes that were asked for")
+        return TruncatedObject(f"{where} ends before the requested bytes")
     if code in _REFUSED or status in (401, 403):
         return UserError(
             f"S3 at {server} refuses access to {where} ({code}); check the AWS_* keys and what they permit"
@@ -284,7 +284,7 @@ def _explain(error: ClientError, where: str, bucket: str, server: str) -> UserEr
 
 
 def _explain_transfer(error: Exception, where: str, bucket: str, server: str) -> UserError | EnvironmentFault:
-    """As `_explain`, for boto3's own wrapping of a client error in multipart transfers."""
+    """Like `_explain`, for client errors that boto3 wraps in multipart transfers."""
     cause = error.__cause__ or error.__context__
     if isinstance(cause, ClientError):
         return _explain(cause, where, bucket, server)
@@ -293,7 +293,7 @@ def _explain_transfer(error: Exception, where: str, bucket: str, server: str) ->
 
 @functools.lru_cache(maxsize=16)
 def _client(s3: S3Config, endpoint: str | None) -> Any:
-    """One client per way to reach S3: they are thread-safe, hold connections and are slow to make."""
+    """One client per configuration: clients are thread-safe, hold connections and are slow to create."""
     config = Config(
         retries={"mode": "standard", "total_max_attempts": s3.max_attempts},
         connect_timeout=s3.timeout_s,
@@ -306,7 +306,7 @@ def _client(s3: S3Config, endpoint: str | None) -> Any:
     )
     try:
         session = boto3.session.Session()
-        # S3 wants some region in its signatures; self-hosted servers take any.
+        # S3 signatures need a region; self-hosted servers accept any.
         region = s3.region or session.region_name or "us-east-1"
         return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
     except (ProfileNotFound, BotoCoreError, ValueError) as error:

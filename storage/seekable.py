@@ -1,4 +1,4 @@
-"""An object of a store as a seekable, read-only file, for libraries that want one."""
+"""Objects of a store as seekable, read-only files, for libraries that need them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .local import LocalStore
 
 
 def open_file(store: Store, key: str, buffer_bytes: int = 1 << 20) -> IO[bytes]:
-    """The object opened for reading; on S3 every buffer is one range read."""
+    """Open an object for reading; on S3 every buffer is one range read."""
     if isinstance(store, LocalStore):
-        store.size(key)  # explains a file that is not there or not to be read
+        store.size(key)  # raises the store's own error for a missing or unreadable file
         return open(store.path(key), "rb")
     return io.BufferedReader(_Ranges(store, key), buffer_bytes)
 

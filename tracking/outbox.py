@@ -46,7 +46,7 @@ class Parcel(Section):
     target: str | None = None
 
 
-class State(Section):
+class OutboxState(Section):
     """tracking.json: which run this folder is on which server, and what of it has been sent."""
 
     key: str = Field(description="value of the tag glann.run_id, made before the run is")
@@ -58,7 +58,7 @@ class State(Section):
     lineage: dict[str, str] = Field({}, description="tags of the run that say which study and trial it is")
 
     @classmethod
-    def load(cls, run_dir: Path) -> State | None:
+    def load(cls, run_dir: Path) -> OutboxState | None:
         path = run_dir / TRACKING
         if not path.exists():
             return None
@@ -83,7 +83,9 @@ class Unnoted(EnvironmentFault):
 class Outbox:
     """The sending thread of one run."""
 
-    def __init__(self, client: MlflowClient, run_id: str, run_dir: Path, state: State, register_as: str | None) -> None:
+    def __init__(
+        self, client: MlflowClient, run_id: str, run_dir: Path, state: OutboxState, register_as: str | None
+    ) -> None:
         self._client, self._run_dir, self._register_as = client, run_dir, register_as
         self.run_id = run_id
         self._state = state
@@ -96,7 +98,7 @@ class Outbox:
         self._thread.start()
 
     @property
-    def state(self) -> State:
+    def state(self) -> OutboxState:
         """Where the run stands with the server."""
         return self._state
 

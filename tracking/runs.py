@@ -24,7 +24,7 @@ from ..reports.run_folder import IMAGES, JOURNAL, TRACKED_CONFIG
 from ..storage.files import os_fault, write_whole
 from ..storage.journal import Journal
 from .connection import default_uri, experiment_id, reach, redact
-from .outbox import Outbox, Parcel, State
+from .outbox import Outbox, OutboxState, Parcel
 from .registry.lineage import PARENT, STUDY, TRIAL
 from .registry.models import PublishedModel
 
@@ -89,13 +89,13 @@ class TrackedRun:
     @staticmethod
     def waits(run_dir: Path) -> bool:
         """Whether MLflow has not taken everything of a run that was tracked."""
-        state = State.load(run_dir)
+        state = OutboxState.load(run_dir)
         return state is not None and not state.ended
 
     @property
     def tracked_as(self) -> TrackedAs:
         """What the model card says of the run."""
-        state = self._outbox.state if self._outbox else State.load(self.run_dir)
+        state = self._outbox.state if self._outbox else OutboxState.load(self.run_dir)
         if state is None:
             return TrackedAs()
         return TrackedAs(state.run_id, state.lineage.get(STUDY), state.lineage.get(TRIAL))
@@ -161,11 +161,11 @@ def _git(folder: Path, *command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _state_of(run_dir: Path, uri: str) -> State:
+def _state_of(run_dir: Path, uri: str) -> OutboxState:
     """Where this folder stands with the server; another server than last time gets everything from the start."""
-    state = State.load(run_dir)
+    state = OutboxState.load(run_dir)
     if state is None or state.uri != uri:
-        return State(key=uuid.uuid4().hex, uri=uri)
+        return OutboxState(key=uuid.uuid4().hex, uri=uri)
     journal = run_dir / JOURNAL
     held = journal.stat().st_size if journal.exists() else 0  # less, where the journal is an older copy
     return state.model_copy(update={"sent_bytes": min(state.sent_bytes, held)})
@@ -180,7 +180,7 @@ def _all_tags(config: Config, tags: dict[str, str], key: str, parent_run_id: str
     return {name: redact(str(value)) for name, value in all_tags.items()}
 
 
-def _enter(client: MlflowClient, config: Config, state: State, tags: dict[str, str]) -> str:
+def _enter(client: MlflowClient, config: Config, state: OutboxState, tags: dict[str, str]) -> str:
     """Find the run again or make it, and bring its tags and parameters up to date."""
     from mlflow.entities import Param, RunTag
 

@@ -12,7 +12,7 @@ from ..config.sections import S3Config
 from ..errors import UserError
 from ..inference import package
 from ..inference.model import SamplingModel
-from ..inference.package import MANIFEST, Manifest
+from ..inference.package import MANIFEST, ModelManifest
 from ..reports.run_folder import read_config
 from .registry.client import download
 from .registry.lineage import origin
@@ -33,7 +33,7 @@ def load_model(source: str | Path, *, s3: S3Config | None = None, device: torch.
 
 def open_model(
     source: str | Path, *, s3: S3Config | None = None, device: torch.device | str = "cpu"
-) -> tuple[Manifest, SamplingModel]:
+) -> tuple[ModelManifest, SamplingModel]:
     """The same with its model.json, which says what data it was trained on."""
     if not is_registered(source):
         return package.open_model(source, s3=s3, device=device)

@@ -27,10 +27,10 @@ from .downloads import (
     Address,
     ArchiveAddress,
     DebianPackage,
+    DownloadSource,
     LocalFolder,
     NpmPackage,
     PythonPackage,
-    Source,
     SourceError,
 )
 
@@ -53,7 +53,7 @@ class Asset:
     product: str
     files: tuple[str, ...]
     sha256: str
-    sources: tuple[Source, ...]
+    sources: tuple[DownloadSource, ...]
     convert: Callable[[Path, Path, dict[str, str]], None]
     licence: str
     credit: str

@@ -153,7 +153,7 @@ class LocalFolder:
                     _store(stream, path.name.endswith(".gz") and not target.endswith(".gz"), into / target)
 
 
-Source = PythonPackage | NpmPackage | DebianPackage | Address | ArchiveAddress | LocalFolder
+DownloadSource = PythonPackage | NpmPackage | DebianPackage | Address | ArchiveAddress | LocalFolder
 
 
 def unpack(archive: Path, folder: str, files: Sequence[str], into: Path) -> None:

@@ -6,7 +6,7 @@ metric carries its name (`metrics/spec.py`).
     extractor = build_extractor("lite0", device)
     features_BF = extractor(img_BCHW)
 
-Another extractor is added by `EXTRACTORS["name"] = Recipe(...)`.
+Another extractor is added by `EXTRACTORS["name"] = ExtractorSpec(...)`.
 
 Legend: B batch, C channels (1 or 3), H and W pixels, F feature dimension.
 """
@@ -33,7 +33,7 @@ Network = Callable[[Tensor], Tensor]  # prepared images -> features_BF
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ExtractorSpec:
     """How an extractor is made.
 
     `build(weights, convention)` gives a frozen module; `prepare` takes float images 0..255, [B, 3, H, W],
@@ -78,7 +78,7 @@ class Extractor:
         return self._network(img_B3HW.contiguous(memory_format=torch.channels_last)).float().cpu()
 
 
-def recipe_of(name: str) -> Recipe:
+def extractor_spec(name: str) -> ExtractorSpec:
     """How the extractor of that name is made.
 
     Raises:
@@ -97,19 +97,19 @@ def build_extractor(name: str, device: torch.device | str = "cpu", weights: str 
     Raises:
         UserError: no such extractor, or the weights are of another network.
     """
-    recipe = recipe_of(name)
-    source = weights or recipe.weights
+    spec = extractor_spec(name)
+    source = weights or spec.weights
     tensors, convention = load_weights(source)
     try:
-        network = recipe.build(tensors, convention)
+        network = spec.build(tensors, convention)
     except (RuntimeError, KeyError) as error:  # torch's strict load, or a name that cannot be translated
         raise UserError(f"the weights {source} do not fit extractor {name}: {one_line(error)}") from error
     device = torch.device(device)
     return Extractor(
         name,
-        recipe.dim,
+        spec.dim,
         device,
-        recipe.prepare,
+        spec.prepare,
         cast(Any, network.to(device)).to(memory_format=torch.channels_last),
     )
 
@@ -144,15 +144,15 @@ def _as_in_fid(img_B3HW: Tensor) -> Tensor:
     return (inception.resize(img_B3HW) - 128.0) / 128.0
 
 
-EXTRACTORS: dict[str, Recipe] = {
+EXTRACTORS: dict[str, ExtractorSpec] = {
     # 128 px keeps the last feature map at 7 x 7 and an image at 0.2 GFLOP: cheap enough for a CPU.
-    "squeezenet": Recipe("squeezenet-caffe", 512, _perceptual("squeezenet", "fire9"), _resized(128, 0.0, 255.0)),
-    "vgg16": Recipe("vgg16-caffe", 512, _perceptual("vgg16", "relu5_3"), _resized(224, 0.0, 255.0)),
-    "lite0": Recipe(
+    "squeezenet": ExtractorSpec("squeezenet-caffe", 512, _perceptual("squeezenet", "fire9"), _resized(128, 0.0, 255.0)),
+    "vgg16": ExtractorSpec("vgg16-caffe", 512, _perceptual("vgg16", "relu5_3"), _resized(224, 0.0, 255.0)),
+    "lite0": ExtractorSpec(
         "lite0",
         efficientnet_lite.HEAD,
         lambda weights, _: efficientnet_lite.build(weights),
         _resized(224, 127.0, 128.0),
     ),
-    "inception": Recipe("inception", 2048, lambda weights, _: inception.build(weights), _as_in_fid),
+    "inception": ExtractorSpec("inception", 2048, lambda weights, _: inception.build(weights), _as_in_fid),
 }

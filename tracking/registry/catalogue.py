@@ -43,7 +43,7 @@ class Version:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModelEntry:
     """A name of the registry with its versions, the newest first; `tags` are those of the name."""
 
     name: str
@@ -86,7 +86,7 @@ def names(client: MlflowClient) -> list[str]:
     return sorted(model.name for model in _all(client.search_registered_models))
 
 
-def read(client: MlflowClient, name: str) -> Entry:
+def read(client: MlflowClient, name: str) -> ModelEntry:
     """What the registry holds under a name.
 
     Raises:
@@ -106,7 +106,7 @@ def read(client: MlflowClient, name: str) -> Entry:
         Version(name, int(found.version), found.run_id, found.creation_timestamp / 1000, dict(found.tags))
         for found in _all(client.search_model_versions, filter_string=f"name='{name}'")
     ]
-    return Entry(
+    return ModelEntry(
         name,
         {alias: int(number) for alias, number in model.aliases.items()},
         dict(model.tags),

@@ -17,7 +17,7 @@ from ...errors import UserError, redact
 from ...storage.author import user_at_host
 from ...storage.journal import strict_json
 from . import catalogue
-from .catalogue import Entry, Version
+from .catalogue import ModelEntry, Version
 from .client import CHAMPION
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MAX_WHY = 1000  # an event has to fit into a tag of 5000 characters
 NONE = "none"
 
 
-class Event(Section):
+class ChampionChange(Section):
     """A change of champion."""
 
     action: Literal["promote", "rollback"]
@@ -54,7 +54,7 @@ class Measured(Section):
     champion_value: float | None = Field(description="of the champion until then, under the same conditions")
 
 
-def history(entry: Entry) -> list[Event]:
+def history(entry: ModelEntry) -> list[ChampionChange]:
     """Every change of champion, in the order in which they happened.
 
     Raises:
@@ -63,13 +63,13 @@ def history(entry: Entry) -> list[Event]:
     events = []
     for key in sorted(key for key in entry.tags if key.startswith(HISTORY)):
         try:
-            events.append(Event.model_validate(strict_json(entry.tags[key])))
+            events.append(ChampionChange.model_validate(strict_json(entry.tags[key])))
         except (ValidationError, ValueError, RecursionError) as error:
             raise UserError(f"the tag {key} of {entry.name} is damaged; remove it from the registry") from error
     return events
 
 
-def previous(entry: Entry) -> int | None:
+def previous(entry: ModelEntry) -> int | None:
     """The champion before the present one, rollbacks taken back; None if there was none."""
     champions: list[int] = []
     for event in history(entry):
@@ -92,7 +92,7 @@ def _back_to(champions: list[int], version: int) -> None:
 
 
 def promote(
-    client: MlflowClient, entry: Entry, version: Version, measured: Measured, why: str = "", forced: bool = False
+    client: MlflowClient, entry: ModelEntry, version: Version, measured: Measured, why: str = "", forced: bool = False
 ) -> None:
     """Make a version the champion and write down what decided it.
 
@@ -104,7 +104,7 @@ def promote(
     _change(client, entry, event, {PROMOTION + key: value for key, value in facts.items()})
 
 
-def rollback(client: MlflowClient, name: str, why: str = "") -> Event:
+def rollback(client: MlflowClient, name: str, why: str = "") -> ChampionChange:
     """Make the champion before the present one champion again.
 
     Raises:
@@ -135,8 +135,10 @@ def checked_why(why: str) -> str:
     return why
 
 
-def _event(action: Literal["promote", "rollback"], entry: Entry, version: int, why: str, forced: bool) -> Event:
-    return Event(
+def _event(
+    action: Literal["promote", "rollback"], entry: ModelEntry, version: int, why: str, forced: bool
+) -> ChampionChange:
+    return ChampionChange(
         action=action,
         version=version,
         previous=entry.aliases.get(CHAMPION),
@@ -147,7 +149,7 @@ def _event(action: Literal["promote", "rollback"], entry: Entry, version: int, w
     )
 
 
-def _change(client: MlflowClient, entry: Entry, event: Event, tags: dict[str, Any]) -> None:
+def _change(client: MlflowClient, entry: ModelEntry, event: ChampionChange, tags: dict[str, Any]) -> None:
     """Write an event and its tags, then move the alias."""
     now = catalogue.read(client, entry.name)
     if now.aliases.get(CHAMPION) != event.previous:

@@ -20,7 +20,7 @@ from ...config import run as config
 from ...config.run import Config, canonical, keys_with
 from ...config.section import Trait
 from ...errors import UserError, redact
-from ...inference.package import MANIFEST, Manifest, read_manifest
+from ...inference.package import MANIFEST, ModelManifest, read_manifest
 from ...metrics.result import canonical_keys
 from ...reports.run_folder import CARD, TRACKED_CONFIG
 from .client import fetch, locate, opened
@@ -39,7 +39,7 @@ MAX_CONFIG_BYTES = 1 << 20
 _PICTURE = re.compile(r"^!\[[^\]\n]*\]\([^)\n]*\)\n+", re.MULTILINE)
 
 
-def version_tags(run: Run, manifest: Manifest) -> dict[str, str]:
+def version_tags(run: Run, manifest: ModelManifest) -> dict[str, str]:
     """The tags of a version. Addresses have lost their passwords, whoever wrote the run."""
     params, metrics = run.data.params, run.data.metrics
     tags: dict[str, Any] = {
@@ -76,7 +76,7 @@ def fitted(text: str, note: str) -> str:
     return head[: head.rfind("\n")].rstrip() + note
 
 
-def manifest_of(client: MlflowClient, logged: LoggedModel) -> Manifest:
+def manifest_of(client: MlflowClient, logged: LoggedModel) -> ModelManifest:
     """model.json of a logged model.
 
     Raises:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ...config.run import Config
 from ...errors import UserError, redact
 from ...inference.model import SamplingModel
-from ...inference.package import Manifest
+from ...inference.package import ModelManifest
 from ...metrics.evaluate import Judge, build_judge, moved, open_images, require_same
 from ...metrics.spec import METRICS, frechet_metric
 from ..source import open_model
@@ -31,7 +31,7 @@ class Contender:
     """A version with its model, opened."""
 
     version: Version
-    manifest: Manifest
+    manifest: ModelManifest
     model: SamplingModel
 
 

@@ -17,7 +17,7 @@ from ...reports.card import write_card
 from ...reports.facts import RunFacts
 from ...reports.run_folder import CARD
 from ..connection import absolute_uri, default_uri, redact
-from ..outbox import State
+from ..outbox import OutboxState
 from ..runs import TrackedRun
 from .client import opened
 from .lineage import FINGERPRINT
@@ -62,7 +62,7 @@ def _register_folder(folder: Path, name: str | None) -> Registered:
     if not facts.finished:
         raise UserError(f"{folder} has not finished; the same `glann train` goes on with it")
     name, address = checked(name or facts.config.name), default_uri(None)
-    state = State.load(folder)
+    state = OutboxState.load(folder)
     if state and state.run_id:
         if absolute_uri(state.uri) != absolute_uri(redact(address)):
             raise UserError(f"{folder} is tracked at {state.uri}, not at {redact(address)}; set MLFLOW_TRACKING_URI")

@@ -34,7 +34,7 @@ from ...reports.run_folder import (
 from ...storage.base import MissingObject
 from ...storage.files import read_document
 from ...storage.open import open_store
-from ...tracking.outbox import State
+from ...tracking.outbox import OutboxState
 from .mirror import mirror_store
 from .preflight import may_change
 from .state import checked_state
@@ -199,11 +199,11 @@ def take_back_tracking(config: Config) -> None:
         UserError: it is damaged, and so is the copy, or there is none.
     """
     try:
-        State.load(config.run_dir)
+        OutboxState.load(config.run_dir)
     except UserError:
         store = mirror_store(config)
         if store is None or not store.exists(TRACKING):
             raise
         store.download(TRACKING, config.run_dir / TRACKING)
-        State.load(config.run_dir)
+        OutboxState.load(config.run_dir)
         log.warning("%s was damaged and is its copy beside the checkpoints now", config.run_dir / TRACKING)

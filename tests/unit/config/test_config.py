@@ -86,7 +86,7 @@ def test_workers_are_a_number_or_a_range():
         config = load("digits", [f"cluster.workers={given}"])
         assert (config.cluster.min_workers, config.cluster.max_workers) == (least, most)
         assert validate(yaml.safe_load(config.to_yaml()), "its own YAML") == config
-    assert refusal("cluster.workers={min: 1}").startswith("missing key cluster.workers.max: grow to as many")
+    assert refusal("cluster.workers={min: 1}").startswith("missing key cluster.workers.max: most workers")
     assert "did you mean cluster.workers.max?" in refusal("cluster.workers={min: 1, maxx: 3}")
     assert "cluster.workers.min=0 is not possible" in refusal("cluster.workers={min: 0, max: 3}")
     assert "cluster.workers='many' is not possible" in refusal("cluster.workers=many")

@@ -13,10 +13,10 @@ from glann.inference.model import SamplingModel
 from glann.inference.package import open_model
 from glann.metrics import evaluate as evaluation
 from glann.metrics.features import extractor
-from glann.metrics.features.extractor import EXTRACTORS, Recipe
-from glann.metrics.frechet import Moments, frechet_distance
+from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
+from glann.metrics.frechet import FeatureMoments, frechet_distance
 from glann.metrics.result import Result, by_key, to_key
-from glann.metrics.spec import METRICS, Codes, Metric, Samples
+from glann.metrics.spec import METRICS, Metric, Reconstructions, Samples
 from glann.reports.card import write_card
 from glann.reports.run import metric_rows
 from glann.tuning.study import load_study
@@ -65,7 +65,7 @@ def worst(fake_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
 TOYS = (
     Metric("toy", "Toy distance", "how much brighter samples are", "higher", "{:.3f} lux", Samples(Brightness, darker)),
     Metric("fd_toy", "Toy of features", "the same", "lower", "{:.1f}", Samples(Brightness, darker, "squeezenet")),
-    Metric("blot", "Worst", "largest error", "lower", "{:.1f}", Codes(worst)),
+    Metric("blot", "Worst", "largest error", "lower", "{:.1f}", Reconstructions(worst)),
 )
 
 
@@ -86,7 +86,7 @@ def world(home, monkeypatch):
     """A finished run, its codes, and how often its images were read, drawn and seen by the extractor."""
     monkeypatch.chdir(home.folder)
     seen = {"read": 0, "drawn": [], "features": 0}
-    recipe = Recipe("none", 48, lambda *_: Pixels(), lambda img: img / 255)
+    recipe = ExtractorSpec("none", 48, lambda *_: Pixels(), lambda img: img / 255)
     monkeypatch.setitem(EXTRACTORS, "squeezenet", recipe)
     monkeypatch.setattr(extractor, "load_weights", lambda name: ({}, ""))
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1).numpy()
@@ -137,7 +137,7 @@ def test_values_are_those_of_the_images_as_users_draw_them(world):
     values = by_key(evaluated(world))
     for key, method in (("fd_squeezenet", "imle"), ("gaussian/fd_squeezenet", "glo")):
         drawn = torch.from_numpy(world.model.sample(200, SEED, method=method)).permute(0, 3, 1, 2)
-        expected = frechet_distance(Moments.of(look(real)), Moments.of(look(drawn)))
+        expected = frechet_distance(FeatureMoments.of(look(real)), FeatureMoments.of(look(drawn)))
         assert values[key] == pytest.approx(expected, rel=1e-9)
     fake = torch.from_numpy(world.model.decode(torch.from_numpy(world.z_ND))).permute(0, 3, 1, 2)
     assert values["l1"] == pytest.approx((fake.double() - real.double()).abs().mean().item() / 255)

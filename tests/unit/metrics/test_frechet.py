@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 from glann.errors import UserError
-from glann.metrics.frechet import Moments, frechet_distance
+from glann.metrics.frechet import FeatureMoments, frechet_distance
 
 
 def gaussian_features(rng, count, dim):
@@ -23,7 +23,7 @@ def rng(record_property):
 
 def exact(mean, covariance, count=1000):
     """Moments whose mean and covariance are exactly these."""
-    return Moments(count, np.asarray(mean, float), np.asarray(covariance, float) * (count - 1))
+    return FeatureMoments(count, np.asarray(mean, float), np.asarray(covariance, float) * (count - 1))
 
 
 def test_equals_the_closed_form_for_commuting_covariances(rng):
@@ -41,11 +41,11 @@ def test_equals_the_published_formula_with_an_independent_matrix_root(rng):
     root = scipy.linalg.sqrtm(covariance_x @ covariance_y).real
     shift = x.mean(0) - y.mean(0)
     expected = shift @ shift + np.trace(covariance_x + covariance_y - 2 * root)
-    assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(FeatureMoments.of(x), FeatureMoments.of(y)) == pytest.approx(expected, rel=1e-8)
 
 
 def test_is_zero_for_the_same_features_and_symmetric(rng):
-    x, y = Moments.of(gaussian_features(rng, 50, 9)), Moments.of(gaussian_features(rng, 60, 9))
+    x, y = FeatureMoments.of(gaussian_features(rng, 50, 9)), FeatureMoments.of(gaussian_features(rng, 60, 9))
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9 * np.trace(x.covariance_FF()))
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-12)
 
@@ -60,13 +60,13 @@ def test_fewer_images_than_features_is_exact_too(rng):
     cross = np.linalg.svd(centred_x @ centred_y.T, compute_uv=False).sum()
     shift = x.mean(0) - y.mean(0)
     expected = shift @ shift + (centred_x**2).sum() + (centred_y**2).sum() - 2 * cross
-    assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(expected, rel=1e-10)
+    assert frechet_distance(FeatureMoments.of(x), FeatureMoments.of(y)) == pytest.approx(expected, rel=1e-10)
 
 
 def test_streaming_and_merging_equal_one_pass(rng):
     """Uneven batches (also empty ones), two workers, features far from zero: no digit is lost."""
     x = gaussian_features(rng, 237, 11) + 1e4
-    workers = [Moments.empty(11), Moments.empty(11)]
+    workers = [FeatureMoments.empty(11), FeatureMoments.empty(11)]
     for number, batch in enumerate(np.split(x, [1, 2, 50, 50, 113, 230])):
         workers[number % 2] = workers[number % 2].update(batch)
     merged = workers[0].merge(workers[1])
@@ -77,14 +77,14 @@ def test_streaming_and_merging_equal_one_pass(rng):
 
 def test_torch_features_are_taken_in_float64():
     x = torch.tensor([[1.0], [3.0]])
-    assert Moments.of(x).covariance_FF().item() == 2.0
-    assert Moments.of(x).mean_F.dtype == np.float64
+    assert FeatureMoments.of(x).covariance_FF().item() == 2.0
+    assert FeatureMoments.of(x).mean_F.dtype == np.float64
 
 
 def test_nan_one_image_and_mixed_extractors_are_refused():
     with pytest.raises(UserError, match="NaN"):
-        Moments.of(np.array([[1.0, np.nan]]))
+        FeatureMoments.of(np.array([[1.0, np.nan]]))
     with pytest.raises(UserError, match="at least 2 images"):
-        frechet_distance(Moments.of(np.ones((1, 3))), Moments.of(np.ones((5, 3))))
+        frechet_distance(FeatureMoments.of(np.ones((1, 3))), FeatureMoments.of(np.ones((5, 3))))
     with pytest.raises(UserError, match="one extractor for both"):
-        frechet_distance(Moments.of(np.ones((4, 3))), Moments.of(np.ones((4, 2))))
+        frechet_distance(FeatureMoments.of(np.ones((4, 3))), FeatureMoments.of(np.ones((4, 2))))

@@ -12,12 +12,12 @@ from glann.config.sections import EvaluationConfig
 from glann.errors import UserError
 from glann.metrics.evaluate import BASELINE
 from glann.metrics.features.extractor import EXTRACTORS
-from glann.metrics.result import OWN, SAMPLERS, Result, by_key, canonical_keys, from_key, known_results, to_key
+from glann.metrics.result import OWN, SAMPLER_LABELS, Result, by_key, canonical_keys, from_key, known_results, to_key
 from glann.metrics.spec import METRICS, frechet_metric, measured_with
 from glann.reports.card import write_card
 from glann.reports.run import metric_rows, write_report
 
-OTHERS = [*(name for name in SAMPLERS if name != OWN), "flow"]  # one that this version does not know, too
+OTHERS = [*(name for name in SAMPLER_LABELS if name != OWN), "flow"]  # one that this version does not know, too
 OF_SAMPLES = [name for name, metric in METRICS.items() if metric.of_samples]
 NOT_FID = "Not FID"
 
@@ -94,8 +94,8 @@ def test_the_words_that_people_know_are_kept():
 # Under which key it is kept ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("own", SAMPLERS)
-@pytest.mark.parametrize("sampler", [*SAMPLERS, "flow"])
+@pytest.mark.parametrize("own", SAMPLER_LABELS)
+@pytest.mark.parametrize("sampler", [*SAMPLER_LABELS, "flow"])
 @pytest.mark.parametrize("name", OF_SAMPLES)
 def test_a_key_is_read_back_as_what_it_was_made_of(name: str, sampler: str, own: str):
     assert from_key(to_key(name, sampler, own), own) == (name, sampler)
@@ -130,9 +130,9 @@ def test_results_of_the_runs_own_sampler_and_of_none_have_bare_keys():
 
 
 def test_every_result_of_today_is_known_and_every_sampler_has_words():
-    assert {OWN, BASELINE} == set(SAMPLERS)
+    assert {OWN, BASELINE} == set(SAMPLER_LABELS)
     assert known_results()[:6] == list(METRICS)
     assert {from_key(key) for key in known_results()} == {
-        *((name, sampler) for name in OF_SAMPLES for sampler in SAMPLERS),
+        *((name, sampler) for name in OF_SAMPLES for sampler in SAMPLER_LABELS),
         *((name, None) for name in METRICS if name not in OF_SAMPLES),
     }

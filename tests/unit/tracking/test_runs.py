@@ -237,12 +237,12 @@ def test_a_full_disk_is_not_laid_at_the_servers_door_nor_waited_for(tmp_path, se
     run = TrackedRun.open(make_config(server), tmp_path)
     wait_until(lambda: not run._outbox.waiting())
     monkeypatch.setattr(outbox, "PATIENCE_S", 60.0)
-    save, full = outbox.State.save, OSError(errno.ENOSPC, "No space left on device")
+    save, full = outbox.OutboxState.save, OSError(errno.ENOSPC, "No space left on device")
 
     def refuse(self, run_dir):
         raise os_fault(full, run_dir / TRACKING)
 
-    monkeypatch.setattr(outbox.State, "save", refuse)
+    monkeypatch.setattr(outbox.OutboxState, "save", refuse)
     with caplog.at_level(logging.WARNING, "glann.tracking"):
         run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
         wait_until(lambda: "cannot be noted (disk full while writing" in caplog.text)
@@ -251,7 +251,7 @@ def test_a_full_disk_is_not_laid_at_the_servers_door_nor_waited_for(tmp_path, se
     assert time.monotonic() - started < 20
     assert "does not take metrics" not in caplog.text
     assert TrackedRun.waits(tmp_path)
-    monkeypatch.setattr(outbox.State, "save", save)
+    monkeypatch.setattr(outbox.OutboxState, "save", save)
     again = TrackedRun.open(make_config(server), tmp_path)
     again.finish()
     assert not TrackedRun.waits(tmp_path)

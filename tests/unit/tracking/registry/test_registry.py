@@ -14,14 +14,14 @@ from glann.config.run import load
 from glann.errors import UserError
 from glann.metrics import evaluate as evaluation
 from glann.metrics.features import extractor
-from glann.metrics.features.extractor import EXTRACTORS, Recipe
+from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
 from glann.metrics.spec import METRICS
 from glann.reports.run_folder import TRACKING
 from glann.tracking import outbox
 from glann.tracking.registry import catalogue, lineage
 from glann.tracking.registry import history as promotion
-from glann.tracking.registry.catalogue import Entry, Version
-from glann.tracking.registry.history import HISTORY, Event, previous
+from glann.tracking.registry.catalogue import ModelEntry, Version
+from glann.tracking.registry.history import HISTORY, ChampionChange, previous
 from glann.tracking.registry.registration import register_run
 from glann.tracking.source import load_model
 from mlflow import MlflowClient
@@ -69,7 +69,7 @@ def here(home, monkeypatch):
     monkeypatch.chdir(home.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", home.uri)
     monkeypatch.setattr(outbox, "POLL_S", 0.05)
-    monkeypatch.setitem(EXTRACTORS, "squeezenet", Recipe("none", 48, lambda *_: Pixels(), lambda img: img / 255))
+    monkeypatch.setitem(EXTRACTORS, "squeezenet", ExtractorSpec("none", 48, lambda *_: Pixels(), lambda img: img / 255))
     monkeypatch.setattr(extractor, "load_weights", lambda name: ({}, ""))
 
 
@@ -472,7 +472,7 @@ def with_client(action):
 
 
 def event(action, version, before):
-    return Event(action=action, version=version, previous=before, at="now", by="me@here")
+    return ChampionChange(action=action, version=version, previous=before, at="now", by="me@here")
 
 
 @pytest.mark.parametrize(
@@ -496,7 +496,7 @@ def event(action, version, before):
 )
 def test_the_champion_before(events, now, expected):
     history = {f"{HISTORY}{n:06d}": event(*facts).model_dump_json() for n, facts in enumerate(events, 1)}
-    assert previous(Entry("x", {"champion": now}, history, [Version("x", now, None, 0.0, {})])) == expected
+    assert previous(ModelEntry("x", {"champion": now}, history, [Version("x", now, None, 0.0, {})])) == expected
 
 
 def test_a_damaged_history_is_named(home, name):

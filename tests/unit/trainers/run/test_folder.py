@@ -33,7 +33,6 @@ from glann.reports.run_folder import (
     write_summary,
 )
 from glann.storage.open import open_store
-from glann.tracking.outbox import State
 from glann.trainers.run.folder import (
     differences,
     is_finished,
@@ -89,7 +88,7 @@ def finish(config: Config) -> None:
     folder = config.run_dir / MODEL
     export_model(folder, config, generator.state_dict(), mapping.state_dict(), z_ND, "f" * 64)
     write_summary(config.run_dir, {"metrics": {"l1": 0.1}, "timings": {"train_s": 9.0}, "rows": 8, "fingerprint": "f"})
-    State(key="k", uri="sqlite:///x").save(config.run_dir)
+    OutboxState(key="k", uri="sqlite:///x").save(config.run_dir)
     (config.run_dir / REPORT).touch()
 
 
@@ -321,7 +320,7 @@ def test_a_number_that_is_not_finite_does_not_damage_the_summary(config):
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_place_in_mlflow_is_named_and_taken_back_from_its_copy(config, how, tmp_path):
     begin(config)
-    State(key="mine", uri="sqlite:///x").save(config.run_dir)
+    OutboxState(key="mine", uri="sqlite:///x").save(config.run_dir)
     whole = (config.run_dir / TRACKING).read_bytes()
     damage(config.run_dir / TRACKING, how)
     with pytest.raises(UserError, match="is damaged; remove it") as error:
