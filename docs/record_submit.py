@@ -28,7 +28,7 @@ data: {url: s3://glann/digits, resolution: 28, channels: 1}
 generator: {kind: infogan, latent_dim: 16, width: 8}
 loss: {kind: l1}
 glo: {epochs: 60, batch_size: 40}
-imle: {epochs: 8, batch_size: 40}
+sampler: {epochs: 8, batch_size: 40}
 checkpoint: {url: s3://glann/runs, every_epochs: 10}
 cluster: {workers: 2}
 evaluation: {samples: 100}

@@ -33,6 +33,7 @@ from glann.reports.run_folder import (
     write_summary,
 )
 from glann.storage.open import open_store
+from glann.tracking.outbox import OutboxState
 from glann.trainers.run.folder import (
     differences,
     is_finished,

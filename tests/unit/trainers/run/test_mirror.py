@@ -6,6 +6,7 @@ import pytest
 from glann.config.run import validate
 from glann.errors import EnvironmentFault, UserError
 from glann.storage.open import open_store
+from glann.tracking.outbox import OutboxState
 from glann.tracking.runs import _state_of
 from glann.trainers.run.mirror import RunMirror, take_back
 
