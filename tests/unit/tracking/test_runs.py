@@ -118,7 +118,7 @@ def test_a_damaged_journal_is_named(tmp_path):
     path.write_bytes(b'{"step":1}\nnonsense\n')
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged before byte 20"):
         entries(path)
-    with pytest.raises(UserError, match="JSON cannot"):
+    with pytest.raises(UserError, match="is not valid JSON data"):
         Journal(tmp_path / "other.jsonl").append({"step": np.zeros(2)})
 
 
