@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from ..config.section import Section
 from ..errors import EnvironmentFault, GlannError, UserError, one_line
-from ..reports.run_folder import TRACKING
+from ..reports.run_folder import JOURNAL, TRACKING
 from ..storage import journal
 from ..storage.files import read_document, write_whole
 from .registry.models import PublishedModel, publish
@@ -117,7 +117,7 @@ class Outbox:
 
     def waiting(self) -> str:
         """What has not been sent, in words; empty if nothing."""
-        path = self._run_dir / journal.FILE
+        path = self._run_dir / JOURNAL
         behind = (path.stat().st_size if path.exists() else 0) - self._state.sent_bytes
         parts = [f"{behind / 1024:.1f} KiB of metrics"] if behind > 0 else []
         parts += [f"{len(self._state.parcels)} files"] if self._state.parcels else []
@@ -151,7 +151,7 @@ class Outbox:
     def _send_metrics(self) -> None:
         batch: list[Metric] = []
         end = self._state.sent_bytes
-        for offset, entry in journal.read(self._run_dir / journal.FILE, end):
+        for offset, entry in journal.read(self._run_dir / JOURNAL, end):
             metrics = to_metrics(entry)
             if batch and len(batch) + len(metrics) > MAX_METRICS:
                 self._send_batch(batch, end)
@@ -194,7 +194,7 @@ class Outbox:
             wrong = f"the MLflow server {self._state.uri} does not take metrics"
             if isinstance(error, Unnoted):
                 wrong = "metrics are not sent to MLflow, because what was sent cannot be noted"
-            kept = self._run_dir / journal.FILE
+            kept = self._run_dir / JOURNAL
             log.warning("%s (%s); training goes on, they are kept in %s and sent later", wrong, detail, kept)
 
     def _say_working(self) -> None:

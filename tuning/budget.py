@@ -9,7 +9,7 @@ from typing import Any
 from ray import tune
 
 from ..metrics.result import from_key, to_key
-from ..storage.journal import FILE as JOURNAL
+from ..reports.run_folder import JOURNAL
 from ..storage.journal import entries
 from ..tracking.runs import TrackedRun
 from .ledger import Ledger, best_of

@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
-from ..storage.journal import FILE as JOURNAL
+from ..reports.run_folder import JOURNAL
 from ..storage.journal import entries
 from ..trainers.stage import stage_infos
 from .ledger import BASELINE, Trial

@@ -13,7 +13,7 @@ from ...config.run import redacted_config
 from ...errors import redact
 from ...reports.page import Figure, environment, figure, write_page
 from ...reports.run import metric_rows
-from ...reports.run_folder import IMAGES, REPORT
+from ...reports.run_folder import IMAGES, JOURNAL, REPORT
 from ...storage import journal
 from .. import ledger
 from ..ledger import BASELINE, STATES, Trial
@@ -212,7 +212,7 @@ def curves(facts: StudyFacts) -> Markup | str:
     name, words = stage(facts)
     found = []
     for trial in facts.trials.values():
-        entries = journal.entries(facts.study.run_dir(trial.number) / journal.FILE)
+        entries = journal.entries(facts.study.run_dir(trial.number) / JOURNAL)
         losses = {
             entry["epoch"]: float(entry["loss"])
             for entry in entries
