@@ -1,1 +1,1 @@
-"""What is distributed and knows no loss: latent rows, neighbours, placement, checkpoints, preflight."""
+"""Distributed state, independent of any loss: latent rows, nearest neighbours, placement, checkpoints, nodes, jobs."""

@@ -1,8 +1,8 @@
-"""Approximate nearest neighbours by an inverted file (IVF), for tables where every pair is too many.
+"""Approximate nearest neighbours by an inverted file (IVF), for tables where comparing all pairs is too slow.
 
 Candidates are sorted into cells around C centroids, and a query is compared with those of its `probes`
 nearest cells alone: about probes / C of all pairs (Sivic & Zisserman 2003; Jegou, Douze & Schmid 2011,
-section IV). What that misses is measured, not assumed: a sample of the queries is searched exactly too.
+section IV). The recall is measured, not assumed: a sample of the queries is searched exactly too.
 
 Legend: n queries and m candidates of this worker, D dimension, C cells, P probes, W workers, S a sample,
 q and k the queries and candidates of one cell.
@@ -20,7 +20,7 @@ from ..models.comm import all_sum, broadcast, gather, rank
 from .neighbours import NearestSearch, agreed_sizes, around_the_ring, check_shapes, ring_nearest, squared_distances
 
 LLOYD_STEPS = 8
-PER_CENTROID = 64  # candidates that the centroids are fitted to, for each of them; more hardly moves them
+PER_CENTROID = 64  # candidates per centroid that the centroids are fitted to; more hardly move them
 SAMPLE = 256  # queries of a worker that recall is measured on
 CHUNK = 8192
 
@@ -28,15 +28,15 @@ CHUNK = 8192
 def ivf_nearest(
     z_nD: Tensor, block_mD: Tensor, cells: int | None, probes: int, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """As `ring_nearest`, but only among the candidates of each query's nearest cells; all workers must call it.
+    """Collective: as `ring_nearest`, but only among the candidates in each query's nearest cells.
 
     Args:
-        cells: C; None takes 4 sqrt(M). probes: cells that a query looks into.
+        cells: C; None means 4 sqrt(M). probes: cells searched per query; higher recall, slower.
     Returns:
-        index_n, distance_n (squared, float64, of the candidate that was found), and the recall: the share of a
-        sample of all workers' queries for which nothing is nearer than what was found.
+        index_n, distance_n (squared, float64, of the candidate found), and the recall: the fraction of a sample of
+        all workers' queries whose exact nearest distance was found.
     Raises:
-        UserError: on every worker alike, as `ring_nearest`.
+        UserError: on every worker, as `ring_nearest`.
     """
     check_shapes(z_nD, block_mD)
     sizes = agreed_sizes(z_nD, block_mD, group)
@@ -46,7 +46,7 @@ def ivf_nearest(
     cell_m = _nearest_cells(block_mD, centroid_CD, 1)[:, 0]
     order_m = cell_m.sort(stable=True).indices
     counts_WC = gather(cell_m.bincount(minlength=len(centroid_CD)), group)
-    # A candidate's place in its owner's block travels beside it, as the bits of one more number.
+    # Each candidate carries its position in its owner's block, as the bits of one more number.
     place_m1 = order_m.to(torch.int32).view(torch.float32)[:, None]
     query_by_cell = _by_cell(_nearest_cells(z_nD, centroid_CD, min(probes, len(centroid_CD))), len(centroid_CD))
     search = NearestSearch(z_nD)
@@ -61,7 +61,7 @@ def ivf_nearest(
 
 
 def _best_in_cells(z_nD: Tensor, candidates_mD: Tensor, query_by_cell: tuple[Tensor, ...], counts_C: Tensor) -> Tensor:
-    """For each query its nearest candidate in the cells that it looks into, by float32; -1 if they are empty."""
+    """Each query's nearest candidate in its cells, by float32; -1 if these are empty."""
     square_m = candidates_mD.square().sum(1)
     smallest_n = z_nD.new_full((len(z_nD),), math.inf)
     best_n = torch.full((len(z_nD),), -1, device=z_nD.device)
@@ -87,9 +87,9 @@ def _recall(search: NearestSearch, z_nD: Tensor, block_mD: Tensor, group: dist.P
 
 
 def _shared_centroids(block_mD: Tensor, wanted: int, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """The same centroids on every worker: k-means on the largest block, whose owner's result counts.
+    """Collective: k-means centroids of the largest block, broadcast by its owner.
 
-    One block stands for all: candidates are mapped from independent noise, and dealt out by index.
+    One block represents all of them: candidates are mapped from independent noise and assigned by index.
     """
     owner = sizes.index(max(sizes))
     cells = min(wanted, sizes[owner])
@@ -122,7 +122,7 @@ def _nearest_cells(x_nD: Tensor, centroid_CD: Tensor, probes: int) -> Tensor:
 
 
 def _by_cell(cells_nP: Tensor, cells: int) -> tuple[Tensor, ...]:
-    """For every cell, the queries that look into it."""
+    """For every cell, the queries that search it."""
     flat = cells_nP.flatten()
     query = flat.sort(stable=True).indices // cells_nP.shape[1]
     return query.split(flat.bincount(minlength=cells).tolist())

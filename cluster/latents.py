@@ -1,10 +1,9 @@
-"""The latent table: one trainable code per image, with its optimiser state, beside its owner.
+"""The latent table: one trainable code per image, with its optimiser state, on the node of its owner.
 
-`LatentShard` holds the codes of one contiguous range of rows and does all the arithmetic.
-`LatentTable` is what a training worker holds: it keeps its shard in a Ray actor on its own node, so
-that gathers and updates run behind the training step. One epoch visits a row once, so the gather for
-the next batch and the update of this one touch different rows and running them side by side is exact;
-where they do meet (between two epochs) the table gathers again.
+`LatentShard` stores the codes of one contiguous range of rows and does all the arithmetic. `LatentTable` is a training
+worker's interface to its shard, which runs in a Ray actor on the same node, so that gathers and updates overlap with
+the training step. One epoch visits a row once, so the gather for the next batch and the update of this one touch
+different rows, and overlapping them is exact; where they share rows (between two epochs) the table gathers again.
 
 Legend: B rows of a batch, D latent dimension, n rows of the shard.
 """
@@ -37,7 +36,7 @@ START: Position = (-1, -1)
 
 
 class LatentShard:
-    """Codes z_nD, optimiser moments and visit counters of the global rows `rows`."""
+    """Codes z_nD, optimiser moments and visit counters of a contiguous range of global rows."""
 
     def __init__(
         self,
@@ -48,7 +47,7 @@ class LatentShard:
         betas: tuple[float, float] = (0.5, 0.999),
         constraint: Constraint = "sphere",
     ):
-        """Start every code at a random point of the unit sphere that depends on (seed, row) alone."""
+        """Initialise every code to a random point of the unit sphere, a function of (seed, row) alone."""
         self.rows = rows
         self.position = START
         self._optimizer = row_optimizer(optimizer, betas)
@@ -69,24 +68,24 @@ class LatentShard:
         return self._z_nD.numpy().copy()
 
     def visits(self) -> np.ndarray:
-        """How often each row has been visited, int32 [n] (a copy)."""
+        """Visit count of each row, int32 [n] (a copy)."""
         return self._visits_n.numpy().copy()
 
     def apply(self, epoch: int, step: int, rows_B: Rows, grad_BD: np.ndarray, lr: float, skipped: Rows = ()) -> bool:
-        """Visit rows: one optimiser step and projection for each of `rows_B`, none for `skipped`.
+        """Visit rows: an optimiser step and a projection for each of `rows_B`, none for `skipped`.
 
         Args:
-            epoch, step: position in the run. Positions only grow; one that is not beyond the last
-                changes nothing, so that a repeated call is harmless.
-            rows_B: distinct global rows; rows that only pad a batch must not be among them.
+            epoch, step: position in the run. A call whose position is not after the last one has no effect, so that
+                a repeated call is harmless.
+            rows_B: distinct global rows, without those that only pad a batch.
             grad_BD: gradient of each row's own loss.
-            skipped: rows that were visited but do not move (a corrupt image, a non-finite step).
+            skipped: rows that count as visited but do not move (a corrupt image, a non-finite step).
         Returns:
-            Whether anything was done.
+            Whether the call had an effect.
         Raises:
             IndexError: a row outside the shard. ValueError: a repeated row or a wrong shape.
             UserError: a gradient that is not finite.
-            In each case the shard is unchanged.
+            In all cases the shard is unchanged.
         """
         if (epoch, step) <= self.position:
             return False
@@ -105,25 +104,25 @@ class LatentShard:
         return True
 
     def apply_and_gather(self, visit: tuple[Any, ...], ahead_B: Rows) -> np.ndarray:
-        """`apply`, of the arguments `visit`, and then `gather`: one call instead of two, of few arguments."""
+        """`apply(*visit)` and then `gather(ahead_B)`, in one remote call with few arguments."""
         self.apply(*visit)
         return self.gather(ahead_B)
 
     def skip(self, epoch: int, step: int, rows_B: Rows) -> bool:
         """Visit rows without moving them; otherwise as `apply`.
 
-        The visit still counts in the bias correction, since a row has one counter. That weakens the
-        correction of a row whose very first visits were skipped, for as long as the correction matters.
+        The visit counts in the bias correction too, since a row has one counter. That weakens the correction of a row
+        whose first visits were skipped, for as long as the correction matters.
         """
         nothing = np.empty((0, self._z_nD.shape[1]), np.float32)
         return self.apply(epoch, step, np.empty(0, np.int64), nothing, 0.0, rows_B)
 
     def snapshot(self) -> Arrays:
-        """A consistent copy of the state by name, one row each: z, the moments, steps (visits)."""
+        """A consistent copy of the state by name: z, the moments and steps (visits), each with n rows."""
         return {name: tensor.numpy().copy() for name, tensor in self._state().items()}
 
     def start_saving(self, store: Store, folder: str, block_bytes: int) -> None:
-        """Write the rows as they are now as `latents-*.safetensors` below `folder`, behind what is called next."""
+        """Start writing a snapshot of the rows as `latents-*.safetensors` below `folder`, in a thread."""
         snapshot, saving = Snapshot(self._state()), Future[Files]()
         self._snapshots.append(snapshot)
         self._saving = saving
@@ -131,7 +130,7 @@ class LatentShard:
         def write() -> None:
             try:
                 saving.set_result(write_rows(store, folder, self.rows.start, snapshot, block_bytes))
-            except BaseException as error:  # told by `saved`
+            except BaseException as error:  # raised by `saved`
                 saving.set_exception(error)
             finally:
                 self._snapshots.remove(snapshot)
@@ -139,26 +138,26 @@ class LatentShard:
         threading.Thread(target=write, name="latents", daemon=True).start()
 
     def saved(self) -> Files | None:
-        """The files of the last `start_saving`; None while they are being written. Raises what went wrong."""
+        """The files of the last `start_saving`, or None while they are being written; raises their error."""
         return self._saving.result() if self._saving.done() else None
 
     def restore(self, arrays: Arrays, position: Position = START) -> None:
-        """Take over a snapshot of exactly these rows, as read back from a checkpoint.
+        """Replace the state by a snapshot of exactly these rows, as read from a checkpoint.
 
         Raises:
-            UserError: arrays missing, unknown, or of another shape or type; nothing is changed.
+            UserError: missing or unknown arrays, or another shape or type; the shard is unchanged.
         """
         state = self._state()
         if set(arrays) != set(state):
             raise UserError(
-                f"the saved latent table holds {sorted(arrays)} where {sorted(state)} is needed; "
+                f"the saved latent table contains {sorted(arrays)}, but {sorted(state)} is needed; "
                 "was it trained with another glo.latent_optimizer?"
             )
         for name, tensor in state.items():
             held, needed = arrays[name], tensor.numpy()
             if held.shape != needed.shape or held.dtype != needed.dtype:
                 raise UserError(
-                    f"the saved latent table has {name} as {held.dtype}{list(held.shape)} where "
+                    f"the saved latent table has {name} as {held.dtype}{list(held.shape)}, but "
                     f"{needed.dtype}{list(needed.shape)} is needed; resume with the configuration of the run"
                 )
         self._preserve(torch.arange(len(self.rows)))
@@ -200,11 +199,10 @@ class LatentShard:
 
 
 class LatentTable:
-    """A worker's own latent shard, reached without waiting.
+    """Asynchronous access of a worker to its own latent shard.
 
-    Calls reach the shard in the order in which they were made, so the codes are those of a
-    synchronous run, bit for bit. An update that failed raises its error within `in_flight` steps, at the latest
-    at the next `flush`.
+    The shard executes calls in order, so the codes are bit for bit those of a synchronous run. The error of a failed
+    update is raised within `in_flight` steps, at the latest by the next `flush`.
     """
 
     def __init__(self, rows: range, shard: _InProcess | _InActor, in_flight: int):
@@ -216,7 +214,7 @@ class LatentTable:
 
     @classmethod
     def spawn(cls, rows: range, dim: int, seed: int, *, in_flight: int = 8, **options: Any) -> LatentTable:
-        """Keep the shard in a new actor on this node; it ends with the worker that owns it.
+        """Create the shard in a new actor on this node; the actor ends with the worker that owns it.
 
         Args:
             in_flight: updates that may be in flight before `apply` waits for the oldest.
@@ -226,7 +224,7 @@ class LatentTable:
 
     @classmethod
     def in_process(cls, rows: range, dim: int, seed: int, **options: Any) -> LatentTable:
-        """Keep the shard in this process, without Ray: every call is done when it returns."""
+        """Create the shard in this process, without Ray; calls are synchronous."""
         return cls(rows, _InProcess(LatentShard(rows, dim, seed, **options)), 1)
 
     def prefetch(self, rows_B: Rows) -> None:
@@ -241,7 +239,7 @@ class LatentTable:
         if pending is None:
             pending = self._shard.start("gather", rows_B)
         if self._updates and self._updates[0] is pending:
-            self._updates.popleft()  # its answer tells of both
+            self._updates.popleft()  # its result covers both
         return torch.tensor(self._shard.finish(pending))  # a copy: arrays from Ray are read-only
 
     def apply(
@@ -254,14 +252,14 @@ class LatentTable:
         skipped: Rows = (),
         ahead_B: Rows | None = None,
     ) -> None:
-        """Start `LatentShard.apply`; the arguments may be changed as soon as this returns.
+        """Start `LatentShard.apply`; the caller may change the arguments as soon as this returns.
 
         Args:
             ahead_B: rows of a later `gather`, gathered after this update by the same call.
         """
         self._limit_in_flight()
         rows_B = np.array(rows_B, np.int64)
-        unmoved = np.array(skipped, np.int64) if len(skipped) else ()  # an empty array is one more to send
+        unmoved = np.array(skipped, np.int64) if len(skipped) else ()  # an empty array would be one more to send
         grad = grad_BD.detach().to("cpu", torch.float32).numpy()
         visit = (epoch, step, rows_B, grad, lr, unmoved)
         if ahead_B is None:
@@ -284,29 +282,32 @@ class LatentTable:
         self._updates.append(self._shard.start("skip", epoch, step, np.array(rows_B, np.int64)))
 
     def flush(self) -> None:
-        """Wait for every update, and raise the error of the first that failed."""
+        """Wait for all updates; raise the error of the first that failed."""
         while self._updates:
             self._shard.finish(self._updates.popleft())
 
     def codes(self) -> Tensor:
-        """All codes z_nD of this worker, in the order of its rows, after every update."""
+        """All codes z_nD of this worker, in the order of its rows, after all updates."""
         self.flush()
         return torch.tensor(self._shard.finish(self._shard.start("codes")))
 
     def visits(self) -> np.ndarray:
-        """Visits of each row, int32 [n], after every update: `epoch_plan` takes them after a restart."""
+        """Visit count of each row, int32 [n], after all updates; an argument of `epoch_plan` after a restart."""
         self.flush()
         return self._shard.finish(self._shard.start("visits"))
 
     def snapshot(self) -> Arrays:
-        """A consistent copy of the whole shard after every update."""
+        """A consistent copy of the whole shard after all updates."""
         self.flush()
         return self._shard.finish(self._shard.start("snapshot"))
 
     def start_saving(self, store: Store, folder: str, block_bytes: int) -> Callable[[], Files | None]:
-        """Have the shard write its rows as they are after every update; see `LatentShard.start_saving`.
+        """Start writing a snapshot of the shard after all updates; see `LatentShard.start_saving`.
 
-        Returns at once: calls made later change nothing of what is written.
+        Later calls do not change what is written.
+
+        Returns:
+            A callable that returns the files once written, None before, and raises the error of the writing.
         """
         self.flush()
         started = [self._shard.start("start_saving", store, folder, block_bytes)]
@@ -319,13 +320,13 @@ class LatentTable:
         return saved
 
     def restore(self, arrays: Arrays, position: Position = START) -> None:
-        """Take over saved rows (`checkpoints.load_rows`); see `LatentShard.restore`."""
+        """Replace the state by saved rows (`checkpoints.reader.load_rows`); see `LatentShard.restore`."""
         self.flush()
         self._gathers.clear()
         self._shard.finish(self._shard.start("restore", arrays, position))
 
     def close(self) -> None:
-        """Let go of the shard at once, without waiting for the end of this worker."""
+        """End the shard at once instead of with this worker."""
         self._updates.clear()
         self._gathers.clear()
         self._shard.close()
@@ -337,7 +338,7 @@ class LatentTable:
 
 
 class _InProcess:
-    """Calls that are done when they are made; a failure is kept for `finish`, as an actor keeps it."""
+    """Synchronous calls; an error is kept for `finish`, as with an actor."""
 
     def __init__(self, shard: LatentShard):
         self._target = shard
@@ -359,7 +360,7 @@ class _InProcess:
 
 
 class _InActor:
-    """Calls to a `LatentShard` actor on this node. One caller and one thread: they run in order."""
+    """Calls to a `LatentShard` actor on this node; with one caller and one thread, they run in order."""
 
     def __init__(self, rows: range, dim: int, seed: int, **options: Any):
         import ray
@@ -368,7 +369,7 @@ class _InActor:
         self._ray = ray
         self._rows = rows
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        # It takes no CPU slot of its own, or a worker that fills its node could not have one.
+        # No CPU slot of its own: a worker may already take all of its node's.
         actor_class = ray.remote(LatentShard).options(num_cpus=0, max_restarts=0, scheduling_strategy=here)
         self.actor: Any = actor_class.remote(rows, dim, seed, **options)
 
@@ -383,7 +384,7 @@ class _InActor:
         except self._ray.exceptions.ActorDiedError as error:
             raise EnvironmentFault(
                 f"the process that holds latent rows {self._rows.start}..{self._rows.stop - 1} was lost; "
-                "the run can go on from its last checkpoint"
+                "the run can resume from its last checkpoint"
             ) from error
 
     def close(self) -> None:

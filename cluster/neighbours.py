@@ -1,28 +1,28 @@
-"""Exact nearest neighbours, certified: the answer is that of brute force in float64, at the speed of float32.
+"""Certified exact nearest neighbours: the result of brute force in float64, at the speed of float32.
 
 Pairs are compared by one float32 GEMM per tile; an error bound says which candidates could still be the
-nearest, and only those are measured again in float64 from their coordinates. Ties go to the lowest index.
+nearest, and only those are compared again in float64 from their coordinates. Ties go to the lowest index.
 
 **The bound.** Let z, c be float32 vectors of dimension D, u = 2**-24, and write s = |c|^2 - 2 z.c, so
 that |z - c|^2 = |z|^2 + s. A sum of D + 1 products, in whatever order and with or without fused
 multiply-add, is off by at most gamma_{D+1} = (D+1)u / (1 - (D+1)u) times the sum of the products'
 magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1), which here is at
-most |c|^2 + 2|z||c| <= |z|^2 + 2|c|^2. To it come, in units of u(|z|^2 + 2|c|^2): 1.01 for rounding |c|^2,
+most |c|^2 + 2|z||c| <= |z|^2 + 2|c|^2. Added to that are, in units of u(|z|^2 + 2|c|^2): 1.01 for rounding |c|^2,
 4.01 for rounding the centred coordinates (below), 1.01 for the addition that makes an upper bound, and 1
-that pays for the rounding of the float64 distances themselves. All of it is covered by
+for the rounding of the float64 distances themselves. All of it is covered by
 
     |s_computed - s| <= kappa (|z|^2 + 2|c|^2) + eta,    kappa = gamma_{D+12},
 
-where eta = D 2**-118 stands for products that underflow. The part 2 kappa |c|^2 is subtracted from |c|^2
+where eta = D 2**-118 covers products that underflow. The part 2 kappa |c|^2 is subtracted from |c|^2
 before the GEMM, so an entry of a tile is a lower bound of s up to kappa |z|^2 + eta, and the entry plus
 4 kappa |c|^2 is an upper bound up to the same. If U is the float64 distance of the best candidate
 so far (or such an upper bound plus |z|^2), every candidate that could be as near has an entry
 
     <= U - |z|^2 + kappa |z|^2 + eta,
 
-and a tile whose minimum for a query is above that holds nothing for it. Nothing is assumed of the codes:
-unit vectors, very different norms, far from the origin and exact duplicates only change how many
-candidates are measured again.
+and a tile whose minimum for a query is above that contains no nearer candidate. Nothing is assumed of the codes:
+unit vectors, very different norms, a large offset from the origin and exact duplicates only change how many
+candidates are compared again.
 
 **Scaling and centring.** Coordinates are scaled by a power of two so that nothing overflows, and the mean of
 the candidates is subtracted, which makes the bound tight for points far from the origin. Both are
@@ -30,7 +30,7 @@ exact up to one rounding per coordinate (counted above), and affect the bound on
 taken from the original coordinates.
 
 Legend: N queries (n: of this worker), M candidates (m: of a block), D dimension, W workers,
-Q and C the queries and candidates of a tile, T tiles, E = D + 1, H queries that need a closer look, K pairs of
+Q and C the queries and candidates of a tile, T tiles, E = D + 1, H queries whose tile is refined, K pairs of
 (query, candidate).
 """
 
@@ -50,13 +50,13 @@ from ..models.comm import gather, rank, world_size
 _UNIT = 2.0**-24
 _CPU_TILE = (256, 1024)  # per thread: 1 MiB, about one core's second-level cache
 _GPU_TILE = (4096, 8192)
-_GROUP = 16  # tiles a side that share their preparation and the look at doubtful pairs
-_EXACT_NUMBERS = 1 << 21  # float64 numbers held at a time while pairs are measured again
-_NOBODY = torch.iinfo(torch.int64).max
+_GROUP = 16  # tiles per side that share their preparation and refinement
+_EXACT_NUMBERS = 1 << 21  # float64 numbers in memory at a time while pairs are compared again
+_NO_INDEX = torch.iinfo(torch.int64).max
 
 
 def nearest(z_ND: Tensor, candidates_MD: Tensor, first_index: int = 0) -> tuple[Tensor, Tensor]:
-    """The nearest candidate of every query, exactly.
+    """Find the exact nearest candidate of every query.
 
     Args:
         z_ND, candidates_MD: float32 on one device.
@@ -65,7 +65,7 @@ def nearest(z_ND: Tensor, candidates_MD: Tensor, first_index: int = 0) -> tuple[
         index_N (int64) and distance_N (float64): the *squared* Euclidean distance. Equal float64
         distances go to the lowest index. Memory is O(N + tile), never N x M.
     Raises:
-        UserError: a NaN or infinity, no candidates, or shapes and types that do not fit.
+        UserError: a NaN or infinity, no candidates, or shapes or types that do not match.
     """
     check_shapes(z_ND, candidates_MD)
     for name, x in (("queries", z_ND), ("candidates", candidates_MD)):
@@ -79,21 +79,21 @@ def nearest(z_ND: Tensor, candidates_MD: Tensor, first_index: int = 0) -> tuple[
 
 
 def ring_nearest(z_nD: Tensor, block_mD: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """The nearest of all workers' candidates for this worker's queries; every worker must call it.
+    """Collective: the nearest of all workers' candidates for this worker's queries.
 
     Blocks travel around a ring: while a worker compares its queries with one block it sends that block
     to the next worker and receives another. A ring and an all-gather move the same bytes, (W-1)/W of
-    the candidates into every worker; the ring holds three blocks at a time (its own, and two that
-    travel) where an all-gather holds W, and it has all but the last transfer behind the comparison.
-    So there is no all-gather here.
+    the candidates into every worker; the ring needs memory for three blocks (its own, and two in transfer)
+    where an all-gather needs W, and all but the last transfer overlap with the comparison. So there is no
+    all-gather here.
 
     Args:
         z_nD: this worker's queries. block_mD: this worker's candidates. Either may be empty, and sizes may
-            differ between workers. Candidates are numbered through, in the order of the ranks.
+            differ between workers. Candidates are numbered consecutively, in the order of the ranks.
     Returns:
         As `nearest`, for this worker's queries.
     Raises:
-        UserError: on every worker alike, where `nearest` would raise it on one.
+        UserError: on every worker, where `nearest` would raise it on one.
     """
     check_shapes(z_nD, block_mD)
     if world_size(group) == 1:
@@ -109,7 +109,7 @@ def ring_nearest(z_nD: Tensor, block_mD: Tensor, group: dist.ProcessGroup | None
 def around_the_ring(
     block_mK: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Every worker's block, with its owner's rank; the next one travels while the caller works on this one."""
+    """Yield every worker's block with its owner's rank, transferring the next one meanwhile."""
     world, own = len(sizes), rank(group)
     travelling = [block_mK.new_empty(max(sizes), block_mK.shape[1]) for _ in range(min(2, world - 1))]
     held_mK = block_mK.contiguous()
@@ -118,7 +118,7 @@ def around_the_ring(
         coming_mK, transfers = held_mK, []
         if turn < world - 1:
             coming_mK = travelling[turn % 2][: sizes[owner - 1]]
-            transfers = _pass_on(held_mK, coming_mK, group)
+            transfers = _start_transfer(held_mK, coming_mK, group)
         yield owner, held_mK
         for transfer in transfers:
             transfer.wait()
@@ -126,7 +126,7 @@ def around_the_ring(
 
 
 class NearestSearch:
-    """The running (distance, index) of each query's nearest candidate, fed one block of candidates at a time.
+    """Running (distance, index) of each query's nearest candidate, updated with one block of candidates at a time.
 
     The result does not depend on the order or the sizes of the blocks. Inputs must be finite
     (`nearest` and `ring_nearest` check that).
@@ -134,7 +134,7 @@ class NearestSearch:
 
     def __init__(self, z_ND: Tensor):
         self._z_ND = z_ND.detach()
-        self.index_N = torch.full((len(z_ND),), _NOBODY, dtype=torch.int64, device=z_ND.device)
+        self.index_N = torch.full((len(z_ND),), _NO_INDEX, dtype=torch.int64, device=z_ND.device)
         self.distance_N = torch.full((len(z_ND),), math.inf, dtype=torch.float64, device=z_ND.device)
         self.largest = float(self._z_ND.abs().max()) if z_ND.numel() else 0.0
         self.kappa = _gamma(z_ND.shape[1] + 12)
@@ -152,25 +152,25 @@ class NearestSearch:
                     self._compare(row, min(row + rows * _GROUP, len(self._z_ND)), block, rows)
 
     def _compare(self, start: int, stop: int, block: _Block, rows: int) -> None:
-        """Bring queries start..stop up to date with a block: a fast pass over all pairs, then the doubtful ones."""
+        """Update queries start..stop with a block: bounds of all pairs, then the exact distances of the close ones."""
         z_nD = self._z_ND[start:stop] * block.scale - block.centre_D
         slack_n = z_nD.double().square().sum(dim=1).mul_(self.kappa).add_(self._eta)
         reach_n = slack_n - z_nD.double().square().sum(dim=1)
         query_nE = torch.cat([z_nD.mul_(-2), torch.ones_like(z_nD[:, :1])], dim=1)
         smallest_Tn = _smallest(query_nE, block.tiles_EC, rows)
         favourite_n = smallest_Tn.argmin(dim=0)
-        for first_look in (True, False):  # once the favourite tiles are done, few others can hold anything nearer
+        for favourite in (True, False):  # after the favourite tiles, few others can contain a nearer candidate
             limit_n = self.distance_N[start:stop] * block.scale**2 + reach_n
             for number, smallest_n in enumerate(smallest_Tn):
-                doubtful_n = (smallest_n <= limit_n) & ((favourite_n == number) == first_look)
-                for row_H in doubtful_n.nonzero()[:, 0].split(2 * rows):
+                possible_n = (smallest_n <= limit_n) & ((favourite_n == number) == favourite)
+                for row_H in possible_n.nonzero()[:, 0].split(2 * rows):
                     limit_H = limit_n[row_H]
-                    self._look_closer(query_nE[row_H], row_H + start, limit_H, slack_n[row_H], block, number)
+                    self._refine(query_nE[row_H], row_H + start, limit_H, slack_n[row_H], block, number)
 
-    def _look_closer(
+    def _refine(
         self, query_HE: Tensor, row_H: Tensor, limit_H: Tensor, slack_H: Tensor, block: _Block, number: int
     ) -> None:
-        """Measure in float64 whatever in a tile could be as near as the best known for these queries."""
+        """Compute the float64 distances of all candidates of a tile that could be as near as the best known."""
         lower_HC = torch.mm(query_HE, block.tiles_EC[number])
         upper_H = (lower_HC + block.lifts_C[number]).amin(dim=1)
         limit_H = torch.minimum(limit_H, upper_H + 2 * slack_H)
@@ -184,18 +184,18 @@ class NearestSearch:
             self.merge(query_k, column_k + first_index, squared_distances(self._z_ND[query_k], block_MD[column_k]))
 
     def merge(self, query_K: Tensor, index_K: Tensor, distance_K: Tensor) -> None:
-        """Take measured pairs (query, candidate's index, float64 distance) into account."""
+        """Merge pairs (query, candidate's index, float64 distance) into the result."""
         before_K = self.distance_N[query_K]
         self.distance_N.scatter_reduce_(0, query_K, distance_K, "amin")
         now_K = self.distance_N[query_K]
-        # A nearer candidate makes the old index void; after that the lowest of the nearest counts.
-        self.index_N[query_K[now_K < before_K]] = _NOBODY
+        # A nearer candidate invalidates the old index; among equals the lowest index wins.
+        self.index_N[query_K[now_K < before_K]] = _NO_INDEX
         winner_K = distance_K == now_K
         self.index_N.scatter_reduce_(0, query_K[winner_K], index_K[winner_K], "amin")
 
 
 class _Block:
-    """Candidates made ready for the GEMM: scaled, centred, transposed, with their part of the bound."""
+    """Candidates prepared for the GEMM: scaled, centred, transposed, with their part of the bound."""
 
     def __init__(self, c_MD: Tensor, first_index: int, columns: int, search: NearestSearch):
         self.c_MD, self.first_index, self.columns = c_MD, first_index, columns
@@ -214,8 +214,8 @@ class _Block:
 def _smallest(query_nE: Tensor, tiles_EC: list[Tensor], rows: int) -> Tensor:
     """The smallest lower bound of every query in every tile, [T, n]: the hot loop, 2 n M D operations.
 
-    A minimum without its index is read at the speed of the cache, which `min` with indices is not
-    by an order of magnitude; so the index is found later, where it matters.
+    A minimum without its index runs at the speed of the cache; `min` with indices is slower by an order of magnitude.
+    So the index is found later, where it is needed.
     """
     smallest_Tn = query_nE.new_empty(len(tiles_EC), len(query_nE))
     buffer = query_nE.new_empty(rows * tiles_EC[0].shape[1])
@@ -231,8 +231,8 @@ def _smallest(query_nE: Tensor, tiles_EC: list[Tensor], rows: int) -> Tensor:
 def squared_distances(a_KD: Tensor, b_KD: Tensor) -> Tensor:
     """Squared Euclidean distances of pairs, float64 [K], summed in a fixed order.
 
-    The order (halves added to halves) does not depend on K, the tile or the device, as a library's
-    sum may. So equal pairs have equal distances, to the bit, and ties are ties everywhere.
+    The order (halves added to halves) does not depend on K, the tile or the device, unlike a library's
+    sum. So equal pairs have bitwise equal distances, and ties are ties everywhere.
     """
     square_KD = (a_KD.double() - b_KD.double()).square_()
     width = square_KD.shape[1]
@@ -243,8 +243,8 @@ def squared_distances(a_KD: Tensor, b_KD: Tensor) -> Tensor:
     return square_KD[:, 0].clone()
 
 
-def _pass_on(held_mD: Tensor, coming_mD: Tensor, group: dist.ProcessGroup | None) -> list[dist.Work]:
-    """Start sending the held block to the next rank and receiving another; empty blocks do not travel."""
+def _start_transfer(held_mD: Tensor, coming_mD: Tensor, group: dist.ProcessGroup | None) -> list[dist.Work]:
+    """Start sending this block to the next rank and receiving another; empty blocks are not sent."""
     world, own = world_size(group), rank(group)
     peers = [(own + 1) % world, (own - 1) % world]
     if group is not None:
@@ -258,7 +258,7 @@ def _pass_on(held_mD: Tensor, coming_mD: Tensor, group: dist.ProcessGroup | None
 
 
 def agreed_sizes(z_nD: Tensor, block_mD: Tensor, group: dist.ProcessGroup | None) -> list[int]:
-    """Every worker's block size, after making sure that all workers can go on or none does."""
+    """Collective: every worker's block size; raises UserError on all workers if the input of one is invalid."""
     mine = [len(block_mD), z_nD.shape[1], _unusable(z_nD), _unusable(block_mD)]
     mine_4 = torch.tensor(mine, dtype=torch.int64, device=z_nD.device)
     sizes, dims, bad_queries, bad_candidates = zip(*gather(mine_4, group).tolist(), strict=True)
@@ -281,12 +281,12 @@ def check_shapes(z_ND: Tensor, candidates_MD: Tensor) -> None:
 
 
 def _unusable(x_ND: Tensor) -> int:
-    """How many rows hold a NaN or an infinity; both survive a maximum of magnitudes."""
+    """Count the rows with a NaN or an infinity; a maximum of magnitudes preserves both."""
     return sum(int((~part.abs().amax(dim=1).isfinite()).sum()) for part in x_ND.detach().split(1 << 16) if len(part))
 
 
 def _not_finite(bad: int, name: str) -> str:
-    return f"{bad} of the {name} hold NaN or infinity, so they have no nearest neighbour; the training has diverged"
+    return f"{bad} of the {name} contain NaN or infinity, so they have no nearest neighbour; the training has diverged"
 
 
 def _tile(device: torch.device) -> tuple[int, int]:
@@ -300,18 +300,18 @@ def _gamma(n: int) -> float:
 
 
 def _power_of_two(largest: float) -> float:
-    """A factor that brings numbers up to `largest` into [-1/2, 1/2], within float32's own range."""
+    """A power of two that scales numbers up to `largest` into [-1/2, 1/2], within float32's range."""
     return 2.0 ** max(-126, min(126, -math.frexp(largest)[1] - 1)) if largest else 1.0
 
 
 def _round_up(x_H: Tensor) -> Tensor:
-    """float32 numbers that are not below the float64 ones."""
+    """Round float64 numbers up to float32."""
     return torch.nextafter(x_H.float(), torch.full_like(x_H, math.inf, dtype=torch.float32))
 
 
 @contextlib.contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32: the bound does not hold for TF32 or bfloat16 tensor cores."""
+    """Compute float32 products in float32: the bound does not hold for TF32 or bfloat16 tensor cores."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""Which worker owns which rows and in which order it visits them: pure functions, nothing to save.
+"""Assignment of rows to workers, and the order of visits: pure functions, so nothing has to be saved.
 
 Legend: B rows of a local batch, N rows of the data set, n rows of one worker, S steps, W workers.
 """
@@ -16,7 +16,7 @@ _LOCAL, _GLOBAL = 1, 2  # keeps the permutations of stage 1 and stage 2 apart fo
 
 
 def ranges(rows: int, world: int) -> list[range]:
-    """The contiguous rows of every worker, equal to within one row; the first ones hold the extra row."""
+    """The contiguous rows of every worker, equal to within one row; the first workers have the extra row."""
     share, extra = divmod(rows, world)
     starts = [rank * share + min(rank, extra) for rank in range(world + 1)]
     return [range(start, stop) for start, stop in pairwise(starts)]
@@ -24,14 +24,14 @@ def ranges(rows: int, world: int) -> list[range]:
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's part of the global batches of stage 1: rows are dealt like cards.
+    """One worker's share of the global batches of stage 1: rows are dealt round-robin.
 
     Row k of worker w is number k W + w of the epoch, and a global batch is the next `batch` numbers. So a global
     batch has `batch` rows and an epoch ceil(N / batch) steps whatever W is, and workers' parts differ by one row.
 
     Args:
         batch: rows of a global batch.
-        rank, world: which worker of how many.
+        rank, world: the worker's rank, and the number of workers.
         accumulation: micro-batches that a local batch is cut into.
     """
 
@@ -46,19 +46,19 @@ class Share:
         return self.accumulation * _ceil(self.batch, self.world * self.accumulation)
 
     def dealt(self, steps: int) -> int:
-        """Rows that this worker has been dealt in the first `steps` global batches."""
+        """Rows of this worker in the first `steps` global batches."""
         return _ceil(steps * self.batch - self.rank, self.world) if steps else 0
 
     def steps(self, rows: int) -> int:
-        """Global batches until this worker has been dealt so many rows."""
+        """Global batches until this worker has had `rows` rows."""
         return ((rows - 1) * self.world + self.rank) // self.batch + 1 if rows else 0
 
 
 def steps_left(epoch: int, share: Share, visited_n: np.ndarray, first_step: int = 0) -> int:
-    """Steps that one worker still needs in `epoch` from `first_step` on; all workers take the largest of these.
+    """Steps that one worker still needs in `epoch` from `first_step` on; the epoch has the maximum over workers.
 
     Args:
-        visited_n: how often each row of the worker has been visited since the start of the run.
+        visited_n: visits of each row of the worker since the start of the run.
     """
     rows = int(np.count_nonzero(visited_n <= epoch))
     return share.steps(share.dealt(first_step) + rows) - first_step if rows else 0
@@ -78,18 +78,18 @@ def epoch_plan(
     Args:
         epoch: counted from 0.
         steps: number of batches to return, the same on every worker: the largest `steps_left` of all.
-        visited_n: visits of each row since the start of the run; rows visited more than `epoch`
-            times have had their turn and are left out. None: nobody has.
-        first_step: number of the first batch, so that a continued epoch counts on.
+        visited_n: visits of each row since the start of the run; rows with more than `epoch` visits are done in
+            this epoch and left out. None: no row is done.
+        first_step: number of the first batch, for an epoch that is resumed.
     Returns:
         `steps` batches, numbered from `first_step`. A short or empty batch is padded to `share.size` rows
         with a real row of the range at weight zero. The order of the rows depends on (seed, epoch,
         range) alone: leaving out visited rows does not change the order of the others.
     Raises:
-        ValueError: an empty range (it has no row to pad with), or more rows than `steps` batches hold.
+        ValueError: an empty range (without a row to pad with), or more rows than fit in `steps` batches.
     """
     if not rows_of_worker:
-        raise ValueError("a worker needs at least one row: there are more workers than rows")
+        raise ValueError("a worker needs at least one row, but there are more workers than rows")
     order_n = _permutation(len(rows_of_worker), _LOCAL, seed, epoch, rows_of_worker.start, rows_of_worker.stop)
     if visited_n is not None:
         if visited_n.shape != order_n.shape:
@@ -109,7 +109,7 @@ def epoch_plan(
 
 
 def global_batches(seed: int, epoch: int, rows: int, batch: int) -> list[np.ndarray]:
-    """Stage 2: a permutation of all N rows cut in global batches; the last may be short.
+    """The global batches of stage 2: a permutation of all N rows, cut; the last batch may be short.
 
     It does not depend on the number of workers, so neither does the path of the mapping.
     """
@@ -118,10 +118,10 @@ def global_batches(seed: int, epoch: int, rows: int, batch: int) -> list[np.ndar
 
 
 def _permutation(n: int, *key: int) -> np.ndarray:
-    """A permutation of 0..n-1 that is the same on every machine and numpy version.
+    """A permutation of 0..n-1, the same on every machine and with every numpy version.
 
-    Only raw bit generators promise a stable stream (NEP 19), `Generator.permutation` does not: so
-    raw words of Philox are ranked. 64-bit words practically never tie; a stable sort settles it.
+    NEP 19 guarantees a stable stream for raw bit generators, not for `Generator.permutation`, so raw words of Philox
+    are ranked. Ties of 64-bit words, which practically never occur, are resolved by a stable sort.
     """
     words = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)

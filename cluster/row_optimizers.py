@@ -1,9 +1,9 @@
-"""Optimisers whose state belongs to single rows: a row that is not visited does not move.
+"""Optimisers with state per row: a row that is not visited does not move.
 
-Pure arithmetic on the rows of one batch, gathered by the caller. The moments of a row and its step
-counter travel with the row, so its path depends on its own visits only, never on the batch it came in.
+Pure arithmetic on the rows of one batch, gathered by the caller. Moments and step counter belong to the row, so its
+path depends on its own visits alone, never on the composition of batches.
 
-Legend: B rows of a batch, D latent dimension, n rows held.
+Legend: B rows of a batch, D latent dimension, n rows of a shard.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Moments = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class RowAdam:
-    """Adam (Kingma & Ba 2015, Algorithm 1) with every row's own bias correction. State: 2 D numbers a row."""
+    """Adam (Kingma & Ba 2015, Algorithm 1) with bias correction per row. State: 2 D numbers a row."""
 
     betas: tuple[float, float] = (0.5, 0.999)
     eps: float = 1e-8
 
     def moments(self, n: int, dim: int) -> Moments:
-        """Fresh state of n rows."""
+        """Initial state of n rows."""
         return {"exp_avg": torch.zeros(n, dim), "exp_avg_sq": torch.zeros(n, dim)}
 
     def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, lr: float) -> Tensor:
@@ -34,15 +34,15 @@ class RowAdam:
         Args:
             z_BD, grad_BD: float32 codes and the gradient of each row's own loss.
             moments_B: the state of these rows, changed in place.
-            visits_B: how often each row has been visited, this visit included.
+            visits_B: visits of each row, this one included.
         Returns:
-            The moved codes, not yet projected.
+            The updated codes, not yet projected.
         """
         beta1, beta2 = self.betas
         mean, square = moments_B["exp_avg"], moments_B["exp_avg_sq"]
         mean.lerp_(grad_BD, 1 - beta1)
         square.mul_(beta2).addcmul_(grad_BD, grad_BD, value=1 - beta2)
-        # 1 - beta**t cancels badly in float32 while t is small.
+        # In float32, 1 - beta**t suffers from cancellation while t is small.
         visits_B1 = visits_B.double()[:, None]
         rate_B1 = (lr / (1 - beta1**visits_B1)).float()
         scale_B1 = (1 - beta2**visits_B1).rsqrt().float()
@@ -56,7 +56,7 @@ class RowAdagrad:
     eps: float = 1e-10
 
     def moments(self, n: int, dim: int) -> Moments:
-        """Fresh state of n rows; one number each, whatever the dimension."""
+        """Initial state of n rows: one number each, whatever the dimension."""
         return {"accumulator": torch.zeros(n)}
 
     def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, lr: float) -> Tensor:
@@ -70,10 +70,10 @@ RowOptimizer = RowAdam | RowAdagrad
 
 
 def row_optimizer(name: Literal["adam", "adagrad"], betas: tuple[float, float]) -> RowOptimizer:
-    """The optimiser that the configuration names; `betas` are Adam's."""
+    """The optimiser of that name; `betas` apply to Adam."""
     return RowAdam(betas) if name == "adam" else RowAdagrad()
 
 
 def usable_rows(grad_BD: Tensor) -> Tensor:
-    """bool_B: the rows whose gradient and its square are finite, so that their state stays finite too."""
+    """Whether each row's gradient and its square are finite, so that its state stays finite too (bool_B)."""
     return grad_BD.square().isfinite().all(dim=1)
