@@ -1,4 +1,4 @@
-"""`glann data`: pack images into shards, look at them, check them."""
+"""`glann data`: pack images into shards, describe and verify data sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ExitStatus
 if TYPE_CHECKING:
     from ..config.sections import S3Config
 
-data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, look at them, check them.")
+data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, describe and verify data sets.")
 
 Endpoint = Annotated[
     str | None, typer.Option("--endpoint-url", help="S3 endpoint; empty means AWS_ENDPOINT_URL, then AWS")
@@ -22,7 +22,7 @@ Endpoint = Annotated[
 
 
 class CropChoice(Enum):
-    """How an image becomes a square."""
+    """Ways to make an image square."""
 
     center = "center"
     pad = "pad"
@@ -30,7 +30,7 @@ class CropChoice(Enum):
 
 
 class Format(StrEnum):
-    """How images are stored."""
+    """Formats of packed images."""
 
     jpeg = "jpeg"
     png = "png"
@@ -49,19 +49,19 @@ def pack(
     resolution: Annotated[int, typer.Option(help="side of the packed square images in pixels")],
     channels: Annotated[int, typer.Option(help="3 (RGB) or 1 (grey)")] = 3,
     crop: Annotated[
-        CropChoice, typer.Option(help="center: cut the middle; pad: keep all; none: refuse what is not square")
+        CropChoice, typer.Option(help="center: cut the middle; pad: keep all; none: reject images that are not square")
     ] = CropChoice.center,
     image_format: Annotated[Format | None, typer.Option("--format", help="empty: png up to 64 px, jpeg above")] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="of jpeg and webp")] = 95,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="quality of jpeg and webp")] = 95,
     shard_size: Annotated[float, typer.Option(min=0.001, help="megabytes per shard")] = 256.0,
     workers: Annotated[int, typer.Option(min=1, help="encoding threads")] = 2,
     name: Annotated[str | None, typer.Option(help="prefix of the shards; empty: the last part of DST")] = None,
     skip_corrupt: Annotated[
-        bool, typer.Option("--skip-corrupt", help="leave unreadable images out; each is named")
+        bool, typer.Option("--skip-corrupt", help="leave out unreadable images; each is logged")
     ] = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Pack images into webdataset shards with an index. Interrupted? The same command goes on.
+    """Pack images into webdataset shards with an index. The same command resumes after an interruption.
 
     \b
     glann data pack digits data/digits-28 --resolution 28 --channels 1
@@ -90,7 +90,7 @@ def pack(
 
 @data_app.command()
 def info(url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoint = None) -> None:
-    """Say what a packed data set holds."""
+    """Describe a packed data set."""
     from ..datasets.verify import describe
 
     for key, value in describe(url, s3_at(endpoint)).items():
@@ -99,7 +99,7 @@ def info(url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoint 
 
 @data_app.command()
 def verify(url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoint = None) -> None:
-    """Read every shard and compare it with the index; the exit status is 1 if anything is damaged."""
+    """Check every shard against the index; the exit status is 1 if anything is damaged."""
     from ..datasets.verify import verify as run
 
     with _progress("verifying") as progress:
@@ -113,7 +113,7 @@ def verify(url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoin
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, moved by calling with images done and images in all."""
+    """A progress bar on stderr; call it with images done and images in all."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -125,7 +125,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def s3_at(endpoint: str | None) -> S3Config:
-    """S3 as the environment says, at another endpoint if one is given."""
+    """The default S3 configuration, with another endpoint if one is given."""
     from ..config.sections import S3Config
 
     return S3Config(endpoint_url=endpoint)

@@ -1,4 +1,4 @@
-"""The `glann` command: thin; each subcommand imports what it needs when it runs, so `--help` is instant.
+"""The `glann` command. Each subcommand imports its dependencies when it runs, so that `--help` is fast.
 
 Exit statuses: `errors.ExitStatus`.
 """
@@ -40,8 +40,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(registry_app, name="registry")
 
-RecipeArg = Annotated[str, typer.Argument(metavar="CONFIG", help="a recipe's name or a YAML file; see `glann recipes`")]
-MaybeRecipeArg = Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="a recipe's name or a YAML file")]
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe's name or a YAML file; see `glann recipes`")]
+MaybeRecipeArg = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="a recipe's name or a YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. glo.epochs=100; see `glann config --keys`")
 ]
@@ -49,8 +49,10 @@ SourceArg = Annotated[
     str, typer.Argument(metavar="SOURCE", help="a run folder, models:/name@alias, or an s3:// address of a model")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="the same seed draws the same images")]
-Truncation = Annotated[float, typer.Option(min=0.0, max=10.0, help="factor of the noise; below 1: safer, less varied")]
-Device = Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")]
+Truncation = Annotated[
+    float, typer.Option(min=0.0, max=10.0, help="factor of the noise; below 1: higher quality, less variety")
+]
+Device = Annotated[str, typer.Option(help="device: cpu, cuda, cuda:1")]
 
 
 SamplerName = Annotated[
@@ -59,7 +61,7 @@ SamplerName = Annotated[
         "--sampler",
         "--method",
         metavar="KIND",
-        help="what draws the codes; empty means the model's own, gaussian is the baseline. --method is the old name",
+        help="sampler of the codes; empty means the model's own, gaussian is the baseline. --method is the old name",
     ),
 ]
 
@@ -74,19 +76,21 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="and exit")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+    ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="show where an error arose (anywhere on the line)")
+        bool, typer.Option("--traceback", help="print the traceback of an error (anywhere on the line)")
     ] = False,
 ) -> None:
     """Train GLANN on a cluster: non-adversarial image generation with one latent code per image.
 
     \b
     glann train digits                          5,000 digits, two workers, no GPU
-    glann train celebahq-1024 --dry-run         what it would cost
+    glann train celebahq-1024 --dry-run         the estimated cost, without training
     glann sample runs/digits --out samples.png  new images from a finished run
-    glann doctor celebahq-1024                  is this cluster ready for it?
-    glann submit celebahq-1024 ...              train on a cluster that is somewhere else
+    glann doctor celebahq-1024                  check that this cluster is ready for it
+    glann submit celebahq-1024 ...              train on a remote cluster
     glann tune digits                           search for better values of a recipe
     """
 
@@ -96,10 +100,10 @@ def train(
     config: RecipeArg,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the plan (cost, memory, time) and train nothing")
+        bool, typer.Option("--dry-run", help="print the plan (cost, memory, time) without training")
     ] = False,
 ) -> None:
-    """Train both stages, or go on where an interrupted run stopped: it is the same command.
+    """Train both stages, or resume an interrupted run: the same command does both.
 
     \b
     glann train digits
@@ -125,7 +129,7 @@ app.command()(tune)
 @app.command()
 def sample(
     source: SourceArg,
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="how many images")] = 64,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="number of images")] = 64,
     seed: Seed = 0,
     truncation: Truncation = 1.0,
     sampler: SamplerName = None,
@@ -154,7 +158,7 @@ def sample(
 @app.command()
 def interpolate(
     source: SourceArg,
-    pairs: Annotated[int, typer.Option(min=1, help="how many pairs of images, one row each")] = 8,
+    pairs: Annotated[int, typer.Option(min=1, help="number of pairs of images, one row each")] = 8,
     steps: Annotated[int, typer.Option(min=2, help="images per row, ends included")] = 8,
     seed: Seed = 0,
     truncation: Truncation = 1.0,
@@ -165,7 +169,7 @@ def interpolate(
     device: Device = "cpu",
     endpoint: Endpoint = None,
 ) -> None:
-    """Draw the way from one image to another, a row per pair.
+    """Draw interpolations between pairs of images, one row per pair.
 
     \b
     glann interpolate runs/faces-64 --pairs 6 --steps 10 --out faces.png
@@ -184,22 +188,22 @@ def interpolate(
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/digits, or models:/name@alias")],
     extractor: Annotated[
-        str | None, typer.Option(help="squeezenet, lite0, vgg16 or inception; empty means the run's own choice")
+        str | None, typer.Option(help="squeezenet, lite0, vgg16 or inception; empty: as configured in the run")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="images drawn; empty means the run's own choice")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="images to draw; empty: as configured in the run")] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="URL", help="packed images to compare with; empty means those of the training")
+        str | None, typer.Option(metavar="URL", help="packed images to compare with; empty: the training images")
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Measure a finished run: reconstruction error and Frechet distance with a named extractor.
+    """Evaluate a finished run: reconstruction error, and Frechet distance with a named extractor.
 
     \b
     glann evaluate runs/digits --extractor lite0 --samples 5000
     glann evaluate models:/digits@champion --data data/digits-28
 
-    `gaussian/...` is the same metric of codes drawn from a Gaussian, without stage 2.
+    `gaussian/...` is the same metric for codes drawn from a Gaussian, without stage 2.
     """
     from ..config.run import validate
     from ..metrics.evaluate import evaluate as measure
@@ -215,16 +219,16 @@ def evaluate(
     manifest, model = open_model(run, s3=config.s3, device=device)
     results = measure(config, manifest, model, seed=seed, device=device, data=data, with_codes=not is_registered(run))
     if all(METRICS[result.metric].of_samples for result in results):
-        typer.echo("reconstruction is not measured: it needs the codes in a run folder, and their images", err=True)
+        typer.echo("reconstruction is not measured: it needs a run folder with its codes, and their images", err=True)
     for name, value in by_key(results, model.own).items():
         typer.echo(f"{name:32} {value:.6g}")
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="of a run or a study, such as runs/digits")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a run or a study, such as runs/digits")],
 ) -> None:
-    """Write report.html of a run or a study, finished or not: one file with all that there is to see.
+    """Write report.html of a run or a study, finished or not: one self-contained file.
 
     \b
     glann report runs/digits
@@ -244,7 +248,7 @@ def show_config(
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of every key")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="list every key with its default and meaning")] = False,
 ) -> None:
-    """Print a configuration as it would be used, or what can be configured.
+    """Print the resolved configuration of a recipe, or the reference of all keys.
 
     \b
     glann config digits glo.epochs=10       the resolved YAML
@@ -257,7 +261,7 @@ def show_config(
     from ..config.run import Config
 
     if schema + keys + (config is not None) != 1:
-        raise UserError("give one of: a CONFIG, --keys or --schema; see `glann config --help`")
+        raise UserError("give one of: RECIPE, --keys or --schema; see `glann config --help`")
     if schema:
         typer.echo(json.dumps(Config.model_json_schema(), indent=2))
     elif keys:
@@ -281,13 +285,13 @@ def recipes() -> None:
 
 @app.command()
 def doctor(config: MaybeRecipeArg = None, overrides: Overrides = None) -> None:
-    """Check versions, accelerators, Ray, MLflow, storage, data and disks; one line each.
+    """Check versions, accelerators, Ray, MLflow, storage, data and disks; one line per check.
 
     \b
     glann doctor
     glann doctor celebahq-1024 data.url=s3://bucket/celebahq-1024 cluster.address=auto
 
-    The exit status is 1 if anything is bad.
+    The exit status is 1 if a check fails.
     """
     from ..cluster.doctor.checks import checks
 
@@ -306,43 +310,43 @@ app.command(hidden=True)(leave)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit; whatever goes wrong is told in one line on stderr."""
+    """Run the command line and exit; errors are printed to stderr in one line."""
     given = sys.argv[1:] if arguments is None else arguments
-    show = "--traceback" in given  # wherever it stands: people add it to the end of the line that failed
+    show = "--traceback" in given  # at any position: it is often added to the end of a failed command
     given = [argument for argument in given if argument != "--traceback"]
     try:
         app(args=given, prog_name="glann")
     except SystemExit as exit:
         if exit.code == ExitStatus.INTERRUPTED:
-            _tell("interrupted" + ("; the same command continues the run" if given[:1] == ["train"] else ""))
+            _print_error("interrupted" + ("; the same command resumes the run" if given[:1] == ["train"] else ""))
         raise
     except Exception as error:
         if show:
-            sys.excepthook = _traceback  # shows it as Python does, without passwords
+            sys.excepthook = _traceback  # Python's own traceback, without passwords
             raise
         message, status = explain(error)
-        _tell(message)
+        _print_error(message)
         sys.exit(status)
     sys.exit(ExitStatus.OK)
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """The line to print for an error, and the exit status."""
+    """The error line to print, and the exit status."""
     if isinstance(error, GlannError):
         return f"{'stopped' if error.exit_status == ExitStatus.STOPPED else 'error'}: {error}", error.exit_status
     if isinstance(error, OSError) and error.strerror:
         return f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), ExitStatus.ENVIRONMENT
     what = f"unexpected {type(error).__name__}: {one_line(error, 300)}"
-    return f"error: {what}; this is a bug, run it again with --traceback and report it", ExitStatus.BUG
+    return f"error: {what}; this is a bug: run the command again with --traceback and report it", ExitStatus.BUG
 
 
 def _traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
     import traceback
 
-    _tell(redact("".join(traceback.format_exception(kind, error, at))))
+    _print_error(redact("".join(traceback.format_exception(kind, error, at))))
 
 
-def _tell(line: str) -> None:
+def _print_error(line: str) -> None:
     print(line, file=sys.stderr)
 
 
@@ -359,7 +363,7 @@ def _load(config: str, overrides: list[str] | None) -> Config:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse, before anything is computed, a place that images cannot be saved to."""
+    """Reject an output path that images cannot be saved to, before anything is computed."""
     if out.suffix.lower() not in ("", ".png", ".npz"):
         raise UserError(f"--out {out}: use x.png for one grid, x.npz for an array, or a folder without a suffix")
     if out.suffix == "" and out.is_file():
@@ -369,7 +373,7 @@ def _check_out(out: Path) -> None:
 
 
 def _save_images(batches: Iterable[NDArray[uint8]], out: Path, columns: int | None = None) -> None:
-    """Save batches [B, H, W, C] as one grid (x.png), one array (x.npz) or a folder of PNGs, by the name of `out`."""
+    """Save batches [B, H, W, C] as one grid (x.png), one array (x.npz) or a folder of PNGs; `out` decides."""
     import numpy as np
     from PIL import Image
 
@@ -384,6 +388,6 @@ def _save_images(batches: Iterable[NDArray[uint8]], out: Path, columns: int | No
         write_whole(out, lambda file: np.savez_compressed(file, images=images_NHWC))
     else:
         numbered = enumerate(image_HWC for batch in batches for image_HWC in batch)
-        for number, image_HWC in numbered:  # perhaps 50,000: not each waits for the disk
+        for number, image_HWC in numbered:  # there may be 50,000 files: no sync for each
             picture = Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC)
             save(picture, out / f"{number:06d}.png", durable=False)

@@ -1,4 +1,4 @@
-"""`glann registry`: trained models by name and version, and which of them is in use."""
+"""`glann registry`: trained models by name and version, and the champion of each name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from .table import print_table
 if TYPE_CHECKING:
     from ..tracking.registry.catalogue import ModelEntry, Version
 
-registry_app = typer.Typer(
-    no_args_is_help=True, help="Name trained models, compare them, choose the one that is in use."
-)
+registry_app = typer.Typer(no_args_is_help=True, help="Register trained models, compare versions, choose the champion.")
 
-NameArg = Annotated[str, typer.Argument(metavar="NAME", help="of the model, as registered")]
-Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="is written down with who and when")]
+NameArg = Annotated[str, typer.Argument(metavar="NAME", help="name of the registered model")]
+Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="reason; recorded with user and time")]
 METRICS_SHOWN = 3
 
 
@@ -27,7 +25,7 @@ def list_models() -> None:
     \b
     glann registry list
 
-    The registry is that of MLFLOW_TRACKING_URI, or of mlflow.db in this folder.
+    The registry is the one at MLFLOW_TRACKING_URI, or in mlflow.db in this folder.
     """
     from ..tracking.registry import catalogue
     from ..tracking.registry.client import CHALLENGER, CHAMPION, opened
@@ -49,7 +47,7 @@ def list_models() -> None:
 
 @registry_app.command()
 def show(name: NameArg) -> None:
-    """Show the versions of a model, the newest first, and when which of them became champion.
+    """Show the versions of a model, the newest first, and the history of its champion.
 
     \b
     glann registry show digits
@@ -72,19 +70,21 @@ def show(name: NameArg) -> None:
 def register(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="a run folder, that of a study (its best trial), or an MLflow run id"),
+        typer.Argument(metavar="RUN", help="a run folder, a study folder (its best trial), or an MLflow run id"),
     ],
-    name: Annotated[str | None, typer.Option("--as", metavar="NAME", help="empty means the name of the run")] = None,
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="name of the model; empty means the name of the run")
+    ] = None,
 ) -> None:
-    """Make a finished run the newest version of a model, its challenger.
+    """Register a finished run as the newest version of a model, its challenger.
 
     \b
     glann registry register runs/digits
     glann registry register studies/digits-study --as digits                     its best trial
     glann registry register studies/digits-study/trials/digits-study-0007 --as digits
 
-    `tracking.register_as=NAME` does the same at the end of `glann train`. A run that MLflow does not have
-    (tracking.enabled=false) is sent there first. Registering a run twice makes one version.
+    `tracking.register_as=NAME` does the same at the end of `glann train`. A run that is not in MLflow
+    (tracking.enabled=false) is sent there first. Registering a run twice creates one version.
     """
     from ..tracking.registry.registration import register_run
     from ..tuning.folder import best_run, is_study
@@ -101,30 +101,32 @@ def register(
 @registry_app.command()
 def promote(
     name: NameArg,
-    version: Annotated[int | None, typer.Option(min=1, metavar="V", help="empty means the challenger")] = None,
+    version: Annotated[
+        int | None, typer.Option(min=1, metavar="V", help="version to promote; empty means the challenger")
+    ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="also if it is worse, or of another data set or resolution")
+        bool, typer.Option("--force", help="promote also if it is worse, or of another data set or resolution")
     ] = False,
     why: Why = "",
     data: Annotated[
-        str | None, typer.Option(metavar="URL", help="packed images to compare with; empty means those of the training")
+        str | None, typer.Option(metavar="URL", help="packed images to compare with; empty: the training images")
     ] = None,
     extractor: Annotated[
-        str | None, typer.Option(help="squeezenet, lite0, vgg16 or inception; empty means the run's own choice")
+        str | None, typer.Option(help="squeezenet, lite0, vgg16 or inception; empty: as configured in the run")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="images drawn; empty means the run's own choice")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of the images that both draw")] = 0,
-    device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
+    samples: Annotated[int | None, typer.Option(min=2, help="images to draw; empty: as configured in the run")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of the images that both draw")] = 0,
+    device: Annotated[str, typer.Option(help="device: cpu, cuda, cuda:1")] = "cpu",
 ) -> None:
-    """Make the challenger the champion, if it is not worse.
+    """Promote the challenger to champion if it is not worse.
 
     \b
     glann registry promote digits --why "twice the epochs"
     glann registry promote faces --version 3 --extractor lite0 --samples 10000 --device cuda
     glann registry promote faces --data s3://bucket/faces-held-out
 
-    Both are measured: Frechet distance of as many samples of the same seed to the same images. A worse one is
-    refused with status 2, and nothing changes. Afterwards models:/NAME@champion is the new one everywhere.
+    Both are evaluated: Frechet distance of the same number of samples of the same seed to the same images. A worse
+    challenger is rejected with status 2 and nothing changes. Afterwards models:/NAME@champion is the new version.
     """
     from ..tracking.registry.promote import Conditions
     from ..tracking.registry.promote import promote as run
@@ -135,7 +137,7 @@ def promote(
 
 @registry_app.command()
 def rollback(name: NameArg, why: Why = "") -> None:
-    """Make the champion before the present one champion again; once more goes one further back.
+    """Restore the previous champion; repeat it to go back further.
 
     \b
     glann registry rollback digits --why "blurred sevens"
@@ -167,7 +169,7 @@ def _row(entry: ModelEntry, version: Version) -> tuple[str, ...]:
 
 
 def _metrics(version: Version) -> str:
-    """The first few metrics, the baseline's left out."""
+    """The first few metrics, without the baseline's."""
     from ..metrics.result import OWN, from_key
 
     shown = [(name, value) for name, value in sorted(version.metrics.items()) if from_key(name)[1] in (None, OWN)]

@@ -1,4 +1,4 @@
-"""How commands list things: a table for people, tab-separated lines for programs."""
+"""Listings of commands: a table on a terminal, tab-separated lines otherwise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 
 def print_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], empty: str) -> None:
-    """Print rows below their headings; `empty` says to people that there are none."""
+    """Print rows below a header; on a terminal, print `empty` if there are none."""
     rows = list(rows)
     if not sys.stdout.isatty():
         for row in (head, *rows):

@@ -1,4 +1,4 @@
-"""`glann tune`: a study from the command line."""
+"""`glann tune`: run a study."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ if TYPE_CHECKING:
 
 
 def tune(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="a YAML file, or the name of a study that ships along")],
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="a YAML file, or the name of a bundled study")],
     trials: Annotated[
-        int | None, typer.Option(min=1, help="how many in all, the base recipe's among them; empty: as the study says")
+        int | None,
+        typer.Option(min=1, help="number of trials in all, the base recipe's included; empty: as in the study"),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on only: refuse where there is nothing to go on")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="only resume: fail if there is no study to resume")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the trials it would begin with and their cost, start nothing")
+        bool, typer.Option("--dry-run", help="print the first trials and their cost, start nothing")
     ] = False,
 ) -> None:
-    """Search for better values of a recipe, or go on where an interrupted study stopped: it is the same command.
+    """Search for better values of a recipe, or resume an interrupted study: the same command does both.
 
     \b
     glann tune digits                        12 trials over both stages, two workers, no GPU
     glann tune my-study.yaml --trials 50
-    glann tune my-study.yaml --dry-run       what it would try, and what that costs
+    glann tune my-study.yaml --dry-run       the first trials and their cost
 
     The study's folder, studies/NAME, has report.html with the leaderboard and the best trial's command.
     """
@@ -47,12 +46,12 @@ def tune(
     from ..tuning.driver import run_study
 
     report = run_study(loaded, console, resume)
-    tell_best(loaded, console)
-    console.print(f"look at {report}", soft_wrap=True)
+    print_best(loaded, console)
+    console.print(f"report: {report}", soft_wrap=True)
 
 
-def tell_best(study: StudyConfig, console: Console) -> None:
-    """The best trial beside the base recipe, and how to go on with it."""
+def print_best(study: StudyConfig, console: Console) -> None:
+    """Print the best trial beside the base recipe, and the commands to train and register it."""
     from ..tuning.ledger import BASELINE, best_of, in_words, trials
     from ..tuning.report.leaderboard import command
 
@@ -61,7 +60,7 @@ def tell_best(study: StudyConfig, console: Console) -> None:
     console.print(f"{study.name}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
     best, base = best_of(found.values(), study.minimize), found.get(BASELINE)
     if best is None:
-        console.print("no trial has finished; why is in the report")
+        console.print("no trial has finished; the report has the reasons")
         return
     values = in_words(best.params)
     console.print(f"best: trial {best.number}, {study.metric} {best.value:.4g}, {values}", soft_wrap=True)

@@ -1,1 +1,1 @@
-"""A trained model: its package on disk, and drawing from it."""
+"""Packaged models on disk, and sampling from them."""

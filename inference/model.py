@@ -1,7 +1,7 @@
-"""Drawing images from a trained model: x = G(z), where a sampler makes the code z of normal noise e.
+"""Sampling from a trained model: x = G(z), where a sampler maps normal noise e to the code z.
 
 Image i of seed s of a kind of sampler is always the same image: its noise is a function of (kind, s, i) alone, the
-networks are in eval mode, and nothing depends on how the images were cut into batches.
+networks are in eval mode, and nothing depends on how the images are cut into batches.
 
 Legend: B batch, N images, P pairs, S steps, D latent dimension, E noise dimension, H W pixels, C channels.
 """
@@ -23,15 +23,14 @@ from ..models.noise import Stream, noise, stream_of
 
 Images = NDArray[np.uint8]
 DEFAULT_BATCH = 64
-OLD_NAMES = {"glo": "gaussian"}  # what `method` called a kind
+OLD_NAMES = {"glo": "gaussian"}  # kinds by their names in `method`
 
 
 @dataclass(eq=False)
 class SamplingModel:
-    """G and its samplers by kind, ready to draw from.
+    """G and its samplers by kind, in eval mode.
 
-    `own` is the kind that the model was trained with; `source` is where the model was read from and occurs in
-    messages.
+    `own` is the kind that the model was trained with; `source` is the origin of the model, for messages.
     """
 
     generator: nn.Module
@@ -66,14 +65,14 @@ class SamplingModel:
         """The first n images of a seed, uint8 [n, H, W, C].
 
         Args:
-            truncation: factor of the noise. 1 samples the model; less keeps to its likely middle, trading
-                variety for quality; 0 gives one and the same image.
-            sampler: the kind that draws the codes; None is the model's own, "gaussian" the baseline.
+            truncation: factor of the noise. 1 samples the model's distribution; less stays near its mode, trading
+                variety for quality; 0 gives the same image every time.
+            sampler: kind of the sampler of the codes; None is the model's own, "gaussian" the baseline.
             method: the old name of `sampler`.
         Raises:
-            UserError: a number out of its range, or a kind that the model does not have.
+            UserError: an argument out of range, or a sampler that the model does not have.
         """
-        _require(n >= 1, f"n={n} images cannot be drawn; ask for at least 1")
+        _require(n >= 1, f"n={n} images cannot be drawn; use at least 1")
         return np.concatenate(list(self.stream(n, seed, truncation, _either(sampler, method), batch)))
 
     def stream(
@@ -84,7 +83,7 @@ class SamplingModel:
         sampler: str | None = None,
         batch: int = DEFAULT_BATCH,
     ) -> Iterator[Images]:
-        """The same images a batch at a time, for more of them than memory holds."""
+        """The images of `sample` in batches, for more of them than fit in memory."""
         _require(batch >= 1, f"batch={batch} is not possible; use at least 1")
         for start in range(0, n, batch):
             index_B = torch.arange(start, min(start + batch, n))
@@ -99,11 +98,11 @@ class SamplingModel:
         sampler: str | None = None,
         method: str | None = None,
     ) -> Images:
-        """From image a to image b of a seed for each pair (a, b); uint8 [P, S, H, W, C], ends included.
+        """Interpolate from image a to image b of a seed for each pair (a, b); uint8 [P, S, H, W, C], ends included.
 
-        The path is a great circle in the noise, with the length going evenly from one end's to the
-        other's. Noise of many dimensions has nearly constant length: a straight line passes through
-        lengths that the sampler was never trained on, the circle stays where training was.
+        The path is a great circle in noise space, and the norm is interpolated linearly between the
+        ends. High-dimensional noise has nearly constant norm: a straight line would pass through norms
+        that the sampler was not trained on.
         """
         _require(steps >= 2, f"steps={steps} is not possible; an interpolation has at least its 2 ends")
         _require(len(pairs) >= 1, "no pairs of images were given to interpolate between")
@@ -121,16 +120,16 @@ class SamplingModel:
         """The noise e_BE behind images `index_B` of a seed."""
         kind, network = self._sampler(sampler)
         _require(0 <= seed < 2**32, f"seed={seed} is not possible; use 0 to {2**32 - 1}")
-        _require(bool((index_B >= 0).all()), "images are counted from 0; a negative one was asked for")
+        _require(bool((index_B >= 0).all()), "image indices must not be negative; they count from 0")
         return noise(seed, stream_of(kind), index_B, network.noise_dim, device=self.device, stream=Stream.SAMPLES)
 
     @torch.inference_mode()
     def codes(self, noise_BE: Tensor, sampler: str | None = None) -> Tensor:
-        """Latent codes z_BD of noise."""
+        """Map noise to latent codes z_BD."""
         return self._sampler(sampler)[1](noise_BE)
 
     def _sampler(self, name: str | None) -> tuple[str, NoiseToCode]:
-        """The kind of that name, or the model's own, and its network."""
+        """The kind and the network of the named sampler, or of the model's own."""
         kind = self.own if name is None else OLD_NAMES.get(name, name)
         if kind not in self.samplers:
             others = ", ".join(self.samplers)
@@ -146,9 +145,9 @@ class SamplingModel:
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """Spherical interpolation along the last axis (Shoemake 1985), lengths interpolated linearly.
+    """Spherical interpolation along the last axis (Shoemake 1985), with linearly interpolated norms.
 
-    Ends that point the same way, or exactly apart, have no one great circle: there the line is straight.
+    Parallel and antiparallel ends have no unique great circle and are interpolated linearly.
     """
     length_a, length_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
     tiny = torch.finfo(a.dtype).tiny
@@ -164,7 +163,7 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 def _either(sampler: str | None, method: str | None) -> str | None:
     if method is not None:
-        warnings.warn("method= is called sampler= now, and glo gaussian", DeprecationWarning, stacklevel=3)
+        warnings.warn("method= is now called sampler=, and glo is now gaussian", DeprecationWarning, stacklevel=3)
     return method if sampler is None else sampler
 
 

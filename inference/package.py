@@ -1,14 +1,15 @@
-"""The packaged model: the folder `model/` of a run, all that is needed to draw images from it.
+"""The packaged model: the folder `model/` of a run, with all that is needed to draw images.
 
-    model.json                     what the networks are, and size and SHA-256 of each file below
+    model.json                     the configuration of the networks; size and SHA-256 of each file below
     generator.safetensors          G: latent code -> image
     sampler-<kind>.safetensors     normal noise -> latent code; the run's own kind (absent before stage 2), and the
                                    Gaussian of the training codes
 
-Format 1, of glann 0.1, had mapping.safetensors and latents.safetensors for the kinds imle and gaussian; it is read.
+Format 1, of glann 0.1, has mapping.safetensors and latents.safetensors for the kinds imle and gaussian; it is still
+read.
 
-Nothing in it can run code: JSON and safetensors only, every file checked against its size and
-SHA-256, every tensor against the shape that the configuration implies before memory is taken for it.
+Loading cannot run code: the files are JSON and safetensors only.  Every file is checked against its size and
+SHA-256, and every tensor against the shape that the configuration implies before memory is allocated.
 
 Legend: B batch, N images, D latent dimension, E noise dimension, H and W pixels, C channels.
 """
@@ -44,8 +45,8 @@ from .model import SamplingModel
 FORMAT = 2
 MANIFEST, GENERATOR = "model.json", "generator.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
-FOLDER = "model"  # of a run folder, in which the packaged model lies
-REMEDY = "copy the model again, or have the same `glann train` package it anew"
+FOLDER = "model"  # folder of the packaged model in a run folder
+REMEDY = "copy the model again, or package it again with the same `glann train`"
 DTYPES = (torch.float32, torch.int64)  # weights, and the counters of BatchNorm
 GAUSSIAN = GaussianConfig()
 
@@ -60,14 +61,14 @@ class FileEntry(Section):
 
 
 class SamplerEntry(Section):
-    """One kind of sampler of a model."""
+    """One sampler of a model."""
 
     config: AnySampler
     file: ModelFileName
 
 
 class ModelManifest(Section):
-    """model.json."""
+    """The content of model.json."""
 
     format: Literal[2]
     name: str
@@ -75,7 +76,7 @@ class ModelManifest(Section):
     channels: Literal[1, 3]
     generator: GeneratorConfig
     constraint: Constraint
-    own: str = Field(description="kind of sampler that the run was configured with")
+    own: str = Field(description="kind of the run's configured sampler")
     samplers: dict[str, SamplerEntry] = Field(description="by kind")
     rows: int = Field(ge=1, description="training images")
     fingerprint: str = Field(description="fingerprint of the training data")
@@ -93,7 +94,7 @@ class ModelManifest(Section):
 
 
 class ModelManifestV1(Section):
-    """model.json of glann 0.1."""
+    """The content of model.json of glann 0.1."""
 
     format: Literal[1]
     name: str
@@ -107,7 +108,7 @@ class ModelManifestV1(Section):
     files: dict[Literal["generator.safetensors", "mapping.safetensors", "latents.safetensors"], FileEntry]
 
     def as_today(self) -> ModelManifest:
-        """The same model in today's words."""
+        """The same model in the current format."""
         samplers: dict[str, Any] = {"gaussian": {"config": GAUSSIAN, "file": "latents.safetensors"}}
         if "mapping.safetensors" in self.files:
             samplers["imle"] = {"config": self.imle, "file": "mapping.safetensors"}
@@ -123,14 +124,14 @@ def export_model(
     z_ND: Tensor,
     fingerprint: str,
 ) -> Path:
-    """Write the packaged model of a run, whole or not at all; an older one in `folder` is replaced.
+    """Write the packaged model of a run atomically; an older one in `folder` is replaced.
 
     Args:
         sampler_state: weights of the configured sampler, or None after stage 1 (then only the Gaussian can sample).
-        z_ND: the codes of all training images, of which only mean and covariance are kept.
-        fingerprint: of the data set.
+        z_ND: the codes of all training images; only their mean and covariance are written.
+        fingerprint: fingerprint of the data set.
     Raises:
-        UserError: weights or codes that are not finite.
+        UserError: weights or codes are not finite.
         EnvironmentFault: the disk is full or failing.
     """
     configs = {"gaussian": GAUSSIAN, config.sampler.kind: config.sampler}
@@ -164,12 +165,12 @@ def export_model(
 
 
 def load_model(source: str | Path, *, s3: S3Config | None = None, device: torch.device | str = "cpu") -> SamplingModel:
-    """The model of a run folder, a model folder, or an s3:// address of either.
+    """Load the model of a run folder, a model folder, or an s3:// address of either.
 
     `glann.load_model` also takes models of the registry.
 
     Raises:
-        UserError: nothing is there, or it is damaged, of another format, or not a packaged model.
+        UserError: no model there, or it is damaged, of an unknown format, or not a packaged model.
     """
     return open_model(source, s3=s3, device=device)[1]
 
@@ -177,7 +178,7 @@ def load_model(source: str | Path, *, s3: S3Config | None = None, device: torch.
 def open_model(
     source: str | Path, *, s3: S3Config | None = None, device: torch.device | str = "cpu"
 ) -> tuple[ModelManifest, SamplingModel]:
-    """The same with its model.json, which says what data it was trained on."""
+    """Load a model as `load_model` does, together with its model.json."""
     source = str(source)
     if "://" in source and not source.startswith("s3://"):
         raise UserError(f"{source} cannot be opened; give a run folder, models:/name@alias or an s3:// address")
@@ -188,7 +189,7 @@ def open_model(
 
 
 def read_manifest(folder: Path) -> ModelManifest:
-    """model.json of a model folder, validated."""
+    """Read and validate model.json of a model folder. Raises UserError if it is missing or invalid."""
     path = folder / MANIFEST
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -212,13 +213,13 @@ def read_manifest(folder: Path) -> ModelManifest:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError where model.json cannot be read, or a file that it names is missing or of another size."""
+    """Raise UserError if model.json cannot be read, or a file it lists is missing or of another size."""
     for file, entry in read_manifest(folder).files.items():
         _size(folder / file, entry)
 
 
 def find_folder(path: Path) -> Path:
-    """The model folder that is at `path` or, as of a run, below it.
+    """The model folder at `path`: the folder itself, or that of a run folder.
 
     Raises:
         UserError: there is none.
@@ -232,7 +233,7 @@ def find_folder(path: Path) -> Path:
 
 
 def _from_s3(url: str, s3: S3Config, scratch: Path) -> Path:
-    """Only the files that model.json may name are fetched; what else lies there is left alone."""
+    """Download model.json and the files it lists, and nothing else, into `scratch`."""
     store = open_store(url, s3)
     prefix = next((prefix for prefix in ("", f"{FOLDER}/") if store.exists(prefix + MANIFEST)), None)
     if prefix is None:
@@ -249,18 +250,18 @@ def _from_s3(url: str, s3: S3Config, scratch: Path) -> Path:
 
 
 def open_folder(folder: Path, source: str, device: torch.device | str = "cpu") -> tuple[ModelManifest, SamplingModel]:
-    """The model in a folder that holds model.json; `source` is what the user calls it, for messages."""
+    """Load the model of a folder with model.json; `source` names it in messages."""
     manifest = read_manifest(folder)
     states: dict[str, dict[str, Tensor]] = {file: _read(folder / file, entry) for file, entry in manifest.files.items()}
     dim = manifest.generator.latent_dim
     try:
-        with torch.device("meta"):  # no memory is taken until the shapes are known to agree
+        with torch.device("meta"):  # no memory is allocated before the shapes are checked
             generator = build_generator(manifest.generator, manifest.resolution, manifest.channels)
             samplers = {
                 kind: build_network(entry.config, dim, manifest.constraint) for kind, entry in manifest.samplers.items()
             }
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{MANIFEST} of {source} describes networks that cannot be: {one_line(error)}") from error
+        raise UserError(f"{MANIFEST} of {source} describes networks that cannot be built: {one_line(error)}") from error
     _assign(generator, states[GENERATOR], GENERATOR, source)
     for kind, network in samplers.items():
         file = manifest.samplers[kind].file
@@ -269,7 +270,7 @@ def open_folder(folder: Path, source: str, device: torch.device | str = "cpu") -
 
 
 def _read(path: Path, entry: FileEntry) -> dict[str, Tensor]:
-    """The tensors of a file whose size and SHA-256 are as promised.  What is hashed is what is parsed."""
+    """The tensors of a file, checked against its size and SHA-256; the hashed bytes are the parsed bytes."""
     _size(path, entry)
     try:
         content = path.read_bytes()
@@ -279,7 +280,7 @@ def _read(path: Path, entry: FileEntry) -> dict[str, Tensor]:
         raise UserError(f"{path} does not have the SHA-256 in {MANIFEST}; the model is damaged; {REMEDY}")
     try:
         state = safetensors.torch.load(content)
-    except Exception as error:  # besides its own, the errors of torch for types and shapes it does not have
+    except Exception as error:  # besides its own errors, those of torch for unsupported types and shapes
         raise UserError(f"{path} is not a safetensors file: {one_line(error, 300)}") from error
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES:

@@ -73,7 +73,7 @@ def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path,
 
     finished = cluster(*submit, "--wait")
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "submitted trial.2, which goes on with trial.1 (stopped)" in finished.stdout
+    assert "submitted trial.2, which resumes trial.1 (stopped)" in finished.stdout
     assert "resuming from the checkpoint at stage 1 (GLO)" in finished.stdout
     assert "trial.2: finished" in finished.stderr
     assert (head.home / "glann-jobs" / "runs" / "trial" / "report.html").exists()
@@ -105,7 +105,7 @@ def test_ctrl_c_leaves_the_job_running_and_the_same_command_finds_it(cluster, sh
     watching.send_signal(signal.SIGINT)
     err = watching.communicate(timeout=60)[1]
     assert watching.returncode == INTERRUPTED
-    assert "watched.1 goes on without you" in err
+    assert "watched.1 is still running" in err
     assert "state        running" in cluster("jobs", "status", "watched").stdout
     again = cluster(*submit)
     first_line = again.stdout.splitlines()[0]

@@ -173,7 +173,7 @@ def test_a_wrong_command_line_is_status_2(arguments: list[str], capsys: pytest.C
         (EnvironmentFault("s3 is gone"), 1, "error: s3 is gone"),
         (PermissionError(13, "Permission denied", "/root/x"), 1, "error: Permission denied: /root/x"),
         (KeyError("epoch"), 70, "error: unexpected KeyError: 'epoch'; this is a bug"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command continues the run"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes the run"),
     ],
 )
 def test_how_a_run_may_fail(

@@ -104,7 +104,7 @@ def test_the_former_name_waits_for_the_spot_notice_too(monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main([name, "--on-spot-notice"])
         assert not ended.value.code
-    assert calls == [(110.0, "EC2 takes this spot machine away")] * 2
+    assert calls == [(110.0, "EC2 reclaims this spot instance")] * 2
     capsys.readouterr()
 
 
