@@ -97,7 +97,7 @@ class Sampler(ABC):
         All workers take the same steps. The caller may stop at any of them: the epoch is repeated from its beginning.
 
         Args:
-            piggyback: asked once a step for numbers [K], float32, whose sum over workers comes back with it.
+            piggyback: called once a step for numbers [K], float32, whose sum over workers comes back with it.
             enter: called with the name of each phase of the work when it begins.
         Raises:
             UserError: the fit diverged.

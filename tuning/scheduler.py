@@ -1,4 +1,4 @@
-"""Who goes on: Ray Tune's schedulers as a study asks for them, told again what its earlier starts have seen."""
+"""Ray Tune's schedulers as a study configures them, replayed with the results of its earlier starts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def numbered(trial: Any) -> Any:
 
 
 def replay(asha: Halving, study: StudyConfig, trial: Trial) -> None:
-    """Have the rungs know a trial of an earlier start by its journal, also one that is to go on."""
+    """Enter a trial of an earlier start into the rungs from its journal, also one that is to be resumed."""
     known = SimpleNamespace(config={"member": {"number": trial.number}})
     asha.on_trial_add(None, known)
     for epoch, loss in losses(study.run_dir(trial.number), first_stage(study)):

@@ -51,7 +51,7 @@ RESUMES = "the same command resumes from the last checkpoint"
 
 
 class RunStopped(GlannError):
-    """The run was asked to stop, has been saved, and can go on."""
+    """The run has been stopped on request and saved; the same command resumes it."""
 
     exit_status = ExitStatus.STOPPED
 
@@ -342,12 +342,12 @@ def stop_on_signal(stop: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked: list[int] = []
+    received: list[int] = []
 
     def handle(number: int, _: Any) -> None:
-        if asked:
+        if received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
         stop()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
