@@ -74,7 +74,9 @@ class Precision(nn.Module):
 class Engine:
     """Plain PyTorch, one process: the reference, and the base of `DeepSpeedEngine`.
 
-    An engine shares nothing with another one, so that a process may hold several.
+    A process may hold several engines, one per network. A loss that goes through the network of another engine calls
+    its `network`, not its `forward`, and switches its parameters off meanwhile (`requires_grad_`): its next update
+    would else contain the gradients of this loss.
 
     Args:
         network: called as network(z_BD, weight_B); moved to `device` and put in training mode.
