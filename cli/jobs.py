@@ -1,4 +1,4 @@
-"""`glann submit` and `glann jobs`: runs as jobs of a Ray cluster that is somewhere else."""
+"""`glann submit` and `glann jobs`: runs as jobs of a remote Ray cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-jobs_app = typer.Typer(no_args_is_help=True, help="Look at submitted runs, read their logs, stop them.")
+jobs_app = typer.Typer(no_args_is_help=True, help="List submitted runs, read their logs, stop them.")
 
 Address = Annotated[
     str,
@@ -40,11 +40,11 @@ def submit(
         str | None, typer.Option(help="of the run, its checkpoints and the job; empty means the recipe's")
     ] = None,
     wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="follow the log and end with the job's exit status; or return")
+        bool, typer.Option("--wait/--no-wait", help="follow the log and exit with the job's status, or return at once")
     ] = False,
     env: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="pass this variable of yours to the job; repeat it for more; no other goes"),
+        typer.Option(metavar="KEY", help="pass this environment variable to the job; repeatable; no others are passed"),
     ] = None,
 ) -> None:
     """Train on a Ray cluster: `glann train` as a job there, with this machine's version of glann.
@@ -54,7 +54,7 @@ def submit(
     glann submit my.yaml --name trial-3 --address http://10.0.0.5:8265 --wait
     glann submit my.yaml --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY
 
-    The same command again goes on with a run that was stopped or lost, and follows one that is active: a name is one
+    The same command again resumes a run that was stopped or lost, and follows one that is active: a name is one
     run. Ctrl-C while waiting leaves the job running; `glann jobs stop NAME` saves and stops it. The cluster's token
     is taken from ~/.ray/auth_token or RAY_AUTH_TOKEN. Relative paths of the job, such as runs_dir, lie in
     ~/glann-jobs on the head.
@@ -73,12 +73,12 @@ def submit(
             typer.echo(f"{last.id} is {last.state} already; nothing was started")
             job = last
         else:
-            typer.echo(f"checking what {address} has")
+            typer.echo(f"checking the versions on {address}")
             found = versions.refuse_misfit(client, address)
-            typer.echo(f"it fits: {_fitting(found)}")
+            typer.echo(f"compatible: {_shown_versions(found)}")
             job = jobs.start(client, resolved, variables, last)
-            goes_on = f", which goes on with {last.id} ({_state(last)})" if last else ""
-            typer.echo(f"submitted {job.id}{goes_on}")
+            resumes = f", which resumes {last.id} ({_state(last)})" if last else ""
+            typer.echo(f"submitted {job.id}{resumes}")
         if hint := shipping.forgotten_keys(resolved, variables):
             typer.echo(f"note: {hint}", err=True)
         if not wait:
@@ -111,7 +111,7 @@ def list_jobs(address: Address = HERE) -> None:
 
 @jobs_app.command()
 def status(name: Name, address: Address = HERE) -> None:
-    """Say how a submitted run stands.
+    """Show the state of a submitted run.
 
     \b
     glann jobs status celebahq-1024
@@ -124,16 +124,16 @@ def status(name: Name, address: Address = HERE) -> None:
             how = job.state + (f": {job.message}" if job.state == "pending" else "")
         else:
             how = jobs.outcome(job, jobs.exit_status(client, job))
-    told = {
+    facts = {
         "run": job.name,
         "attempt": job.id,
         "state": how,
         "started": _clock(job.started),
         "took": _took(job),
         "checkpoints": job.checkpoints,
-        "environment": ", ".join(job.variables) or "nothing was passed",
+        "environment": ", ".join(job.variables) or "no variables passed",
     }
-    for key, value in told.items():
+    for key, value in facts.items():
         typer.echo(f"{key:12} {value}")
 
 
@@ -141,11 +141,11 @@ def status(name: Name, address: Address = HERE) -> None:
 def logs(
     name: Name,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="until the job ends; Ctrl-C leaves it running")
+        bool, typer.Option("--follow", "-f", help="follow until the job ends; Ctrl-C leaves it running")
     ] = False,
     address: Address = HERE,
 ) -> None:
-    """Print what a submitted run has said.
+    """Print the log of a submitted run.
 
     \b
     glann jobs logs celebahq-1024 --follow
@@ -164,16 +164,16 @@ def logs(
 @jobs_app.command()
 def stop(
     name: Name,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="until it has saved; or return at once")] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="wait until it has saved, or return at once")] = True,
     address: Address = HERE,
 ) -> None:
-    """Save and stop a submitted run; the same `glann submit` goes on with it.
+    """Save and stop a submitted run; the same `glann submit` resumes it.
 
     \b
     glann jobs stop celebahq-1024
 
-    The job has `checkpoint.timeout_s` and a minute to save before Ray ends it by force. The exit status is 1 if it
-    ended without having saved.
+    The job has `checkpoint.timeout_s` and a minute to save before Ray kills it. The exit status is 1 if it ended
+    without having saved.
     """
     from ..cluster.jobs import client as jobs
 
@@ -182,9 +182,9 @@ def stop(
         if job.active:
             jobs.stop(client, job)
             if not wait:
-                typer.echo(f"{job.id} was asked to save and stop; see glann jobs status {job.name}")
+                typer.echo(f"{job.id} is saving and stopping; see glann jobs status {job.name}")
                 return
-            typer.echo(f"{job.id} was asked to save and stop; waiting (Ctrl-C does not take that back)")
+            typer.echo(f"{job.id} is saving and stopping; waiting (Ctrl-C does not cancel that)")
             job = jobs.wait(client, job)
         else:
             typer.echo(f"{job.id} has ended already")
@@ -204,7 +204,7 @@ def _connected(address: str) -> Iterator[JobSubmissionClient]:
 
 
 def _follow(client: JobSubmissionClient, job: Job, address: str) -> None:
-    """Show the log until the job ends; Ctrl-C ends the showing and not the job."""
+    """Print the log until the job ends; Ctrl-C stops the printing, not the job."""
     from ..cluster.jobs import client as jobs
 
     def show(text: str) -> None:
@@ -215,7 +215,7 @@ def _follow(client: JobSubmissionClient, job: Job, address: str) -> None:
         jobs.follow(client, job, show)
     except KeyboardInterrupt:
         typer.echo(
-            f"\n{job.id} goes on without you; log: glann jobs logs {job.name} --follow{_at(address)}; "
+            f"\n{job.id} keeps running; log: glann jobs logs {job.name} --follow{_at(address)}; "
             f"stop: glann jobs stop {job.name}{_at(address)}",
             err=True,
         )
@@ -228,8 +228,8 @@ def _at(address: str) -> str:
     return "" if address == os.environ.get("RAY_API_SERVER_ADDRESS", HERE) else f" --address {address}"
 
 
-def _fitting(found: dict[str, dict[str, str | None]]) -> str:
-    """Nodes and the versions that matter most, such as are there."""
+def _shown_versions(found: dict[str, dict[str, str | None]]) -> str:
+    """Number of nodes, and their main versions."""
     shown = ("python", "ray", "torch", "deepspeed")
     kinds = sorted({", ".join(f"{name} {versions[name]}" for name in shown) for versions in found.values()})
     return f"{len(found)} node{'s' if len(found) > 1 else ''} with {' or '.join(kinds)}"

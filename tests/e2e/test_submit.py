@@ -69,11 +69,11 @@ def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path,
     assert watching.returncode == STOPPED_AND_SAVED, err
     assert "submitted trial.1" in out
     assert "the run was stopped and is saved" in out
-    assert "stopped and saved; the same `glann submit` goes on" in cluster("jobs", "status", "trial").stdout
+    assert "stopped and saved; the same `glann submit` resumes it" in cluster("jobs", "status", "trial").stdout
 
     finished = cluster(*submit, "--wait")
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "submitted trial.2, which goes on with trial.1 (stopped)" in finished.stdout
+    assert "submitted trial.2, which resumes trial.1 (stopped)" in finished.stdout
     assert "going on from the checkpoint at stage 1 (GLO)" in finished.stdout
     assert "trial.2: finished" in finished.stderr
     assert (head.home / "glann-jobs" / "runs" / "trial" / "report.html").exists()
@@ -105,7 +105,7 @@ def test_ctrl_c_leaves_the_job_running_and_the_same_command_finds_it(cluster, sh
     watching.send_signal(signal.SIGINT)
     err = watching.communicate(timeout=60)[1]
     assert watching.returncode == INTERRUPTED
-    assert "watched.1 goes on without you" in err
+    assert "watched.1 keeps running" in err
     assert "state        running" in cluster("jobs", "status", "watched").stdout
     again = cluster(*submit)
     first_line = again.stdout.splitlines()[0]
