@@ -1,118 +1,23 @@
-"""A new stage, sampler and metric are each one file and one table entry: they train, resume and are reported.
+"""A new stage, sampler, metric, extractor and asset are each a file and a table entry, as docs/extending.md has them.
 
-The toys are written into a copy of the package, as somebody who extends it would write them into theirs.
+The code of that page is written into a copy of the package, as a reader would write it into theirs.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
+from doc_blocks import extend_package
 from glann.cluster.jobs import shipping
 
-STAGE = '''
-"""A stage that nudges one number towards 1, an epoch a step."""
-
-import torch
-
-from ..models.comm import all_sum
-from .stage import Stage, StageCost, StageInfo, StageStep
-
-
-class Nudge(Stage):
-    def __init__(self, context, networks):
-        self.context, self.preview_every = context, 1
-        held = networks.get("nudge")
-        self.value = torch.zeros(1) if held is None else held["weights"]["value"].clone()
-
-    @classmethod
-    def info(cls, config):
-        return StageInfo("nudge", "Nudge", 6)
-
-    @classmethod
-    def cost(cls, config, rows):
-        return StageCost(6, 6.0)
-
-    def steps(self, epoch, step, piggyback):
-        self.context.enter("nudge")
-        for number in range(epoch, 6):
-            self.value += 0.5 * (1 - self.value)
-            carried_K = all_sum(piggyback().to(self.context.device)).cpu()
-            yield StageStep(number, 0, 1, carried_K, loss=float(1 - self.value), ends_epoch=True)
-
-    def lazy_state(self):
-        return {"nudge": {"weights": {"value": self.value.clone()}, "updates": 0.0}}
-
-    def state(self):
-        return self.lazy_state()
-
-
-STAGE = Nudge
-'''
-
-SAMPLER = '''
-"""A sampler that takes the mean code, plus noise of the configured size."""
-
-import torch
-
-from ..models.comm import all_sum
-from ..models.mapping import NoiseToCode
-from .base import FitStep, Sampler
-
-
-class AroundMean(NoiseToCode):
-    def __init__(self, latent_dim, spread):
-        super().__init__()
-        self.noise_dim, self.spread = latent_dim, spread
-        self.register_buffer("mean", torch.zeros(latent_dim))
-
-    def forward(self, e_BE):
-        return torch.nn.functional.normalize(self.mean + self.spread * e_BE, dim=1)
-
-
-class Mean(Sampler):
-    title = "Around the mean"
-
-    @staticmethod
-    def build(config, latent_dim, constraint):
-        return AroundMean(latent_dim, config.spread)
-
-    def fit(self, codes, first_epoch, piggyback, enter=lambda phase: None):
-        enter("mean")
-        for epoch in range(first_epoch, 1):
-            self.network.mean.copy_(all_sum(codes.z_nD.sum(0).to(self.device)) / codes.total)
-            yield FitStep(epoch, 0, 1, all_sum(piggyback().to(self.device)).cpu(), True, {"loss": 0.5})
-
-
-SAMPLER = Mean
-'''
-
-SAMPLER_ENTRY = """
-from pydantic import create_model
-SAMPLERS["mean"] = create_model(
-    "MeanConfig", __base__=SamplerConfig, kind=(Literal["mean"], "mean"), spread=(float, 0.2)
-)
-"""
-
-
-METRIC = '''
-"""The largest difference of a pixel between an image and its reconstruction."""
-
-
-def worst(fake_BCHW, real_BCHW):
-    return (fake_BCHW.double() - real_BCHW.double()).abs().flatten(1).amax(1) / 255
-'''
-
-METRIC_ENTRY = """
-
-from .worst import worst
-
-METRICS["worst"] = Metric("worst", "Worst pixel", "largest difference of a pixel", "lower", "{:.3f}", Codes(worst))
-"""
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
 @pytest.fixture
@@ -143,12 +48,6 @@ def packed_digits(glann) -> Path:
     return folder
 
 
-def insert(file: Path, before: str, text: str) -> None:
-    source = file.read_text()
-    assert source.count(before) == 1, before
-    file.write_text(source.replace(before, text + before))
-
-
 def without_its_end(work: Path, run_dir: Path, stage: str) -> None:
     """Take a finished run back to a checkpoint within a stage, as if it had been killed there."""
     for name in ("summary.json", "report.html"):
@@ -168,19 +67,13 @@ def entries(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_toy_stage_sampler_and_metric_are_trained_resumed_and_reported(extended, glann):
+def test_the_stage_sampler_metric_and_extractor_of_the_page_are_trained_resumed_and_reported(extended, glann):
     package, work, run = extended
-    (package / "trainers" / "nudge.py").write_text(STAGE)
-    insert(package / "config" / "methods.py", '"glann": (', '"nudged": ("glo", "nudge", "sampler"), ')
-    (package / "samplers" / "mean.py").write_text(SAMPLER)
-    insert(package / "config" / "samplers.py", "\n\ndef _tag(", SAMPLER_ENTRY)
-    (package / "metrics" / "worst.py").write_text(METRIC)
-    with (package / "metrics" / "spec.py").open("a") as table:
-        table.write(METRIC_ENTRY)
+    extend_package(package, PAGE)
 
     small = [value for value in glann.small if not value.startswith("imle.")]
     words = ["train", "digits", *small, "glo.epochs=2", "method=nudged", "sampler.kind=mean", "sampler.spread=0.3"]
-    words += ["tracking.enabled=false", "checkpoint.keep=99"]
+    words += ["tracking.enabled=false", "checkpoint.keep=99", "evaluation.extractor=shallow"]
     plan = run(*words, "--dry-run")
     assert "stage 2 (Nudge)" in plan.stdout, plan.stderr
     done = run(*words)
@@ -195,7 +88,7 @@ def test_a_toy_stage_sampler_and_metric_are_trained_resumed_and_reported(extende
     card = (run_dir / "MODEL_CARD.md").read_text()
     assert "| sampler | mean |" in card
     measured = json.loads((run_dir / "summary.json").read_text())["metrics"]
-    assert list(measured) == ["l1", "psnr", "worst", "fd_squeezenet", "gaussian/fd_squeezenet"]
+    assert list(measured) == ["l1", "psnr", "worst", "fd_shallow", "gaussian/fd_shallow"]
     assert measured["l1"] < measured["worst"] <= 1
     assert f"| Worst pixel | {measured['worst']:.3f} | largest difference of a pixel; lower is better |" in card
     assert "Worst pixel" in report
@@ -212,6 +105,20 @@ def test_a_toy_stage_sampler_and_metric_are_trained_resumed_and_reported(extende
     assert sampled.returncode == 0, sampled.stderr
     baseline = run("sample", "runs/digits", "--n", "4", "--sampler", "gaussian", "--out", "gaussian.npz")
     assert baseline.returncode == 0, baseline.stderr
+
+
+def test_the_asset_of_the_page_is_packed(extended, tmp_path: Path):
+    package, work, run = extended
+    extend_package(package, PAGE)
+    incoming = tmp_path / "cache" / "incoming" / "optdigits"
+    incoming.mkdir(parents=True)
+    published = resources.files("sklearn.datasets.data") / "digits.csv.gz"  # what the page's address has, too
+    (incoming / "digits.csv").write_bytes(gzip.decompress(published.read_bytes()))
+    words = ["data", "pack", "optdigits", "data/optdigits", "--resolution", "28", "--channels", "1"]
+    done = run(*words, GLANN_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    index = json.loads((work / "data" / "optdigits" / "index.json").read_text())
+    assert (index["rows"], index["resolution"], index["channels"]) == (1797, 28, 1)
 
 
 def test_a_kind_that_is_not_in_the_table_is_refused(extended, glann):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -41,7 +42,7 @@ class RunLog:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not (console.is_terminal or console.is_jupyter),
+            disable=not draws_bars(console),
         )
         self.task = self.bar.add_task("starting the workers", total=None, note="")
 
@@ -96,9 +97,7 @@ class RunLog:
         note = f"epoch {event.epoch}/{epochs}  loss {event.numbers['loss']:.4f}" + speed(event.numbers)
         self.advance(event.stage, event.epoch, note)
         every = max(1, epochs // 10)
-        if not (self.console.is_terminal or self.console.is_jupyter) and (
-            event.epoch % every == 0 or event.epoch == epochs
-        ):
+        if not draws_bars(self.console) and (event.epoch % every == 0 or event.epoch == epochs):
             self.console.print(f"{numbered(self.stages, event.stage)}  {note}  {event.numbers['seconds']:.1f} s")
 
     def on_preview(self, event: events.Preview) -> None:
@@ -198,6 +197,11 @@ class RunLog:
 
     def say(self, line: str) -> None:
         self.console.print(line)
+
+
+def draws_bars(console: Console) -> bool:
+    """Whether it can draw over what it has drawn: a terminal, or a notebook with what rich needs for that."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 def speed(numbers: dict[str, float]) -> str:
