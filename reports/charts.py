@@ -67,7 +67,7 @@ def line_chart(steps: Sequence[int], values: Sequence[float], *, title: str, lab
 
 
 def spans_magnitudes(values: Sequence[float]) -> bool:
-    """Whether the values are easier to tell apart on a logarithmic axis."""
+    """Whether the values are better told apart on a logarithmic axis."""
     return min(values) > 0 and max(values) / min(values) > 20
 
 

@@ -34,7 +34,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class StageFacts:
-    """A stage as the journal records it.
+    """A stage as the journal tells it.
 
     The losses are means over the first and the last twentieth of its entries; `seconds` is between its
     first and last entry, interruptions left out.

@@ -93,7 +93,7 @@ def train_glo(
     Args:
         start: (epoch, step) of the first step to take.
         loss: (fake [B, C, H, W], real [B, C, H, W], patch seed per row) -> loss per row.
-        piggyback: called once a step for numbers [K] whose sum over workers comes back with the step.
+        piggyback: asked once a step for numbers [K] whose sum over workers comes back with the step.
     Raises:
         UserError: `glo.max_bad_steps` steps in a row were not finite.
     """

@@ -108,7 +108,7 @@ class Stage(ABC):
         """Train from `step` of `epoch` on, to the end; yields after every step.
 
         Args:
-            piggyback: called once a step for numbers [K], float32, whose sum over workers comes back with it.
+            piggyback: asked once a step for numbers [K], float32, whose sum over workers comes back with it.
         """
 
     @abstractmethod

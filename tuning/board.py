@@ -1,4 +1,4 @@
-"""The live display of a study: one table, or plain lines where there is no terminal."""
+"""What a study shows while it goes on: one live table, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..trainers.stage import stage_infos
-from .ledger import Ledger, Trial, best_of, described
+from .ledger import Ledger, Trial, best_of, in_words
 from .not_pickled import NotPickled
 from .study import StudyConfig
 
@@ -31,7 +31,7 @@ class Board(NotPickled, tune.Callback):
         self.study, self.ledger, self.console = study, ledger, console
         self.stages = stage_infos(study.base())
         self.latest: dict[int, dict[str, Any]] = {}
-        self.printed: set[tuple[int, str]] = {(trial.number, trial.state) for trial in ledger.trials if trial.ended}
+        self.told: set[tuple[int, str]] = {(trial.number, trial.state) for trial in ledger.trials if trial.ended}
         self.running, self.total = 0, study.trials_in_all
         self.live = Live(console=console, refresh_per_second=2, transient=True, get_renderable=self.screen)
 
@@ -42,13 +42,13 @@ class Board(NotPickled, tune.Callback):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.live.stop()
-        self.print_news()
+        self.tell_news()
 
     # What Ray Tune calls --------------------------------------------------------------------
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.running = sum(trial.status == "RUNNING" for trial in trials)
-        self.print_news()
+        self.tell_news()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "number" in result:
@@ -56,17 +56,17 @@ class Board(NotPickled, tune.Callback):
 
     # What is shown --------------------------------------------------------------------------
 
-    def print_news(self) -> None:
+    def tell_news(self) -> None:
         """One line for every trial that has started or ended since; on a terminal only for those that ended."""
         for trial in self.ledger.trials:
-            if (trial.number, trial.state) in self.printed:
+            if (trial.number, trial.state) in self.told:
                 continue
-            self.printed.add((trial.number, trial.state))
+            self.told.add((trial.number, trial.state))
             if trial.ended or not self.console.is_terminal:
                 self.console.print(self.line(trial), highlight=False, soft_wrap=True)
 
     def line(self, trial: Trial) -> str:
-        values = described(trial.params)
+        values = in_words(trial.params)
         if not trial.ended:
             return f"trial {trial.number:<3} starts     {values}"
         best = self.best()
@@ -98,7 +98,7 @@ class Board(NotPickled, tune.Callback):
                 Text(trial.state, STYLES[trial.state]),
                 f"{trial.value:.4g}" if trial.value is not None else "",
                 one_line(self.progress(trial)),
-                one_line(described(trial.params)),
+                one_line(in_words(trial.params)),
             )
         return Group(one_line(self.title(trials)), table)
 

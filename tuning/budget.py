@@ -16,22 +16,22 @@ from .ledger import Ledger, best_of
 from .not_pickled import NotPickled
 from .study import StudyConfig
 
-LOG_EVERY_S = 30.0  # a study that is killed forgets at most so much of what it took
+TELL_EVERY_S = 30.0  # a study that is killed forgets at most so much of what it took
 
 
 class Budget(NotPickled, tune.Callback):
     """A clock of hours and GPU-hours, kept in the journal of the study, where MLflow has it from too."""
 
     def __init__(
-        self, study: StudyConfig, ledger: Ledger, tracked: TrackedRun, gpus: float, notify: Callable[[], None]
+        self, study: StudyConfig, ledger: Ledger, tracked: TrackedRun, gpus: float, told: Callable[[], None]
     ) -> None:
-        """`gpus`: of each trial that runs. `notify`: called after every entry of the journal."""
-        self.study, self.ledger, self.tracked, self.gpus, self.notify = study, ledger, tracked, gpus, notify
+        """`gpus`: of each trial that runs. `told`: called after every entry of the journal."""
+        self.study, self.ledger, self.tracked, self.gpus, self.told = study, ledger, tracked, gpus, told
         before = [entry for entry in entries(study.folder / JOURNAL) if entry.get("stage") == "study"]
         self.seconds = float(before[-1]["seconds"]) if before else 0.0
         self.gpu_seconds = float(before[-1]["gpu_seconds"]) if before else 0.0
         self.entry = int(before[-1]["step"]) if before else 0
-        self.seen = self.logged_at = monotonic()
+        self.seen = self.told_at = monotonic()
         self.ended = -1
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -45,18 +45,18 @@ class Budget(NotPickled, tune.Callback):
         self.gpu_seconds += (now - self.seen) * running * self.gpus
         self.seen = now
         ended = sum(trial.ended for trial in self.ledger.trials)
-        if now - self.logged_at >= LOG_EVERY_S or ended != self.ended:
-            self.logged_at, self.ended = now, ended
-            self.log(running)
+        if now - self.told_at >= TELL_EVERY_S or ended != self.ended:
+            self.told_at, self.ended = now, ended
+            self.tell(running)
 
-    def log(self, running: int) -> None:
+    def tell(self, running: int) -> None:
         self.entry += 1
         best = best_of(self.ledger.trials, self.study.minimize)
         numbers = {"seconds": self.seconds, "gpu_seconds": self.gpu_seconds, "running": running, "ended": self.ended}
         metric, sampler = from_key(self.study.metric)
         best_value = {} if best is None else {to_key(f"best_{metric}", sampler): best.value}
         self.tracked.log_metrics({"stage": "study"} | numbers | best_value, self.entry)
-        self.notify()
+        self.told()
 
     def spent(self) -> bool:
         return bool(self.why())

@@ -45,7 +45,7 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
     base = study.base()
     try:
         if take_back(base):
-            console.print(f"resuming with the copy of the study folder beside {base.checkpoint_url}")
+            console.print(f"going on with the copy of the study folder beside {base.checkpoint_url}")
         refuse_other_study(study, base)
         take_back_tracking(base)
         index = open_data(base, console)
@@ -57,7 +57,7 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
             with open_run(base, study.folder, "tune", tags) as tracked:
                 fresh, opened = False, True
                 write_whole(study.folder / FILE, study.to_yaml())
-                run_and_report(study, base, tracked, console, mirror)
+                conduct(study, base, tracked, console, mirror)
         finally:
             if opened:
                 mirror.close(console.print)
@@ -83,15 +83,15 @@ def run_on_cluster(
         RunStopped: SIGINT or SIGTERM.
     """
     interrupted = threading.Event()
-    with ray_cluster(base), stop_on_signal(partial(print_stopping, interrupted, console)):
-        from .trials import StudyContext, run_trials  # Ray reads its settings when it is imported
+    with ray_cluster(base), stop_on_signal(partial(say_stopping, interrupted, console)):
+        from .trials import Conduct, run_trials  # Ray reads its settings when it is imported
 
-        run_trials(StudyContext(study, base, ledger, tracked, console, interrupted, mirror.send_soon))
+        run_trials(Conduct(study, base, ledger, tracked, console, interrupted, mirror.send_soon))
     if interrupted.is_set():
-        raise RunStopped(f"study {study.name} was stopped and is saved; the same command resumes it")
+        raise RunStopped(f"study {study.name} was stopped and is saved; the same command goes on with it")
 
 
-def run_and_report(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console, mirror: RunMirror) -> None:
+def conduct(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console, mirror: RunMirror) -> None:
     """Run the trials that are left, and report."""
     ledger = Ledger(study.folder)
     wanted, trials = study.trials_in_all, ledger.trials
@@ -102,11 +102,11 @@ def run_and_report(study: StudyConfig, base: Config, tracked: TrackedRun, consol
         else:
             run_on_cluster(study, base, ledger, tracked, console, mirror)
     finally:
-        publish_report(study, ledger, tracked, console)
+        tell(study, ledger, tracked, console)
         ledger.close()
 
 
-def publish_report(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Console) -> None:
+def tell(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Console) -> None:
     """Write the report, finished or not; that it cannot be written must not hide how the study ended."""
     if not any(trial.ended for trial in ledger.trials):
         return
@@ -117,7 +117,7 @@ def publish_report(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, cons
         console.print(f"the report of {study.name} could not be written: {error}", soft_wrap=True)
 
 
-def print_stopping(interrupted: threading.Event, console: Console) -> None:
+def say_stopping(interrupted: threading.Event, console: Console) -> None:
     interrupted.set()
     console.print(
         "saving every trial, then stopping (press Ctrl-C again to stop at once, without saving)", soft_wrap=True

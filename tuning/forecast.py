@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..trainers.plan.estimate import Estimate, make_plan
-from .ledger import Trial, described, trials
+from .ledger import Trial, in_words, trials
 from .search import first_trials
 from .study import StudyConfig
 
@@ -47,7 +47,7 @@ class Forecast:
         for column in ("trial", "values"):
             table.add_column(column)
         for trial in self.planned:
-            table.add_row(str(trial.number), Text(described(trial.params)))
+            table.add_row(str(trial.number), Text(in_words(trial.params)))
         return Group(
             Text(f"study {self.study.name}: {self.left} trials to start, {self.begun} begun; nothing was started"),
             table,

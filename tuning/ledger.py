@@ -1,6 +1,6 @@
 """trials.jsonl: what became of every trial of a study, one JSON object per line, only ever appended to.
 
-The ledger is all that a study needs to resume: the next trial is a function of it (`search.suggest`), and what was
+The ledger is all that a study needs to go on: the next trial is a function of it (`search.suggest`), and what was
 started and has no end is started again, in the same run folder. A line reaches the disk before anything depends on it.
 """
 
@@ -93,12 +93,12 @@ class Ledger:
         """
         measured = {name: value for name, value in metrics.items() if math.isfinite(value)}
         ended = replace(trial, seconds=trial.seconds + seconds, metrics=measured, **facts)
-        facts_of_end = {key: value for key, value in asdict(ended).items() if key != "number"}
-        self._write(ended, {"event": "ended", "trial": trial.number} | facts_of_end)
+        told = {key: value for key, value in asdict(ended).items() if key != "number"}
+        self._write(ended, {"event": "ended", "trial": trial.number} | told)
         return ended
 
     def interrupt(self, trial: Trial, seconds: float) -> Trial:
-        """Enter that a trial was interrupted after so many seconds, and is to be resumed."""
+        """Enter that a trial was cut short after so many seconds, and is to go on."""
         paused = replace(trial, seconds=trial.seconds + seconds)
         self._write(
             paused, {"event": "interrupted", "trial": trial.number, "state": "running", "seconds": paused.seconds}
@@ -164,7 +164,7 @@ def best_of(trials: Iterable[Trial], minimize: bool) -> Trial | None:
     return min(valued, default=(0.0, 0, None))[2]
 
 
-def described(params: dict[str, Any]) -> str:
+def in_words(params: dict[str, Any]) -> str:
     """`glo.latent_lr=0.013 imle.noise_dim=16`; numbers short."""
     if not params:
         return "the base recipe"

@@ -1,4 +1,4 @@
-"""Population-based training: a run continues from a copy of another one, with its own learning rates."""
+"""Population-based training: a run goes on from a copy of another one, with learning rates of its own."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def newest_step(config: Config) -> int | None:
     return retention.latest(open_store(config.checkpoint_url, config.s3))
 
 
-def clone_run(donor: Path, config: Config, wanted: int | None) -> None:
+def clone_run(donor: Path, config: Config, told: int | None) -> None:
     """Have the run of `config` stand where the donor did; what it was before is gone.
 
     Args:
-        wanted: the donor's checkpoint when it was chosen. If it is not kept any more, its newest is taken.
+        told: the donor's checkpoint when it was chosen. If it is not kept any more, its newest is taken.
     Raises:
         UserError: the donor has no checkpoint.
     """
     source = open_store(read_config(donor).checkpoint_url, config.s3)
     target = open_store(config.checkpoint_url, config.s3)
     kept, _ = retention.usable(source)
-    step = wanted if wanted in kept else max(kept, default=None)
+    step = told if told in kept else max(kept, default=None)
     if step is None:
-        raise UserError(f"{donor} has no checkpoint to continue from yet; use a longer search.interval")
+        raise UserError(f"{donor} has no checkpoint to go on from yet; use a longer search.interval")
     for key in target.list():
         if key.startswith("step-"):
             target.delete(key)

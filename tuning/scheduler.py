@@ -1,4 +1,4 @@
-"""Ray Tune's schedulers as a study configures them, replayed with the results of its earlier starts."""
+"""Who goes on: Ray Tune's schedulers as a study asks for them, told again what its earlier starts have seen."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def numbered(trial: Any) -> Any:
 
 
 def replay(asha: Halving, study: StudyConfig, trial: Trial) -> None:
-    """Enter a trial of an earlier start into the rungs from its journal, also one that is to be resumed."""
+    """Have the rungs know a trial of an earlier start by its journal, also one that is to go on."""
     known = SimpleNamespace(config={"member": {"number": trial.number}})
     asha.on_trial_add(None, known)
     for epoch, loss in losses(study.run_dir(trial.number), first_stage(study)):

@@ -146,7 +146,7 @@ class LedgerSearch(NotPickled, Searcher):
         return None if params is None else self.ledger.start(params)
 
     def settle(self) -> None:
-        """Release trials whose processes have ended, and the checkpoints of those that will not continue."""
+        """Let go of trials whose processes are gone, and of the checkpoints of those that will not go on."""
         for trial in self.closing[:]:
             if not is_worked_on(self.study.run_dir(trial.number)):
                 self.closing.remove(trial)
@@ -171,7 +171,7 @@ class LedgerSearch(NotPickled, Searcher):
         """Ray Tune keeps nothing of it: the ledger does."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Ray Tune never restores it: the ledger holds the state."""
+        """Never asked for."""
 
 
 class Members(NotPickled, tune.Callback):
@@ -193,12 +193,12 @@ class Members(NotPickled, tune.Callback):
 
 
 def member(trial: Trial) -> dict[str, Any]:
-    """A trial as Ray Tune gets it."""
+    """What Ray Tune is told of a trial."""
     return {"number": trial.number, "params": trial.params}
 
 
 def outcome(study: StudyConfig, result: dict[str, Any] | None, error: bool, over: bool) -> dict[str, Any] | None:
-    """The entry in the ledger for a trial's last result; None if it was interrupted and is to be resumed.
+    """What a trial's last word means for the ledger; None if it was interrupted and is to go on.
 
     Args:
         result: flattened, as Ray Tune hands it on. over: the study was ending when it ended.
@@ -228,7 +228,7 @@ def _nested(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def drop_checkpoints(study: StudyConfig, trial: Trial) -> None:
-    """Remove the checkpoints of a trial that will never be resumed; its journal and pictures stay."""
+    """Remove the checkpoints of a trial that will never go on; its journal and pictures stay."""
     config = study.trial(trial.number, trial.params)
     store = open_store(config.checkpoint_url, config.s3)
     for key in store.list():

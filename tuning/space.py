@@ -92,7 +92,7 @@ class Dimension(Section):
         return all(key in params and params[key] in allowed for key, allowed in self.conditions().items())
 
     def distribution(self) -> BaseDistribution:
-        """The same for Optuna. Choices are given by their position: Optuna keeps plain values only."""
+        """The same for Optuna. Choices are told by their place: Optuna keeps plain values only."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choice is not None:

@@ -53,7 +53,7 @@ class SearchConfig(Section):
     kind: Literal["tpe", "random", "grid", "population"] = Field(
         "tpe",
         description="tpe: Optuna's, learns from ended trials; grid: every combination; population: trials that do "
-        "badly continue from a copy of one that does well, with other learning rates",
+        "badly go on from a copy of one that does well, with other learning rates",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="of the search")
     startup: int = Field(10, ge=1, description="random trials before tpe models anything")
@@ -63,7 +63,7 @@ class SearchConfig(Section):
 class SchedulerConfig(Section):
     """Which trials are stopped early."""
 
-    kind: Literal["asha", "none"] = Field("asha", description="asha: the best 1/reduction at every rung continue")
+    kind: Literal["asha", "none"] = Field("asha", description="asha: the best 1/reduction at every rung go on")
     grace: int = Field(1, ge=1, description="epochs of stage 1 that every trial gets")
     reduction: float = Field(3.0, gt=1, description="rungs are grace x reduction^k epochs of stage 1")
 
@@ -134,8 +134,8 @@ class StudyConfig(Section):
         if self.stage_one:
             done = [key for key in (*self.space, *self.overrides) if not _of_second_stage(key)]
             if done:
-                fault = f"{done[0]} is of stage 1, which stage_one={self.stage_one} has done"
-                raise ValueError(f"{fault}; give a recipe instead")
+                told = f"{done[0]} is of stage 1, which stage_one={self.stage_one} has done"
+                raise ValueError(f"{told}; give a recipe instead")
         dependencies_first(self.space)  # refuses conditions on unknown keys and circles
         if self.search.kind == "grid":
             for key, dimension in self.space.items():
@@ -230,7 +230,7 @@ class StudyConfig(Section):
             _put(tree, "evaluation.extractor", self.extractor_needed)
         tree |= {"name": name, "runs_dir": runs_dir}
         if self.search.kind == "population" and "checkpoint.every_epochs" not in self.overrides:
-            _put(tree, "checkpoint.every_epochs", self.search.interval)  # what others continue from
+            _put(tree, "checkpoint.every_epochs", self.search.interval)  # what others go on from
         return validate(tree, f"{self.name} on {path}")
 
     @property

@@ -1,7 +1,7 @@
-"""One trial: the same training as `glann train`, in a Ray Tune trainable that reports its progress.
+"""One trial: the same training as `glann train`, in a Ray Tune trainable that tells how far it is.
 
 Ray Tune asks for a result again and again. It gets one for every epoch of stage 1, by which trials are compared, and
-between them a heartbeat; the run itself trains in a thread, and waits at an epoch until the trial is known to continue.
+between them a sign of life; the run itself goes on in a thread, and waits at an epoch until it is known to go on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_S = 1.0
 STOP_PATIENCE_S = 540.0  # to save and stop; Ray Tune kills after 600 s
-DONOR = "run.json"  # what a population hands from trial to trial: which run to continue from
+DONOR = "run.json"  # what a population hands from trial to trial: which run to go on from
 
 Metrics = dict[str, float]
 # A way to train and measure a run: by both stages, or by the second one alone.
@@ -45,8 +45,8 @@ Work = Callable[[Config, "Console", Hooks], Metrics]
 
 
 @dataclass(frozen=True)
-class TrialContext:
-    """What every trial of a study is given.
+class Part:
+    """What every trial of a study is told.
 
     home: the working folder of the command, on whose node all trials live. tracking_uri: with its password, so it must
     not be part of what Ray shows. work: how a run is trained and measured.
@@ -68,15 +68,15 @@ class TrialContext:
 class TrialRun(tune.Trainable):
     """A trial as Ray Tune knows it; it lives on the study's node, its workers anywhere."""
 
-    def setup(self, config: dict[str, Any], **given: TrialContext) -> None:
-        context = given["context"]
-        os.chdir(context.home)  # paths in the recipe mean what they mean to the command
-        self.context, self.number = context, own_number(context.study, self.trial_id, config["member"]["number"])
-        self.first_stage = first_stage(context.study)
+    def setup(self, config: dict[str, Any], **given: Part) -> None:
+        part = given["part"]
+        os.chdir(part.home)  # paths in the recipe mean what they mean to the command
+        self.part, self.number = part, own_number(part.study, self.trial_id, config["member"]["number"])
+        self.first_stage = first_stage(part.study)
         self.params = {} if self.number == BASELINE else dict(config["member"]["params"])
         self.donor: tuple[Path, int | None] | None = None
         self.reports: Queue[dict[str, Any]] = Queue()
-        self.unanswered, self.may_continue = False, threading.Event()
+        self.unanswered, self.goes_on = False, threading.Event()
         self.ended, self.stopping = threading.Event(), threading.Event()
         self.reached: dict[str, Any] = {"stage": "starting", "reached_epoch": 0}
         self.last: dict[str, Any] = {}
@@ -87,9 +87,9 @@ class TrialRun(tune.Trainable):
         if self.thread is None:
             self.thread = threading.Thread(target=self.run, name="trial", daemon=True)
             self.thread.start()
-        if self.unanswered:  # another request means that the last report did not end the trial
+        if self.unanswered:  # being asked again means that the last report did not end the trial
             self.unanswered = False
-            self.may_continue.set()
+            self.goes_on.set()
         try:
             report = self.reports.get(timeout=HEARTBEAT_S)
             self.unanswered = True
@@ -108,20 +108,20 @@ class TrialRun(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Not the run's state, which has checkpoints of its own: only which run this is."""
-        config = self.context.config(self.number, {})
-        donor = {"run": str(config.run_dir), "number": self.number, "step": newest_step(config)}
-        write_whole(Path(checkpoint_dir) / DONOR, json.dumps(donor))
+        config = self.part.config(self.number, {})
+        told = {"run": str(config.run_dir), "number": self.number, "step": newest_step(config)}
+        write_whole(Path(checkpoint_dir) / DONOR, json.dumps(told))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """`checkpoint`: the folder that the other trial saved to."""
-        donor = json.loads((Path(checkpoint) / DONOR).read_text())
-        if donor["number"] != self.number:
-            self.donor = Path(donor["run"]), donor["step"]
+        """`checkpoint`: the folder that the other was told to save to."""
+        told = json.loads((Path(checkpoint) / DONOR).read_text())
+        if told["number"] != self.number:
+            self.donor = Path(told["run"]), told["step"]
 
     # The thread -------------------------------------------------------------------------------
 
     def run(self) -> None:
-        study, name = self.context.study, trial_name(self.context.study.name, self.number)
+        study, name = self.part.study, trial_name(self.part.study.name, self.number)
         log = study.folder / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8", buffering=1) as file:
@@ -138,8 +138,8 @@ class TrialRun(tune.Trainable):
     def trained(self, file: Any) -> Metrics:
         from rich.console import Console
 
-        study = self.context.study
-        config = self.context.config(self.number, self.params)
+        study = self.part.study
+        config = self.part.config(self.number, self.params)
         began = monotonic()
         while is_worked_on(config.run_dir) and monotonic() - began < STOP_PATIENCE_S:
             sleep(0.2)  # what this trial was a moment ago is still saving
@@ -148,8 +148,8 @@ class TrialRun(tune.Trainable):
         for epoch, loss in losses(config.run_dir, self.first_stage):  # how far earlier starts have come
             self.reached |= {"reached_epoch": epoch, "reached_loss": loss}
         tags = {"glann.study": study.name, "glann.trial": str(self.number)}
-        hooks = Hooks(self.context.parent_run_id, tags, self.notify, self.stop_wanted)
-        return self.context.work(config, Console(file=file, width=120), hooks)
+        hooks = Hooks(self.part.parent_run_id, tags, self.notify, self.stop_wanted)
+        return self.part.work(config, Console(file=file, width=120), hooks)
 
     def stop_wanted(self) -> str:
         return "the study ended this trial" if self.stopping.is_set() else ""
@@ -168,14 +168,14 @@ class TrialRun(tune.Trainable):
 
     def report(self, result: dict[str, Any]) -> None:
         """Hand a result to Ray Tune, and wait until it asks for the next one: until then it may end the trial."""
-        self.may_continue.clear()
+        self.goes_on.clear()
         self.reports.put(result)
-        while not self.may_continue.wait(0.1) and not self.stopping.is_set():
+        while not self.goes_on.wait(0.1) and not self.stopping.is_set():
             pass
 
 
 def own_number(study: StudyConfig, trial_id: str, given: int) -> int:
-    """The number that Ray's trial began with: a member that continues from a copy gets all values of the other."""
+    """The number that Ray's trial began with: who goes on from another's copy is given all of the other's values."""
     path = study.folder / RAY / f"{trial_id}.number"
     if not path.exists():
         write_whole(path, str(given))

@@ -38,7 +38,7 @@ from .ledger import BASELINE, Ledger
 from .scheduler import build_scheduler
 from .search import LedgerSearch, Members, member
 from .study import StudyConfig
-from .trial import Metrics, TrialContext, TrialRun, Work
+from .trial import Metrics, Part, TrialRun, Work
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,15 +50,15 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # of its own state, which is never read: the ledger is the study's state
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # of its own state, which nobody reads: the ledger is the study's
 }
 PIN = 1e-4  # of the resource that every node has one of: trials live on the study's node, and take no CPU there
-PROCESS_LOSSES = 2  # after which a trial fails; its run resumes from its checkpoint each time
+PROCESS_LOSSES = 2  # after which a trial fails; its run goes on from its checkpoint each time
 
 
 @dataclass(frozen=True)
-class StudyContext:
-    """A running study: its configuration, what it writes to, and what may end it."""
+class Conduct:
+    """A study that goes on: what it is, what it writes to, and who may end it."""
 
     study: StudyConfig
     base: Config
@@ -66,47 +66,47 @@ class StudyContext:
     tracked: TrackedRun
     console: Console
     interrupted: threading.Event
-    notify: Callable[[], None]
+    told: Callable[[], None]
 
-    def trial_context(self, work: Work) -> TrialContext:
-        """What every trial is given."""
+    def part(self, work: Work) -> Part:
+        """What every trial is told."""
         uri = absolute_uri(default_uri(self.base.tracking.uri)) if self.base.tracking.enabled else None
-        return TrialContext(self.study, Path.cwd(), uri, self.tracked.run_id, work)
+        return Part(self.study, Path.cwd(), uri, self.tracked.run_id, work)
 
 
-def run_trials(context: StudyContext) -> None:
-    """Have Ray Tune run trials until the budget is spent, all are done or it is stopped."""
-    study, base, ledger = context.study, context.base, context.ledger
+def run_trials(conduct: Conduct) -> None:
+    """Have Ray Tune run trials until the budget is spent, all are done or somebody stops it."""
+    study, base, ledger = conduct.study, conduct.base, conduct.ledger
     work: Work = train_both_stages
     own: dict[str, float] = {}  # what a trial takes itself, besides what its workers take
     slots, gpus = partial(groups_of_workers, base.cluster), base.cluster.gpus_per_worker * base.cluster.max_workers
-    budget = Budget(study, ledger, context.tracked, gpus, context.notify)
+    budget = Budget(study, ledger, conduct.tracked, gpus, conduct.told)
     if study.second_stage_only:
-        run_dir = first_stage(context)
+        run_dir = first_stage(conduct)
         budget.count(running=1)
         work = partial(train_second_stage, shared=load_stage_one(run_dir, base.evaluation.extractor))
         own = on_this_node(resources_of(base.cluster))
         slots, budget.gpus = partial(processes_here, own), own.get("GPU", 0.0)
-    if context.interrupted.is_set():
+    if conduct.interrupted.is_set():
         return
-    search = LedgerSearch(study, ledger, slots, lambda: context.interrupted.is_set() or budget.spent())
-    with Board(study, ledger, context.console) as board:
-        tune_trials(search, context.trial_context(work), [board, budget], own)
+    search = LedgerSearch(study, ledger, slots, lambda: conduct.interrupted.is_set() or budget.spent())
+    with Board(study, ledger, conduct.console) as board:
+        tune_trials(search, conduct.part(work), [board, budget], own)
     if why := budget.why():
-        context.console.print(f"the budget is spent: {why}")
+        conduct.console.print(f"the budget is spent: {why}")
 
 
-def tune_trials(search: LedgerSearch, context: TrialContext, callbacks: list[Any], own: Mapping[str, float]) -> None:
+def tune_trials(search: LedgerSearch, part: Part, callbacks: list[Any], own: Mapping[str, float]) -> None:
     """One call of Ray Tune. Trials live on the study's node, where its folder is; their workers live anywhere."""
     os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
     here = f"node:{ray.util.get_node_ip_address()}"
-    population = context.study.search.kind == "population"
+    population = part.study.search.kind == "population"
     # Members that were paused start again as Ray Tune likes, so Ray has to count them; others the search counts.
     share = math.floor(1e4 / search.slots()) / 1e4 if population else PIN
     place = tune.PlacementGroupFactory([{here: share, **own}])
-    trainable: Any = tune.with_resources(tune.with_parameters(TrialRun, context=context), place)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the board reports what becomes of trials
-    scheduler = build_scheduler(context.study, search.ledger.trials)
+    trainable: Any = tune.with_resources(tune.with_parameters(TrialRun, part=part), place)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what becomes of trials is told by the board
+    scheduler = build_scheduler(part.study, search.ledger.trials)
     space: dict[str, Any] = {}
     chosen = tune.TuneConfig(search_alg=search, scheduler=scheduler, num_samples=-1)
     if population:  # Ray Tune lets no search choose its members
@@ -118,7 +118,7 @@ def tune_trials(search: LedgerSearch, context: TrialContext, callbacks: list[Any
         tune_config=chosen,
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(context.study.folder / RAY),
+            storage_path=str(part.study.folder / RAY),
             verbose=0,
             callbacks=callbacks,
             stop=lambda trial_id, result: search.over(),
@@ -150,22 +150,22 @@ def train_both_stages(config: Config, console: Console, hooks: Hooks) -> Metrics
     return require_summary(config)["metrics"]
 
 
-def first_stage(context: StudyContext) -> Path:
+def first_stage(conduct: Conduct) -> Path:
     """The run whose stage 1 all trials share, trial 0: the one that was given, or the base recipe, trained now."""
-    study, ledger = context.study, context.ledger
+    study, ledger = conduct.study, conduct.ledger
     baseline = next((trial for trial in ledger.trials if trial.number == BASELINE), None) or ledger.start({})
     run_dir = study.run_dir(BASELINE)
     if not baseline.ended:
         began = monotonic()
         if study.stage_one:
-            config = read_config(run_dir).model_copy(update={"evaluation": context.base.evaluation})
+            config = read_config(run_dir).model_copy(update={"evaluation": conduct.base.evaluation})
             manifest, model = open_model(run_dir, s3=config.s3)
             metrics = by_key(evaluate(config, manifest, model), model.own)
         else:
-            config = context.trial_context(train_both_stages).config(BASELINE, {})
+            config = conduct.part(train_both_stages).config(BASELINE, {})
             tags = {"glann.study": study.name, "glann.trial": str(BASELINE)}
-            hooks = Hooks(context.tracked.run_id, tags)
-            metrics = train_both_stages(config, context.console, hooks)
+            hooks = Hooks(conduct.tracked.run_id, tags)
+            metrics = train_both_stages(config, conduct.console, hooks)
         if not math.isfinite(value := metrics[study.metric]):
             raise UserError(
                 f"the base recipe ends with {study.metric}={value}: there is nothing to compare trials with"

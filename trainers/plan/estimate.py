@@ -101,7 +101,7 @@ def make_plan(config: Config) -> Plan:
     with torch.device("meta"):
         network = build_network(config.sampler, config.generator.latent_dim, config.glo.constraint)
     flops_per_image = generator.flops + loss.flops
-    # with few workers each holds most, so the plan gives what must fit for the fewest
+    # with few workers each holds most, so what must fit is told for the fewest
     memory = memory_per_worker(config, generator, loss, config.cluster.min_workers)
     largest = len(ranges(rows.count, config.cluster.min_workers)[0])
     infos = stage_infos(config)

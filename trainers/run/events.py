@@ -1,4 +1,4 @@
-"""What happens in a run, as the workers report it to the driver, and the driver to the log and the hooks.
+"""What happens in a run, as the workers report it to the driver and the driver to whoever shows or supervises it.
 
 Shapes: P pictures, H W C height, width, channels.
 """

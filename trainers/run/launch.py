@@ -14,7 +14,7 @@ from .mailbox import STOPPED
 
 
 def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: Ticket) -> bool:
-    """Start a group of so many workers and wait for its end; whether they stopped on request before the run was done.
+    """Start a group of so many workers and wait for its end; whether they were asked to stop before the run was done.
 
     Raises:
         ray.train.TrainingFailedError: a worker was lost, or raised an error. Nothing is tried again here.

@@ -11,7 +11,7 @@ from .control import Request
 from .events import FromWorker, Message, Phase, Progress
 
 PROGRESS_EVERY = 0.5  # seconds; a bar needs no more
-STOPPED = "stopped"  # what a worker returns that has stopped on request
+STOPPED = "stopped"  # what a worker returns that was asked to stop
 
 
 class Mailbox:
@@ -37,7 +37,7 @@ class Reporter:
     """A worker's end of the mailbox. Sending never waits."""
 
     def __init__(self, mailbox: Any, rank: int, group: int) -> None:
-        """`group` numbers the starts of the workers, so that the driver recognises a message of a past one."""
+        """`group` numbers the starts of the workers, so that the driver can tell a message of a past one."""
         self.mailbox, self.rank, self.group = mailbox, rank, group
         self.last_progress = 0.0
         self.phase = ""

@@ -3,7 +3,7 @@
     s3://bucket/runs/NAME/checkpoints/...                              written by the workers
     s3://bucket/runs/NAME/{config.yaml, metrics.jsonl, model/, ...}    copied by the driver
 
-The same command on another machine takes the copy back and continues the same journal and MLflow run.
+The same command on another machine takes the copy back and goes on with the same journal and MLflow run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RunMirror:
     def send(self, store: Store) -> None:
         """Copy every file that has changed since it was copied last."""
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and self.copied(self.key(path))]
-        # The record of what MLflow has comes before the journal: a copy must not claim more as sent than it holds.
+        # What MLflow has been told comes before the journal: a copy must not claim more as sent than it holds.
         for path in sorted(files, key=lambda path: (path.name != TRACKING, path.name != JOURNAL)):
             stat = path.stat()
             if self.sent.get(self.key(path)) != (stat.st_size, stat.st_mtime_ns):

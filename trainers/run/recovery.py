@@ -51,7 +51,7 @@ RESUMES = "the same command resumes from the last checkpoint"
 
 
 class RunStopped(GlannError):
-    """The run has been stopped on request and saved; the same command resumes it."""
+    """The run was asked to stop, has been saved, and can go on."""
 
     exit_status = ExitStatus.STOPPED
 
@@ -342,12 +342,12 @@ def stop_on_signal(stop: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[int] = []
+    asked: list[int] = []
 
     def handle(number: int, _: Any) -> None:
-        if received:
+        if asked:
             raise KeyboardInterrupt
-        received.append(number)
+        asked.append(number)
         stop()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -29,14 +29,14 @@ from .state import Position, Saved, load, restore_rows
 
 
 class Stopped(Exception):
-    """The driver requested a stop, and the run has been saved."""
+    """The driver asked the workers to stop, and the run has been saved."""
 
 
 def train_worker(task: dict[str, Any]) -> str | None:
     """Entry point of a Ray Train worker; `task` holds the configuration, the driver's mailbox and the group's number.
 
     Returns:
-        `STOPPED` if the driver requested that. Errors are for the driver to classify (`recovery.classify_failure`).
+        `STOPPED` if it was asked to. Errors are for the driver to judge (`recovery.classify_failure`).
     """
     import ray
     import ray.train

@@ -1,6 +1,6 @@
 """Which keys of a space matter, by PED-ANOVA (arXiv 2304.10255; keys under a condition: arXiv 2601.20800).
 
-It compares how a key is spread among the best trials and among all of them. fANOVA finds a little more in very few
+It compares how a key is spread among the best trials and among all of them. fANOVA tells a little more from very few
 trials, but leaves out every key that some trial did not search. In made-up studies of five keys of which one mattered,
 that one came first in 42% of studies of 6 trials, 73% of 12 and 95% of 20: hence `FEW`.
 """
@@ -31,7 +31,7 @@ def importances(study: StudyConfig, valued: list[tuple[Params, float]]) -> list[
     """The keys from the most to the least important, given finished trials with their values.
 
     Raises:
-        ValueError: there are too few trials, or too similar ones; in a sentence.
+        ValueError: there is too little to tell it from; in a sentence.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -52,7 +52,7 @@ def importances(study: StudyConfig, valued: list[tuple[Params, float]]) -> list[
     # half a trial less, so that rounding up gives `best` again
     evaluator = PedAnovaImportanceEvaluator(target_quantile=(best - 0.5) / len(valued))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the page itself says that few trials show little
+        warnings.simplefilter("ignore")  # that few trials tell little; the page says it in its own words
         shares = get_param_importances(past, evaluator=evaluator)
     found = [Importance(key, shares.get(key, 0.0), count) for key, count in searched.items() if count]
     return sorted(found, key=lambda one: (-one.share, one.key))
@@ -65,7 +65,7 @@ def best_count(trials: int) -> int:
 
 def _refuse_too_few(study: StudyConfig, values: list[float], best: int) -> None:
     if len(values) < MIN_TRIALS:
-        raise ValueError(f"It takes at least {MIN_TRIALS} finished trials; there are {len(values)}.")
+        raise ValueError(f"It takes at least {MIN_TRIALS} finished trials to tell; there are {len(values)}.")
     ordered = sorted(values, reverse=not study.minimize)
     if ordered[best - 1] == ordered[-1]:
-        raise ValueError("It cannot be computed: the trials hardly differ in their values.")
+        raise ValueError("It cannot be told: the trials hardly differ in their values.")

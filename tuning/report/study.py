@@ -137,8 +137,8 @@ def progress(facts: StudyFacts) -> str:
     states = Counter(trial.state for trial in facts.trials.values())
     if not facts.trials:
         return "No trial has started."
-    counts = ", ".join(f"{states[state]} {STATE_WORDS[state]}" for state in (*STATES[1:], STATES[0]) if states[state])
-    return f"{len(facts.trials)} of {max(facts.study.budget.trials, len(facts.trials))} trials: {counts}." + (
+    told = ", ".join(f"{states[state]} {STATE_WORDS[state]}" for state in (*STATES[1:], STATES[0]) if states[state])
+    return f"{len(facts.trials)} of {max(facts.study.budget.trials, len(facts.trials))} trials: {told}." + (
         "" if facts.best else " None has a value yet."
     )
 
@@ -180,8 +180,8 @@ def samples(facts: StudyFacts) -> list[tuple[str, str, Figure]]:
         name = "Base recipe" if trial == BASELINE else f"Best: trial {trial}"
         value = facts.trials[trial].value
         if path.is_file():
-            value_text = f"{facts.study.metric} {value:.4g}" if value is not None else "not measured"
-            shown.append((name, value_text, figure(path, name)))
+            told = f"{facts.study.metric} {value:.4g}" if value is not None else "not measured"
+            shown.append((name, told, figure(path, name)))
     return shown
 
 
@@ -203,7 +203,7 @@ def cells(facts: StudyFacts, row: Row) -> dict[str, object]:
 
 
 def stage(facts: StudyFacts) -> tuple[str, str]:
-    """The stage by whose losses trials are compared: (as in the journal, in words)."""
+    """The stage whose losses tell trials apart: (as in the journal, in words)."""
     return ("imle", "stage 2") if facts.study.second_stage_only else ("glo", "stage 1")
 
 
@@ -220,8 +220,8 @@ def curves(facts: StudyFacts) -> Markup | str:
         }
         if losses:
             epochs = sorted(losses)
-            values = [losses[epoch] for epoch in epochs]
-            found.append(Curve(facts.role(trial), trial.state, facts.label(trial), epochs, values))
+            told = [losses[epoch] for epoch in epochs]
+            found.append(Curve(facts.role(trial), trial.state, facts.label(trial), epochs, told))
     return loss_curves(found, f"Loss of {words}") if found else "No trial has ended an epoch."
 
 

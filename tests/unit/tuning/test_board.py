@@ -145,5 +145,5 @@ def test_on_a_terminal_only_ends_stay(study: StudyConfig):
     board, file = board_of(study, terminal=True)
     board.ledger.end(board.ledger.start({}), state="finished", value=0.5)
     board.ledger.start({"sampler.noise_dim": 9})
-    board.print_news()
+    board.tell_news()
     assert file.getvalue().splitlines() == ["trial 0   finished   fd_squeezenet 0.5  the base recipe  best so far"]

@@ -10,7 +10,7 @@ import pytest
 from glann.storage.journal import entries
 from glann.tracking.runs import TrackedRun
 from glann.tuning import budget as budgets
-from glann.tuning.budget import LOG_EVERY_S, Budget
+from glann.tuning.budget import TELL_EVERY_S, Budget
 from glann.tuning.ledger import Ledger
 from glann.tuning.study import StudyConfig
 from study_folder import make_study
@@ -83,11 +83,11 @@ def test_the_clock_goes_on_over_restarts_but_not_between_them(study: StudyConfig
     passes(first, clock, 1200, running=1)
     clock.now += 1e6  # nobody works on it
     second = started(study)
-    assert second.seconds == pytest.approx(1200, abs=LOG_EVERY_S)
+    assert second.seconds == pytest.approx(1200, abs=TELL_EVERY_S)
     passes(second, clock, 1200, running=1)
     third = started(study)
-    assert third.seconds == pytest.approx(2400, abs=2 * LOG_EVERY_S)
-    assert third.gpu_seconds == pytest.approx(4800, abs=4 * LOG_EVERY_S)
+    assert third.seconds == pytest.approx(2400, abs=2 * TELL_EVERY_S)
+    assert third.gpu_seconds == pytest.approx(4800, abs=4 * TELL_EVERY_S)
     passes(third, clock, 1300)
     assert third.why() == "1 hours"
     assert started(study).spent()  # also before its first step
@@ -98,7 +98,7 @@ def test_a_kill_forgets_at_most_what_passed_since_it_was_last_told(study: StudyC
     for _ in range(500):
         clock.now += 0.7
         budget.on_step_begin(0, trials(1))
-        assert budget.seconds - started(study).seconds <= LOG_EVERY_S + 0.7
+        assert budget.seconds - started(study).seconds <= TELL_EVERY_S + 0.7
 
 
 def test_the_journal_says_what_the_study_has_come_to(study: StudyConfig, clock: Clock):

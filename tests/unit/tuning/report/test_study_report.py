@@ -104,7 +104,7 @@ def test_nothing_hostile_or_secret_gets_out(tmp_path):
         (["failed", "stopped"], "2 of 12 trials: 1 stopped early, 1 failed. None has a value yet."),
         (["finished"], "no trial is better than the base recipe"),
         (["running", "finished"], "it has not finished, so there is nothing to compare with"),
-        (["finished", "finished"], "Left out. It takes at least 4 finished trials; there are 2."),
+        (["finished", "finished"], "Left out. It takes at least 4 finished trials to tell; there are 2."),
     ],
 )
 def test_a_study_can_be_reported_at_any_time(study, states, told):
@@ -121,7 +121,7 @@ def test_one_key_has_nothing_to_combine_and_a_shared_stage_one_has_no_losses_of_
     fill_study(study, ["finished"] * 5)
     page = page_of(study)
     assert "with one key there is nothing to combine" in page
-    assert "It cannot be computed: the trials hardly differ in their values." in page
+    assert "It cannot be told: the trials hardly differ in their values." in page
     assert "Loss of stage 2" in page
     assert "It trains stage 1 as well, which the trials shared." in page
 
