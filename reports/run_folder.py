@@ -1,4 +1,4 @@
-"""The files of a run folder, by name."""
+"""Names and readers of the files of a run folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ CONFIG = "config.yaml"
 
 
 def read_config(run_dir: str | Path) -> Config:
-    """The configuration that a run was made with.
+    """The configuration of a run, from its folder.
 
     Raises:
-        UserError: the folder is not that of a run, or the file is damaged.
+        UserError: the folder is not a run folder, or the file is damaged.
     """
     path = Path(run_dir) / CONFIG
     if not path.is_file():

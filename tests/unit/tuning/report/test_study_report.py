@@ -143,7 +143,7 @@ def test_what_is_damaged_is_named_and_the_old_page_stays(study):
     fill_study(study)
     before = page_of(study)
     (study.run_dir(0) / "images" / "samples.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"samples\.png is not a picture"):
+    with pytest.raises(UserError, match=r"samples\.png is not a readable picture"):
         write_report(study)
     assert (study.folder / "report.html").read_text(encoding="utf-8") == before
     assert not list(study.folder.glob(".*.tmp"))
