@@ -47,13 +47,13 @@ def tune(
     from ..tuning.driver import run_study
 
     report = run_study(loaded, console, resume)
-    tell_best(loaded, console)
+    print_best(loaded, console)
     console.print(f"look at {report}", soft_wrap=True)
 
 
-def tell_best(study: StudyConfig, console: Console) -> None:
-    """The best trial beside the base recipe, and how to go on with it."""
-    from ..tuning.ledger import BASELINE, best_of, in_words, trials
+def print_best(study: StudyConfig, console: Console) -> None:
+    """Print the best trial beside the base recipe, and the commands to train and register it."""
+    from ..tuning.ledger import BASELINE, best_of, format_params, trials
     from ..tuning.report.leaderboard import command
 
     found = trials(study.folder)
@@ -63,7 +63,7 @@ def tell_best(study: StudyConfig, console: Console) -> None:
     if best is None:
         console.print("no trial has finished; why is in the report")
         return
-    values = in_words(best.params)
+    values = format_params(best.params)
     console.print(f"best: trial {best.number}, {study.metric} {best.value:.4g}, {values}", soft_wrap=True)
     if base is not None and base.value is not None and best.number != BASELINE:
         console.print(f"base recipe: {study.metric} {base.value:.4g}")

@@ -1,4 +1,4 @@
-"""The folder of a study, studies/NAME: which study it is, and what it found."""
+"""The folder of a study, studies/NAME: its configuration and its best run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .study import FILE, StudyConfig
 
 
 def is_study(folder: str | Path) -> bool:
-    """Whether it is the folder of a study."""
+    """Whether the folder is that of a study."""
     return (Path(folder) / FILE).is_file()
 
 
@@ -31,10 +31,10 @@ def best_run(folder: str | Path) -> Path:
 
 
 def saved_study(folder: Path) -> StudyConfig:
-    """The study that a folder holds, wherever that was moved.
+    """The study in a folder, also if the folder was moved.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file of the study is damaged.
     """
     path = folder / FILE
     try:
@@ -45,10 +45,10 @@ def saved_study(folder: Path) -> StudyConfig:
 
 
 def refuse_other_study(study: StudyConfig) -> None:
-    """A study folder belongs to one study, but for its budget.
+    """Refuse a folder that holds another study; only the budget may differ.
 
     Raises:
-        UserError: naming the first key that differs.
+        UserError: names the first key that differs.
     """
     if not is_study(study.folder):
         return
@@ -56,5 +56,5 @@ def refuse_other_study(study: StudyConfig) -> None:
     there, here = saved.model_dump(mode="json"), study.model_dump(mode="json")
     for key in here:
         if key not in ("budget", "studies_dir") and there[key] != here[key]:
-            told = f"{key} is {shown(there[key])} there and {shown(here[key])} here"
-            raise UserError(f"{study.folder} holds another study: {told}; give this one another name")
+            difference = f"{key} is {shown(there[key])} there and {shown(here[key])} here"
+            raise UserError(f"{study.folder} holds another study: {difference}; give this one another name")
