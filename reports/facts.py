@@ -1,6 +1,6 @@
 """Contents of a run folder, read once for the report and the model card.
 
-A run that is still training, or was interrupted, has no summary and perhaps no images: everything here except
+A run that is still training, or was interrupted, has no summary and possibly no images: everything here except
 the configuration may be empty.
 """
 

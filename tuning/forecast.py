@@ -75,7 +75,7 @@ def forecast(study: StudyConfig) -> Forecast:
     """The forecast of a study, begun or not.
 
     Raises:
-        UserError: the data set is there but does not fit the recipe.
+        UserError: the data set exists but does not fit the recipe.
     """
     study = study.with_absolute_paths()
     begun = len(trials(study.folder))

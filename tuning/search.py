@@ -112,7 +112,7 @@ class LedgerSearch(NotPickled, Searcher):
         self.waiting = [trial for trial in ledger.trials if not trial.ended]
         self.running: dict[str, Trial] = {}  # by Ray's id
         self.began: dict[str, float] = {}
-        # Ended for Ray, but perhaps still holding the lock of their run folders. Includes stopped trials of earlier
+        # Ended for Ray, but possibly still holding the lock of their run folders. Includes stopped trials of earlier
         # starts, whose checkpoints may not have been removed.
         self.closing: list[Trial] = [trial for trial in ledger.trials if trial.state == "stopped"]
 

@@ -69,7 +69,7 @@ class RunLog:
             case events.BadStep():
                 self.on_bad_step(event)
             case events.CheckpointDamaged():
-                self.print(f"[yellow]damaged checkpoint[/] of step {event.step} is passed over: {escape(event.reason)}")
+                self.print(f"[yellow]damaged checkpoint[/] of step {event.step} is skipped: {escape(event.reason)}")
             case events.Training():
                 self.on_training(event)
             case events.Joined() | events.Resumed():  # used by the driver only

@@ -195,7 +195,7 @@ def test_a_population_changes_what_can_change_on_the_way(tmp_path: Path):
     population = {"search": {"kind": "population", "interval": 2}}
     assert "space.sampler.noise_dim cannot change while a run trains" in refusal(tmp_path, population)
     study = load_study(written(tmp_path, population | {"space": {"glo.latent_lr": {"log_uniform": [0.01, 0.1]}}}))
-    assert study.trial(3, {"glo.latent_lr": 0.02}).checkpoint.every_epochs == 2  # there is one to go on from
+    assert study.trial(3, {"glo.latent_lr": 0.02}).checkpoint.every_epochs == 2  # there is one to continue from
 
 
 def test_different_losses_stop_no_trial(tmp_path: Path):

@@ -97,7 +97,7 @@ def test_nothing_hostile_or_secret_gets_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("states", "told"),
+    ("states", "expected"),
     [
         ([], "No trial has started."),
         (["running"], "1 of 12 trials: 1 running. None has a value yet."),
@@ -107,11 +107,11 @@ def test_nothing_hostile_or_secret_gets_out(tmp_path):
         (["finished", "finished"], "Left out. At least 4 finished trials are needed; there are 2."),
     ],
 )
-def test_a_study_can_be_reported_at_any_time(study, states, told):
+def test_a_study_can_be_reported_at_any_time(study, states, expected):
     if states:
         fill_study(study, states)
     page = page_of(study)
-    assert told in page
+    assert expected in page
     assert Page(page).open == []
     assert "What mattered" in page
 
@@ -233,7 +233,7 @@ def test_the_recipe_has_values_for_the_keys_that_apply_to_it(study):
 
 
 @pytest.mark.parametrize(
-    ("metric", "best", "base", "told"),
+    ("metric", "best", "base", "expected"),
     [
         ("fd_squeezenet", 0.75, 1.0, "25.0%"),
         ("l1", 0.9999, 1.0, "less than 0.1%"),
@@ -241,8 +241,8 @@ def test_the_recipe_has_values_for_the_keys_that_apply_to_it(study):
         ("l1", -1.0, 0.0, "1"),
     ],
 )
-def test_what_was_gained_is_shown_in_the_unit_of_the_metric(study, metric, best, base, told):
-    assert gain(best, base, study.model_copy(update={"metric": metric})) == told
+def test_what_was_gained_is_shown_in_the_unit_of_the_metric(study, metric, best, base, expected):
+    assert gain(best, base, study.model_copy(update={"metric": metric})) == expected
 
 
 # What mattered ----------------------------------------------------------------------------------
