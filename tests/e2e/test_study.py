@@ -96,7 +96,7 @@ def disturbed(glann, head):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 75, out + err
-    assert "is saved; the same command goes on with it" in err
+    assert "is saved; the same command resumes it" in err
     assert study.ended() == {}
     process = glann.start("tune", "mini.yaml", **env)
     study.wait_until(lambda: 0 in study.ended() and len(study.epochs(1)) >= 2, process)
