@@ -19,6 +19,7 @@ from glann.datasets.pack import pack
 from glann.storage.open import open_store
 from glann.errors import EnvironmentFault, UserError
 from glann.trainers.run import recovery
+from glann.trainers.run.events import CheckpointStarted, EpochDone, Training, WorkersLost
 
 ROWS, CPUS = 240, 4
 
@@ -103,7 +104,8 @@ def run(settings, events, on_event):
 
 
 def going(events):
-    return [event for event in events if event["kind"] == "going"]
+    """First steps of the groups of workers."""
+    return [event for event in events if isinstance(event, Training)]
 
 
 @pytest.mark.matrix
@@ -116,25 +118,25 @@ def test_workers_grow_and_shrink_and_every_row_is_visited_once_an_epoch(local_ra
     events, killed = [], []
 
     def on_event(event):
-        if event["kind"] == "going" and len(going(events)) < 3:
+        if isinstance(event, Training) and len(going(events)) < 3:
             others.give()
-        elif event["kind"] == "epoch" and len(going(events)) == 3 and not killed:
+        elif isinstance(event, EpochDone) and len(going(events)) == 3 and not killed:
             killed.append(processes("RayTrainWorker")[-1])
             os.kill(killed[0], signal.SIGKILL)
-        elif event["kind"] == "lost":
+        elif isinstance(event, WorkersLost):
             others.take(1)  # before the run looks for room again
 
     run(settings, events, on_event)
-    assert [event["workers"] for event in going(events)] == [1, 2, 3, 2], [e["kind"] for e in events]
-    assert [event.get("why", "").split(" ")[0] for event in going(events)] == ["", "there", "there", "worker"]
-    print("seconds from the last step to the next:", [event.get("gap_s") for event in going(events)])
+    assert [event.workers for event in going(events)] == [1, 2, 3, 2], [type(e).__name__ for e in events]
+    assert [(event.why or "").split(" ")[0] for event in going(events)] == ["", "there", "there", "worker"]
+    print("seconds from the last step to the next:", [event.gap_s for event in going(events)])
     assert (visits(settings) == 60).all()
-    done = Counter((event["stage"], event["epoch"]) for event in events if event["kind"] == "epoch")
+    done = Counter((event.stage, event.epoch) for event in events if isinstance(event, EpochDone))
     assert set(done) == {("glo", n) for n in range(1, 61)} | {("imle", 1), ("imle", 2)}
-    grown = [event for event in going(events) if event.get("why", "").startswith("there is")]
+    grown = [event for event in going(events) if (event.why or "").startswith("there is")]
     for event in grown:  # a checkpoint was made for it: no epoch was done twice
-        before = [e for e in events[: events.index(event)] if e["kind"] == "epoch"]
-        assert event["from"]["epoch"] == max((e["epoch"] for e in before), default=0)
+        before = [e for e in events[: events.index(event)] if isinstance(e, EpochDone)]
+        assert event.position.epoch == max((e.epoch for e in before), default=0)
 
 
 @pytest.mark.timeout(600)
@@ -147,17 +149,17 @@ def test_losses_count_only_while_nothing_is_gained(local_ray, others, packed, tm
 
     def on_event(event):
         group = len(going(events))
-        saved[group] += event["kind"] == "checkpoint"
-        if (group in (1, 2) and event["kind"] == "checkpoint" and saved[group] == 2) or (
-            group == 3 and event["kind"] == "going"
+        saved[group] += isinstance(event, CheckpointStarted)
+        if (group in (1, 2) and isinstance(event, CheckpointStarted) and saved[group] == 2) or (
+            group == 3 and isinstance(event, Training)
         ):
             os.kill(processes("RayTrainWorker")[0], signal.SIGKILL)
 
     with pytest.raises(EnvironmentFault, match=r"lost 2 times without a new checkpoint.*cluster.max_failures=1"):
         run(settings, events, on_event)
     assert len(going(events)) == 3
-    assert [event["kind"] for event in events].count("lost") == 2
-    assert retention.latest(open_store(settings.checkpoint_url)) > going(events)[1]["from"]["serial"]
+    assert sum(isinstance(event, WorkersLost) for event in events) == 2
+    assert retention.latest(open_store(settings.checkpoint_url)) > going(events)[1].position.serial
 
 
 @pytest.mark.timeout(300)
@@ -170,7 +172,7 @@ def test_a_fault_of_the_input_ends_the_run_at_once_as_itself(local_ray, others, 
     events = []
     with pytest.raises(UserError, match="not finite"):
         run(settings, events, lambda event: None)
-    assert "lost" not in [event["kind"] for event in events]
+    assert not any(isinstance(event, WorkersLost) for event in events)
 
 
 @pytest.mark.timeout(300)

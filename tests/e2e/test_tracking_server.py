@@ -31,7 +31,7 @@ FOREVER, PATIENT_S = 10**9, 300.0
 WRITER = """
 import sys, time
 from pathlib import Path
-from glann.config import load
+from glann.config.run import load
 from glann.tracking import connection
 from glann.tracking.runs import TrackedRun
 

@@ -13,7 +13,7 @@ PROCESSES, METRICS = 4, 200
 WRITER = """
 import sys, time
 from pathlib import Path
-from glann.config import Config
+from glann.config.run import Config
 from glann.tracking.runs import TrackedRun
 
 uri, folder, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

@@ -43,7 +43,7 @@ def test_a_run_leaves_all_that_is_promised(glann, undisturbed):
         assert (run / name).stat().st_size > 100, name
     for name in ("samples", "interpolations", "nearest", "glo-epoch-012-reconstructions", "imle-epoch-012-samples"):
         assert (run / "images" / f"{name}.png").stat().st_size > 100, name
-    assert {"generator.safetensors", "mapping.safetensors"} <= {path.name for path in (run / "model").iterdir()}
+    assert {"generator.safetensors", "sampler-imle.safetensors"} <= {path.name for path in (run / "model").iterdir()}
     assert yaml.safe_load((run / "config.yaml").read_text())["glo"]["epochs"] == 12
     stages = [(entry["stage"], entry.get("epoch")) for entry in glann.entries("undisturbed")]
     assert [("glo", n) for n in range(1, 13)] == [stage for stage in stages if stage[0] == "glo"]
@@ -111,7 +111,7 @@ def test_interrupted_and_killed_it_ends_bit_for_bit_like_an_undisturbed_run(glan
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, out + err
-    assert "the same command goes on" in out + err
+    assert "the same command resumes" in out + err
 
     process = glann.start(*command)
     glann.wait_for_epoch(process, "disturbed", "imle", 1)
@@ -128,7 +128,8 @@ def test_interrupted_and_killed_it_ends_bit_for_bit_like_an_undisturbed_run(glan
     assert not different
     assert a[1]["position"] == b[1]["position"]
     packaged = [
-        load_file(glann.folder / "runs" / run / "model" / "mapping.safetensors") for run in ("undisturbed", "disturbed")
+        load_file(glann.folder / "runs" / run / "model" / "sampler-imle.safetensors")
+        for run in ("undisturbed", "disturbed")
     ]
     assert all(np.array_equal(packaged[0][name], packaged[1][name]) for name in packaged[0])
 
