@@ -52,7 +52,7 @@ def tune(
 
 def print_best(study: StudyConfig, console: Console) -> None:
     """Print the best trial beside the base recipe, and the commands to train and register it."""
-    from ..tuning.ledger import BASELINE, best_of, in_words, trials
+    from ..tuning.ledger import BASELINE, best_of, format_params, trials
     from ..tuning.report.leaderboard import command
 
     found = trials(study.folder)
@@ -62,7 +62,7 @@ def print_best(study: StudyConfig, console: Console) -> None:
     if best is None:
         console.print("no trial has finished; the report has the reasons")
         return
-    values = in_words(best.params)
+    values = format_params(best.params)
     console.print(f"best: trial {best.number}, {study.metric} {best.value:.4g}, {values}", soft_wrap=True)
     if base is not None and base.value is not None and best.number != BASELINE:
         console.print(f"base recipe: {study.metric} {base.value:.4g}")

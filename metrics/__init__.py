@@ -1,1 +1,1 @@
-"""How good images are: Frechet distance, reconstruction error, and the features under them."""
+"""Evaluation: Fréchet distance, reconstruction error, and the feature extractors they use."""

@@ -1,4 +1,4 @@
-"""The training image nearest to each sample, to see whether a model merely copies.
+"""The training image nearest to each sample, to detect copying.
 
 Legend: N samples, R training rows, P pixels compared.
 """
@@ -18,7 +18,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from ..datasets.reader import CorruptImage, ImageRows
 from ..errors import UserError
 
-COMPARED_SIDE = 64  # larger images are averaged down to this: a copy stays a copy, and a million rows stay affordable
+COMPARED_SIDE = (
+    64  # larger images are averaged down to this side: copies stay recognisable, and a million rows affordable
+)
 DEFAULT_LIMIT = 50_000
 CHUNK = 256
 
@@ -38,7 +40,7 @@ def nearest_images(
 ) -> NearestImages:
     """Search the training images (evenly spaced ones if there are more than `limit`) by pixel distance.
 
-    Exact within what is searched; the lowest row wins a tie.  Corrupt images are passed over.
+    Exact among the searched images; ties go to the lowest row.  Corrupt images are skipped.
     """
     sample_NP = _pixels(torch.from_numpy(sample_NHWC).permute(0, 3, 1, 2))
     best_N = torch.full((len(sample_NP),), torch.inf, dtype=torch.float64)
@@ -78,6 +80,6 @@ def _decoder(images: ImageRows):  # type: ignore[no-untyped-def]
         try:
             return images.decode(row)
         except CorruptImage:
-            return None  # the reader of the training loop has counted and named it
+            return None  # the training loop has counted and logged it
 
     return decode

@@ -1,6 +1,6 @@
-"""How good a run is: how well it reconstructs its images, and how close its samples are to them.
+"""Evaluation of a run: how well it reconstructs its images, and how close its samples are to them.
 
-What is measured is the table of `spec.py`; images are drawn, read and seen by an extractor once for all metrics.
+Measures the metrics of `spec.py`; images are drawn, read and passed through an extractor once for all metrics.
 
 Shapes: B batch, C, H, W channels, height, width, N rows, D latent dimension.
 """
@@ -29,13 +29,13 @@ from .spec import METRICS, Metric, Reconstructions, Samples, measured_with
 from .tally import Mean, Tally
 
 BATCH = 100
-RECONSTRUCTED = 2000  # rows whose reconstruction is measured; more changes the third digit
-BASELINE = "gaussian"  # is measured beside the sampler of the run
+RECONSTRUCTED = 2000  # rows used to measure reconstruction; more change the third digit
+BASELINE = "gaussian"  # measured beside the run's own sampler
 
 
 @dataclass(frozen=True)
 class Tallied:
-    """What the metrics of samples keep of a set of images, by name of the metric; `count` images."""
+    """The tallies of a set of `count` images, by name of the metric."""
 
     count: int
     by_metric: dict[str, Tally]
@@ -43,13 +43,13 @@ class Tallied:
 
 @dataclass(frozen=True)
 class Panel:
-    """Metrics of samples by name, measured together: images are seen once, and each extractor sees them once."""
+    """Metrics of samples by name, measured together: one pass over the images, and one through each extractor."""
 
     metrics: dict[str, Samples]
     extractors: dict[str, Extractor]
 
     def tally(self, images: Iterable[Tensor]) -> Tallied:
-        """What the metrics keep of uint8 images [B, C, H, W], one batch at a time."""
+        """Tally uint8 images [B, C, H, W], batch by batch."""
         count, tallies = 0, {name: metric.tally() for name, metric in self.metrics.items()}
         for img_BCHW in images:
             features = {name: extract(img_BCHW) for name, extract in self.extractors.items()}
@@ -60,7 +60,7 @@ class Panel:
         return Tallied(count, tallies)
 
     def compare(self, real: Tallied, drawn: Tallied, sampler: str) -> list[Result]:
-        """The value of every metric, for samples of that sampler."""
+        """The value of every metric, for samples `drawn` by `sampler`."""
         return [
             Result(name, metric.compare(real.by_metric[name], drawn.by_metric[name]), sampler)
             for name, metric in self.metrics.items()
@@ -68,10 +68,10 @@ class Panel:
 
 
 def build_panel(metrics: Iterable[Metric], device: str = "cpu") -> Panel:
-    """Those of the metrics that are of samples, with the extractors that they need.
+    """A panel of those of `metrics` that need samples, with their extractors.
 
     Raises:
-        UserError: the weights of an extractor cannot be had.
+        UserError: the weights of an extractor are invalid. EnvironmentFault: they cannot be fetched.
     """
     chosen = {metric.name: metric.needs for metric in metrics if isinstance(metric.needs, Samples)}
     names = dict.fromkeys(metric.extractor for metric in chosen.values() if metric.extractor)
@@ -80,9 +80,9 @@ def build_panel(metrics: Iterable[Metric], device: str = "cpu") -> Panel:
 
 @dataclass(frozen=True)
 class Judge:
-    """How far a model's samples are from the images that it is to resemble.
+    """Measures how far samples of models are from a fixed set of images.
 
-    Every model it judges draws `samples` images of `seed`, and is compared with the same images.
+    Every model draws `samples` images of `seed` and is compared with the same real images.
     """
 
     panel: Panel
@@ -91,7 +91,7 @@ class Judge:
     seed: int
 
     def measure(self, model: SamplingModel, sampler: str | None = None) -> list[Result]:
-        """Draw once, by a sampler or the model's own, and measure by every metric of the panel."""
+        """Draw once, by `sampler` or the model's own, and compute every metric of the panel."""
         drawn = self.panel.tally(draw(model, self.samples, self.seed, sampler))
         return self.panel.compare(self.real, drawn, sampler or model.own)
 
@@ -99,10 +99,10 @@ class Judge:
 def build_judge(
     config: Config, images: ImageRows, metrics: Iterable[Metric], samples: int, seed: int = 0, device: str = "cpu"
 ) -> Judge:
-    """A judge by `metrics`, as far as they are of samples, against `images`, which are read once.
+    """A judge for those of `metrics` that need samples, against `images`, which are read once.
 
     Args:
-        samples: images drawn of a model.
+        samples: number of images to draw from a model.
     """
     panel = build_panel(metrics, device)
     return Judge(panel, panel.tally(training_images(images, len(images), config)), samples, seed)
@@ -124,18 +124,18 @@ def evaluate(
     data: str | None = None,
     with_codes: bool = True,
 ) -> list[Result]:
-    """Every metric of the table but those of other extractors, of samples by each sampler.
+    """Measure every metric except those of other extractors, for the run's own sampler and the baseline.
 
     Args:
-        config: of the run; `evaluation` says which extractor and how many samples.
-        manifest, model: what the run packaged, opened.
-        data: where the images are, if not where they were for the training, or other images.
-        with_codes: whether the checkpoints of the run are at hand; reconstruction needs its codes.
+        config: configuration of the run; `evaluation` sets the extractor and the number of samples.
+        manifest, model: the packaged model of the run.
+        data: address of the images, if they were moved or are others than the training images.
+        with_codes: whether the checkpoints of the run are available; reconstruction needs its codes.
     Returns:
-        Results: what needs codes only where these are, and only of the images they are the codes of; then what
-        needs samples, by the run's own sampler and by a Gaussian over the codes (`gaussian`, GLO's sampling).
+        Results: reconstruction, if the codes are available and `data` holds the training images; then the metrics
+        of samples, for the run's own sampler and for a Gaussian over the codes (`gaussian`, the sampling of GLO).
     Raises:
-        UserError: the images are not those of the training.
+        UserError: the images are not the training images.
     """
     config = moved(config, data)
     images = open_images(config)
@@ -150,7 +150,7 @@ def evaluate(
 
 
 def reconstruction(config: Config, model: SamplingModel, images: ImageRows) -> list[Result]:
-    """The metrics that need codes, between G(z_i) and x_i over the first rows."""
+    """Measure reconstructions G(z_i) of the first rows against x_i. Raises UserError without a checkpoint."""
     store = open_store(config.checkpoint_url, config.s3)
     step = retention.latest(store)
     if step is None:
@@ -181,27 +181,29 @@ def training_images(images: ImageRows, count: int, config: Config) -> Iterator[T
 
 
 def open_images(config: Config) -> ImageRows:
-    """The data set of a run."""
+    """Open the data set of a run."""
     data = config.data
     return ImageRows(data.url, config.s3, cache_dir=data.cache_dir, cache_gb=data.cache_gb, max_rows=data.max_rows)
 
 
 def moved(config: Config, url: str | None) -> Config:
-    """The configuration with its data at another address, if one is given.
+    """Replace the address of the data, if another is given.
 
     Raises:
-        UserError: none is given and the known one has lost its password.
+        UserError: none is given, and the password of the configured address was removed.
     """
     if url is None and "***@" in config.data.url:
-        raise UserError(f"the password of {config.data.url} was not kept; say where the images are with --data URL")
+        raise UserError(
+            f"the password of {config.data.url} was not kept; give the address of the images with --data URL"
+        )
     return config if url is None else config.model_copy(update={"data": config.data.model_copy(update={"url": url})})
 
 
 def require_same(images: ImageRows, manifest: ModelManifest, config: Config, given: str | None) -> None:
-    """Refuse images that have another form than the model's and, unless they were asked for by address, other images.
+    """Check that images have the model's resolution and channels and, without a given address, its fingerprint.
 
     Raises:
-        UserError: they do not fit.
+        UserError: they do not.
     """
     require_fit(images.index, config.data, 1)
     if given is None and images.index.fingerprint != manifest.fingerprint:

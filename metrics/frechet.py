@@ -1,7 +1,7 @@
 """Fréchet distance between Gaussians fitted to image features (Heusel et al. 2017, Eq. 6).
 
-The moments stream: images are seen once, in batches, on any number of workers, and what the
-workers found is merged.  Everything here is float64 on the host.
+Moments are accumulated in one pass over batches, on any number of workers, and merged.  All of it is
+float64 on the host.
 
 Legend: B batch, F feature dimension.
 """
@@ -24,8 +24,8 @@ Float64 = NDArray[np.float64]
 class FeatureMoments:
     """Count, mean and centred sum of squares of feature vectors.
 
-    Centred sums are merged with the parallel rule of Chan, Golub & LeVeque (1979), so neither
-    the batch size nor the number of workers costs digits.
+    Centred sums are merged with the parallel rule of Chan, Golub & LeVeque (1979), so that neither the
+    batch size nor the number of workers affects the precision.
     """
 
     count: int
@@ -47,7 +47,7 @@ class FeatureMoments:
             features_BF = features_BF.detach().cpu().numpy()
         features_BF = np.asarray(features_BF, dtype=np.float64)
         if not np.isfinite(features_BF).all():
-            raise UserError("the features of some images are NaN or infinite; look at the images or the weights")
+            raise UserError("the features of some images are NaN or infinite; check the images and the weights")
         count, dim = features_BF.shape
         if count == 0:
             return cls.empty(dim)
@@ -56,11 +56,11 @@ class FeatureMoments:
         return cls(count, mean_F, centred_BF.T @ centred_BF)
 
     def update(self, features_BF: Tensor, /) -> FeatureMoments:
-        """These moments with one batch of features more."""
+        """Add one batch of features."""
         return self.merge(FeatureMoments.of(features_BF))
 
     def merge(self, other: FeatureMoments, /) -> FeatureMoments:
-        """The moments of both sets of features together."""
+        """The moments of the union of both sets of features."""
         if self.mean_F.shape != other.mean_F.shape:
             raise UserError(
                 f"features of {self.mean_F.size} and of {other.mean_F.size} numbers cannot be compared; "
@@ -88,15 +88,15 @@ class FeatureMoments:
 def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), Heusel et al. 2017, Eq. 6.
 
-    With S = R R^T the trace of the root is the nuclear norm of R_a^T R_b.  That needs symmetric
-    eigenproblems and singular values only: it never leaves the reals, never divides, and singular
-    covariances (fewer images than features) need no added diagonal, where `sqrtm` needs both.
+    With S = R R^T the trace of the root is the nuclear norm of R_a^T R_b.  It takes only symmetric
+    eigenproblems and singular values, stays real and has no divisions; singular covariances (fewer
+    images than features) need no added diagonal, as they do with `sqrtm`.
 
     Raises:
         UserError: fewer than two images on a side, or features of different size.
     """
     if a.mean_F.shape != b.mean_F.shape:
-        a.merge(b)  # says what does not fit
+        a.merge(b)  # raises the error
     covariance_a_FF, covariance_b_FF = a.covariance_FF(), b.covariance_FF()
     shift_F = a.mean_F - b.mean_F
     cross = scipy.linalg.svdvals(_root(covariance_a_FF).T @ _root(covariance_b_FF)).sum()

@@ -1,4 +1,4 @@
-"""How far reconstructions G(z_i) are from their images x_i, in pixels.
+"""Pixel errors between reconstructions G(z_i) and their images x_i.
 
 Legend: B batch.
 """
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..errors import UserError
 
-# PSNR of identical images is infinite; half a grey level of error in one of 4 million numbers is
-# the least that 8-bit images can show, and bounds the mean over images.
+# The PSNR of identical images is infinite; the limit keeps the mean over images finite. It is about the PSNR
+# of half a grey level of error in one of 4 million values.
 PSNR_LIMIT = 100.0
 
 
 def l1(fake_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
-    """Mean absolute error per image of uint8 pairs, as a share of the range 0..255; float64 [B]."""
+    """Mean absolute error per image of uint8 pairs, as a fraction of the range 0..255; float64 [B]."""
     return difference(fake_BCHW, real_BCHW).abs().flatten(1).mean(1)
 
 
@@ -27,7 +27,7 @@ def psnr(fake_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
 
 
 def difference(fake_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
-    """fake - real of uint8 images, as a share of the range 0..255; float64 [B, C, H, W].
+    """fake - real of uint8 images, as a fraction of the range 0..255; float64 [B, C, H, W].
 
     Raises:
         UserError: shapes differ or the images are not uint8.

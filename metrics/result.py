@@ -1,8 +1,8 @@
-"""A measured number: of which metric, and of which sampler's images.
+"""Results of metrics, and their keys.
 
-Where numbers are stored by name (MLflow, summary.json, ledgers, tags) a result has a key. The metric alone names
-the result of the run's own sampler, or of none (`fd_lite0`, `l1`); another sampler stands in front of it
-(`gaussian/fd_lite0`). `to_key` and `from_key` are the only places that know this.
+Where values are stored by name (MLflow, summary.json, ledgers, tags), a result has a key: the metric for the
+run's own sampler or for none (`fd_lite0`, `l1`), prefixed with the sampler otherwise (`gaussian/fd_lite0`). Only
+`to_key` and `from_key` depend on this format.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import NamedTuple, TypeVar
 
 from .spec import METRICS
 
-OWN = "imle"  # the sampler of a run, which `glann sample` draws with
-OLD_SUFFIX, OLD_SAMPLER = "_glo", "gaussian"  # how keys named the baseline before samplers had names
+OWN = "imle"  # the default sampler of a run
+OLD_SUFFIX, OLD_SAMPLER = "_glo", "gaussian"  # the baseline in keys of the former format
 _SAMPLER = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 Value = TypeVar("Value")
 
 
 class SamplerLabel(NamedTuple):
-    """A sampler in words: what follows a metric's title, and its meaning, where it is not the run's own."""
+    """The display text of a sampler: suffix of a metric's title, and description of its samples."""
 
     title: str
     meaning: str
@@ -38,7 +38,7 @@ SAMPLER_LABELS = {
 
 @dataclass(frozen=True)
 class Result:
-    """A value of a metric. sampler: what drew the images; None where none were drawn, as for a reconstruction."""
+    """A value of a metric. sampler: kind of the sampler of the images; None for reconstructions."""
 
     metric: str
     value: float
@@ -46,12 +46,12 @@ class Result:
 
 
 def to_key(metric: str, sampler: str | None, own: str = OWN) -> str:
-    """The key of a result. `own`: the run's own sampler."""
+    """The key of a result; `own` is the run's own sampler."""
     return metric if sampler in (None, own) else f"{sampler}/{metric}"
 
 
 def from_key(key: str, own: str = OWN) -> tuple[str, str | None]:
-    """(metric, sampler) of a key; a key that names no metric of the table is one itself, of no sampler."""
+    """(metric, sampler) of a key; for a key without a known metric, the key itself and None."""
     old = key.removesuffix(OLD_SUFFIX)
     if old != key and _of_samples(old):
         return old, OLD_SAMPLER
@@ -62,17 +62,17 @@ def from_key(key: str, own: str = OWN) -> tuple[str, str | None]:
 
 
 def canonical_keys(stored: Mapping[str, Value]) -> dict[str, Value]:
-    """Stored values under the keys of today."""
+    """Convert stored values to current keys."""
     return {to_key(*from_key(key)): value for key, value in stored.items()}
 
 
 def by_key(results: Iterable[Result], own: str = OWN) -> dict[str, float]:
-    """Results as they are stored."""
+    """Results by key, as they are stored."""
     return {to_key(result.metric, result.sampler, own): result.value for result in results}
 
 
 def known_results() -> list[str]:
-    """Every key that a result of today can have."""
+    """Every possible key of a result."""
     others = [sampler for sampler in SAMPLER_LABELS if sampler != OWN]
     return [*METRICS, *(to_key(name, sampler) for sampler in others for name in METRICS if _of_samples(name))]
 

@@ -1,6 +1,6 @@
-"""The metrics: what each is called, what it means, which way is better, and how it is measured.
+"""The table of metrics: name, meaning, direction and computation of each.
 
-Everything that names, shows, compares or measures a metric reads `METRICS`. Another metric is one more entry:
+Everything that shows, compares or measures a metric reads `METRICS`. To add a metric, add an entry:
 
     METRICS["worst"] = Metric("worst", "Worst pixel", "largest difference of a pixel, range 0 to 1", "lower", "{:.3f}",
                               Reconstructions(lambda fake, real: difference(fake, real).abs().flatten(1).amax(1)))
@@ -24,7 +24,7 @@ from .tally import Tally
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """The metric needs the codes of the training images: it is a mean over them, each beside its reconstruction.
+    """The metric is a mean over training images and their reconstructions; it needs the latent codes.
 
     per_image: uint8 `fake_BCHW`, `real_BCHW` -> float64 `value_B`.
     """
@@ -34,11 +34,11 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class Samples:
-    """The metric needs samples: it compares what was drawn with the training images.
+    """The metric compares samples with the training images.
 
-    tally: an empty one; it is updated with uint8 images [B, C, H, W], or with their features [B, F].
+    tally: makes an empty tally, to be updated with uint8 images [B, C, H, W] or their features [B, F].
     compare: (tally of the training images, tally of the samples) -> value.
-    extractor: whose features the tally takes; None: the images themselves.
+    extractor: the extractor of the features; None: the images themselves.
     """
 
     tally: Callable[[], Tally]
@@ -50,9 +50,9 @@ class Samples:
 class Metric:
     """One metric.
 
-    name: its key wherever numbers are stored. title, meaning: for people. format: of its value, for people.
-    note: a caution that belongs to every value of it.
-    decibels: whether it is logarithmic, so that two values differ by an amount and not by a share.
+    name: key of stored values. title, meaning: text for display. format: format of a displayed value.
+    note: a caution that is shown with every value.
+    decibels: whether it is logarithmic, so that values are compared by difference and not by ratio.
     """
 
     name: str
@@ -71,16 +71,16 @@ class Metric:
 
     @property
     def extractor(self) -> str | None:
-        """The feature extractor that it is computed with, if any."""
+        """The feature extractor of the metric, if any."""
         return self.needs.extractor if isinstance(self.needs, Samples) else None
 
     def explained(self) -> str:
-        """What a value means, in a sentence."""
+        """The meaning of a value, for display."""
         return f"{self.meaning}; {self.better} is better" + (f". {self.note}" if self.note else "")
 
 
 def frechet_name(extractor: str) -> str:
-    """The name of the Fréchet distance on an extractor's features; on those of Inception alone it is `fid`."""
+    """The name of the Fréchet distance on an extractor's features; `fid` for Inception's."""
     return "fid" if extractor == "inception" else f"fd_{extractor}"
 
 
@@ -95,7 +95,7 @@ def frechet_metric(extractor: str) -> Metric:
 
 
 def measured_with(extractor: str) -> list[Metric]:
-    """What is measured of a run with this `evaluation.extractor`: all but the metrics of other extractors."""
+    """The metrics measured with this `evaluation.extractor`: all except those of other extractors."""
     return [metric for metric in METRICS.values() if metric.extractor in (None, extractor)]
 
 

@@ -1,4 +1,4 @@
-"""What a metric keeps of the images seen so far: it streams over batches, and merges over workers.
+"""Streaming statistics of metrics: updated batch by batch, and merged over workers.
 
 Legend: B batch.
 """
@@ -17,17 +17,17 @@ class Tally(Protocol):
     """Sufficient statistics of a set of images. Immutable: `update` and `merge` return new ones."""
 
     def update(self, seen: Tensor, /) -> Self:
-        """With one batch more: uint8 images [B, C, H, W], or their features [B, F]."""
+        """Add one batch: uint8 images [B, C, H, W], or their features [B, F]."""
         ...
 
     def merge(self, other: Self, /) -> Self:
-        """Of both sets of images together."""
+        """The statistics of the union of both sets."""
         ...
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A running mean over images of one number each."""
+    """The running mean of one number per image."""
 
     count: int = 0
     total: float = 0.0
@@ -39,7 +39,7 @@ class Mean:
         return Mean(self.count + other.count, self.total + other.total)
 
     def value(self) -> float:
-        """Raises UserError where there was no image."""
+        """The mean. Raises UserError if there were no images."""
         if self.count == 0:
             raise UserError("no images were compared, so there is no mean over them")
         return self.total / self.count

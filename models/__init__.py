@@ -1,1 +1,1 @@
-"""Pure torch.nn: generators, mapping, perceptual networks and losses."""
+"""Networks and losses in plain PyTorch: generators, mapping, perceptual networks."""

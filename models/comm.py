@@ -1,4 +1,4 @@
-"""Where this process stands among the workers, and sums over them; one process alone where there is no group."""
+"""Rank, world size and collectives; without a process group, those of a single process."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from torch import Tensor
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """How many processes train together, in all or in the group."""
+    """The number of processes, in all or in the group."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
-    """The number of this process among them, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
 def all_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The tensor summed over all processes, in place; all of them have to call it."""
+    """Sum a tensor over all processes, in place; a collective call."""
     if world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def broadcast(tensor: Tensor, owner: int = 0, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The tensor of process `owner` of the group on all of them, in place; all of them have to call it."""
+    """Broadcast the tensor of rank `owner` of the group, in place; a collective call."""
     if world_size(group) > 1:
         dist.broadcast(tensor, owner if group is None else dist.get_global_rank(group, owner), group=group)
     return tensor
 
 
 def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The tensors of all processes [W, ...], in the order of their numbers; all of them have to call it."""
+    """Gather the tensors of all processes to [W, ...], in the order of ranks; a collective call."""
     world = world_size(group)
     if world == 1:
         return tensor[None]

@@ -1,7 +1,7 @@
-"""What a module costs: parameters, floating-point operations and activation memory, per image.
+"""Cost of a module per image: parameters, floating-point operations and activation memory.
 
-Nothing is estimated by formula: the module's own forward and backward pass is run on `meta` tensors,
-which have shapes and no values, so 1024 px take seconds and no memory.
+Measured, not estimated by formula: the module's forward and backward pass run on `meta` tensors, which
+have shapes and no values, so 1024 px take seconds and no memory.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ class Cost:
 
     Attributes:
         parameters: trainable parameters.
-        frozen_parameters: the others.
-        forward_flops: of convolutions and matrix products in one forward pass; a multiply-add is two.
-        backward_flops: likewise for the backward pass: through the module to its first input, and to
-            the trainable parameters.
-        activation_bytes: what autograd keeps between the two passes, in the module's own precision
-            (float32; half of it under bf16 autocast), parameters not counted.
+        frozen_parameters: other parameters.
+        forward_flops: FLOPs of convolutions and matrix products in a forward pass; a multiply-add counts two.
+        backward_flops: the same for the backward pass, to the first input and the trainable parameters.
+        activation_bytes: bytes that autograd saves between the passes, in the module's own precision
+            (float32; half of it under bf16 autocast), without parameters.
     """
 
     parameters: int
@@ -49,11 +48,11 @@ def cost(module: nn.Module, *input_shapes: Sequence[int]) -> Cost:
     """Measure a generator, a mapping or a loss on one image.
 
     Args:
-        input_shapes: of each tensor argument, without the batch dimension: `cost(G, (64,))`,
+        input_shapes: shape of each tensor argument, without the batch dimension: `cost(G, (64,))`,
             `cost(loss, (3, 256, 256), (3, 256, 256))`.  Gradients flow to the first.  In train mode a
             loss with patches is measured with patches.
 
-    The module is neither moved nor changed, whatever device it is on.
+    The module is neither moved nor changed.
     """
     twin = _without_values(module)
     inputs = [torch.empty((1, *shape), device="meta", requires_grad=i == 0) for i, shape in enumerate(input_shapes)]
@@ -76,7 +75,7 @@ def cost(module: nn.Module, *input_shapes: Sequence[int]) -> Cost:
 
 
 class _SavedBytes:
-    """Adds up the distinct storages autograd saves, leaving out the module's own tensors."""
+    """Counts the bytes of the distinct storages that autograd saves, without the module's own tensors."""
 
     def __init__(self, own: list[Tensor]) -> None:
         self.bytes = 0
@@ -85,7 +84,7 @@ class _SavedBytes:
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.seen:
-            self.seen[storage._cdata] = tensor  # kept alive, so that no other tensor takes its address
+            self.seen[storage._cdata] = tensor  # a reference, so that no other tensor reuses the address
             self.bytes += storage.nbytes()
         return tensor
 
@@ -95,7 +94,7 @@ class _SavedBytes:
 
 
 def _without_values(module: nn.Module) -> nn.Module:
-    """A copy of the module on `meta`: deepcopy finds every tensor already "copied", so none is."""
+    """Copy the module to `meta`; the memo of deepcopy maps every tensor to an empty one."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
@@ -104,5 +103,5 @@ def _without_values(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module, memo)
     for layer in twin.modules():
         if isinstance(layer, SharedBatchNorm):
-            layer.eval()  # this process measures alone: no collective
+            layer.eval()  # no collectives: only this process measures
     return twin

@@ -24,10 +24,10 @@ START = 4  # side of the resnet's first feature map
 
 
 class Generator(nn.Module):
-    """What every generator has: `latent_dim`, `resolution`, `channels` and activation checkpointing.
+    """Base of generators: `latent_dim`, `resolution`, `channels` and activation checkpointing.
 
-    With `checkpoint_activations` set, the activations inside each stage are not kept but computed a
-    second time in the backward pass; numbers and running statistics are the same either way.
+    With `checkpoint_activations` set, the activations inside each stage are recomputed in the backward
+    pass; results and running statistics are the same either way.
     """
 
     def __init__(self, latent_dim: int, resolution: int, channels: int) -> None:
@@ -36,7 +36,7 @@ class Generator(nn.Module):
         self.checkpoint_activations = False
 
     def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
-        """Images img_BCHW in [0, 1]; `weight_B` is 0 for padding rows, which then leave BatchNorm alone."""
+        """Images img_BCHW in [0, 1]; `weight_B` is 0 for padding rows, which BatchNorm ignores."""
         raise NotImplementedError
 
     def _stage(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
@@ -47,9 +47,9 @@ class Generator(nn.Module):
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-@torch.compiler.disable  # the compiler knows checkpoints, but none with contexts
+@torch.compiler.disable  # the compiler supports checkpoints, but not with contexts
 def _checkpoint_with_statistics(net: Generator, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """Although the stage runs twice, BatchNorm counts its batch once."""
+    """Checkpoint a stage so that BatchNorm counts its batch once although the stage runs twice."""
     return checkpoint(
         function,
         *inputs,
@@ -73,7 +73,7 @@ class InfoGanGenerator(Generator):
         super().__init__(latent_dim, resolution, channels)
         self.side = resolution // 4
         flat = 2 * width * self.side**2
-        biased = not batch_norm  # BatchNorm takes a bias out again: Adam would only move it by rounding noise
+        biased = not batch_norm  # BatchNorm cancels a bias: Adam would only move it by rounding noise
         self.fc1 = nn.Linear(latent_dim, FULLY_CONNECTED, bias=biased)
         self.fc2 = nn.Linear(FULLY_CONNECTED, flat, bias=biased)
         double = _resized_convolution if resize else _transposed_convolution
@@ -97,7 +97,7 @@ class InfoGanGenerator(Generator):
         return torch.sigmoid(self.up2(h))
 
     def _initialise(self) -> None:
-        """N(0, 0.02) where BatchNorm follows (InfoGAN); He initialisation where nothing rescales (ours)."""
+        """Initialise with N(0, 0.02) where BatchNorm follows (InfoGAN), else with He initialisation (ours)."""
         for layer in self.modules():
             if not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
                 continue
@@ -138,7 +138,7 @@ class ResNetGenerator(Generator):
         self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
-        del weight_B  # no layer looks across rows
+        del weight_B  # no layer mixes rows
         h = self.fc(z_BD).view(len(z_BD), -1, START, START)
         for block in self.blocks[:-1]:
             h = self.upsample(self._stage(block, h))
@@ -165,7 +165,7 @@ class ResidualBlock(nn.Module):
 
 
 def build_generator(config: GeneratorConfig, resolution: int, channels: int) -> Generator:
-    """G for `resolution` px: forward(z_BD, weight_B=None) -> img_BCHW in [0, 1].
+    """Build G for `resolution` px: forward(z_BD, weight_B=None) -> img_BCHW in [0, 1].
 
     Raises:
         UserError: this kind of generator cannot make images of that resolution.
@@ -201,7 +201,7 @@ def _resized_convolution(fan_in: int, fan_out: int, bias: bool) -> nn.Module:
 
 
 def generator_of(config: Config) -> Generator:
-    """The generator of a run, with random weights."""
+    """Build the generator of a run, with random weights."""
     network = build_generator(config.generator, config.data.resolution, config.data.channels)
     network.checkpoint_activations = config.engine.activation_checkpointing
     return network

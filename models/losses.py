@@ -1,8 +1,8 @@
-"""Reconstruction losses between a generated and a real image: one float32 number per image.
+"""Reconstruction losses between a generated and a real image: one float32 value per image.
 
 Every term is a mean over the values of one image (pixels or one feature map), so terms of different
-size weigh the same and an image's loss does not depend on its batch mates.  No graph is built for the
-real image.
+size have equal weight and an image's loss does not depend on its batch mates.  No graph is built for
+the real image.
 
 Shapes: B batch, C channels, H and W pixels.
 """
@@ -20,7 +20,7 @@ from ..errors import UserError
 from .patches import crop
 from .perceptual import FeatureNet
 
-SMALLEST_LEVEL = 4  # px; below this a copy says nothing about the image
+SMALLEST_LEVEL = 4  # px; smaller copies have no useful content
 
 
 class ReconstructionLoss(nn.Module):
@@ -29,11 +29,11 @@ class ReconstructionLoss(nn.Module):
     patch: int | None = None
 
     def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor, patch_seed_B: Tensor | None = None) -> Tensor:
-        """Loss of each image; `real_BCHW` is a constant.
+        """Loss of each image, [B]; `real_BCHW` is a constant.
 
         Args:
             fake_BCHW, real_BCHW: in [0, 1].
-            patch_seed_B: int64, where each image's patch lies (see `patches.patch_seeds`); needed in
+            patch_seed_B: int64 seeds of the patches' places (see `patches.patch_seeds`); needed in
                 train mode if the loss was built with `patch`, unused otherwise.
         """
         raise NotImplementedError
@@ -58,8 +58,8 @@ class PerceptualLoss(ReconstructionLoss):
     """L1 on pixels plus L1 on feature maps of a frozen network, at several scales (Hoshen et al. 2019, Eq. 2).
 
     Scale k is the image sub-sampled bilinearly k times by two.  With `patch`, the feature maps of the
-    full-size image are those of one random square of that side in train mode (all of it in eval mode);
-    pixels, and the smaller scales, always see the whole image.
+    full-size image are those of one random square of that side in train mode (the whole image in eval
+    mode); pixels and the smaller scales always use the whole image.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class LaplacianLoss(ReconstructionLoss):
 
     Level j has 4^j times fewer values than the image, so divided by the image's size each term is the
     *mean* absolute difference of its level; it is computed as that, which also holds for odd sides.
-    The last level is the low-pass residue.  The pyramid is linear: one pyramid of the difference does.
+    The last level is the low-pass residual.  The pyramid is linear, so one pyramid of the difference suffices.
     """
 
     binomial: Tensor
@@ -131,7 +131,7 @@ class LaplacianLoss(ReconstructionLoss):
 
 
 def build_loss(config: LossConfig, resolution: int, features: FeatureNet | None = None) -> ReconstructionLoss:
-    """The configured loss; `features` (see `perceptual.build_features`) only for kind=perceptual.
+    """Build the configured loss; `features` (see `perceptual.build_features`) only for kind=perceptual.
 
     Raises:
         UserError: taps or levels that this network or resolution does not have, or options of another kind.
@@ -162,7 +162,7 @@ def build_loss(config: LossConfig, resolution: int, features: FeatureNet | None 
 
 
 def default_taps(network: str, resolution: int) -> tuple[str, ...]:
-    """Feature maps compared at a resolution: the paper's for VGG-16, ours for SqueezeNet (not in the paper)."""
+    """Default feature maps at a resolution: the paper's for VGG-16, ours for SqueezeNet (not in the paper)."""
     if network == "squeezenet":
         return ("conv1", "fire3", "fire5") if resolution <= 64 else ("conv1", "fire3", "fire5", "fire9")
     taps = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
@@ -170,7 +170,7 @@ def default_taps(network: str, resolution: int) -> tuple[str, ...]:
 
 
 def default_levels(config: LossConfig, resolution: int) -> int:
-    """Scales of the loss.
+    """Default number of scales of the loss.
 
     Perceptual: one up to 64 px and two above (the paper); three at 512 and four at 1024 are ours, where
     the paper only says "more".  Patches need one more than a single scale.  Laplacian: down to 4 or 8 px.
@@ -185,7 +185,7 @@ def default_levels(config: LossConfig, resolution: int) -> int:
 
 
 def scales(fake_BCHW: Tensor, real_BCHW: Tensor, levels: int) -> list[tuple[Tensor, Tensor]]:
-    """Both images at full size and sub-sampled bilinearly by two, again and again.
+    """Both images at full size and sub-sampled bilinearly by two, `levels` scales in all.
 
     For even sides bilinear interpolation at half size is the mean of 2 x 2 pixels, so nothing aliases.
     """
@@ -207,9 +207,9 @@ def l2_per_image(fake: Tensor, real: Tensor) -> Tensor:
 
 
 def l1_per_image(fake: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute difference of each image, [B] float32, with no gradient to `real`.
+    """Mean absolute difference of each image, [B] float32, without a gradient to `real`.
 
-    Keeps one byte per value for the backward pass (the sign) and neither the difference nor `real`.
+    Saves one byte per value for the backward pass (the sign), neither the difference nor `real`.
     """
     return _L1PerImage.apply(fake, real)
 
@@ -220,7 +220,7 @@ class _L1PerImage(torch.autograd.Function):
         difference = fake - real
         ctx.save_for_backward(difference.sign().to(torch.int8))
         ctx.fake_dtype = fake.dtype
-        # Accumulated in float32 at least: a bf16 sum over a million values would be worthless.
+        # Accumulate in float32 at least: a bf16 sum over a million values would have no precision.
         wide = torch.float64 if fake.dtype == torch.float64 else torch.float32
         return difference.abs_().flatten(1).mean(1, dtype=wide)
 

@@ -15,24 +15,24 @@ from .sphere import Constraint, project
 
 
 class NoiseToCode(nn.Module):
-    """Base of what draws latent codes: normal noise e [B, noise_dim] -> z_BD, row by row in eval mode."""
+    """Base of the networks that map normal noise e [B, noise_dim] to codes z_BD; rows are independent in eval mode."""
 
     noise_dim: int
 
     def forward(self, e_BE: Tensor) -> Tensor:
-        """Codes z_BD of normal noise."""
-        raise TypeError(f"{type(self).__name__} does not say how noise becomes a code")
+        """Map normal noise to codes z_BD."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
 
 
 class Mapping(NoiseToCode):
     """T: e -> z with two hidden layers, Linear without bias, BatchNorm and ReLU (Hoshen et al. 2019, Sec. 4.1).
 
     The published T is not normalised.  Its targets z_i lie on the unit sphere (or in the unit ball), so
-    here T(e) is projected there: nothing is lost, and G never sees a code of a norm it was not trained on.
+    T(e) is projected here too: nothing is lost, and the norms of codes are those that G was trained on.
 
-    The published T normalises by the statistics of each batch while it is trained.  Such a batch holds matched
-    noises, which are not spread like noise; so T is trained as another function than the one that candidates and
-    samples go through.  After `fix_statistics` there is one function: train it in eval mode.
+    In training, the published T normalises by the statistics of each batch.  A batch consists of matched noise,
+    which is not distributed like noise, so T in training differs from T for candidates and samples.  After
+    `fix_statistics` both are the same function: train it in eval mode.
     """
 
     def __init__(self, noise_dim: int, hidden_dim: int, latent_dim: int, constraint: Constraint = "sphere") -> None:
@@ -46,14 +46,14 @@ class Mapping(NoiseToCode):
         self.fc3 = nn.Linear(hidden_dim, latent_dim, bias=False)
 
     def forward(self, e_BE: Tensor, weight_B: Tensor | None = None) -> Tensor:
-        """Codes z_BD on the sphere or in the ball; `weight_B` is 0 for padding, which BatchNorm leaves out."""
+        """Codes z_BD on the sphere or in the ball; `weight_B` is 0 for padding, which BatchNorm ignores."""
         h_BH = F.relu(self.norm1(self.fc1(e_BE), weight_B))
         h_BH = F.relu(self.norm2(self.fc2(h_BH), weight_B))
         return project(self.fc3(h_BH), self.constraint)
 
     @torch.no_grad()
     def fix_statistics(self, e_BE: Tensor) -> None:
-        """Let eval mode normalise by the statistics that both layers have for these noises under today's weights."""
+        """Set the running statistics of both BatchNorm layers to those of this noise under the current weights."""
         self.eval()
         h_BH = self.fc1(e_BE)
         self.norm1.fix_statistics(h_BH)
@@ -61,5 +61,5 @@ class Mapping(NoiseToCode):
 
 
 def build_mapping(config: ImleConfig, latent_dim: int, constraint: Constraint = "sphere") -> Mapping:
-    """T for the given stage-2 configuration, noise [B, config.noise_dim] -> codes [B, latent_dim]."""
+    """Build T: noise [B, config.noise_dim] -> codes [B, latent_dim]."""
     return Mapping(config.noise_dim, config.hidden_dim, latent_dim, constraint)

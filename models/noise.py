@@ -1,10 +1,10 @@
-"""Counter-based Gaussian noise: row i is a function of (seed, stream, epoch, i) and of nothing else.
+"""Counter-based Gaussian noise: row i is a function of (seed, stream, epoch, i) only.
 
-Any worker makes any row again from its index, so noise is never sent or stored. The generator is
+Any worker can generate any row from its index, so noise is never sent or stored. The generator is
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), in torch
 integer arithmetic, followed by the Box-Muller transform in float64.
 
-Legend: B rows asked for, E noise dimension, K blocks of four 32-bit words.
+Legend: B requested rows, E noise dimension, K blocks of four 32-bit words.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_CHUNK_BLOCKS = 1 << 14  # the two dozen int64 temporaries of a chunk stay in the cache
+_CHUNK_BLOCKS = 1 << 14  # so that the two dozen int64 temporaries of a chunk fit in the cache
 
 
 class Stream(IntEnum):
@@ -31,12 +31,12 @@ class Stream(IntEnum):
     SAMPLES = 2
 
 
-# Images of these kinds were drawn from these numbers before kinds had names; they stay the same images for ever.
+# The numbers that these kinds had before streams were named; changing them would change the images of every seed.
 _FIRST_KINDS = {"imle": 0, "gaussian": 1}
 
 
 def stream_of(kind: str) -> int:
-    """The `epoch` of `Stream.SAMPLES` from which a kind of sampler draws; a function of its name alone."""
+    """The `epoch` of `Stream.SAMPLES` from which a kind of sampler draws; a function of its name only."""
     return _FIRST_KINDS.get(kind, zlib.crc32(kind.encode()))
 
 
@@ -73,12 +73,12 @@ def noise(
         seed, epoch: in [0, 2**32).
         index_B: row indices, any order, repeats allowed, in [0, 2**63).
         dim: E.
-        stream: which use the noise is for.
+        stream: the use of the noise.
     Returns:
-        [B, E] float32 on `device`. The words are the same everywhere; the last bit of a float may
-        differ between kinds of processor, whose log and cos round differently.
+        [B, E] float32 on `device`. The random words are the same everywhere; the last bit of a float may
+        differ between processors, whose log and cos round differently.
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
     """
     index_B = torch.as_tensor(index_B, dtype=torch.int64, device=device)
     if not 0 <= seed <= _MASK or not 0 <= epoch <= _MASK:
@@ -88,7 +88,7 @@ def noise(
     blocks = -(-dim // 4)
     e_BE = torch.empty(len(index_B), dim, dtype=torch.float32, device=index_B.device)
     block_K = torch.arange(blocks, dtype=torch.int64, device=index_B.device)
-    # Large accelerators want few launches, a CPU wants a chunk that fits its cache.
+    # Few launches are faster on accelerators, chunks that fit the cache on a CPU.
     rows = max(1, (_CHUNK_BLOCKS if index_B.device.type == "cpu" else 64 * _CHUNK_BLOCKS) // blocks)
     for at in range(0, len(index_B), rows):
         index_C1 = index_B[at : at + rows, None].expand(-1, blocks)

@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics are those of the real rows of all workers.
+"""Batch normalisation with statistics over the real rows of all workers.
 
 Shapes: B batch of this worker, C channels, S spatial positions, W workers.
 """
@@ -19,9 +19,9 @@ class SharedBatchNorm(nn.Module):
     """Batch normalisation over the real rows of the global batch, for [B, C] and [B, C, ...].
 
     In train mode mean and variance are taken over every row with weight 1 on every worker (the
-    default process group, or this process alone), so the numbers do not depend on how a batch was
-    cut, and padding rows count for nothing.  A worker may hold no real row, or no row at all, but
-    every worker must make the call.  In eval mode the running statistics are used and nothing is sent.
+    default process group, or this process alone), so results do not depend on how a batch is cut, and
+    padding rows have no effect.  A worker may hold no real row, or no row at all, but every worker
+    must make the call.  Eval mode uses the running statistics, without communication.
 
     Parameters, buffers, `eps`, `momentum` and their state dict names are those of `nn.BatchNorm2d`.
     As in any data-parallel layer, `weight.grad` and `bias.grad` hold this worker's share; the engine adds them up.
@@ -55,7 +55,7 @@ class SharedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def fix_statistics(self, x: Tensor) -> None:
-        """Let eval mode normalise by the mean and variance of `x` [B, C], which every worker must give alike."""
+        """Set the running statistics to the mean and variance of `x` [B, C], which must be equal on all workers."""
         variance_C, mean_C = torch.var_mean(x.double(), dim=0)
         for held, found in ((self.running_mean, mean_C), (self.running_var, variance_C)):
             held.copy_(found)
@@ -63,7 +63,7 @@ class SharedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
-        # No branch on `count`: reading it would stall the device. A global batch without rows has rate 0.
+        # No branch on `count`, which would synchronise the device. A global batch without rows has rate 0.
         rate = self.momentum * (count > 0).to(count.dtype)
         unbiased_C = var_C * (count / (count - 1).clamp(min=1))
         self.running_mean += (rate * (mean_C - self.running_mean)).to(self.running_mean.dtype)
@@ -76,7 +76,7 @@ class SharedBatchNorm(nn.Module):
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Leave running statistics alone: activation checkpointing runs a forward pass a second time."""
+    """Do not update running statistics: activation checkpointing runs the forward pass twice."""
     layers = [layer for layer in module.modules() if isinstance(layer, SharedBatchNorm)]
     before = [layer.frozen_statistics for layer in layers]
     for layer in layers:
@@ -140,8 +140,8 @@ class _SharedBatchNorm(torch.autograd.Function):
         work = grad.to(invstd_C.dtype)
         normal = (x.to(invstd_C.dtype) - _over_channels(mean_C, x)) * _over_channels(invstd_C, x)
         grad_bias_C, grad_weight_C = work.sum(dims), (work * normal).sum(dims)
-        # Every row of every worker depends on the shared moments: their gradient is summed over all of
-        # them, and flows back to the real rows alone.
+        # Every row of every worker depends on the shared moments: their gradient is summed over all workers
+        # and flows back to the real rows only.
         total_2C = _sum_over_workers(torch.stack([grad_bias_C, grad_weight_C]))
         total_2C = total_2C / count.clamp(min=1).to(total_2C.dtype)
         through = _over_channels(total_2C[0], x) + normal * _over_channels(total_2C[1], x)
@@ -153,11 +153,10 @@ class _SharedBatchNorm(torch.autograd.Function):
 
 
 class _SharedMoments(torch.autograd.Function):
-    """The known mean and 1 / sqrt(var + eps) of all real rows of all workers, as functions of `x`.
+    """The saved mean and 1 / sqrt(var + eps) of all real rows of all workers, as functions of `x`.
 
-    `_SharedBatchNorm` keeps both as plain numbers. Where its gradient is to be differentiated again they have to
-    count as what they are, functions of the rows; their values stay the same bit for bit, and nothing is sent
-    until then.
+    `_SharedBatchNorm` saves both as constants. Double backward needs them as functions of the rows; their values
+    stay the same bit for bit, and there is no communication until then.
     """
 
     @staticmethod
@@ -181,12 +180,12 @@ class _SharedMoments(torch.autograd.Function):
 
 
 def _sum_over_workers(value: Tensor) -> Tensor:
-    """The sum of all workers' values, which may be differentiated any number of times."""
+    """Sum over workers, differentiable any number of times."""
     return all_reduce(value.contiguous()) if world_size() > 1 else value
 
 
 def _merge(count: Tensor, mean_C: Tensor, spread_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and row count of the union of all workers' rows, equal bit for bit on all of them.
+    """Mean, biased variance and row count over all workers' rows, equal bit for bit on all workers.
 
     Moments are gathered rather than summed: E[x^2] - E[x]^2 would cancel, and an all-reduce may add in
     another order on another rank.

@@ -1,7 +1,7 @@
-"""Random squares of images, placed by a seed per image and by nothing else.
+"""Random square patches of images, placed by one seed per image.
 
-Where an image's patch lies follows from (seed, epoch, row): a resumed run, another batch size or
-another number of workers gives the same patches, bit for bit.
+The place of an image's patch is a function of (seed, epoch, row): a resumed run, another batch size
+or another number of workers gives the same patches, bit for bit.
 
 The hash is SplitMix64's, not the Philox of `noise.py`: a patch needs one number of 64 bits from one of 64 bits, which
 this gives in a handful of operations that compile into the loss; Philox takes ten rounds for four words. Both are
@@ -26,7 +26,7 @@ def patch_seeds(seed: int, epoch: int, rows_B: Tensor) -> Tensor:
 
 
 def crop(img_BCHW: Tensor, side: int, seed_B: Tensor) -> Tensor:
-    """A square of `side` pixels out of each image, [B, C, P, P], at a place that depends on its seed alone."""
+    """Crop a square of `side` pixels from each image, [B, C, P, P]; the place depends on its seed only."""
     height, width = img_BCHW.shape[-2:]
     if min(height, width) < side:
         raise ValueError(f"a patch of {side} px does not fit into {height} x {width} px")

@@ -1,8 +1,8 @@
-"""Frozen feature networks: VGG-16 and SqueezeNet 1.1 up to the deepest tap that is asked for.
+"""Frozen feature networks: VGG-16 and SqueezeNet 1.1 up to the deepest requested tap.
 
-Weights come from two schools.  `torch`: RGB in [0, 1], ImageNet mean and standard deviation.
-`caffe`: BGR in 0-255 minus the mean; its feature maps are 255 x 0.226 = 58 times larger, so they are
-divided by that and "all weights 1" means the same for both.
+Weights follow one of two input conventions.  `torch`: RGB in [0, 1], ImageNet mean and standard
+deviation.  `caffe`: BGR in 0-255 minus the mean; its feature maps are 255 x 0.226 = 58 times larger
+and are divided by that, so that "all weights 1" means the same for both.
 
 Shapes: B batch, C channels, H and W pixels.
 """
@@ -33,8 +33,8 @@ POOL_BEFORE = ("fire2", "fire4", "fire6")
 class FeatureNet(nn.Module):
     """A frozen network in eval mode that returns the feature maps named in `taps`.
 
-    It can never be put in train mode, holds no trainable parameter and computes nothing beyond the
-    deepest tap.  Gradients flow to the image only.
+    It always stays in eval mode, has no trainable parameters and computes nothing beyond the deepest
+    tap.  Gradients flow to the image only.
     """
 
     names: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class FeatureNet(nn.Module):
             img_BCHW: values in [0, 1]; one channel is repeated to three, a side below 32 px is padded
                 to 32 with black, evenly (28 px: two on each side).
         Raises:
-            UserError: a tap this network does not have.
+            UserError: a tap that this network does not have.
         """
         self.check_taps(taps)
         wanted, last = set(taps), max(self.names.index(tap) for tap in taps)
@@ -75,13 +75,13 @@ class FeatureNet(nn.Module):
         raise NotImplementedError
 
     def check_taps(self, taps: Sequence[str]) -> None:
-        """Refuse an empty list of taps or names this network does not have."""
+        """Raise UserError for an empty list of taps, or names that this network does not have."""
         unknown = [tap for tap in taps if tap not in self.names]
         if unknown or not taps:
             raise UserError(f"no feature map {', '.join(unknown) or '(none given)'}; there are {', '.join(self.names)}")
 
     def normalise(self, img_BCHW: Tensor) -> Tensor:
-        """The network's own input, 3 channels and at least 32 px, from an image in [0, 1]."""
+        """Convert images in [0, 1] to the network's input: 3 channels, at least 32 px, normalised."""
         if img_BCHW.shape[1] == 1:
             img_BCHW = img_BCHW.expand(-1, 3, -1, -1)
         height, width = img_BCHW.shape[-2:]
@@ -93,12 +93,12 @@ class FeatureNet(nn.Module):
         return (img_BCHW - self.mean) / self.std
 
     def train(self, mode: bool = True) -> FeatureNet:
-        """Stays in eval mode whatever its parent does."""
+        """Stay in eval mode; `mode` is ignored."""
         del mode
         return super().train(False)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the convolutions' weights by name, freeze them and order them for channels-last kernels."""
+        """Load the weights by name, freeze them and convert them to channels-last."""
         own = self.state_dict()
         for name, value in own.items():
             if name not in weights:
@@ -177,12 +177,12 @@ def feature_names(network: str) -> tuple[str, ...]:
 
 
 def build_features(network: str, weights: Mapping[str, Tensor], convention: str) -> FeatureNet:
-    """A frozen feature network: forward(img_BCHW in [0, 1], taps) -> list of feature maps.
+    """Build a frozen feature network: forward(img_BCHW in [0, 1], taps) -> list of feature maps.
 
     Args:
         network: `vgg16` or `squeezenet`.
         weights: by name, `conv1_1.weight` ... or `conv1.weight`, `fire2.squeeze.weight` ...; others are ignored.
-        convention: input of the source, `caffe` or `torch`.
+        convention: input convention of the weights, `caffe` or `torch`.
     Raises:
         UserError: unknown network or convention, missing or misshapen weights.
     """

@@ -1,8 +1,7 @@
-"""The unit sphere or ball that latent codes lie in, and the two ways to get there.
+"""Projections of latent codes to the unit sphere or ball.
 
-Both give the nearest point. They differ in the last bits and in what they do with codes that have no nearest point,
-and the numbers of both are kept: models that are packaged today draw the same bytes for ever, and a run that is
-resumed goes the same way.
+Both functions give the nearest point. They differ in the last bits, and for codes without a nearest point; both
+are kept as they are, so that packaged models draw the same bytes and resumed runs continue identically.
 
 Legend: B rows of a batch, D latent dimension.
 """
@@ -19,9 +18,9 @@ Constraint = Literal["sphere", "ball"]
 
 
 def project(z_BD: Tensor, constraint: Constraint) -> Tensor:
-    """Codes that a network or a sampler made, projected in their own precision; differentiable.
+    """Project codes of a network or a sampler, in their own precision; differentiable.
 
-    Zero, which has no nearest point on the sphere, stays zero, and so its gradient stays finite.
+    Zero, which has no nearest point on the sphere, stays zero, so that its gradient is finite.
     """
     if constraint == "sphere":
         return F.normalize(z_BD, dim=1)
@@ -29,11 +28,11 @@ def project(z_BD: Tensor, constraint: Constraint) -> Tensor:
 
 
 def project_rows(z_BD: Tensor, constraint: Constraint, previous_BD: Tensor) -> Tensor:
-    """float32 codes of the latent table, moved by an optimiser step, projected; not to be differentiated.
+    """Project float32 codes of the latent table after an optimiser step; not differentiable.
 
-    The norm is taken in float64, where the square of no float32 overflows: a step may be of any size. A code
-    without a nearest point (zero, on the sphere) or without a value stays at `previous_BD`: a row must never
-    be lost to one bad step.
+    The norm is computed in float64, where the squares of float32 cannot overflow. A code without a nearest
+    point (zero, on the sphere) or with non-finite values is reset to `previous_BD`, so that a bad step does not
+    destroy a row.
     """
     norm_B1 = torch.linalg.vector_norm(z_BD, dim=1, keepdim=True, dtype=torch.float64)
     unit_BD = (z_BD / norm_B1).float()

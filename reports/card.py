@@ -1,4 +1,4 @@
-"""MODEL_CARD.md: what a trained model is, how good it is and what it is not for."""
+"""MODEL_CARD.md: data, quality and limits of a trained model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .run_folder import CARD, IMAGES
 
 @dataclass(frozen=True)
 class TrackedAs:
-    """The MLflow run of a run folder, and the study and trial that it is part of; None where there is none."""
+    """The MLflow run of a run folder, and its study and trial; None where there is none."""
 
     run_id: str | None = None
     study: str | None = None
     trial: str | None = None
 
 
-def described(sampler: SamplerConfig) -> str:
-    """A sampler and the keys that also go to the registry: `imle (noise_dim 32, hidden_dim 128, ...)`."""
+def describe_sampler(sampler: SamplerConfig) -> str:
+    """The kind of a sampler and its keys in the registry: `imle (noise_dim 32, hidden_dim 128, ...)`."""
     fields = type(sampler).model_fields.items()
     keys = [f"{name} {getattr(sampler, name)}" for name, field in fields if Trait.IN_REGISTRY in field.metadata]
     return sampler.kind + (f" ({', '.join(keys)})" if keys else "")
@@ -50,7 +50,7 @@ def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
             metrics=metric_rows(facts.metrics),
             commands=commands(facts),
             tracked=tracked,
-            sampler=described(facts.config.sampler),
+            sampler=describe_sampler(facts.config.sampler),
             samples=f"{IMAGES}/samples.png" if facts.picture("samples") else None,
         )
     )

@@ -1,4 +1,4 @@
-"""Charts as inline SVG that take their ink from the page, so they are right in light and in dark."""
+"""Charts as inline SVG in the text colour of the page, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup
 
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#010203"  # drawn by matplotlib, then replaced by the page's text colour
-LINE = "#3f7fd9"  # legible on white and on near-black
+INK = "#010203"  # placeholder that is replaced by the text colour of the page
+LINE = "#3f7fd9"  # legible in light and dark mode
 MAX_POINTS = 1500
+Point = TypeVar("Point")
 _XML_HEAD = re.compile(r"^.*?(?=<svg)", re.DOTALL)
 _SIZE = re.compile(r'(<svg[^>]*?) width="[^"]*"| height="[^"]*"')
 
 
 def drawing(title: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> Markup:
-    """An SVG element of what `draw` puts on a figure of `size` inches. Titles on one page have to differ."""
+    """SVG element of what `draw` puts on a figure of `size` inches. Titles must be unique on a page."""
     import matplotlib
-    from matplotlib.figure import Figure  # the object interface: no window system, no global state
+    from matplotlib.figure import Figure  # the object interface needs no display and no global state
 
-    settings: Any = {  # matplotlib types each of its 300 keys
+    settings: Any = {  # Any: matplotlib types rc keys as literals
         "svg.fonttype": "none",
         "svg.hashsalt": title,
-        "text.parse_math": False,  # a dollar in a name is a dollar
+        "text.parse_math": False,  # keep dollar signs in names
         "font.family": "sans-serif",
         "font.size": 11,
         "text.color": INK,
@@ -47,7 +48,7 @@ def drawing(title: str, size: tuple[float, float], draw: Callable[[Figure], None
 
 
 def line_chart(steps: Sequence[int], values: Sequence[float], *, title: str, label: str, log: bool = False) -> Markup:
-    """The values over the steps, faint, and their running mean over 2% of the steps, bold."""
+    """Chart of values over steps (faint) with their running mean over 2% of the points (bold)."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -67,12 +68,12 @@ def line_chart(steps: Sequence[int], values: Sequence[float], *, title: str, lab
 
 
 def spans_magnitudes(values: Sequence[float]) -> bool:
-    """Whether the values are better told apart on a logarithmic axis."""
+    """Whether the values need a logarithmic axis: all positive, with a ratio above 20."""
     return min(values) > 0 and max(values) / min(values) > 20
 
 
 def logarithmic(axes: Axes) -> None:
-    """Make the y axis logarithmic, with ticks that are written out."""
+    """Make the y axis logarithmic, with plain numbers as tick labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -82,7 +83,7 @@ def logarithmic(axes: Axes) -> None:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the last `window` values, of fewer at the start."""
+    """Mean of the last `window` values at every position, of fewer at the start."""
     total, means = 0.0, []
     for at, value in enumerate(values):
         total += value - (values[at - window] if at >= window else 0.0)
@@ -90,8 +91,8 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def thinned(points: Sequence[Any]) -> list[Any]:
-    """At most `MAX_POINTS`, evenly taken, the last one included: a page need not hold a million."""
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most `MAX_POINTS` of the points, evenly spaced, including the last, to keep the page small."""
     stride = -(-len(points) // MAX_POINTS)
     return list(points[::-1][::stride][::-1]) if stride > 1 else list(points)
 

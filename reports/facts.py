@@ -1,7 +1,7 @@
-"""What a run folder says about its run, read once for the report and the model card.
+"""Contents of a run folder, read once for the report and the model card.
 
-A run that is still going, or was interrupted, has no summary yet and perhaps no images: everything
-here may be empty but the configuration.
+A run that is still training, or was interrupted, has no summary and possibly no images: everything here except
+the configuration may be empty.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..storage import journal
 from ..storage.journal import Entry
 from .run_folder import IMAGES, JOURNAL, read_config, read_summary
 
-_NO_STAGES = ("run", "evaluation", "study")  # other entries of a journal that have a `stage`
+_NO_STAGES = ("run", "evaluation", "study")  # values of `stage` in a journal that are not training stages
 _PREVIEW = re.compile(r"([a-z0-9-]+)-epoch-(\d+)-(reconstructions|samples)\.png")
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A picture drawn while training."""
+    """A preview picture from training."""
 
     stage: str
     epoch: int
@@ -34,10 +34,10 @@ class Preview:
 
 @dataclass(frozen=True)
 class StageFacts:
-    """A stage as the journal tells it.
+    """Figures of a stage, from the journal.
 
-    The losses are means over the first and the last twentieth of its entries; `seconds` is between its
-    first and last entry, interruptions left out.
+    first_loss, last_loss: means over the first and the last twentieth of its entries. seconds: from its first to its
+    last entry, without interruptions.
     """
 
     name: str
@@ -54,7 +54,7 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Everything in a run folder that is worth telling."""
+    """Configuration, stages, previews and summary of a run."""
 
     run_dir: Path
     config: Config
@@ -64,7 +64,7 @@ class RunFacts:
 
     @classmethod
     def read(cls, run_dir: Path) -> RunFacts:
-        """Raises UserError where the folder is not a run, or a file in it is damaged."""
+        """Read a run folder. Raises UserError if it is not a run folder, or a file in it is damaged."""
         config = read_config(run_dir)
         entries = journal.entries(run_dir / JOURNAL)
         stages = [
@@ -92,21 +92,21 @@ class RunFacts:
         return self.summary.get("timings", {})
 
     def picture(self, name: str) -> Path | None:
-        """The picture of that name in images/, if it was drawn."""
+        """Path of images/<name>.png, if it exists."""
         path = self.run_dir / IMAGES / f"{name}.png"
         return path if path.is_file() else None
 
 
 def series(entries: list[Entry], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the entries that have a number under `key`."""
+    """Steps and values of the entries with a number under `key`."""
     pairs = [(e["step"], float(e[key])) for e in entries if isinstance(e.get(key), int | float) and "step" in e]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def stage_titles(entries: list[Entry]) -> dict[str, str]:
-    """The stages of a run by name, in their order, with their titles, as its log has written them down.
+    """Titles of the stages of a run by name, in order, as recorded in the journal.
 
-    A journal of glann 0.1 does not have them: its stages come in the order of their steps, called by their names.
+    Journals of glann 0.1 have no titles: stages are ordered by their steps, and the title is the name in capitals.
     """
     for entry in reversed(entries):
         if entry.get("event") == "stages" and isinstance(entry.get("stages"), list):

@@ -1,4 +1,4 @@
-"""What every page that glann writes shares: the frame `page.html`, pictures in the text, numbers as people say them."""
+"""Common parts of all HTML pages and cards: templates, embedded images, formatted numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEBP_QUALITY = 88
 
 @dataclass(frozen=True)
 class Figure:
-    """An image with its text."""
+    """An embedded image with its title, and its size in pixels."""
 
     title: str
     source: Markup
@@ -30,7 +30,7 @@ class Figure:
 
 
 def environment(*folders: Path) -> jinja2.Environment:
-    """Templates of `folders` and of this one; whatever is put into HTML is escaped."""
+    """Jinja environment of the templates in `folders` and here; values in HTML are escaped."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -45,16 +45,16 @@ def environment(*folders: Path) -> jinja2.Environment:
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write a page. Names of files that are not text are written with backslashes."""
+    """Write a page as UTF-8; undecodable bytes of file names become backslash escapes."""
     write_whole(path, text.encode("utf-8", "backslashreplace"))
     return path
 
 
 def figure(path: Path, title: str) -> Figure:
-    """The picture as part of the page; big ones are packed as WebP so that a report can be sent by mail.
+    """A PNG file as an embedded image; large ones become WebP to keep the report small enough for e-mail.
 
     Raises:
-        UserError: it is not a picture.
+        UserError: the file is not a readable PNG.
     """
     try:
         content = path.read_bytes()
@@ -66,13 +66,13 @@ def figure(path: Path, title: str) -> Figure:
                 image.convert("RGB").save(buffer, "WEBP", quality=WEBP_QUALITY, method=4)
                 content, kind = buffer.getvalue(), "webp"
     except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a picture that can be shown: {error}; remove it and try again") from error
+        raise UserError(f"{path} is not a readable picture: {error}; remove it and try again") from error
     source = Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
     return Figure(title, source, width, height)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Format seconds as `3.2 s`, `4 min 05 s` or `2 h 10 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -81,7 +81,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, with separators where it is large."""
+    """Format with three significant digits; large numbers and integers in full with thousands separators."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) or abs(value) >= 1000:

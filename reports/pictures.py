@@ -1,7 +1,7 @@
-"""Pictures to look at: grids, reconstruction pairs, interpolation strips, nearest training images.
+"""Pictures of a run: grids, reconstruction pairs, interpolation strips, nearest training images.
 
-Small images are enlarged by a whole factor with hard edges, so that every pixel is the model's own;
-large ones are reduced.  Labels stand in a margin at the left, never on an image.
+Small images are enlarged by an integer factor without smoothing, so that every pixel is visible as generated;
+large ones are reduced.  Labels are in a margin at the left, never on an image.
 
 Legend: N images, P pairs, S steps, H W pixels, C channels (1 or 3).
 """
@@ -29,7 +29,7 @@ FONT_SIZE = 15
 
 
 def grid(img_NHWC: Images, columns: int | None = None) -> Image.Image:
-    """The images in reading order; as square as can be unless `columns` is given."""
+    """Grid of images in reading order; nearly square unless `columns` is given."""
     img_NHWC = _checked(img_NHWC)
     columns = columns or math.ceil(math.sqrt(len(img_NHWC)))
     if columns < 1:
@@ -38,25 +38,25 @@ def grid(img_NHWC: Images, columns: int | None = None) -> Image.Image:
 
 
 def reconstructions(real_NHWC: Images, fake_NHWC: Images, columns: int = 8) -> Image.Image:
-    """Each training image x with its reconstruction G(z) below it."""
-    return _under_one_another([("x", real_NHWC), ("G(z)", fake_NHWC)], columns)
+    """Picture of each training image x with its reconstruction G(z) below it."""
+    return _stacked([("x", real_NHWC), ("G(z)", fake_NHWC)], columns)
 
 
 def nearest(sample_NHWC: Images, training_NHWC: Images, columns: int = 8) -> Image.Image:
-    """Each sample with the training image nearest to it below it."""
-    return _under_one_another([("sample", sample_NHWC), ("nearest", training_NHWC)], columns)
+    """Picture of each sample with its nearest training image below it."""
+    return _stacked([("sample", sample_NHWC), ("nearest", training_NHWC)], columns)
 
 
 def strips(img_PSHWC: Images) -> Image.Image:
-    """One interpolation a row, from its first image at the left to its second at the right."""
+    """Picture with one interpolation per row, from left to right."""
     return labelled_rows([("", img_SHWC) for img_SHWC in img_PSHWC])
 
 
 def labelled_rows(rows: Sequence[tuple[str, Images]]) -> Image.Image:
-    """Rows of images of one size, each with a label at its left (or none)."""
+    """Picture of rows of images of one size, each with an optional label at its left."""
     rows = [(label, _checked(img_NHWC)) for label, img_NHWC in rows]
     if not rows or len({img.shape[1:] for _, img in rows}) != 1:
-        raise UserError("a picture needs images, all of one size")
+        raise UserError("a picture needs at least one image, and all of one size")
     height, width = _shown_size(*rows[0][1].shape[1:3])
     margin = max((_text_width(label) for label, _ in rows), default=0)
     margin = margin + 2 * GAP if margin else 0
@@ -74,17 +74,17 @@ def labelled_rows(rows: Sequence[tuple[str, Images]]) -> Image.Image:
 
 
 def save(picture: Image.Image, path: Path, *, durable: bool = True) -> None:
-    """Write a PNG as a whole or not at all: half of one would spoil the report.
+    """Write a PNG atomically: a truncated one would break the report.
 
     Args:
-        durable: as of `write_whole`.
+        durable: as in `write_whole`.
     Raises:
         UserError, EnvironmentFault: the folder cannot be written to, or the disk is full.
     """
     write_whole(path, partial(picture.save, format="PNG"), durable=durable)
 
 
-def _under_one_another(kinds: Sequence[tuple[str, Images]], columns: int) -> Image.Image:
+def _stacked(kinds: Sequence[tuple[str, Images]], columns: int) -> Image.Image:
     count = {len(img_NHWC) for _, img_NHWC in kinds}
     if len(count) != 1:
         raise UserError(f"pictures of pairs need as many images of each kind, not {sorted(count)}")

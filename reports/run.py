@@ -1,9 +1,9 @@
-"""report.html: a run folder in one self-contained page that needs no network."""
+"""report.html of a run: one self-contained page that loads nothing from the network."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -20,13 +20,16 @@ MAX_PREVIEWS = 12
 
 PICTURES = {
     "samples": ("Samples", "New images: one noise vector each."),
-    "interpolations": ("Interpolations", "Each row goes from one sample to another along a great circle of the noise."),
-    "nearest": ("Nearest training images", "Under each sample the training image that differs least in its pixels."),
+    "interpolations": (
+        "Interpolations",
+        "Each row leads from one sample to another along a great circle of the noise.",
+    ),
+    "nearest": ("Nearest training images", "Below each sample: the training image that is nearest in pixels."),
 }
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html of a run folder, finished or not.
+    """Write report.html of a run folder, whether or not the run has finished.
 
     Raises:
         UserError: the folder is not a run, or one of its files is damaged.
@@ -35,7 +38,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(facts: RunFacts) -> str:
-    """The page as text."""
+    """The page as HTML."""
     return (
         environment()
         .get_template("report.html")
@@ -60,7 +63,7 @@ def render(facts: RunFacts) -> str:
 
 
 def headline(facts: RunFacts) -> str:
-    """What was trained, in one sentence."""
+    """One sentence on what was trained."""
     config = facts.config
     kind = "grey" if config.data.channels == 1 else "colour"
     rows = facts.summary.get("rows")
@@ -75,7 +78,7 @@ def headline(facts: RunFacts) -> str:
 
 
 def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
-    """(name, value, meaning) of each stored metric, for people."""
+    """Rows (title, formatted value, meaning) of the stored metrics."""
     rows = []
     for key, value in metrics.items():
         if not isinstance(value, int | float):
@@ -92,8 +95,8 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def timing_rows(timings: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, how long) of the summary's timings: keys ending in _s are seconds."""
+def timing_rows(timings: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Rows (label, formatted value) of the summary's timings; keys that end in _s or seconds are durations."""
     rows = []
     for name, value in timings.items():
         if not isinstance(value, int | float):
@@ -105,7 +108,7 @@ def timing_rows(timings: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def commands(facts: RunFacts) -> list[str]:
-    """How to draw from the model again."""
+    """Commands that sample from the model and evaluate it."""
     run = facts.run_dir.as_posix()
     return [
         f"glann sample {run} --n 64 --seed 1",
@@ -132,9 +135,9 @@ def _charts(facts: RunFacts) -> list[Markup]:
 
 
 def _films(facts: RunFacts) -> list[tuple[str, str, list[Figure]]]:
-    """The previews of each stage and kind over time, at most `MAX_PREVIEWS` of them, first and last included."""
+    """Previews of each stage and kind over time: at most `MAX_PREVIEWS`, including the first and the last."""
     texts = {
-        "reconstructions": "Rows x: training images. Rows G(z): what the generator makes of their codes.",
+        "reconstructions": "Rows x: training images. Rows G(z): their reconstructions from the codes.",
         "samples": "The same noise at every epoch.",
     }
     films = []

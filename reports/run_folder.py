@@ -35,7 +35,7 @@ class DamagedFile(UserError):
 
 
 def read_config(run_dir: str | Path) -> Config:
-    """The configuration that a run was made with.
+    """The configuration of a run, from its folder.
 
     Raises:
         UserError: the folder is not that of a run. DamagedFile: the file cannot be read as a configuration.

@@ -1,1 +1,1 @@
-"""From normal noise to latent codes: one file per kind of sampler."""
+"""Samplers, which map normal noise to latent codes: one module per kind."""

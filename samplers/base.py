@@ -1,6 +1,6 @@
-"""What every kind of sampler is: a function of normal noise to latent codes, fitted to the codes of a stage 1.
+"""The interface of samplers: a function of normal noise to latent codes, fitted to the codes of stage 1.
 
-A kind is a section of config/samplers.py and a file of its name here, which ends in `SAMPLER = <its class>`.
+A kind has a section in config/samplers.py and a module of its name here, which defines `SAMPLER = <its class>`.
 
 Shapes: B batch, D latent dimension, E noise dimension, n rows of this worker, N rows of all workers, K numbers of a
 piggyback.
@@ -26,7 +26,7 @@ State = dict[str, Any]  # groups of tensors by name (`weights`, Adam's moments),
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes of a stage 1 as a worker has them: those of its own rows, z_nD, of `total` rows in all."""
+    """The codes of stage 1 on one worker: z_nD of its own rows, out of `total` rows."""
 
     z_nD: Tensor
     rows: range
@@ -35,11 +35,11 @@ class Codes:
 
 @dataclass(frozen=True)
 class FitStep:
-    """What one step of a fit did, on this worker.
+    """The result of one step of a fit, on this worker.
 
-    steps: of an epoch. applied: False if a gradient was not finite, so that nothing moved. piggyback_K: sum over
-    workers of what they added to the step. epoch_facts: numbers of the whole epoch, `loss` among them, where it ends
-    with this step; only then can the fit be resumed from `state`.
+    steps: steps per epoch. applied: False if a gradient was not finite and the step was skipped. piggyback_K: sum of
+    the workers' piggybacks. epoch_facts: metrics of the epoch, `loss` among them, if it ends with this step; only
+    then can the fit be resumed from `state`.
     """
 
     epoch: int
@@ -51,17 +51,17 @@ class FitStep:
 
 
 class Sampler(ABC):
-    """A sampler while it is fitted; replicated on every worker and equal on all of them.
+    """A sampler during its fit; replicated, and identical on all workers.
 
     Args:
-        config: the section of its kind.
+        config: section of its kind.
         latent_dim: D.
-        constraint: where codes lie: on the unit sphere, or in the unit ball.
-        seed: of the run.
-        state: what `state` returned, to resume from.
+        constraint: whether codes lie on the unit sphere or in the unit ball.
+        seed: seed of the run.
+        state: a result of `state` to resume from.
     """
 
-    title: ClassVar[str]  # for people
+    title: ClassVar[str]  # for display
     epochs: int = 1
 
     def __init__(
@@ -82,7 +82,7 @@ class Sampler(ABC):
     @staticmethod
     @abstractmethod
     def build(config: SamplerConfig, latent_dim: int, constraint: Constraint) -> NoiseToCode:
-        """The function before it is fitted."""
+        """Build the function, unfitted."""
 
     @abstractmethod
     def fit(
@@ -94,11 +94,12 @@ class Sampler(ABC):
     ) -> Iterator[FitStep]:
         """Fit to the codes from `first_epoch` on; yields after every step.
 
-        All workers take the same steps. The caller may stop at any of them: the epoch is repeated from its beginning.
+        All workers take the same steps. The caller may stop after any step; on resume the epoch starts again.
 
         Args:
-            piggyback: asked once a step for numbers [K], float32, whose sum over workers comes back with it.
-            enter: called with the name of each phase of the work when it begins.
+            piggyback: called once per step for a tensor [K], float32, which is summed over workers in the step's
+                all-reduce.
+            enter: called with the name of each phase when it begins.
         Raises:
             UserError: the fit diverged.
         """
@@ -109,28 +110,28 @@ class Sampler(ABC):
             return self.network.eval()(e_BE)
 
     def state(self) -> State:
-        """All that is needed to resume at the end of an epoch, on the CPU."""
+        """The state to resume from at the end of an epoch, on the CPU."""
         weights = {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
         return {"weights": weights, "updates": 0.0}
 
     @classmethod
     def flops(cls, config: SamplerConfig, latent_dim: int, rows: int) -> float:
-        """Operations of the whole fit to so many rows."""
+        """FLOPs of the whole fit to `rows` rows."""
         return 0.0
 
     @classmethod
     def steps(cls, config: SamplerConfig, rows: int) -> int:
-        """Steps of the whole fit to so many rows."""
+        """Steps of the whole fit to `rows` rows."""
         return 1
 
 
 def sampler_class(kind: str) -> type[Sampler]:
-    """The class of a kind that the configuration knows.
+    """The class of a kind of sampler.
 
     Raises:
-        KeyError: it knows no such kind.
+        KeyError: the configuration has no such kind.
     """
-    SAMPLERS[kind]  # nothing else is imported
+    SAMPLERS[kind]  # import only modules of known kinds
     return cast(type[Sampler], import_module(f"{__package__}.{kind.replace('-', '_')}").SAMPLER)
 
 
@@ -143,11 +144,11 @@ def build_sampler(
     device: torch.device,
     state: Mapping[str, Any] | None = None,
 ) -> Sampler:
-    """The sampler of a configuration, fresh or resumed."""
+    """Build the sampler of a configuration, new or resumed from `state`."""
     kind = sampler_class(config.kind)
     return kind(config, latent_dim, constraint, seed=seed, device=device, state=cast("State | None", state))
 
 
 def build_network(config: SamplerConfig, latent_dim: int, constraint: Constraint) -> NoiseToCode:
-    """The function of a sampler, to be given the weights of a packaged model."""
+    """Build the function of a sampler, into which a packaged model's weights are loaded."""
     return sampler_class(config.kind).build(config, latent_dim, constraint)

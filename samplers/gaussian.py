@@ -1,4 +1,4 @@
-"""The Gaussian over latent codes: GLO's own way of sampling (Bojanowski et al. 2018), the baseline.
+"""The Gaussian over latent codes: the sampling of GLO (Bojanowski et al. 2018), and the baseline.
 
 Shapes: B batch, D latent dimension, n rows of this worker, N rows of all workers.
 """
@@ -20,7 +20,7 @@ CHUNK = 65536
 
 
 class Gaussian(NoiseToCode):
-    """z = mean + root g for g ~ N(0, I_D), projected to where codes lie; root root^T is the covariance."""
+    """z = mean + root g for g ~ N(0, I_D), projected to the sphere or ball; root root^T is the covariance."""
 
     mean: Tensor
     root: Tensor
@@ -36,7 +36,7 @@ class Gaussian(NoiseToCode):
 
 
 class GaussianSampler(Sampler):
-    """A closed form: one epoch of one step."""
+    """The fit in closed form: one epoch of one step."""
 
     title = "Gaussian"
 
@@ -61,13 +61,13 @@ class GaussianSampler(Sampler):
 
 
 def gaussian(z_nD: Tensor, total: int | None = None, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Mean [D] and root [D, D] (root @ root.T is the covariance) of codes, summed in float64.
+    """Mean [D] and root [D, D] (root @ root.T is the covariance) of codes, accumulated in float64.
 
-    The symmetric root exists also where there are fewer codes than dimensions, a Cholesky factor does not.
+    The symmetric root also exists for fewer codes than dimensions, where a Cholesky factor does not.
 
     Args:
-        total: N, where the codes are those of this worker's rows; all workers call then, and get the same.
-        device: where workers exchange their sums.
+        total: N, if `z_nD` holds this worker's rows only; then all workers must call, and get the same result.
+        device: device of the all-reduce.
     """
 
     def shared(local: Tensor) -> Tensor:

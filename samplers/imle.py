@@ -27,7 +27,7 @@ from ..models.noise import noise
 from ..models.sphere import Constraint
 from .base import Codes, FitStep, Sampler, State
 
-CHUNK = 16384  # candidates mapped at once; also the noises that T's statistics are taken from
+CHUNK = 16384  # candidates mapped at once; also the noise rows that fix T's statistics
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -35,7 +35,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Matches:
     """Index of each own code's nearest candidate, and its squared distance (float64).
 
-    recall: share of codes that were matched with their true nearest candidate; 1 for the exact search.
+    recall: share of codes matched with their true nearest candidate; 1 for the exact search.
     """
 
     index_n: Tensor
@@ -45,7 +45,7 @@ class Matches:
 
 
 class Imle(Sampler):
-    """T, its Adam and where they stand (Hoshen et al. 2019, Sec. 3.2)."""
+    """IMLE: T and its Adam optimiser (Hoshen et al. 2019, Sec. 3.2)."""
 
     title = "IMLE"
     network: Mapping
@@ -69,7 +69,7 @@ class Imle(Sampler):
         if state is not None:
             self._restore_moments(state)
         elif self.config.statistics == "noise":
-            # of the epoch after the last: noise that no candidate is made of
+            # noise of the epoch after the last, which no candidate uses
             index_B = torch.arange(CHUNK)
             self.network.fix_statistics(noise(seed, self.epochs, index_B, self.config.noise_dim, device))
 
@@ -84,9 +84,9 @@ class Imle(Sampler):
         piggyback: Callable[[], Tensor],
         enter: Callable[[str], None] = lambda phase: None,
     ) -> Iterator[FitStep]:
-        """Eqs. 5 and 6 of the paper: pull the nearest mapped noise of every code towards it.
+        """Pull the nearest mapped noise of every code towards the code (Eqs. 5 and 6 of the paper).
 
-        A match is kept as an index; its noise is made again where it is needed. The facts of an epoch are means over
+        A match is stored as an index; its noise is generated again when needed. The facts of an epoch are means over
         all N rows; `distance` is that of the matches, before training.
         """
         z_nD = codes.z_nD.to(self.device)
@@ -116,18 +116,18 @@ class Imle(Sampler):
     def update(
         self, e_BE: Tensor, z_BD: Tensor, batch_rows: int, lr: float, piggyback_K: Tensor
     ) -> tuple[Tensor, bool, Tensor]:
-        """One step on a global batch of which this worker holds B rows (maybe none).
+        """One step on a global batch, of which this worker holds B rows (possibly none).
 
         Returns:
             Sum of the squared distances over this worker's rows, whether the step was applied
-            (not if any gradient of any worker was not finite), and the sum of all workers' piggybacks.
+            (False if any worker had a non-finite gradient), and the sum of all workers' piggybacks.
         """
         error_B = (self.network(e_BE) - z_BD).square().sum(1)
         self.optimizer.zero_grad()
         (error_B.sum() / batch_rows).backward()
         grads = [cast(Tensor, parameter.grad) for parameter in self.network.parameters()]
         flat = torch.cat([*(grad.flatten() for grad in grads), piggyback_K.to(self.device)])
-        all_sum(flat)  # each worker divided by the whole batch already
+        all_sum(flat)  # each worker has already divided by the size of the whole batch
         summed, piggyback_K = flat[: len(flat) - len(piggyback_K)], flat[len(flat) - len(piggyback_K) :]
         finite, *carried = torch.cat([summed.sum()[None], piggyback_K]).tolist()
         applied = math.isfinite(finite)
@@ -171,7 +171,7 @@ class Imle(Sampler):
 
     @classmethod
     def flops(cls, config: SamplerConfig, latent_dim: int, rows: int) -> float:
-        """Map M candidates, compare N rows with each of them (2 N M D), train on N matches; every epoch."""
+        """Per epoch: map M candidates, compare N rows with each of them (2 N M D), train on N matches."""
         imle = cast(ImleConfig, config)
         with torch.device("meta"):
             mapping = cost(build_mapping(imle, latent_dim), (imle.noise_dim,))
@@ -187,7 +187,7 @@ class Imle(Sampler):
     def _end_of_epoch(
         self, epoch: int, steps: int, total: int, loss: Tensor, matches: Matches, piggyback_K: Tensor
     ) -> FitStep:
-        """The step that only exchanges what the epoch came to."""
+        """The last step of an epoch, which only reduces its metrics."""
         own_2 = torch.stack([loss.double(), matches.distance_n.sum().to(loss.device)])
         sums = all_sum(torch.cat([own_2, piggyback_K.to(loss.device).double()])).tolist()
         facts = {
@@ -208,7 +208,7 @@ class Imle(Sampler):
 
 
 def candidates(config: ImleConfig, total_rows: int) -> int:
-    """M, the number of candidates of an epoch."""
+    """M, the number of candidates per epoch."""
     return max(1, round(config.candidates * total_rows))
 
 

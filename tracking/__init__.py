@@ -1,1 +1,1 @@
-"""MLflow runs, the packaged model, the model card and the report."""
+"""Tracking of runs in MLflow, and its model registry."""

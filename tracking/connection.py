@@ -1,9 +1,9 @@
-"""The address of the tracking server, and reaching it within a bounded time.
+"""The address of the tracking server, and connecting to it within a bounded time.
 
-MLflow retries a dead server for minutes and its database layer for another two.  A user who mistyped
-an address should hear of it at once, so MLflow's patience is shortened, unless the environment
-already says how long it should be.  How long an answer may take is left as it is (two minutes): a
-server that passes a large file on to S3 answers when it lies there.
+MLflow retries an unreachable server for minutes and its database layer for another two.  A mistyped
+address should fail at once, so the retries are reduced unless the environment sets them.  The
+timeout of a response stays at MLflow's two minutes: a server that forwards a large file to S3
+responds only once the upload is complete.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DEFAULT_URI = "sqlite:///mlflow.db"
 SETTINGS = {
-    # A request whose answer was lost has been heard: asked again, MLflow makes a second run or version. We look first.
+    # A request whose response was lost may have succeeded: a retry by MLflow would create a second run or version. The
+    # callers retry instead, and look first.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # there is one bar, and it is the training's
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # the training's bar is the only one
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints the address with its password
 }
 TRIES = 3
 START_TIMEOUT_S = 30.0
-# Making the tables of a new database took 12 s on two busy cores.
+# Creating the tables of a new database took 12 s on two busy cores.
 SQLITE_START_TIMEOUT_S = 120.0
 
 
 def default_uri(configured: str | None) -> str:
-    """The tracking address in force: the configuration, else the environment, else a file in the working folder."""
+    """The tracking address: from the configuration, else the environment, else a file in the working folder."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
 def absolute_uri(uri: str) -> str:
-    """A tracking address that means the same in every working folder: sqlite's default is a file in ours."""
+    """Make the path of an SQLite address absolute, so that it is valid in every working folder."""
     prefix = "sqlite:///"
     if not uri.startswith(prefix) or uri.startswith(prefix + "/"):
         return uri
@@ -52,12 +53,12 @@ def absolute_uri(uri: str) -> str:
 
 
 def registry_uri(tracking_uri: str) -> str:
-    """The registry's address: the environment's, else the tracking server."""
+    """The address of the registry: from the environment, else the tracking server."""
     return os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri
 
 
 def tame_mlflow() -> None:
-    """Have MLflow give up on a dead server in seconds, unless the environment says otherwise, and chat less."""
+    """Reduce MLflow's retries, unless the environment sets them, and its log output."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "mlflow.pyfunc"):
@@ -65,7 +66,7 @@ def tame_mlflow() -> None:
 
 
 def make_client(uri: str) -> MlflowClient:
-    """A client of the server at `uri`; only a database has been opened by then, and has its tables."""
+    """Make a client of the server at `uri`. Opens a database and creates its tables, but contacts no server."""
     from mlflow import MlflowClient
 
     tame_mlflow()
@@ -77,17 +78,17 @@ def make_client(uri: str) -> MlflowClient:
 
 
 def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
-    """The result of `action(client)`: the first calls to a server, which say whether it is there.
+    """Return `action(client)`: the first calls to a server, with a time limit.
 
     Args:
-        action: is called again after a fault, so it must look for what it is about to make.
+        action: called again after an error, so it must check for what it is about to create.
     Raises:
-        UserError: the server does not answer in time, or refuses.
+        UserError: the server does not respond in time, or rejects the request.
     """
     _check_sqlite(uri)
     outcome: list[T] = []
     failure: list[Exception] = []
-    # a connection may break, and a server may be restarted
+    # connections break, and servers restart
     again = Retrying(
         stop=stop_after_attempt(TRIES), wait=wait_fixed(1), retry=retry_if_not_exception_type(UserError), reraise=True
     )
@@ -95,11 +96,11 @@ def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
     def attempt() -> None:
         try:
             outcome.append(again(lambda: action(make_client(uri))))
-        except Exception as error:  # whatever MLflow's client, its HTTP or its database layer raises
+        except Exception as error:  # any error of MLflow's client, HTTP or database layer
             failure.append(error)
 
-    importlib.import_module("mlflow")  # takes seconds, and they are not the server's
-    # A thread, since there is no other way to bound what MLflow's database layer does on connecting.
+    importlib.import_module("mlflow")  # takes seconds, which must not count as the server's
+    # A thread is the only way to bound the time that MLflow's database layer takes to connect.
     thread = threading.Thread(target=attempt, name="glann-mlflow-connect", daemon=True)
     thread.start()
     limit_s = SQLITE_START_TIMEOUT_S if uri.startswith("sqlite") else START_TIMEOUT_S
@@ -108,7 +109,7 @@ def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
         return outcome[0]
     if failure and isinstance(failure[0], UserError):
         raise failure[0]
-    reason = _reason(failure[0]) if failure else f"no answer in {limit_s:.0f} s"
+    reason = _reason(failure[0]) if failure else f"no response in {limit_s:.0f} s"
     raise UserError(
         f"the MLflow tracking server {redact(uri)} cannot be used: {reason}; "
         "start it, correct tracking.uri (or MLFLOW_TRACKING_URI), or set tracking.enabled=false"
@@ -116,10 +117,10 @@ def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """The id of the experiment of that name, made if need be.
+    """The id of the named experiment, which is created if it does not exist.
 
     Raises:
-        UserError: it was deleted on the server.
+        UserError: the experiment was deleted on the server.
     """
     from mlflow.exceptions import MlflowException
 
@@ -130,22 +131,22 @@ def experiment_id(client: MlflowClient, name: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another run made it in between
+            found = client.get_experiment_by_name(name)  # another run created it meanwhile
     if found is None or found.lifecycle_stage != "active":
         raise UserError(f"the MLflow experiment {name!r} was deleted; restore it or set tracking.experiment to another")
     return found.experiment_id
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of an SQLite database; None for any other address."""
+    """The file of an SQLite address; None for other addresses."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One process at a time opens a database file: of several that found it without tables, MLflow fails all but one.
+    """Let one process at a time open a database file: if several find it without tables, MLflow fails in all but one.
 
-    The lock is on the folder, where it leaves no file.
+    The lock is on the folder, so that no lock file remains.
     """
     folder = os.open(path.absolute().parent, os.O_RDONLY)
     try:
@@ -156,7 +157,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _make_database(path: Path) -> None:
-    """Have MLflow make its tables in a file beside it: one over which it was killed is of no use to it any more."""
+    """Create the tables in a temporary file beside it: MLflow cannot use a file left by an interrupted creation."""
     from mlflow import MlflowClient
 
     new = path.absolute().with_name(f".{path.name}.new")
@@ -167,7 +168,7 @@ def _make_database(path: Path) -> None:
 
 
 def _check_sqlite(uri: str) -> None:
-    """What is wrong with a database file, said at once; MLflow would try for two minutes."""
+    """Raise UserError at once for an unusable database file; MLflow would retry for two minutes."""
     path = sqlite_path(uri)
     if path is None:
         return
@@ -190,7 +191,7 @@ def _check_sqlite(uri: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in a few words: MLflow wraps urllib3, which wraps the one that says something."""
+    """The message of the innermost cause, shortened: MLflow wraps urllib3's errors, which wrap the actual one."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     text = one_line(error, 161)

@@ -1,9 +1,9 @@
-"""What goes to the tracking server, sent from a thread of its own.
+"""Sends metrics, files and the model to the tracking server from a background thread.
 
-The journal (metrics.jsonl) is the queue of metrics: the outbox remembers up to which byte it was sent.
-Files and the model wait in a list beside it.  Both are kept in `tracking.json` in the run folder, so
-that whatever a slow or dead server did not take goes out when it is back, or when the run is next
-opened.  Training never waits for it.
+The journal (metrics.jsonl) is the queue of metrics: the outbox records the byte up to which it was sent.
+Files and the model are queued in a list.  Both are stored in `tracking.json` in the run folder, so that
+what could not be sent is sent once the server is available again, or when the run is next opened.
+Training never waits for the server.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ log = logging.getLogger("glann.tracking")
 
 POLL_S = 2.0
 MAX_DELAY_S = 60.0
-PATIENCE_S = 30.0  # a run that has ended waits so long for a server that fails
+PATIENCE_S = 30.0  # how long a run that has ended waits for a failing server
 MAX_METRICS = 1000  # per request, MLflow's limit
 _NOT_METRICS = ("stage", "step", "time")
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9_.\- :/]")
 
 
 class Parcel(Section):
-    """A file (or the model folder) to be sent; `path` is relative to the run folder where it lies in it."""
+    """A file (or the model folder) to send; `path` is relative if it lies in the run folder."""
 
     kind: Literal["artifact", "model"]
     path: str
@@ -47,15 +47,15 @@ class Parcel(Section):
 
 
 class OutboxState(Section):
-    """tracking.json: which run this folder is on which server, and what of it has been sent."""
+    """The content of tracking.json: the MLflow run of this folder, and what has been sent to it."""
 
-    key: str = Field(description="value of the tag glann.run_id, made before the run is")
+    key: str = Field(description="value of the tag glann.run_id, generated before the run is created")
     uri: str = Field(description="tracking server, without credentials")
     run_id: str | None = None
-    sent_bytes: int = Field(0, ge=0, description="how much of metrics.jsonl the server has")
+    sent_bytes: int = Field(0, ge=0, description="bytes of metrics.jsonl that were sent")
     parcels: tuple[Parcel, ...] = ()
-    ended: bool = Field(False, description="whether the server has everything, and how the run ended")
-    lineage: dict[str, str] = Field({}, description="tags of the run that say which study and trial it is")
+    ended: bool = Field(False, description="whether everything, the final status included, was sent")
+    lineage: dict[str, str] = Field({}, description="tags of the run that name its study and trial")
 
     @classmethod
     def load(cls, run_dir: Path) -> OutboxState | None:
@@ -67,9 +67,9 @@ class OutboxState(Section):
         except (ValidationError, ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path} is damaged; remove it (the run will appear once more in MLflow)") from error
         home = run_dir.resolve()
-        for parcel in state.parcels:  # a run folder of somebody else must not have other files of ours sent away
+        for parcel in state.parcels:  # a run folder from elsewhere must not cause other local files to be sent
             if "\0" in parcel.path or not (home / parcel.path).resolve().is_relative_to(home):
-                raise UserError(f"{path} wants {parcel.path[:200]!r} sent, which is not of this run; remove {path}")
+                raise UserError(f"{path} lists {parcel.path[:200]!r}, which is outside this run; remove {path}")
         return state
 
     def save(self, run_dir: Path) -> None:
@@ -77,7 +77,7 @@ class OutboxState(Section):
 
 
 class Unnoted(EnvironmentFault):
-    """The run folder does not take the note of what was sent; the server is not to blame."""
+    """The run folder could not record what was sent; not an error of the server."""
 
 
 class Outbox:
@@ -99,24 +99,24 @@ class Outbox:
 
     @property
     def state(self) -> OutboxState:
-        """Where the run stands with the server."""
+        """What has been sent so far."""
         return self._state
 
     def put(self, parcel: Parcel) -> None:
-        """Have a file sent; one that is waiting already (a grid drawn anew) is sent once."""
+        """Queue a file; a file that is queued already (a grid that was redrawn) is sent once."""
         with self._lock:
             others = tuple(waiting for waiting in self._state.parcels if waiting != parcel)
             self._update(parcels=(*others, parcel))
 
     def close(self, status: str, timeout_s: float) -> bool:
-        """Send what is left and how the run ended, within so many seconds.  False: not all went, the rest is kept."""
+        """Send the rest and the final status within `timeout_s`.  False if something remains; it stays queued."""
         self._status, self._give_up_at = status, time.monotonic() + PATIENCE_S
         self._closing.set()
         self._thread.join(timeout_s)
         return self._ended
 
     def waiting(self) -> str:
-        """What has not been sent, in words; empty if nothing."""
+        """A description of what has not been sent; empty if everything was."""
         path = self._run_dir / JOURNAL
         behind = (path.stat().st_size if path.exists() else 0) - self._state.sent_bytes
         parts = [f"{behind / 1024:.1f} KiB of metrics"] if behind > 0 else []
@@ -135,7 +135,7 @@ class Outbox:
                     with self._lock:
                         self._update(ended=True)
                     self._ended = True
-            except Exception as error:  # of MLflow's client, HTTP, database or disk: training must not notice
+            except Exception as error:  # of MLflow's client, HTTP, database or disk: training must not fail
                 self._say_failing(error)
                 if closing:
                     if isinstance(error, Unnoted) or time.monotonic() > self._give_up_at:
@@ -173,7 +173,7 @@ class Outbox:
             if not path.exists():
                 log.warning("%s is gone and cannot be sent to MLflow", path)
             elif parcel.kind == "model":
-                self._send_metrics()  # what the run measured of itself is written on the version
+                self._send_metrics()  # the run's own evaluation becomes tags of the version
                 self.model = publish(self._client, self.run_id, path, self._register_as)
             else:
                 self._client.log_artifact(self.run_id, str(path), parcel.target)
@@ -191,11 +191,11 @@ class Outbox:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
             detail = one_line(error)
-            wrong = f"the MLflow server {self._state.uri} does not take metrics"
+            wrong = f"the MLflow server {self._state.uri} does not accept metrics"
             if isinstance(error, Unnoted):
-                wrong = "metrics are not sent to MLflow, because what was sent cannot be noted"
+                wrong = "metrics are not sent to MLflow, because what was sent cannot be recorded"
             kept = self._run_dir / JOURNAL
-            log.warning("%s (%s); training goes on, they are kept in %s and sent later", wrong, detail, kept)
+            log.warning("%s (%s); training continues, they are kept in %s and sent later", wrong, detail, kept)
 
     def _say_working(self) -> None:
         if self._failing_since is not None:
@@ -205,7 +205,7 @@ class Outbox:
 
 
 def to_metrics(entry: journal.Entry) -> list[Metric]:
-    """The numbers of a journal entry as MLflow metrics, named `stage/name`."""
+    """Convert the numbers of a journal entry to MLflow metrics, named `stage/name`."""
     from mlflow.entities import Metric
 
     prefix = f"{entry['stage']}/" if entry.get("stage") else ""

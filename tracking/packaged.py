@@ -1,4 +1,4 @@
-"""Models that glann 0.1 logged to MLflow carry code that imports `load_model` from here."""
+"""Compatibility: models that glann 0.1 logged to MLflow contain code that imports `load_model` from here."""
 
 from ..inference.package import load_model
 

@@ -1,12 +1,12 @@
-"""The tracked run of a `glann train`: its journal in the run folder, and the same run in MLflow.
+"""The tracked run of `glann train`: its journal in the run folder, and its MLflow run.
 
     run = TrackedRun.open(config, run_dir, {"glann.data_fingerprint": fingerprint})
     run.log_metrics({"stage": "glo", "epoch": 3, "loss": 0.31}, step=120)
     run.log_image(run_dir / "images" / "glo-epoch-003-samples.png")
     run.finish("FINISHED")
 
-The journal is written first and by the caller's thread; MLflow is fed from it in the background.  A
-server that is away when the run starts is an error, one that goes away later is a warning.
+The journal is written first, in the caller's thread; it is sent to MLflow in the background.  A server
+that is unavailable when the run starts is an error; one that becomes unavailable later is a warning.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FINISH_TIMEOUT_S = 120.0
 
 
 class TrackedRun:
-    """One run: open it with `TrackedRun.open`, end it with `finish`.  Without MLflow it keeps the journal alone."""
+    """One run: open it with `TrackedRun.open`, end it with `finish`.  Without MLflow only the journal is written."""
 
     def __init__(self, run_dir: Path, outbox: Outbox | None) -> None:
         self.run_dir = run_dir
@@ -54,13 +54,13 @@ class TrackedRun:
         *,
         parent_run_id: str | None = None,
     ) -> Self:
-        """Open the run of this folder: the one it had before a restart, or a new one.
+        """Open the run of this folder: that of before a restart, or a new one.
 
         Args:
-            tags: facts about the run such as the fingerprint of its data.
+            tags: tags of the run, such as the fingerprint of its data.
             parent_run_id: MLflow run of the study that this run is part of.
         Raises:
-            UserError: the tracking server does not answer, or refuses.
+            UserError: the tracking server does not respond, or rejects the request.
         """
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -70,13 +70,16 @@ class TrackedRun:
             return cls(run_dir, None)
         uri = default_uri(config.tracking.uri)
         state = _state_of(run_dir, redact(uri))
-        state.save(run_dir)  # the key is on disk before the run is made: a crash in between loses no run
+        state.save(run_dir)  # save the key before the run is created, so that a crash in between does not lose the run
         tags = _all_tags(config, tags or {}, state.key, parent_run_id)
         lineage = state.lineage | {name: tags[name] for name in (STUDY, TRIAL, PARENT) if name in tags}
         client, run_id = reach(uri, lambda client: (client, _enter(client, config, state, tags)))
         if state.run_id not in (None, run_id):
             log.warning(
-                "MLflow run %s of %s is gone from %s; a new one gets everything", state.run_id, run_dir, state.uri
+                "MLflow run %s of %s no longer exists at %s; everything is sent to a new one",
+                state.run_id,
+                run_dir,
+                state.uri,
             )
             state = state.model_copy(update={"sent_bytes": 0})
         state = state.model_copy(update={"run_id": run_id, "lineage": lineage, "ended": False})
@@ -88,13 +91,13 @@ class TrackedRun:
 
     @staticmethod
     def waits(run_dir: Path) -> bool:
-        """Whether MLflow has not taken everything of a run that was tracked."""
+        """Whether a tracked run has data that was not sent to MLflow."""
         state = OutboxState.load(run_dir)
         return state is not None and not state.ended
 
     @property
     def tracked_as(self) -> TrackedAs:
-        """What the model card says of the run."""
+        """The MLflow run, study and trial, for the model card."""
         state = self._outbox.state if self._outbox else OutboxState.load(self.run_dir)
         if state is None:
             return TrackedAs()
@@ -107,32 +110,32 @@ class TrackedRun:
 
     @property
     def model(self) -> PublishedModel | None:
-        """Where the model went in MLflow, once it has gone (after `finish`)."""
+        """The model in MLflow, once it was sent (after `finish`)."""
         return self._outbox.model if self._outbox else None
 
     def log_metrics(self, metrics: dict[str, Any], step: int) -> None:
-        """Add an entry to the journal: numbers, with `stage` and `epoch` beside them.  Never waits for the server."""
+        """Append numbers, with their `stage` and `epoch`, to the journal.  Never waits for the server."""
         self.journal.append(metrics | {"step": step})
 
     def log_image(self, path: Path) -> None:
-        """Have a picture of the run folder sent to MLflow, under images/."""
+        """Queue a picture of the run folder for MLflow, under images/."""
         self.log_artifact(path, IMAGES)
 
     def log_artifact(self, path: Path, target: str | None = None) -> None:
-        """Have a file sent to MLflow, into the folder `target` of the run's artifacts."""
+        """Queue a file for MLflow, in the folder `target` of the run's artifacts."""
         self._send("artifact", path, target)
 
     def log_model(self, folder: Path) -> None:
-        """Have the packaged model logged as a pyfunc, and registered if `tracking.register_as` is set."""
+        """Queue the packaged model, to be logged as a pyfunc and registered if `tracking.register_as` is set."""
         self._send("model", folder, None)
 
     def finish(self, status: Status = "FINISHED", timeout_s: float = FINISH_TIMEOUT_S) -> None:
-        """End the run; what the server does not take within `timeout_s` is kept, and said."""
+        """End the run; warn of what could not be sent within `timeout_s`, which stays queued."""
         self.journal.close()
         if self._outbox and not self._outbox.close(status, timeout_s):
             log.warning(
-                "%s did not reach MLflow and wait in %s; run the same command again to send them",
-                self._outbox.waiting() or "its last words",
+                "%s not sent to MLflow, kept in %s; run the same command again to send the rest",
+                self._outbox.waiting() or "the final status",
                 self.run_dir,
             )
 
@@ -146,7 +149,7 @@ class TrackedRun:
 
 
 def code_revision(folder: Path = Path(__file__).parent) -> str | None:
-    """The git commit of the source that runs, with `-dirty` where it was changed; None for an installed package."""
+    """The git commit of the running source, with `-dirty` if it was changed; None for an installed package."""
     described = [_git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")]
     if not described[0]:
         return None
@@ -156,18 +159,18 @@ def code_revision(folder: Path = Path(__file__).parent) -> str | None:
 def _git(folder: Path, *command: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):  # no git here, hence no revision to tell
+    except (OSError, subprocess.TimeoutExpired):  # git is missing or hangs: the revision is unknown
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _state_of(run_dir: Path, uri: str) -> OutboxState:
-    """Where this folder stands with the server; another server than last time gets everything from the start."""
+    """The state of this folder's tracking; a new one, with nothing sent, if the server is another than last time."""
     state = OutboxState.load(run_dir)
     if state is None or state.uri != uri:
         return OutboxState(key=uuid.uuid4().hex, uri=uri)
     journal = run_dir / JOURNAL
-    held = journal.stat().st_size if journal.exists() else 0  # less, where the journal is an older copy
+    held = journal.stat().st_size if journal.exists() else 0  # the journal may be an older copy, and shorter
     return state.model_copy(update={"sent_bytes": min(state.sent_bytes, held)})
 
 
@@ -181,7 +184,7 @@ def _all_tags(config: Config, tags: dict[str, str], key: str, parent_run_id: str
 
 
 def _enter(client: MlflowClient, config: Config, state: OutboxState, tags: dict[str, str]) -> str:
-    """Find the run again or make it, and bring its tags and parameters up to date."""
+    """Find or create the run, and update its tags and parameters."""
     from mlflow.entities import Param, RunTag
 
     experiment = experiment_id(client, config.tracking.experiment)
@@ -194,7 +197,7 @@ def _enter(client: MlflowClient, config: Config, state: OutboxState, tags: dict[
     params = {key[:MAX_KEY]: str(value)[:MAX_VALUE] for key, value in _params(config).items()}
     known = run.data.params
     fresh = [Param(key, value) for key, value in params.items() if key not in known]
-    # MLflow's parameters never change; what a resumed run does differently (more workers, say) is a tag
+    # MLflow parameters are immutable; what differs in a resumed run (the number of workers, say) becomes a tag
     changed = {f"glann.now.{key}": value for key, value in params.items() if known.get(key, value) != value}
     run_tags = [RunTag(name, value) for name, value in (tags | changed).items()]
     for start in range(0, max(len(fresh), len(run_tags)), MAX_PARAMS):

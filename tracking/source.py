@@ -1,4 +1,4 @@
-"""What a user names as a source: a run folder, an s3:// address or a model of the registry, opened."""
+"""Models and configurations by source: a run folder, an s3:// address or a model of the registry."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .registry.lineage import origin
 
 
 def load_model(source: str | Path, *, s3: S3Config | None = None, device: torch.device | str = "cpu") -> SamplingModel:
-    """The model of a run folder, a model folder, `models:/name@alias`, `models:/name/3` or an s3:// address of either.
+    """Load the model of a run folder, a model folder, `models:/name@alias`, `models:/name/3` or an s3:// address.
 
     Args:
-        s3: how S3 is reached; the default is the environment's way.
-        device: where to compute, such as "cuda".
+        s3: how to reach S3; the default is the environment's configuration.
+        device: device to compute on, such as "cuda".
     Raises:
-        UserError: nothing is there, or it is damaged, of another format, or not a packaged model.
-        EnvironmentFault: the registry or the store does not answer.
+        UserError: no model there, or it is damaged, of an unknown format, or not a packaged model.
+        EnvironmentFault: the registry or the store does not respond.
     """
     return open_model(source, s3=s3, device=device)[1]
 
@@ -34,7 +34,7 @@ def load_model(source: str | Path, *, s3: S3Config | None = None, device: torch.
 def open_model(
     source: str | Path, *, s3: S3Config | None = None, device: torch.device | str = "cpu"
 ) -> tuple[ModelManifest, SamplingModel]:
-    """The same with its model.json, which says what data it was trained on."""
+    """Load a model as `load_model` does, together with its model.json."""
     if not is_registered(source):
         return package.open_model(source, s3=s3, device=device)
     with tempfile.TemporaryDirectory(prefix="glann-model-") as scratch:
@@ -48,11 +48,11 @@ def run_config(source: str | Path) -> Config:
     """The configuration that a run folder or a registered model was made with.
 
     Raises:
-        UserError: neither is there.
+        UserError: no such run or model.
     """
     return origin(str(source)) if is_registered(source) else read_config(source)
 
 
 def is_registered(source: str | Path) -> bool:
-    """Whether it names a model of the registry."""
+    """Whether a source is a model of the registry."""
     return str(source).startswith("models:/")

@@ -1,1 +1,1 @@
-"""The two stages, the engine under them, and the driver that launches workers."""
+"""Training: stages, engines, and the driver that launches workers."""

@@ -1,4 +1,4 @@
-"""Stage 1 (GLO): the generator and one latent code per image, by reconstruction.
+"""Stage 1 (GLO): training of the generator and one latent code per image by reconstruction.
 
 Shapes: B rows of this worker's batch, D latent dimension, n rows of this worker, K numbers of a piggyback.
 """
@@ -28,11 +28,11 @@ from .plan.costs import training_costs
 from .previews import Previews
 from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State
 
-GENERATOR = "generator"  # the name of its network
+GENERATOR = "generator"  # network name
 
 
 class Glo(Stage):
-    """The generator's engine, the loss, and this worker's part of the latent table."""
+    """GLO on one worker: the generator's engine, the loss, and this worker's shard of the latent table."""
 
     def __init__(self, context: StageContext, networks: Mapping[str, State]) -> None:
         config = context.config
@@ -87,13 +87,13 @@ def train_glo(
 ) -> Iterator[StageStep]:
     """Stage 1, Eq. 3 of the paper: fit the generator and the codes of this worker's rows.
 
-    Yields after every step; the caller decides what to log, when to save and when to stop.
-    An epoch that was begun before a restart is resumed with the rows that it has not visited.
+    Yields after every step; logging, saving and stopping are up to the caller.
+    An epoch that was interrupted is resumed with the rows that it has not visited.
 
     Args:
         start: (epoch, step) of the first step to take.
         loss: (fake [B, C, H, W], real [B, C, H, W], patch seed per row) -> loss per row.
-        piggyback: asked once a step for numbers [K] whose sum over workers comes back with the step.
+        piggyback: called once per step for numbers [K] whose sum over workers is returned with the step.
     Raises:
         UserError: `glo.max_bad_steps` steps in a row were not finite.
     """
@@ -126,7 +126,7 @@ def train_glo(
             unread_B = planned.rows_B[(planned.weight_B > 0) & (batch.weight_B.numpy() == 0)]
             if result.applied:
                 grad_BD = result.grad_BD[weight_B > 0].cpu()
-                ahead_B = ahead and ahead.rows_B  # gathered by the same call, and here when its step begins
+                ahead_B = ahead and ahead.rows_B  # gathered by the same call, ready when its step begins
                 latents.apply(epoch, batch.step, rows_B, grad_BD, latent_lr, unread_B, ahead_B)
             else:
                 latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
@@ -148,7 +148,7 @@ def train_glo(
 
 
 def diverged(steps: int, epoch: int, step: int, rows: list[int]) -> UserError:
-    """The error for a run whose steps are not finite any more."""
+    """The error for a run whose steps are no longer finite."""
     return UserError(
         f"loss or gradients were not finite for {steps} steps in a row, up to epoch {epoch} step {step} (rows here "
         f"{rows[:8]}...); lower glo.latent_lr and glo.generator_lr, or set engine.precision=fp32"
@@ -156,7 +156,7 @@ def diverged(steps: int, epoch: int, step: int, rows: list[int]) -> UserError:
 
 
 def plan_epoch(config: Config, epoch: int, first_step: int, latents: LatentTable, engine: Engine) -> list[PlannedBatch]:
-    """What is left of `epoch` for this worker, in as many steps as the busiest worker needs."""
+    """The remaining batches of `epoch` for this worker, in as many steps as the worker with most rows needs."""
     visited_n = latents.visits()
     share = Share(config.glo.batch_size, rank(), engine.world, config.engine.accumulation)
     steps = torch.tensor(steps_left(epoch, share, visited_n, first_step))

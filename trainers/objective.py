@@ -1,4 +1,4 @@
-"""The configured reconstruction loss, with its weights, on a device.
+"""Construction of the configured reconstruction loss.
 
 Shapes: B rows of a batch, C channels, H, W height and width.
 """
@@ -18,12 +18,12 @@ from ..models.perceptual import build_features
 
 
 def build_objective(config: Config, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(fake [B, C, H, W], real [B, C, H, W], patch seeds [B]) -> loss_B, float32.
+    """Build the loss: (fake [B, C, H, W], real [B, C, H, W], patch seeds [B]) -> loss_B, float32.
 
-    Fetches the weights of the perceptual network if they are not in the cache yet.
+    Downloads the weights of the perceptual network if they are not cached.
 
     Raises:
-        UserError: weights, taps or levels that do not fit. EnvironmentFault: no source has the weights.
+        UserError: weights, taps or levels that do not fit. EnvironmentFault: the weights cannot be downloaded.
     """
     features = None
     if config.loss.kind == "perceptual":

@@ -1,4 +1,4 @@
-"""Pictures while training, drawn on rank 0 from whole weights and sent to the driver as arrays.
+"""Preview images during training, computed on rank 0 from whole weights and sent to the driver as arrays.
 
 Shapes: P pictures, H W C height, width, channels, D latent dimension, n rows of this worker.
 """
@@ -18,16 +18,16 @@ from ..models.generators import generator_of
 from ..samplers.base import build_network
 from ..samplers.gaussian import gaussian
 
-PREVIEW_SEED = 0  # the same codes every time, so that pictures of different epochs can be compared
+PREVIEW_SEED = 0  # the same noise every time, so that epochs can be compared
 
 
 class Previews:
-    """Fixed rows and fixed noise, drawn again as training proceeds."""
+    """Previews of fixed rows and fixed noise, comparable between epochs."""
 
     def __init__(self, config: Config, images: ImageRows, rows: range, device: torch.device) -> None:
         self.config, self.images, self.device = config, images, device
         wanted = min(config.preview.images // 2, len(rows))
-        self.rows = [rows[number * len(rows) // wanted] for number in range(wanted)]  # evenly over this worker's
+        self.rows = [rows[number * len(rows) // wanted] for number in range(wanted)]  # evenly spaced
         self.first = rows.start
 
     def reconstructed(self, weights: dict[str, Tensor], latents: LatentTable) -> dict[str, np.ndarray]:
@@ -38,7 +38,7 @@ class Previews:
         for row in self.rows:
             try:
                 real = self.images.decode(row).transpose(1, 2, 0)
-            except CorruptImage:  # the loader has counted and named it
+            except CorruptImage:  # already counted and reported by the loader
                 continue
             pairs.append([real, model.decode(codes_nD[row - self.first][None])[0]])
         return {"reconstructions": np.array(pairs), "samples": model.sample(self.config.preview.images, PREVIEW_SEED)}

@@ -1,4 +1,4 @@
-"""Stage 2: fit a sampler, of whatever kind, to the codes of stage 1. The generator only travels along.
+"""Stage 2: fit a sampler of any kind to the codes of stage 1. The generator does not change.
 
 Shapes: n rows of this worker, D latent dimension, K numbers of a piggyback.
 """
@@ -18,12 +18,12 @@ from .glo import GENERATOR
 from .previews import Previews
 from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
 
-MAPPING = "mapping"  # the name of its network, of every kind
-TABLE_POLL_S = 5.0  # the fit works on a copy of the codes: the loss of their actor would be noticed too late
+MAPPING = "mapping"  # network name, for every kind of sampler
+TABLE_POLL_S = 5.0  # the fit uses a copy of the codes, so the death of their actor must be polled for
 
 
 class SamplerStage(Stage):
-    """The configured sampler, equal on all workers."""
+    """Training of the configured sampler, replicated on all workers."""
 
     def __init__(self, context: StageContext, networks: Mapping[str, State]) -> None:
         config = context.config

@@ -1,7 +1,7 @@
-"""What every stage of a run is, for the worker's one loop, the plan, the log and the reports.
+"""Interface of a stage, as used by the worker's loop, the plan, the log and the reports.
 
-A stage is a file of its name in this folder, which ends in `STAGE = <its class>`; `config.methods.METHODS` says which
-stages a method goes through.
+A stage is a file in this folder that ends in `STAGE = <its class>`; `config.methods.METHODS` lists the stages of a
+method by file name.
 
 Shapes: B rows of this worker's batch, K numbers of a piggyback, P pictures, H W C height, width, channels.
 """
@@ -23,14 +23,14 @@ from ..config.methods import METHODS
 from ..config.run import Config
 from ..datasets.reader import ImageRows
 
-DONE = "done"  # the stage of a run that has none left
+DONE = "done"  # the stage in the position of a finished run
 State = dict[str, Any]  # of one network: groups of tensors by name (`weights`, Adam's moments), and `updates`
 Pictures = dict[str, np.ndarray]  # `samples` [P, H, W, C], `reconstructions` [P, 2, H, W, C]
 
 
 @dataclass(frozen=True)
 class StageInfo:
-    """name: in positions, journals and metrics. title: for people. epochs: how many it takes."""
+    """Description of a stage. name: in positions, journals and metrics. title: in output. epochs: number of epochs."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class StageInfo:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Steps and operations of a whole stage; a multiply-add is two."""
+    """Steps and operations (a multiply-add is two) of a whole stage."""
 
     steps: int
     flops: float
@@ -47,9 +47,9 @@ class StageCost:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a worker gives its stages: the run, its images and codes, and where to compute.
+    """What a worker provides to its stages: the configuration, its images and codes, and its device.
 
-    enter: called with the name of each phase of the work when it begins.
+    enter: called with the name of a phase when it begins.
     """
 
     config: Config
@@ -61,12 +61,12 @@ class StageContext:
 
 @dataclass(frozen=True)
 class StageStep:
-    """What one step did.
+    """Result of one step.
 
-    steps: of the epoch. piggyback_K: sum over workers of what they added to the step. loss: mean over the real rows of
-    all workers, where it is known already. rows_B: this worker's real rows. applied: False if the step was not finite,
-    so that nothing moved. facts: further numbers; where the step ends an epoch, of the whole epoch. resumable: whether
-    the run can be resumed behind this step.
+    steps: number of steps in the epoch. piggyback_K: sum of the piggyback over workers. loss: mean over the real rows
+    of all workers, if already known. rows_B: this worker's real rows. applied: False if the step was not finite and so
+    changed nothing. facts: further numbers, of the whole epoch if the step ends one. resumable: whether a checkpoint
+    after this step can be resumed from.
     """
 
     epoch: int
@@ -85,7 +85,7 @@ class Stage(ABC):
     """A stage on one worker. All workers take the same steps.
 
     Args:
-        networks: states by name of what earlier stages and earlier starts have trained.
+        networks: states by name of the networks trained by earlier stages and earlier starts.
     """
 
     preview_every: int  # epochs
@@ -96,53 +96,53 @@ class Stage(ABC):
     @classmethod
     @abstractmethod
     def info(cls, config: Config) -> StageInfo:
-        """What it is called, and how long it is."""
+        """Name, title and number of epochs."""
 
     @classmethod
     @abstractmethod
     def cost(cls, config: Config, rows: int) -> StageCost:
-        """What it takes on a data set of so many rows."""
+        """Cost on a data set of `rows` rows."""
 
     @abstractmethod
     def steps(self, epoch: int, step: int, piggyback: Callable[[], Tensor]) -> Iterator[StageStep]:
-        """Train from `step` of `epoch` on, to the end; yields after every step.
+        """Train from `step` of `epoch` to the end; yields after every step.
 
         Args:
-            piggyback: asked once a step for numbers [K], float32, whose sum over workers comes back with it.
+            piggyback: called once per step for numbers [K], float32, whose sum over workers is returned with it.
         """
 
     @abstractmethod
     def lazy_state(self) -> dict[str, State]:
-        """States of its networks behind the last resumable step, by name, as little copied as can be."""
+        """States of its networks after the last resumable step, by name, copied as little as possible."""
 
     @abstractmethod
     def state(self) -> dict[str, State]:
-        """The same as copies on the CPU of every worker. Collective."""
+        """The same states as copies on the CPU of every worker. Collective."""
 
     def previews(self) -> Pictures:
-        """Pictures of how it stands, on rank 0; nothing elsewhere. Collective."""
+        """Preview pictures on rank 0, empty elsewhere. Collective."""
         return {}
 
     def image_flops(self) -> int:
-        """Operations that one image takes in a step, forward and backward; 0 where it visits no images."""
+        """Operations per image and step, forward and backward; 0 if the stage visits no images."""
         return 0
 
 
 def stages_of(config: Config) -> list[type[Stage]]:
-    """The stages of a run in their order."""
+    """The stages of a run, in order."""
     return [cast(type[Stage], import_module(f"{__package__}.{name}").STAGE) for name in METHODS[config.method]]
 
 
 def stage_infos(config: Config) -> dict[str, StageInfo]:
-    """What the stages of a run are called and how long they are, by name, in their order."""
+    """Descriptions of the stages of a run by name, in order."""
     return {info.name: info for info in (stage.info(config) for stage in stages_of(config))}
 
 
 def numbered(infos: Mapping[str, StageInfo], name: str) -> str:
-    """A stage for people: `stage 1 (GLO)`."""
+    """Format the number and title of a stage: `stage 1 (GLO)`."""
     return f"stage {list(infos).index(name) + 1} ({infos[name].title})"
 
 
 def final_weights(generator: State) -> dict[str, Tensor]:
-    """What images are made with: the moving average where there is one, buffers as they are."""
+    """Weights for generating images: the moving average if there is one, and the buffers."""
     return generator["weights"] | generator.get("ema", {})

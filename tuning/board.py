@@ -1,4 +1,4 @@
-"""What a study shows while it goes on: one live table, or plain lines where there is no terminal."""
+"""Console output of a running study: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from rich.table import Table
 from rich.text import Text
 
 from ..trainers.stage import stage_infos
-from .ledger import Ledger, Trial, best_of, in_words
+from .ledger import Ledger, Trial, best_of, format_params
 from .not_pickled import NotPickled
 from .study import StudyConfig
 
 if TYPE_CHECKING:
+    from ray.tune.experiment import Trial as RayTrial
     from rich.console import Console
 
-ROWS = 12  # of trials that a screen is given
+ROWS = 12  # trials shown at once on a terminal
 STYLES = {"finished": "green", "failed": "red", "stopped": "dim", "running": ""}
 
 
 class Board(NotPickled, tune.Callback):
-    """Hears of every result from Ray Tune. Use as a context manager around the study."""
+    """Ray Tune callback that prints the progress of a study. Use as a context manager around the study."""
 
     def __init__(self, study: StudyConfig, ledger: Ledger, console: Console) -> None:
         self.study, self.ledger, self.console = study, ledger, console
         self.stages = stage_infos(study.base())
         self.latest: dict[int, dict[str, Any]] = {}
-        self.told: set[tuple[int, str]] = {(trial.number, trial.state) for trial in ledger.trials if trial.ended}
+        self.printed: set[tuple[int, str]] = {(trial.number, trial.state) for trial in ledger.trials if trial.ended}
         self.running, self.total = 0, study.trials_in_all
         self.live = Live(console=console, refresh_per_second=2, transient=True, get_renderable=self.screen)
 
@@ -42,31 +43,34 @@ class Board(NotPickled, tune.Callback):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.live.stop()
-        self.tell_news()
+        self.print_changes()
 
-    # What Ray Tune calls --------------------------------------------------------------------
+    # Callbacks of Ray Tune ------------------------------------------------------------------
 
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[RayTrial], **info: object) -> None:
         self.running = sum(trial.status == "RUNNING" for trial in trials)
-        self.tell_news()
+        self.print_changes()
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: object
+    ) -> None:
         if "number" in result:
             self.latest[result["number"]] = result
 
-    # What is shown --------------------------------------------------------------------------
+    # Output ---------------------------------------------------------------------------------
 
-    def tell_news(self) -> None:
-        """One line for every trial that has started or ended since; on a terminal only for those that ended."""
+    def print_changes(self) -> None:
+        """Print a line for every trial that started or ended since the last call; on a terminal only ended ones."""
         for trial in self.ledger.trials:
-            if (trial.number, trial.state) in self.told:
+            if (trial.number, trial.state) in self.printed:
                 continue
-            self.told.add((trial.number, trial.state))
+            self.printed.add((trial.number, trial.state))
             if trial.ended or not self.console.is_terminal:
                 self.console.print(self.line(trial), highlight=False, soft_wrap=True)
 
     def line(self, trial: Trial) -> str:
-        values = in_words(trial.params)
+        """The line printed when a trial starts or ends."""
+        values = format_params(trial.params)
         if not trial.ended:
             return f"trial {trial.number:<3} starts     {values}"
         best = self.best()
@@ -74,7 +78,7 @@ class Board(NotPickled, tune.Callback):
         return f"trial {trial.number:<3} {trial.state:10} {self.result(trial)}  {values}{mark}"
 
     def result(self, trial: Trial) -> str:
-        """What came out of an ended trial, in words."""
+        """Result of an ended trial: its value, how far it came, or why it failed."""
         if trial.state == "finished":
             return f"{self.study.metric} {trial.value:.4g}"
         if trial.state == "stopped":
@@ -85,7 +89,7 @@ class Board(NotPickled, tune.Callback):
         return best_of(self.ledger.trials, self.study.minimize)
 
     def screen(self) -> Group:
-        """One line per trial, however narrow: what is long gives way, and numbers stay whole."""
+        """Live table with one line per trial; on a narrow terminal long text is cut, numbers are not."""
         trials = self.ledger.trials
         table = Table(box=None, pad_edge=False)
         for column in ("trial", "state", self.study.metric):
@@ -98,12 +102,12 @@ class Board(NotPickled, tune.Callback):
                 Text(trial.state, STYLES[trial.state]),
                 f"{trial.value:.4g}" if trial.value is not None else "",
                 one_line(self.progress(trial)),
-                one_line(in_words(trial.params)),
+                one_line(format_params(trial.params)),
             )
         return Group(one_line(self.title(trials)), table)
 
     def shown(self, trials: list[Trial]) -> list[Trial]:
-        """Those that run, then the latest of the others, with the best among them."""
+        """The trials that fit: running ones, then the latest of the others, always including the best."""
         running = [trial for trial in trials if not trial.ended]
         others = [trial for trial in trials if trial.ended][::-1][: max(0, ROWS - len(running))]
         best = self.best()
@@ -122,13 +126,13 @@ class Board(NotPickled, tune.Callback):
     def title(self, trials: list[Trial]) -> str:
         ended = [trial for trial in trials if trial.ended]
         best = self.best()
-        words = f"{self.study.name}: {len(ended)} of {self.total} trials"
-        words += f", best {best.value:.4g} (trial {best.number})" if best is not None else ""
+        text = f"{self.study.name}: {len(ended)} of {self.total} trials"
+        text += f", best {best.value:.4g} (trial {best.number})" if best is not None else ""
         left = self.seconds_left(ended)
-        return words + (f", about {max(1, round(left / 60))} min left" if left is not None else "")
+        return text + (f", about {max(1, round(left / 60))} min left" if left is not None else "")
 
     def seconds_left(self, ended: list[Trial]) -> float | None:
-        """By what the trials so far have taken, and how many run at a time."""
+        """Estimate of the remaining time, from the mean time of ended trials and the number running in parallel."""
         seconds = [trial.seconds for trial in ended if trial.seconds]
         if not seconds:
             return None

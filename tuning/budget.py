@@ -1,10 +1,10 @@
-"""How much of a study's time is gone, over all its starts, and whether that is all."""
+"""Time budget of a study, counted over all its starts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ray import tune
 
@@ -16,53 +16,57 @@ from .ledger import Ledger, best_of
 from .not_pickled import NotPickled
 from .study import StudyConfig
 
-TELL_EVERY_S = 30.0  # a study that is killed forgets at most so much of what it took
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial as RayTrial
+
+RECORD_EVERY_S = 30.0  # upper bound on the time that is not counted when a study is killed
 
 
 class Budget(NotPickled, tune.Callback):
-    """A clock of hours and GPU-hours, kept in the journal of the study, where MLflow has it from too."""
+    """Counter of hours and GPU-hours, recorded in the journal of the study and from there in MLflow."""
 
     def __init__(
-        self, study: StudyConfig, ledger: Ledger, tracked: TrackedRun, gpus: float, told: Callable[[], None]
+        self, study: StudyConfig, ledger: Ledger, tracked: TrackedRun, gpus: float, notify: Callable[[], None]
     ) -> None:
-        """`gpus`: of each trial that runs. `told`: called after every entry of the journal."""
-        self.study, self.ledger, self.tracked, self.gpus, self.told = study, ledger, tracked, gpus, told
+        """`gpus`: GPUs of each running trial. `notify`: called after every entry of the journal."""
+        self.study, self.ledger, self.tracked, self.gpus, self.notify = study, ledger, tracked, gpus, notify
         before = [entry for entry in entries(study.folder / JOURNAL) if entry.get("stage") == "study"]
         self.seconds = float(before[-1]["seconds"]) if before else 0.0
         self.gpu_seconds = float(before[-1]["gpu_seconds"]) if before else 0.0
         self.entry = int(before[-1]["step"]) if before else 0
-        self.seen = self.told_at = monotonic()
+        self.seen = self.recorded_at = monotonic()
         self.ended = -1
 
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Ray Tune calls this many times a second."""
+    def on_step_begin(self, iteration: int, trials: list[RayTrial], **info: object) -> None:
+        """Count the time; Ray Tune calls this many times a second."""
         self.count(sum(trial.status == "RUNNING" for trial in trials))
 
     def count(self, running: int) -> None:
-        """Take the time since the last call, in which so many trials ran."""
+        """Add the time since the last call, during which `running` trials ran."""
         now = monotonic()
         self.seconds += now - self.seen
         self.gpu_seconds += (now - self.seen) * running * self.gpus
         self.seen = now
         ended = sum(trial.ended for trial in self.ledger.trials)
-        if now - self.told_at >= TELL_EVERY_S or ended != self.ended:
-            self.told_at, self.ended = now, ended
-            self.tell(running)
+        if now - self.recorded_at >= RECORD_EVERY_S or ended != self.ended:
+            self.recorded_at, self.ended = now, ended
+            self.record(running)
 
-    def tell(self, running: int) -> None:
+    def record(self, running: int) -> None:
+        """Append the totals and the best value so far to the journal."""
         self.entry += 1
         best = best_of(self.ledger.trials, self.study.minimize)
         numbers = {"seconds": self.seconds, "gpu_seconds": self.gpu_seconds, "running": running, "ended": self.ended}
         metric, sampler = from_key(self.study.metric)
         best_value = {} if best is None else {to_key(f"best_{metric}", sampler): best.value}
         self.tracked.log_metrics({"stage": "study"} | numbers | best_value, self.entry)
-        self.told()
+        self.notify()
 
     def spent(self) -> bool:
         return bool(self.why())
 
     def why(self) -> str:
-        """Which part of the budget is spent; empty while none is. That all trials are done is the search's to say."""
+        """The limit that was reached; empty if none was. The number of trials is the concern of the search."""
         budget = self.study.budget
         if budget.hours is not None and self.seconds >= 3600 * budget.hours:
             return f"{budget.hours:g} hours"

@@ -1,4 +1,4 @@
-"""`glann tune`: from a study to a report, the same command also after an interruption."""
+"""Driver of `glann tune`: runs or resumes a study and writes its report."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Path:
-    """Run what is left of a study; its report.
+    """Run the remaining trials of a study; returns the path of its report.
 
     Raises:
-        UserError: something given is wrong; a study that had not begun leaves nothing behind.
+        UserError: invalid input; a study that had not started leaves no files.
         RunStopped: SIGINT or SIGTERM; every trial is saved.
     """
     study, fresh = study.with_absolute_paths(), not study.folder.exists()
@@ -45,11 +45,11 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
     base = study.base()
     try:
         if take_back(base):
-            console.print(f"going on with the copy of the study folder beside {base.checkpoint_url}")
+            console.print(f"resuming with the copy of the study folder beside {base.checkpoint_url}")
         refuse_other_study(study, base)
         take_back_tracking(base)
         index = open_data(base, console)
-        build_objective(base, torch.device("cpu"))  # fetches what trials need, once
+        build_objective(base, torch.device("cpu"))  # downloads the weights once, before the trials need them
         build_extractor(base.evaluation.extractor)
         tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}
         mirror, opened = RunMirror(base, of_study), False
@@ -57,7 +57,7 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
             with open_run(base, study.folder, "tune", tags) as tracked:
                 fresh, opened = False, True
                 write_whole(study.folder / FILE, study.to_yaml())
-                conduct(study, base, tracked, console, mirror)
+                run_and_report(study, base, tracked, console, mirror)
         finally:
             if opened:
                 mirror.close(console.print)
@@ -77,22 +77,22 @@ def run_on_cluster(
     console: Console,
     mirror: RunMirror,
 ) -> None:
-    """Have the trials that are left run on the recipe's cluster.
+    """Run the remaining trials on the recipe's cluster.
 
     Raises:
         RunStopped: SIGINT or SIGTERM.
     """
     interrupted = threading.Event()
-    with ray_cluster(base), stop_on_signal(partial(say_stopping, interrupted, console)):
-        from .trials import Conduct, run_trials  # Ray reads its settings when it is imported
+    with ray_cluster(base), stop_on_signal(partial(request_stop, interrupted, console)):
+        from .trials import StudyContext, run_trials  # late: Ray reads its settings on import
 
-        run_trials(Conduct(study, base, ledger, tracked, console, interrupted, mirror.send_soon))
+        run_trials(StudyContext(study, base, ledger, tracked, console, interrupted, mirror.send_soon))
     if interrupted.is_set():
-        raise RunStopped(f"study {study.name} was stopped and is saved; the same command goes on with it")
+        raise RunStopped(f"study {study.name} was stopped and is saved; the same command resumes it")
 
 
-def conduct(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console, mirror: RunMirror) -> None:
-    """Run the trials that are left, and report."""
+def run_and_report(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console, mirror: RunMirror) -> None:
+    """Run the remaining trials, then write the report, also if they failed."""
     ledger = Ledger(study.folder)
     wanted, trials = study.trials_in_all, ledger.trials
     done = len(trials) >= wanted and all(trial.ended for trial in trials)
@@ -102,12 +102,12 @@ def conduct(study: StudyConfig, base: Config, tracked: TrackedRun, console: Cons
         else:
             run_on_cluster(study, base, ledger, tracked, console, mirror)
     finally:
-        tell(study, ledger, tracked, console)
+        report_study(study, ledger, tracked, console)
         ledger.close()
 
 
-def tell(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Console) -> None:
-    """Write the report, finished or not; that it cannot be written must not hide how the study ended."""
+def report_study(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Console) -> None:
+    """Write and track the report. A failure is only printed, so that it does not hide an error of the study."""
     if not any(trial.ended for trial in ledger.trials):
         return
     try:
@@ -117,7 +117,8 @@ def tell(study: StudyConfig, ledger: Ledger, tracked: TrackedRun, console: Conso
         console.print(f"the report of {study.name} could not be written: {error}", soft_wrap=True)
 
 
-def say_stopping(interrupted: threading.Event, console: Console) -> None:
+def request_stop(interrupted: threading.Event, console: Console) -> None:
+    """Have the study end, and print what happens now."""
     interrupted.set()
     console.print(
         "saving every trial, then stopping (press Ctrl-C again to stop at once, without saving)", soft_wrap=True
@@ -125,5 +126,5 @@ def say_stopping(interrupted: threading.Event, console: Console) -> None:
 
 
 def of_study(key: str) -> bool:
-    """Whether a file of the study folder is the study's own: trials have copies of their own."""
+    """Whether a file belongs to the study itself: the files of trials are copied by their own mirrors."""
     return "/" not in key and not key.startswith(".")

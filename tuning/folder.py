@@ -1,4 +1,4 @@
-"""The folder of a study, studies/NAME: which study it is, and what it found."""
+"""The folder of a study, studies/NAME: its configuration and its best run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def best_run(folder: str | Path) -> Path:
 
 
 def saved_study(folder: Path) -> StudyConfig:
-    """The study that a folder holds, wherever that was moved.
+    """The study in a folder, also if the folder was moved.
 
     Raises:
         DamagedFile: study.yaml is not there, or not what was written.

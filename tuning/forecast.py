@@ -1,4 +1,4 @@
-"""What a study would try and what that would take: `glann tune --dry-run`."""
+"""Forecast of a study for `glann tune --dry-run`: its first trials and its cost."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..trainers.plan.estimate import Estimate, make_plan
-from .ledger import Trial, in_words, trials
+from .ledger import Trial, format_params, trials
 from .search import first_trials
 from .study import StudyConfig
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SHOWN = 20  # trials that are listed at most
+SHOWN = 20  # maximum number of trials listed
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The trials that are known beforehand, and hours of device time by kind of device.
+    """The trials that are known beforehand, and the hours of device time by kind of device.
 
-    total: trials of the whole study. begun: those of earlier starts. whole: those to come that train both stages to
-    the end. share: what is expected to be done of each of the others.
+    total: trials of the whole study. begun: trials started before. whole: trials still to run that train both stages
+    to the end. share: expected share of the training that each of the others completes.
     """
 
     study: StudyConfig
@@ -35,7 +35,7 @@ class Forecast:
 
     @property
     def left(self) -> int:
-        """Trials that are still to be started."""
+        """Number of trials still to be started."""
         return max(0, self.total - self.begun)
 
     def __rich__(self) -> RenderableType:
@@ -47,7 +47,7 @@ class Forecast:
         for column in ("trial", "values"):
             table.add_column(column)
         for trial in self.planned:
-            table.add_row(str(trial.number), Text(in_words(trial.params)))
+            table.add_row(str(trial.number), Text(format_params(trial.params)))
         return Group(
             Text(f"study {self.study.name}: {self.left} trials to start, {self.begun} begun; nothing was started"),
             table,
@@ -56,7 +56,7 @@ class Forecast:
 
     def notes(self) -> list[str]:
         more = self.left - len(self.planned)
-        later = "depend on what these come to" if self.study.search.kind == "tpe" else "follow"
+        later = "depend on the results of these" if self.study.search.kind == "tpe" else "follow"
         notes = [f"... and {more} more, which {later}"] if more > 0 else []
         for estimate in self.estimates:
             hours = estimate.device_hours * (self.whole + self.share * (self.left - self.whole))
@@ -65,7 +65,9 @@ class Forecast:
         if self.study.second_stage_only:
             notes.append("all trials share one stage 1")
         elif self.share < 1:
-            notes.append(f"of the epochs of stage 1, about {self.share:.0%} will run: trials that do badly are stopped")
+            notes.append(
+                f"of the epochs of stage 1, about {self.share:.0%} will run: the worse trials are stopped early"
+            )
         return notes
 
 
@@ -73,7 +75,7 @@ def forecast(study: StudyConfig) -> Forecast:
     """The forecast of a study, begun or not.
 
     Raises:
-        UserError: the data set is there but does not fit the recipe.
+        UserError: the data set exists but does not fit the recipe.
     """
     study = study.with_absolute_paths()
     begun = len(trials(study.folder))
@@ -81,14 +83,14 @@ def forecast(study: StudyConfig) -> Forecast:
     first, *later = (cost.flops for cost in plan.costs.values())
     share = sum(later) / (first + sum(later)) if study.second_stage_only else expected(study)
     whole = 0 if begun or study.stage_one else 1  # the base recipe is never stopped early
-    # besides the base recipe; later ones depend on results
+    # not counting the base recipe; later trials depend on results
     known = study.search.startup if study.search.kind == "tpe" else study.budget.trials
     planned = first_trials(study, min(1 + known, SHOWN)) if begun == 0 else []
     return Forecast(study, study.trials_in_all, begun, planned, plan.estimates, whole, share)
 
 
 def expected(study: StudyConfig) -> float:
-    """Share of the epochs that successive halving leaves: 1/reduction of the trials go beyond every rung."""
+    """Expected share of the epochs under successive halving: 1/reduction of the trials pass each rung."""
     if not study.stops_early:
         return 1.0
     epochs, grace, reduction = study.base().glo.epochs, study.scheduler.grace, study.scheduler.reduction

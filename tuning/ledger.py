@@ -1,7 +1,7 @@
-"""trials.jsonl: what became of every trial of a study, one JSON object per line, only ever appended to.
+"""trials.jsonl: the state of every trial of a study, one JSON object per line, append-only.
 
-The ledger is all that a study needs to go on: the next trial is a function of it (`search.suggest`), and what was
-started and has no end is started again, in the same run folder. A line reaches the disk before anything depends on it.
+A study resumes from its ledger alone: the next trial is a function of it (`search.suggest`), and a trial that was
+started and has not ended is resumed in its run folder. A line is on disk before anything depends on it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ STATES: tuple[State, ...] = ("running", "finished", "stopped", "failed")
 class Trial:
     """One trial.
 
-    params: dotted keys of the recipe, with their values; none for the base recipe. Those of a member of a population
-        are what it ended with.
-    state: `running` (also: interrupted), `finished`, `stopped` early by the scheduler, or `failed`.
-    value: the study's metric, of a finished trial. metrics: all that were measured, by name.
-    epoch, loss: how far stage 1 came, and its last loss. why: of a failure, in one line.
+    params: values by dotted key of the recipe; empty for the base recipe. For a member of a population, its last
+        values.
+    state: `running` (also if interrupted), `finished`, `stopped` early by the scheduler, or `failed`.
+    value: the study's metric, if finished. metrics: everything that was measured, by name.
+    epoch, loss: last epoch of stage 1, and its loss. why: reason of a failure, in one line.
     """
 
     number: int
@@ -51,7 +51,7 @@ class Trial:
 
 
 _Number = int | float
-# What a line says of a trial that has ended, and of which type; a number that was not finite is null.
+# Fields of the line of an ended trial, with their types; a number that was not finite is null.
 _FACTS: dict[str, type | UnionType] = {
     "params": dict,
     "state": str,
@@ -78,7 +78,7 @@ class Ledger:
         return [self._trials[number] for number in sorted(self._trials)]
 
     def start(self, params: dict[str, Any]) -> Trial:
-        """Enter a new trial."""
+        """Append a new trial."""
         trial = Trial(max(self._trials, default=BASELINE - 1) + 1, params)
         self._write(trial, {"event": "started", "trial": trial.number, "params": params})
         return trial
@@ -86,19 +86,19 @@ class Ledger:
     def end(
         self, trial: Trial, seconds: float = 0.0, metrics: Mapping[str, float] = MappingProxyType({}), **facts: Any
     ) -> Trial:
-        """Enter what became of a trial: `state` and whatever else of `Trial` is known.
+        """Append the end of a trial: `state`, and any other fields of `Trial`.
 
-        `seconds`: of this start; those of earlier ones are added. `metrics`: JSON has no word for one that is not
-        finite, so it is left out.
+        `seconds`: of this start; added to those of earlier starts. `metrics`: values that are not finite are left
+        out, as JSON cannot represent them.
         """
         measured = {name: value for name, value in metrics.items() if math.isfinite(value)}
         ended = replace(trial, seconds=trial.seconds + seconds, metrics=measured, **facts)
-        told = {key: value for key, value in asdict(ended).items() if key != "number"}
-        self._write(ended, {"event": "ended", "trial": trial.number} | told)
+        fields = {key: value for key, value in asdict(ended).items() if key != "number"}
+        self._write(ended, {"event": "ended", "trial": trial.number} | fields)
         return ended
 
     def interrupt(self, trial: Trial, seconds: float) -> Trial:
-        """Enter that a trial was cut short after so many seconds, and is to go on."""
+        """Append that a trial was interrupted after `seconds` and will be resumed."""
         paused = replace(trial, seconds=trial.seconds + seconds)
         self._write(
             paused, {"event": "interrupted", "trial": trial.number, "state": "running", "seconds": paused.seconds}
@@ -115,7 +115,7 @@ class Ledger:
 
 
 def trials(folder: Path) -> dict[int, Trial]:
-    """The trials in a study folder, by number; none where there is no ledger.
+    """The trials in a study folder, by number; empty if there is no ledger.
 
     Raises:
         UserError: the ledger is damaged.
@@ -135,7 +135,7 @@ def trials(folder: Path) -> dict[int, Trial]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every line with the number of its trial, as far as it is one of a ledger."""
+    """Every line with the number of its trial. Raises UserError at the first invalid line."""
     begun: set[int] = set()
     for end, line in read(path):
         number: Any = line.get("trial")
@@ -147,7 +147,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             known = line.get("state") in STATES and number in begun
             good = good and event in ("ended", "interrupted") and known and _are_facts(line)
         if not good:
-            raise UserError(f"{path} is damaged before byte {end}: no line of a study; remove that line")
+            raise UserError(f"{path} is damaged before byte {end}: not a valid line of a study; remove that line")
         begun.add(number)
         yield number, line
 
@@ -158,14 +158,14 @@ def _are_facts(line: dict[str, Any]) -> bool:
 
 
 def best_of(trials: Iterable[Trial], minimize: bool) -> Trial | None:
-    """The finished trial with the best value, the first of equals; None while none has finished."""
+    """The finished trial with the best value, the first if several are equal; None if none has finished."""
     sign = 1.0 if minimize else -1.0
     valued = [(sign * trial.value, trial.number, trial) for trial in trials if trial.value is not None]
     return min(valued, default=(0.0, 0, None))[2]
 
 
-def in_words(params: dict[str, Any]) -> str:
-    """`glo.latent_lr=0.013 imle.noise_dim=16`; numbers short."""
+def format_params(params: dict[str, Any]) -> str:
+    """Format values as `glo.latent_lr=0.013 sampler.noise_dim=16`, numbers with four digits."""
     if not params:
         return "the base recipe"
     short = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in params.items()}

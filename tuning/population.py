@@ -1,4 +1,4 @@
-"""Population-based training: a run goes on from a copy of another one, with learning rates of its own."""
+"""Population-based training: a run continues from a copy of another one, with other learning rates."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ..storage.open import open_store
 
 
 def newest_step(config: Config) -> int | None:
-    """The newest checkpoint of a run."""
+    """Step of the newest checkpoint of a run; None if it has none."""
     return retention.latest(open_store(config.checkpoint_url, config.s3))
 
 
-def clone_run(donor: Path, config: Config, told: int | None) -> None:
-    """Have the run of `config` stand where the donor did; what it was before is gone.
+def clone_run(donor: Path, config: Config, chosen: int | None) -> None:
+    """Replace the state of the run of `config` by a checkpoint of the donor.
 
     Args:
-        told: the donor's checkpoint when it was chosen. If it is not kept any more, its newest is taken.
+        chosen: step of the donor's checkpoint when it was selected. If it was removed since, the newest is taken.
     Raises:
         UserError: the donor has no checkpoint.
     """
     source = open_store(read_config(donor).checkpoint_url, config.s3)
     target = open_store(config.checkpoint_url, config.s3)
     kept, _ = retention.usable(source)
-    step = told if told in kept else max(kept, default=None)
+    step = chosen if chosen in kept else max(kept, default=None)
     if step is None:
-        raise UserError(f"{donor} has no checkpoint to go on from yet; use a longer search.interval")
+        raise UserError(f"{donor} has no checkpoint to continue from yet; use a longer search.interval")
     for key in target.list():
         if key.startswith("step-"):
             target.delete(key)
@@ -43,7 +43,7 @@ def clone_run(donor: Path, config: Config, told: int | None) -> None:
 
 
 def copy_step(source: Store, target: Store, step: int) -> None:
-    """Copy a checkpoint, its manifest last: a copy that is cut off is no checkpoint."""
+    """Copy a checkpoint, its manifest last: without one an interrupted copy does not count as a checkpoint."""
     manifest = f"{folder_name(step)}/manifest.json"
     keys = [key for key in source.list(f"{folder_name(step)}/") if key != manifest]
     for key in (*keys, manifest):

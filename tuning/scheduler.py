@@ -1,4 +1,4 @@
-"""Who goes on: Ray Tune's schedulers as a study asks for them, told again what its earlier starts have seen."""
+"""Ray Tune's schedulers as configured by a study, with the results of its earlier starts replayed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..trainers.stage import stage_infos
 from .ledger import BASELINE, Trial
 from .study import StudyConfig
 
-EPOCH, LOSS = "epoch", "loss"  # of stage 1, in what a trial reports; the base recipe's trial reports no loss to it
+EPOCH, LOSS = "epoch", "loss"  # of stage 1, as trials report them; the base recipe's trial reports no loss
 
 
 def build_scheduler(study: StudyConfig, trials: list[Trial]) -> TrialScheduler:
-    """The scheduler of a study that has these trials behind it."""
+    """The scheduler of a study, aware of the trials of earlier starts."""
     if study.search.kind == "population":
         return PopulationBasedTraining(
             time_attr=EPOCH,
@@ -41,7 +41,7 @@ def build_scheduler(study: StudyConfig, trials: list[Trial]) -> TrialScheduler:
         mode="min",
         grace_period=study.scheduler.grace,
         reduction_factor=study.scheduler.reduction,
-        # no rung at the last epoch: who has come so far is measured
+        # no rung at the last epoch: a trial that gets there is measured anyway
         max_t=max(study.base().glo.epochs - 1, study.scheduler.grace),
         stop_last_trials=False,
     )
@@ -52,28 +52,28 @@ def build_scheduler(study: StudyConfig, trials: list[Trial]) -> TrialScheduler:
 
 
 class Halving(ASHAScheduler):
-    """ASHA whose rungs know trials by their numbers, not by Ray's ids, which are new with every start of a study."""
+    """ASHA with trials identified by number: Ray's ids change with every start of a study."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        super().on_trial_add(tune_controller, numbered(trial))
+        super().on_trial_add(tune_controller, by_number(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return super().on_trial_result(tune_controller, numbered(trial), result)
+        return super().on_trial_result(tune_controller, by_number(trial), result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        super().on_trial_complete(tune_controller, numbered(trial), result)
+        super().on_trial_complete(tune_controller, by_number(trial), result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        super().on_trial_remove(tune_controller, numbered(trial))
+        super().on_trial_remove(tune_controller, by_number(trial))
 
 
-def numbered(trial: Any) -> Any:
-    """All that the rungs ask of a trial is an id."""
+def by_number(trial: Any) -> Any:
+    """A stand-in for a Ray trial with its number as id, the only attribute that rungs read."""
     return SimpleNamespace(trial_id=trial.config["member"]["number"])
 
 
 def replay(asha: Halving, study: StudyConfig, trial: Trial) -> None:
-    """Have the rungs know a trial of an earlier start by its journal, also one that is to go on."""
+    """Feed the results in the journal of a trial of an earlier start to the rungs, also if it will be resumed."""
     known = SimpleNamespace(config={"member": {"number": trial.number}})
     asha.on_trial_add(None, known)
     for epoch, loss in losses(study.run_dir(trial.number), first_stage(study)):
@@ -81,19 +81,19 @@ def replay(asha: Halving, study: StudyConfig, trial: Trial) -> None:
 
 
 def first_stage(study: StudyConfig) -> str:
-    """The name of the stage by whose losses trials are compared while they train."""
+    """Name of the stage whose losses the scheduler compares."""
     return next(iter(stage_infos(study.base())))
 
 
 def losses(run_dir: Path, stage: str) -> Iterator[tuple[int, float]]:
-    """(epoch, loss) of a stage from a run folder's journal."""
+    """Pairs (epoch, loss) of a stage, read from the journal of a run folder."""
     for entry in entries(run_dir / JOURNAL):
         if entry.get("stage") == stage and isinstance(entry.get(LOSS), int | float):
             yield int(entry[EPOCH]), float(entry[LOSS])
 
 
 def within(study: StudyConfig, config: dict[str, Any]) -> dict[str, Any]:
-    """What a population makes of a member's values, kept inside the space: steps of 20 % know no bounds."""
+    """Clamp a member's perturbed values to the space: Ray Tune changes them by 20 % without bounds."""
     params = config["member"]["params"]
     for key, dimension in study.space.items():
         if key in params and dimension.choice is None:

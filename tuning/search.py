@@ -1,6 +1,6 @@
-"""The values of the next trial, as a function of the ledger alone; and Ray Tune's view of it.
+"""The values of the next trial as a function of the ledger alone, and its adapter for Ray Tune.
 
-Nothing of a search is kept anywhere else, so an interrupted study searches on as if it had never stopped.
+A search has no other state, so an interrupted study continues exactly as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
     from optuna.trial import Trial as OptunaTrial
+    from ray.tune.experiment import Trial as RayTrial
 
 
 def suggest(study: StudyConfig, trials: Iterable[Trial]) -> Params | None:
-    """The values of the trial that comes after these; None where a grid has no more.
+    """Values of the trial after the given ones; None at the end of a grid.
 
-    The first is the base recipe itself. Trials that still run count too, so that parallel ones differ.
+    The first trial is the base recipe. Running trials count too, so that parallel ones differ.
     """
     trials = list(trials)
     if not trials:
@@ -48,16 +49,16 @@ def suggest(study: StudyConfig, trials: Iterable[Trial]) -> Params | None:
     for trial in trials:
         if trial.number != BASELINE:
             past.add_trial(_frozen(study, trial))
-    asked, params = past.ask(), Params()
+    optuna_trial, params = past.ask(), Params()
     for key in dependencies_first(study.space):
         dimension = study.space[key]
         if dimension.holds(params):
-            params[key] = dimension.decode(_ask(asked, key, dimension))
+            params[key] = dimension.decode(_sample(optuna_trial, key, dimension))
     return params
 
 
-def _ask(trial: OptunaTrial, key: str, dimension: Dimension) -> int | float:
-    """The sampler's value, as Optuna holds it."""
+def _sample(trial: OptunaTrial, key: str, dimension: Dimension) -> int | float:
+    """A value from Optuna's sampler, in its encoding."""
     if dimension.choice is not None:
         return trial.suggest_categorical(key, range(len(dimension.choice)))
     low, high = dimension.bounds
@@ -76,7 +77,7 @@ def _sampler(study: StudyConfig, number: int) -> BaseSampler:
 
 
 def _frozen(study: StudyConfig, trial: Trial) -> FrozenTrial:
-    """A trial as Optuna's samplers want it: one that was stopped early counts by how far it came and its last loss."""
+    """A trial in Optuna's form; one that was stopped early is ranked by its last epoch and loss."""
     from optuna.trial import TrialState, create_trial
 
     state = {
@@ -98,11 +99,11 @@ def _frozen(study: StudyConfig, trial: Trial) -> FrozenTrial:
 
 
 class LedgerSearch(NotPickled, Searcher):
-    """Hands out trials to Ray Tune: first those that were interrupted, then new ones, up to the budget.
+    """Searcher for Ray Tune: resumes interrupted trials first, then starts new ones, up to the budget.
 
     Args:
-        slots: how many trials there is capacity for now.
-        over: whether the study is to end; what ends then was interrupted.
+        slots: number of trials that the cluster has capacity for now.
+        over: whether the study is ending; a trial that ends then counts as interrupted.
     """
 
     def __init__(self, study: StudyConfig, ledger: Ledger, slots: Callable[[], int], over: Callable[[], bool]) -> None:
@@ -111,34 +112,35 @@ class LedgerSearch(NotPickled, Searcher):
         self.waiting = [trial for trial in ledger.trials if not trial.ended]
         self.running: dict[str, Trial] = {}  # by Ray's id
         self.began: dict[str, float] = {}
-        # Ended for Ray, and not let go of their run folders yet; those that an earlier start did not come to, too.
+        # Ended for Ray, but possibly still holding the lock of their run folders. Includes stopped trials of earlier
+        # starts, whose checkpoints may not have been removed.
         self.closing: list[Trial] = [trial for trial in ledger.trials if trial.state == "stopped"]
 
     def suggest(self, trial_id: str) -> Any:
-        """Values for a new trial; None: ask again later; FINISHED: there are no more."""
+        """Values for a new trial; None if there is no capacity yet, FINISHED if there are no more trials."""
         self.settle()
         if self.over():
             return None if self.closing or self.running else Searcher.FINISHED
         if len(self.running) + len(self.closing) >= self.slots():
             return None
-        trial = self.waiting.pop(0) if self.waiting else self.next_one()
+        trial = self.waiting.pop(0) if self.waiting else self.next_trial()
         if trial is None:
             return None if self.closing or self.running else Searcher.FINISHED
-        self.hand_out(trial_id, trial)
+        self.mark_running(trial_id, trial)
         return {"member": member(trial)}
 
-    def hand_out(self, trial_id: str, trial: Trial) -> None:
-        """Note that Ray runs a trial under this id."""
+    def mark_running(self, trial_id: str, trial: Trial) -> None:
+        """Record that Ray runs a trial under this id."""
         self.running[trial_id], self.began[trial_id] = trial, monotonic()
 
     def population(self) -> list[Trial]:
-        """All that is to run, entered in the ledger: a population is there from the beginning."""
-        while (trial := self.next_one()) is not None:
+        """All trials of a population, appended to the ledger: they all start at the beginning."""
+        while (trial := self.next_trial()) is not None:
             self.waiting.append(trial)
         return self.waiting
 
-    def next_one(self) -> Trial | None:
-        """A new trial, entered in the ledger before it is handed out."""
+    def next_trial(self) -> Trial | None:
+        """A new trial, appended to the ledger before it starts; None if there are no more."""
         trials = self.ledger.trials
         if len(trials) >= self.study.budget.trials:
             return None
@@ -146,7 +148,7 @@ class LedgerSearch(NotPickled, Searcher):
         return None if params is None else self.ledger.start(params)
 
     def settle(self) -> None:
-        """Let go of trials whose processes are gone, and of the checkpoints of those that will not go on."""
+        """Forget ended trials whose processes have exited, and remove the checkpoints of those stopped early."""
         for trial in self.closing[:]:
             if not is_worked_on(self.study.run_dir(trial.number)):
                 self.closing.remove(trial)
@@ -154,7 +156,7 @@ class LedgerSearch(NotPickled, Searcher):
                     drop_checkpoints(self.study, trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """What a trial says on its way is the scheduler's; a search learns from its end."""
+        """Ignored: the scheduler handles intermediate results, the search only final ones."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self.running.pop(trial_id, None)
@@ -168,40 +170,40 @@ class LedgerSearch(NotPickled, Searcher):
             self.waiting.append(self.closing[-1])
 
     def save(self, checkpoint_path: str) -> None:
-        """Ray Tune keeps nothing of it: the ledger does."""
+        """Do nothing: the ledger is the only state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Never asked for."""
+        """Do nothing: Ray Tune's own resume is not used."""
 
 
 class Members(NotPickled, tune.Callback):
-    """Tells the ledger of a population's trials, which no search has handed out."""
+    """Callback that records the trials of a population in the ledger: Ray Tune starts them without a searcher."""
 
     def __init__(self, search: LedgerSearch) -> None:
         self.search = search
         self.waiting = {trial.number: trial for trial in search.waiting}
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: object) -> None:
         if (known := self.waiting.pop(trial.config["member"]["number"], None)) is not None:
-            self.search.hand_out(trial.trial_id, known)
+            self.search.mark_running(trial.trial_id, known)
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: object) -> None:
         self.search.on_trial_complete(trial.trial_id, flatten_dict(trial.last_result))
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: object) -> None:
         self.search.on_trial_complete(trial.trial_id, error=True)
 
 
 def member(trial: Trial) -> dict[str, Any]:
-    """What Ray Tune is told of a trial."""
+    """The configuration of a trial for Ray Tune."""
     return {"number": trial.number, "params": trial.params}
 
 
 def outcome(study: StudyConfig, result: dict[str, Any] | None, error: bool, over: bool) -> dict[str, Any] | None:
-    """What a trial's last word means for the ledger; None if it was interrupted and is to go on.
+    """Ledger fields for the last result of a trial; None if it was interrupted and will be resumed.
 
     Args:
-        result: flattened, as Ray Tune hands it on. over: the study was ending when it ended.
+        result: flattened by Ray Tune. error: the process of the trial was lost. over: the study was ending by then.
     """
     if error:
         return None if over else {"state": "failed", "why": "its process was lost"}
@@ -223,12 +225,12 @@ def outcome(study: StudyConfig, result: dict[str, Any] | None, error: bool, over
 
 
 def _nested(result: dict[str, Any], name: str) -> dict[str, Any]:
-    """What lay under `name` before Ray Tune flattened it."""
+    """The dictionary under `name` before Ray Tune flattened the result."""
     return {key.removeprefix(f"{name}/"): value for key, value in result.items() if key.startswith(f"{name}/")}
 
 
 def drop_checkpoints(study: StudyConfig, trial: Trial) -> None:
-    """Remove the checkpoints of a trial that will never go on; its journal and pictures stay."""
+    """Remove the checkpoints of a trial that will not be resumed; its journal and pictures stay."""
     config = study.trial(trial.number, trial.params)
     store = open_store(config.checkpoint_url, config.s3)
     for key in store.list():
@@ -236,7 +238,7 @@ def drop_checkpoints(study: StudyConfig, trial: Trial) -> None:
 
 
 def first_trials(study: StudyConfig, count: int) -> list[Trial]:
-    """The trials that a study begins with, as far as they do not depend on results: for `--dry-run`."""
+    """The first `count` trials of a study, which must not depend on results: for `--dry-run`."""
     trials: list[Trial] = []
     while len(trials) < min(count, study.budget.trials):
         params = suggest(study, trials)

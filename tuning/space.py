@@ -1,11 +1,11 @@
-"""What a study searches: for each dotted key of the recipe a range or choices, perhaps under a condition.
+"""Search space of a study: a range or choices for each dotted key of the recipe, optionally under a condition.
 
     glo.latent_lr: {log_uniform: [0.005, 0.1]}
     imle.noise_dim: {integer: [8, 32]}
     generator.kind: {choice: [infogan, resnet]}
     generator.max_width: {choice: [256, 512], when: {generator.kind: resnet}}
 
-A key whose condition does not hold keeps the recipe's value and is no parameter of that trial.
+A key whose condition does not hold keeps the recipe's value and is not a parameter of that trial.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Params = dict[str, Any]
 KINDS = ("uniform", "log_uniform", "integer", "log_integer", "choice")
 CONTINUOUS = ("uniform", "log_uniform")
 MAX_GRID, MAX_CHOICES, MAX_LIST = 100_000, 1000, 100
-MAX_WHOLE = 2**53  # from here on floats, in which samplers reckon, miss whole numbers
+MAX_WHOLE = 2**53  # above it, float64 (used by the samplers) does not represent every integer
 Whole = Annotated[int, Field(gt=-MAX_WHOLE, lt=MAX_WHOLE)]
 
 
 class Dimension(Section):
-    """What one key ranges over: exactly one of the kinds."""
+    """Range or choices of one key; exactly one kind is given."""
 
-    uniform: tuple[float, float] | None = Field(None, description="any number between two")
-    log_uniform: tuple[float, float] | None = Field(None, description="as uniform, evenly over orders of magnitude")
-    integer: tuple[Whole, Whole] | None = Field(None, description="any whole number between two, both included")
-    log_integer: tuple[Whole, Whole] | None = Field(None, description="as integer, evenly over orders of magnitude")
+    uniform: tuple[float, float] | None = Field(None, description="any number between two bounds")
+    log_uniform: tuple[float, float] | None = Field(None, description="as uniform, on a logarithmic scale")
+    integer: tuple[Whole, Whole] | None = Field(None, description="any integer between two bounds, both included")
+    log_integer: tuple[Whole, Whole] | None = Field(None, description="as integer, on a logarithmic scale")
     choice: tuple[Any, ...] | None = Field(None, max_length=MAX_CHOICES, description="one of these values")
     when: dict[str, Any] = Field({}, description="keys of the space, and the value (or list of values) they must have")
 
@@ -53,16 +53,16 @@ class Dimension(Section):
         if self.kind == "choice":
             strange = next((value for value in self.choice or () if not _plain(value)), None)
             if strange is not None:
-                raise ValueError(f"choice is of numbers, words, or short lists of them, not {shown(strange)}")
+                raise ValueError(f"choice takes numbers, strings, or short lists of them, not {shown(strange)}")
             texts = [json.dumps(value) for value in self.choice or ()]
             if len(texts) < 2 or len(set(texts)) < len(texts):
-                raise ValueError("choice needs at least two values, each once")
+                raise ValueError("choice needs at least two distinct values")
         else:
             low, high = self.bounds
             if not low < high:
-                raise ValueError(f"{self.kind} goes from the smaller to the larger number, not from {low} to {high}")
+                raise ValueError(f"{self.kind} needs the smaller bound first, not {low} before {high}")
             if self.log and low <= 0:
-                raise ValueError(f"{self.kind} has orders of magnitude only above zero, and begins at {low}")
+                raise ValueError(f"{self.kind} needs bounds above zero, and begins at {low}")
         return self
 
     @property
@@ -71,28 +71,28 @@ class Dimension(Section):
 
     @property
     def log(self) -> bool:
-        """Whether it is even over orders of magnitude."""
+        """Whether the scale is logarithmic."""
         return self.kind.startswith("log_")
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Of a range."""
+        """Lower and upper bound of a range."""
         return getattr(self, self.kind)
 
     def extremes(self) -> tuple[Any, ...]:
-        """The values at which the recipe has to agree: every choice, or both ends of a range."""
+        """The values to validate against the recipe: every choice, or both ends of a range."""
         return self.choice if self.choice is not None else self.bounds
 
     def conditions(self) -> dict[str, list[Any]]:
-        """For every key that this one depends on, the values under which it is searched."""
+        """The keys that this one depends on, each with the values under which it is searched."""
         return {key: list(value) if isinstance(value, list | tuple) else [value] for key, value in self.when.items()}
 
     def holds(self, params: Params) -> bool:
-        """Whether it is searched, given the keys it depends on."""
+        """Whether the key is searched, given the values of the keys it depends on."""
         return all(key in params and params[key] in allowed for key, allowed in self.conditions().items())
 
     def distribution(self) -> BaseDistribution:
-        """The same for Optuna. Choices are told by their place: Optuna keeps plain values only."""
+        """The distribution for Optuna. Choices are given by index: Optuna accepts only plain values."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choice is not None:
@@ -103,7 +103,7 @@ class Dimension(Section):
         return FloatDistribution(low, high, log=self.log)
 
     def encode(self, value: Any) -> int | float | None:
-        """A value as Optuna holds it; None if it is none of the dimension's."""
+        """A value in Optuna's encoding; None if it lies outside the dimension."""
         if self.choice is not None:
             return next((at for at, choice in enumerate(self.choice) if choice == value), None)
         number = int if self.kind.endswith("integer") else int | float
@@ -111,11 +111,12 @@ class Dimension(Section):
         return value if inside else None
 
     def decode(self, encoded: Any) -> Any:
+        """The value behind one of Optuna's."""
         return self.choice[encoded] if self.choice is not None else encoded
 
 
-def _plain(value: Any) -> bool:
-    """Whether it is what YAML, JSON and Optuna all can hold, and small: a few lines of YAML can stand for gigabytes."""
+def _plain(value: object) -> bool:
+    """Whether YAML, JSON and Optuna can all represent the value, and it is small (YAML aliases can expand to GBs)."""
     if isinstance(value, list):
         return len(value) <= MAX_LIST and not any(isinstance(item, list) or not _plain(item) for item in value)
     if isinstance(value, int):
@@ -127,10 +128,10 @@ Space = dict[str, Dimension]
 
 
 def dependencies_first(space: Space) -> list[str]:
-    """The keys in an order in which each comes after those it depends on.
+    """The keys in topological order: each after those it depends on.
 
     Raises:
-        ValueError: a condition on a key or a value that is not in the space, or a circle.
+        ValueError: a condition on a key or a value that is not in the space, or a cycle.
     """
     for key, dimension in space.items():
         for other, allowed in dimension.conditions().items():
@@ -140,33 +141,33 @@ def dependencies_first(space: Space) -> list[str]:
                 raise ValueError(f"space.{key} depends on {other}, which is continuous; use choice or integer for it")
             for value in allowed:
                 if space[other].encode(value) is None:
-                    raise ValueError(f"space.{key} depends on {other}={shown(value)}, which {other} never is")
+                    raise ValueError(f"space.{key} depends on {other}={shown(value)}, which {other} never takes")
     ordered: list[str] = []
     while len(ordered) < len(space):
         ready = [key for key in space if key not in ordered and space[key].conditions().keys() <= set(ordered)]
         if not ready:
-            circle = ", ".join(sorted(space.keys() - set(ordered)))
-            raise ValueError(f"the conditions of {circle} depend on one another in a circle")
+            cycle = ", ".join(sorted(space.keys() - set(ordered)))
+            raise ValueError(f"the conditions of {cycle} form a cycle")
         ordered += ready
     return ordered
 
 
 def premises(space: Space, key: str) -> Params:
-    """Values of the keys that a key depends on, also by way of others, under which it is searched."""
-    params, open_ends = Params(), [key]
-    while open_ends:
-        for other, allowed in space[open_ends.pop()].conditions().items():
+    """Values of the keys that a key depends on, directly or indirectly, under which it is searched."""
+    params, pending = Params(), [key]
+    while pending:
+        for other, allowed in space[pending.pop()].conditions().items():
             if other not in params:
                 params[other] = allowed[0]
-                open_ends.append(other)
+                pending.append(other)
     return params
 
 
 def grid(space: Space) -> Iterator[Params]:
-    """Every combination of the choices and whole numbers, each once.
+    """Every distinct combination of the choices and integers.
 
     Raises:
-        ValueError: more than can be listed.
+        ValueError: more than `MAX_GRID` combinations.
     """
     keys = dependencies_first(space)
     values = [_all_values(space[key]) for key in keys]

@@ -1,8 +1,8 @@
-"""A study: a base recipe, a space over the recipe's own keys, and how to search it. Typed, checked before it starts.
+"""Configuration of a study: a base recipe, a search space over the recipe's keys, and how to search it.
 
 name: digits-study
 recipe: digits
-overrides: {cluster.workers: 2, data.max_rows: 1500}     shared by all trials; cluster.* is what a trial takes
+overrides: {cluster.workers: 2, data.max_rows: 1500}     shared by all trials; cluster.* are resources of a trial
 space:
   glo.latent_lr: {log_uniform: [0.005, 0.1]}
   sampler.noise_dim: {integer: [8, 32]}
@@ -48,39 +48,41 @@ SECOND_STAGE = "sampler."
 
 
 class SearchConfig(Section):
-    """How the values of a trial are chosen."""
+    """Choice of the values of trials."""
 
     kind: Literal["tpe", "random", "grid", "population"] = Field(
         "tpe",
-        description="tpe: Optuna's, learns from ended trials; grid: every combination; population: trials that do "
-        "badly go on from a copy of one that does well, with other learning rates",
+        description="tpe: Optuna's, learns from ended trials; grid: every combination; population: poor trials "
+        "continue from a copy of a good one, with other learning rates",
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="of the search")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the search")
     startup: int = Field(10, ge=1, description="random trials before tpe models anything")
     interval: int = Field(5, ge=1, description="epochs of stage 1 between changes of a population")
 
 
 class SchedulerConfig(Section):
-    """Which trials are stopped early."""
+    """Early stopping of trials."""
 
-    kind: Literal["asha", "none"] = Field("asha", description="asha: the best 1/reduction at every rung go on")
+    kind: Literal["asha", "none"] = Field("asha", description="asha: the best 1/reduction at every rung continue")
     grace: int = Field(1, ge=1, description="epochs of stage 1 that every trial gets")
     reduction: float = Field(3.0, gt=1, description="rungs are grace x reduction^k epochs of stage 1")
 
 
 class BudgetConfig(Section):
-    """When a study ends: at the first of these."""
+    """Limits of a study; it ends when the first is reached."""
 
-    trials: int = Field(20, ge=1, description="trials, the base recipe's own among them")
+    trials: int = Field(20, ge=1, description="trials, including the base recipe")
     hours: float | None = Field(None, gt=0, description="hours, over all starts of the study")
     gpu_hours: float | None = Field(None, gt=0, description="hours times GPUs in use, over all starts of the study")
 
 
 class StudyConfig(Section):
-    """One study."""
+    """Configuration of a study."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="its folder is studies_dir/name")
-    studies_dir: str = Field("studies", description="where study folders are made")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="name of the study; its folder is studies_dir/name"
+    )
+    studies_dir: str = Field("studies", description="parent of the study folders")
     recipe: str | None = Field(None, description="base recipe: a name, or a YAML file")
     stage_one: str | None = Field(
         None,
@@ -89,17 +91,19 @@ class StudyConfig(Section):
     overrides: dict[str, Any] = Field({}, description="dotted keys of the recipe that all trials share")
     space: dict[str, Dimension] = Field(min_length=1, description="dotted keys of the recipe and what they range over")
     metric: str = Field(
-        description=f"what is compared: {', '.join(METRICS)}; gaussian/NAME: the same of codes drawn from a Gaussian"
+        description=f"compared: {', '.join(METRICS)}; gaussian/NAME: the same with codes drawn from a Gaussian"
     )
-    direction: Literal["minimize", "maximize"] | None = Field(None, description="empty: as the metric is meant")
+    direction: Literal["minimize", "maximize"] | None = Field(
+        None, description="empty: the better direction of the metric"
+    )
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     budget: BudgetConfig = BudgetConfig()
 
     @model_validator(mode="before")
     @classmethod
-    def _take_shorthands(cls, tree: Any) -> Any:
-        """Keys of the recipe by their own names: `imle.epochs` is `sampler.epochs`."""
+    def _take_shorthands(cls, tree: object) -> object:
+        """Replace shorthands by the recipe's own keys: `imle.epochs` is `sampler.epochs`."""
         if isinstance(tree, dict):
             given = {name: tree[name] for name in ("space", "overrides") if isinstance(tree.get(name), dict)}
             tree = tree | {name: _canonical_keys(keys) for name, keys in given.items()}
@@ -121,7 +125,7 @@ class StudyConfig(Section):
             _refuse_key(key)
         for key in ("name", "runs_dir"):
             if key in self.overrides:
-                raise ValueError(f"overrides.{key} is the study's to say: runs are called like it, in its folder")
+                raise ValueError(f"overrides.{key} is set by the study: runs are named after it; remove the key")
         needed, given = self.extractor_needed, self.overrides.get("evaluation.extractor")
         if needed and given not in (None, needed):
             raise ValueError(
@@ -129,14 +133,14 @@ class StudyConfig(Section):
             )
         if self.second_stage_only and from_key(self.metric)[1] != OWN:
             raise ValueError(
-                f"metric={self.metric} judges stage 1, which sampler.* does not change; take fd_lite0 or such"
+                f"metric={self.metric} measures stage 1, which sampler.* does not change; use one such as fd_lite0"
             )
         if self.stage_one:
-            done = [key for key in (*self.space, *self.overrides) if not _of_second_stage(key)]
-            if done:
-                told = f"{done[0]} is of stage 1, which stage_one={self.stage_one} has done"
-                raise ValueError(f"{told}; give a recipe instead")
-        dependencies_first(self.space)  # refuses conditions on unknown keys and circles
+            fixed = [key for key in (*self.space, *self.overrides) if not _of_second_stage(key)]
+            if fixed:
+                where = f"{fixed[0]} belongs to stage 1, which stage_one={self.stage_one} has completed"
+                raise ValueError(f"{where}; give a recipe instead")
+        dependencies_first(self.space)  # refuses conditions on unknown keys, and cycles
         if self.search.kind == "grid":
             for key, dimension in self.space.items():
                 if dimension.kind not in ("choice", "integer"):
@@ -181,31 +185,31 @@ class StudyConfig(Section):
 
     @property
     def measured(self) -> Metric:
-        """The metric that trials are compared by, whichever sampler it is of."""
+        """The metric that trials are compared by, without its sampler."""
         return METRICS[from_key(self.metric)[0]]
 
     @property
     def trials_in_all(self) -> int:
-        """How many trials it has once it is done, if nothing else ends it: a grid may have fewer than the budget."""
+        """Number of trials unless a time limit ends the study: a grid may have fewer than the budget."""
         if self.search.kind != "grid":
             return self.budget.trials
         return min(self.budget.trials, 1 + sum(1 for _ in grid(self.space)))
 
     def with_absolute_paths(self) -> Self:
-        """The same study for processes with another working folder, such as trials."""
+        """The same study with absolute paths, for processes with another working folder, such as trials."""
         here = {"studies_dir": absolute(self.studies_dir), "stage_one": self.stage_one and absolute(self.stage_one)}
         return self.model_copy(update=here | {"recipe": self.recipe and str(find_recipe(self.recipe).absolute())})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
-    # The runs that it is made of ---------------------------------------------------------------
+    # Configurations of its runs ----------------------------------------------------------------
 
     def base(self) -> Config:
-        """The base recipe with the overrides, as a run called like the study.
+        """The base recipe with the overrides, as a run named after the study.
 
         Raises:
-            UserError: the recipe or an override is wrong.
+            UserError: the recipe or an override is invalid.
         """
         return self._config(self.name, self.studies_dir, {})
 
@@ -213,7 +217,7 @@ class StudyConfig(Section):
         """The configuration of a trial.
 
         Raises:
-            UserError: the values are impossible together.
+            UserError: the combination of values is invalid.
         """
         return self._config(trial_name(self.name, number), str(self.folder / "trials"), params)
 
@@ -225,22 +229,22 @@ class StudyConfig(Section):
             path = find_recipe(self.recipe or "")
             tree = load_tree(path)
         for key, value in (self.overrides | params).items():
-            _put(tree, key, value)
+            _set_key(tree, key, value)
         if self.extractor_needed:
-            _put(tree, "evaluation.extractor", self.extractor_needed)
+            _set_key(tree, "evaluation.extractor", self.extractor_needed)
         tree |= {"name": name, "runs_dir": runs_dir}
         if self.search.kind == "population" and "checkpoint.every_epochs" not in self.overrides:
-            _put(tree, "checkpoint.every_epochs", self.search.interval)  # what others go on from
+            _set_key(tree, "checkpoint.every_epochs", self.search.interval)  # for other members to continue from
         return validate(tree, f"{self.name} on {path}")
 
     @property
     def extractor_needed(self) -> str | None:
-        """The extractor that the metric is named for, if it is."""
+        """The extractor that the metric requires, if any."""
         return self.measured.extractor
 
 
 def _canonical_keys(keys: dict[Any, Any]) -> dict[Any, Any]:
-    """Keys of the recipe by their own names, also in the conditions of a dimension."""
+    """Replace shorthands in keys, also in the conditions of a dimension."""
     renamed = {}
     for key, value in keys.items():
         if isinstance(value, dict) and isinstance(value.get("when"), dict):
@@ -254,12 +258,12 @@ def trial_name(study: str, number: int) -> str:
 
 
 def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
-    """The study in a YAML file, or the one of that name that ships with glann.
+    """Load a study from a YAML file, or a bundled study by name.
 
     Args:
-        trials: in place of `budget.trials`.
+        trials: replaces `budget.trials`.
     Raises:
-        UserError: in one line per fault; also where a value that the space admits is impossible for the recipe.
+        UserError: one line per fault; also if the space admits a value that the recipe does not.
     """
     path = _find(file)
     try:
@@ -275,7 +279,7 @@ def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
     except ValidationError as error:
         faults = [explain(fault, known_keys(StudyConfig)) for fault in error.errors(include_url=False)[:10]]
         raise UserError("\n       ".join([f"{faults[0]}; in {path}", *faults[1:]])) from error
-    _try_out(study, path)
+    _check_extremes(study, path)
     return study
 
 
@@ -302,12 +306,12 @@ def _refuse_key(key: str) -> None:
 
 
 def _of_second_stage(key: str) -> bool:
-    """Whether a key, or section, can differ between runs that share a stage 1."""
+    """Whether a key, or section, may differ between runs that share a stage 1."""
     return key == "seed" or key.split(".")[0] == "sampler" or may_change(key)
 
 
-def _try_out(study: StudyConfig, path: Path) -> None:
-    """Refuse a space whose ends or choices are impossible for the recipe, before anything starts."""
+def _check_extremes(study: StudyConfig, path: Path) -> None:
+    """Refuse a space whose bounds or choices are invalid for the recipe."""
     study.base()
     for key, dimension in study.space.items():
         for value in dimension.extremes():
@@ -317,7 +321,7 @@ def _try_out(study: StudyConfig, path: Path) -> None:
                 raise UserError(f"space.{key} admits {json.dumps(value)}, which is impossible: {error}") from error
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def _set_key(tree: dict[str, Any], key: str, value: object) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
         child = tree.get(parent)

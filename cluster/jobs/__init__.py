@@ -1,1 +1,1 @@
-"""Runs as jobs of a Ray cluster that is somewhere else."""
+"""Runs as jobs of a remote Ray cluster."""

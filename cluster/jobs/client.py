@@ -1,8 +1,7 @@
-"""Runs as jobs of a Ray cluster: submitted, listed, followed and stopped over the dashboard's address.
+"""Client for runs as jobs of a Ray cluster: submit, list, follow and stop them through the dashboard.
 
-A job is called by its run's name.  Ray's own id of it is `NAME.1`, and `NAME.2` after it was started
-again: attempts of one run, which its checkpoints tie together.  While one of them is active there is
-no second, because Ray takes an id only once.
+A job has its run's name. Ray's id of it is `NAME.1`, and `NAME.2` after it was submitted again: attempts at one run,
+which share its checkpoints. There is at most one active attempt, because Ray accepts an id only once.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from . import shipping
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own; it would override an address that is given
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # read by Ray; it would override the given address
 NAME, ATTEMPT, DIGEST, CHECKPOINTS = "glann.name", "glann.attempt", "glann.config", "glann.checkpoints"
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 120.0
 POLL_S = 1.0
-SILENCE_S = 30.0  # without a line of log for so long, ask whether the cluster is still there
+SILENCE_S = 30.0  # without a line of log for so long, check that the cluster still answers
 RECONNECTS = 5
-HEAD_STARTS = 9  # times 10 s, which the dashboard waits for the agent that starts jobs
+HEAD_STARTS = 9  # retries, each after the 10 s that the dashboard waits for the agent that starts jobs
 STOP_MARGIN_S = 60.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt at a run, as the cluster tells it. Times are seconds since 1970."""
+    """One attempt at a run, as reported by the cluster. Times are seconds since 1970."""
 
     id: str
     name: str
@@ -59,10 +58,10 @@ class Job:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the dashboard at `address`, with the token of this machine if there is one.
+    """Connect to the dashboard at `address`, with the token of this machine if there is one.
 
     Raises:
-        UserError: not an http address, or no or a wrong token. EnvironmentFault: nothing answers.
+        UserError: not an http address, or a missing or wrong token. EnvironmentFault: no answer.
     """
     if "://" not in address:
         address = f"http://{address}"
@@ -102,17 +101,17 @@ def one_line_errors(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         kind = (
-            "no token was given" if "required" in str(error).split("\n", 1)[0].lower() else "the token is not its own"
+            "none was sent" if "required" in str(error).split("\n", 1)[0].lower() else "the one that was sent is wrong"
         )
         raise UserError(
-            f"{address} wants a token and {kind}; copy the head's ~/.ray/auth_token here and set RAY_AUTH_MODE=token"
+            f"{address} requires a token and {kind}; copy the head's ~/.ray/auth_token here and set RAY_AUTH_MODE=token"
         ) from error
     except (ConnectionError, requests.RequestException) as error:
         raise EnvironmentFault(
             f"no Ray dashboard answers at {address}; check --address, or the tunnel to it (docs/cluster.md)"
         ) from error
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # the way out of a command is one, too
+        if type(error) is not RuntimeError:  # typer.Exit is a RuntimeError too
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = lines[0][:160] if lines else type(error).__name__
@@ -142,16 +141,16 @@ def from_details(details: JobDetails) -> Job | None:
 
 
 def list_jobs(client: JobSubmissionClient) -> list[Job]:
-    """All attempts at all runs that this cluster knows, the newest first."""
+    """All attempts at all runs on this cluster, the newest first."""
     jobs = [job for details in client.list_jobs() if (job := from_details(details))]
     return sorted(jobs, key=lambda job: (job.started or 0.0, job.attempt), reverse=True)
 
 
 def find(client: JobSubmissionClient, name: str) -> Job:
-    """The last attempt at the run of that name, or the attempt of that id.
+    """The last attempt at the run of that name, or the attempt with that id.
 
     Raises:
-        UserError: this cluster knows none.
+        UserError: there is none on this cluster.
     """
     jobs = list_jobs(client)
     if attempts := [job for job in jobs if job.name == name]:
@@ -168,15 +167,15 @@ def last_attempt(client: JobSubmissionClient, name: str) -> Job | None:
 
 
 def refuse_fork(running: Job, config: Config) -> None:
-    """A run that is active may be followed, but not asked to be another.
+    """Refuse to submit another configuration under the name of an active run.
 
     Raises:
-        UserError: the active one has another configuration.
+        UserError: the active attempt has another configuration.
     """
     if running.digest != shipping.digest(config):
         raise UserError(
             f"{running.id} is {running.state} with another configuration; stop it first "
-            f"(`glann jobs stop {running.name}`; the same checkpoints go on) or give another --name"
+            f"(`glann jobs stop {running.name}`; the new job resumes its checkpoints) or give another --name"
         )
 
 
@@ -185,14 +184,14 @@ def start(client: JobSubmissionClient, config: Config, variables: dict[str, str]
 
     Args:
         config: from `shipping.for_cluster`.
-        variables: the only environment variables that the job is given, values included.
-        last: the attempt before, ended.
+        variables: environment variables of the job, by name; it gets no others from this process.
+        last: the previous attempt, which has ended.
     Raises:
-        UserError: somebody else started the run in this moment.
+        UserError: another submission started the run at the same moment.
     """
     attempt = last.attempt + 1 if last else 1
-    # Ray reads this of the job's own environment: how long a stopped job may save before it is killed.
-    patience = math.ceil(config.checkpoint.timeout_s + STOP_MARGIN_S)
+    # Ray reads this from the job's environment: the time that a stopped job has to save before it is killed.
+    stop_wait = math.ceil(config.checkpoint.timeout_s + STOP_MARGIN_S)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         try:
@@ -202,7 +201,7 @@ def start(client: JobSubmissionClient, config: Config, variables: dict[str, str]
                 runtime_env={
                     "py_modules": [str(shipping.stage_package(folder))],
                     "working_dir": str(shipping.stage_run(folder, config)),
-                    "env_vars": variables | {"RAY_JOB_STOP_WAIT_TIME_S": str(patience)},
+                    "env_vars": variables | {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait)},
                 },
                 metadata={
                     NAME: config.name,
@@ -213,15 +212,13 @@ def start(client: JobSubmissionClient, config: Config, variables: dict[str, str]
             )
         except RuntimeError as error:
             if "already exists" in str(error):
-                raise UserError(
-                    f"{config.name} was started by somebody else just now; see `glann jobs list`"
-                ) from error
+                raise UserError(f"another submission has just started {config.name}; see `glann jobs list`") from error
             raise
     return find(client, job)
 
 
 def follow(client: JobSubmissionClient, job: Job, write: Callable[[str], Any]) -> None:
-    """Hand the job's log to `write` as it grows, until the job ends; a dropped connection is made again.
+    """Pass the job's log to `write` as it grows, until the job ends; reconnects after dropped connections.
 
     Raises:
         EnvironmentFault: the cluster does not answer any more.
@@ -243,7 +240,7 @@ def follow(client: JobSubmissionClient, job: Job, write: Callable[[str], Any]) -
             if failures > RECONNECTS:
                 raise EnvironmentFault(
                     f"lost the cluster while following {job.id}; once it is back: `glann jobs status {job.name}`, "
-                    "and if the job is gone, the same `glann submit` goes on from its checkpoints"
+                    "and if the job is gone, the same `glann submit` resumes its checkpoints"
                 ) from error
         time.sleep(POLL_S)
 
@@ -255,7 +252,7 @@ def _client_errors() -> type[Exception]:
 
 
 async def _copy_log(client: JobSubmissionClient, job_id: str, skip: int, write: Callable[[str], None]) -> None:
-    """The log from character `skip` on; in silence the cluster is asked for the job, so a dead link is noticed."""
+    """Copy the log from character `skip` on; polls the job while the log is silent, to detect a dead connection."""
     lines = client.tail_job_logs(job_id)
     waiting: asyncio.Future[str] | None = None
     try:
@@ -276,54 +273,54 @@ async def _copy_log(client: JobSubmissionClient, job_id: str, skip: int, write: 
 
 
 def refreshed(client: JobSubmissionClient, job: Job) -> Job:
-    """The same attempt, as it is now."""
+    """The same attempt with its present state."""
     now = from_details(client.get_job_info(job.id))
     if now is None:
-        raise EnvironmentFault(f"{job.id} is no longer known to the cluster")
+        raise EnvironmentFault(f"{job.id} is no longer in the cluster's list of jobs; submit it again")
     return now
 
 
 def exit_status(client: JobSubmissionClient, job: Job) -> int:
-    """The exit status of the `glann train` of a job that has ended; 1 if it was ended without one.
+    """Exit status of the `glann train` of a job that has ended; 1 if it was killed before it had one.
 
-    Ray keeps none of a job that was stopped, so the job says it in the last line of its log.
+    Ray keeps no exit status of a stopped job, so the job writes it in the last line of its log.
     """
     if job.state == "succeeded":
         return ExitStatus.OK
     if job.state == "failed" and job.exit_status is not None:
         return job.exit_status if job.exit_status > 0 else 128 - job.exit_status
-    said = [
+    reported = [
         line.removeprefix(shipping.STATUS_LINE).strip()
         for line in client.get_job_logs(job.id).splitlines()
         if line.startswith(shipping.STATUS_LINE)
     ]
-    status = int(said[-1]) if said and said[-1].isdigit() else ExitStatus.ENVIRONMENT
+    status = int(reported[-1]) if reported and reported[-1].isdigit() else ExitStatus.ENVIRONMENT
     return status or ExitStatus.ENVIRONMENT if job.state == "failed" else status
 
 
 def outcome(job: Job, status: int) -> str:
-    """How a job ended, in words, and what to do about it."""
+    """One-line description of how a job ended, with the remedy."""
     if job.state == "succeeded":
         return "finished"
-    again = "the same `glann submit` goes on with it"
+    again = "the same `glann submit` resumes it"
     if status == ExitStatus.STOPPED:
         return f"stopped and saved; {again}"
     if job.state == "stopped" and status == ExitStatus.OK:
         return "finished before it could be stopped"
     if job.state == "stopped" and status == 128 + signal.SIGTERM:
-        return f"stopped before it began to train; {again}"
+        return f"stopped before training started; {again}"
     if job.state == "stopped":
-        return f"ended by force before it had saved; {again} from the last checkpoint"
-    return f"failed with exit status {status}; `glann jobs logs {job.name}` says why"
+        return f"killed before it had saved; {again} from the last checkpoint"
+    return f"failed with exit status {status}; see `glann jobs logs {job.name}`"
 
 
 def stop(client: JobSubmissionClient, job: Job) -> None:
-    """Ask an active job to save and end; Ray kills it when `checkpoint.timeout_s` and a margin have passed."""
+    """Request an active job to save and stop; Ray kills it after `checkpoint.timeout_s` and a margin."""
     client.stop_job(job.id)
 
 
 def wait(client: JobSubmissionClient, job: Job) -> Job:
-    """The job once it has ended."""
+    """Wait until the job has ended; its final state."""
     while (now := refreshed(client, job)).active:
         time.sleep(POLL_S)
     return now

@@ -1,7 +1,7 @@
-"""Says which versions every node of a cluster has; it runs there, on its own, whatever is installed.
+"""Stand-alone script that reports the versions of Python and of packages on every node of a cluster.
 
-`glann submit` ships this one file and runs `python3 probe.py torch deepspeed ...` on the head.  It may meet
-an old Python without most of the packages, so it needs nothing but Ray, and says even that of itself.
+`glann submit` ships this one file and runs `python3 probe.py torch deepspeed ...` on the head. It must run on an old
+Python without most of the packages, so it imports nothing but Ray, and that only when needed.
 """
 
 import json
@@ -13,7 +13,7 @@ TIMEOUT_S = 90
 
 
 def versions(names):
-    """Versions by distribution name, None for what is not installed, and of Python."""
+    """Versions by distribution name, None if not installed, and the version of Python."""
     import platform
     from importlib import metadata
 
@@ -27,18 +27,18 @@ def versions(names):
 
 
 def nodes(names):
-    """Versions by node, of all nodes that are up."""
+    """Versions by node address, for all living nodes."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     look = ray.remote(num_cpus=0)(versions)
-    asked = {}
+    pending = {}
     for node in ray.nodes():
         if node["Alive"]:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[node["NodeManagerAddress"]] = look.options(scheduling_strategy=here).remote(names)
-    return {address: ray.get(answer, timeout=TIMEOUT_S) for address, answer in asked.items()}
+            pending[node["NodeManagerAddress"]] = look.options(scheduling_strategy=here).remote(names)
+    return {address: ray.get(answer, timeout=TIMEOUT_S) for address, answer in pending.items()}
 
 
 if __name__ == "__main__":

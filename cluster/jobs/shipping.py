@@ -1,8 +1,8 @@
-"""What travels with a submitted job: the package's own files, and the run's configuration.
+"""Files and environment of a submitted job: the package's own files, and the run's configuration.
 
-Ray unpacks both on every node that the job uses.  A wheel would be installed there with all its
-dependencies, torch and Ray included; a folder is put on the path as it is.  So the nodes have the
-dependencies from their image or set-up commands, and a job brings the code.
+Ray unpacks both on every node that the job uses. It would install a wheel with all its dependencies, torch and Ray
+included; a folder it only adds to the path. So the dependencies are part of the nodes' image or set-up, and a job ships
+the code.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PACKAGE = Path(__file__).parents[2]
 DATA_SUFFIXES = {".yaml", ".html", ".md"}  # `package-data` in pyproject.toml
 ROOT_FILES = ("__init__.py", "__main__.py", "errors.py", "py.typed")
 CONFIG_FILE, START_FILE = "config.yaml", "start.sh"
-JOBS_FOLDER = "glann-jobs"  # in the home folder on the head: relative paths of a job, such as runs_dir, start there
+JOBS_FOLDER = "glann-jobs"  # in the home folder on the head; working folder of jobs, to which runs_dir is relative
 STATUS_LINE = "glann: exit status"
 
-# Ray signals every process of a stopped job. The shell waits for `glann train`, which saves, and then tells its status:
-# Ray keeps no exit status of a job that was stopped. `-P`: a folder called glann in the working folder is not imported.
+# Ray signals every process of a stopped job. The shell waits for `glann train`, which saves, and then prints its exit
+# status, since Ray keeps none of a stopped job. `-P`: a folder called glann in the working folder is not imported.
 START_SCRIPT = f"""\
 trap : INT TERM
 config="$PWD/{CONFIG_FILE}"
@@ -39,9 +39,9 @@ exit $status
 
 
 def package_files(root: Path = PACKAGE) -> list[Path]:
-    """The files of the built package, relative to `root`; never tests, data, runs or caches.
+    """Files of the built package, relative to `root`, without tests, data, runs and caches.
 
-    A folder belongs to the package if it has an `__init__.py`, so this holds in a checkout and in site-packages.
+    A folder belongs to the package if it has an `__init__.py`, both in a checkout and in site-packages.
     """
     files = [root / name for name in ROOT_FILES if (root / name).is_file()]
     for folder in sorted(path.parent for path in root.rglob("__init__.py") if path.parent != root):
@@ -52,7 +52,7 @@ def package_files(root: Path = PACKAGE) -> list[Path]:
 
 
 def stage_package(folder: Path) -> Path:
-    """A copy of the package as `folder/glann`, for `py_modules`."""
+    """Copy the package to `folder/glann`, for `py_modules`."""
     staged = folder / "glann"
     for file in package_files():
         (staged / file).parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def stage_package(folder: Path) -> Path:
 
 
 def stage_run(folder: Path, config: Config) -> Path:
-    """The configuration and the script that starts it as `folder/run`, for `working_dir`."""
+    """Write the configuration and the start script to `folder/run`, for `working_dir`."""
     staged = folder / "run"
     staged.mkdir()
     (staged / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
@@ -70,21 +70,21 @@ def stage_run(folder: Path, config: Config) -> Path:
 
 
 def entrypoint(name: str) -> str:
-    """The command of a job; the name is for people who read it in Ray's own lists."""
+    """Command of a job; the name is shown in Ray's own lists."""
     return f"exec sh {START_FILE} {shlex.quote(name)}"
 
 
 def for_cluster(config: Config) -> Config:
-    """The configuration as the cluster's head reads it.
+    """The configuration for the cluster's head.
 
     Raises:
-        UserError: a path that means something on this machine only, or checkpoints that would end with the head.
+        UserError: a path of this machine, or checkpoints that would be lost with the head.
     """
     cluster = config.cluster.model_copy(update={"address": "auto"})
     config = config.model_copy(update={"cluster": cluster})
     advice = "give s3://bucket/prefix, or the absolute path of a folder that every node shares"
     if config.checkpoint.url is None:
-        raise UserError(f"checkpoint.url is empty, so a job could not go on elsewhere; {advice}")
+        raise UserError(f"checkpoint.url is empty, so the run could not be resumed on another cluster; {advice}")
     for key, value in (("data.url", config.data.url), ("checkpoint.url", config.checkpoint.url)):
         if not _travels(value):
             raise UserError(f"{key}={value} is a path of this machine; {advice}")
@@ -99,35 +99,35 @@ def _travels(place: str) -> bool:
 
 
 def digest(config: Config) -> str:
-    """A short name of exactly this configuration, to tell whether two submissions ask for the same."""
+    """Short hash of the configuration, to compare two submissions."""
     return hashlib.sha256(config.to_yaml().encode()).hexdigest()[:16]
 
 
 def environment(keys: Iterable[str]) -> dict[str, str]:
-    """The variables of this process that a job is to have, and no other.
+    """The variables of this process that are passed to a job.
 
     Raises:
         UserError: one of them is not set here.
     """
-    told = {}
+    passed = {}
     for key in keys:
         if "=" in key:
             raise UserError(f"--env {key.partition('=')[0]}=...: give the name alone; its value is taken from here")
         if key not in os.environ:
             raise UserError(f"--env {key}: not set here; export it first")
-        told[key] = os.environ[key]
-    return told
+        passed[key] = os.environ[key]
+    return passed
 
 
 def forgotten_keys(config: Config, variables: Iterable[str]) -> str | None:
-    """A hint if the data lie on S3 and this machine's way to reach it was not passed on."""
+    """A hint if the run uses S3 and this machine's settings for it are not passed; None otherwise."""
     if not any(url.startswith("s3://") for url in (config.data.url, config.checkpoint_url)):
         return None
     usual = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
-    left = [key for key in usual if key in os.environ and key not in variables]
-    if "AWS_ENDPOINT_URL" in left and config.s3.endpoint_url:
-        left.remove("AWS_ENDPOINT_URL")
-    if not left:
+    missing = [key for key in usual if key in os.environ and key not in variables]
+    if "AWS_ENDPOINT_URL" in missing and config.s3.endpoint_url:
+        missing.remove("AWS_ENDPOINT_URL")
+    if not missing:
         return None
-    flags = " ".join(f"--env {key}" for key in left)
-    return f"{', '.join(left)} of this machine do not go with the job; if the nodes have no role of their own: {flags}"
+    flags = " ".join(f"--env {key}" for key in missing)
+    return f"{', '.join(missing)} of this machine are not passed to the job; unless the nodes have a role: {flags}"

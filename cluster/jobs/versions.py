@@ -1,4 +1,4 @@
-"""Whether the nodes of a cluster have what this package needs, asked before a job is sent there."""
+"""Check, before a job is submitted, that the nodes of a cluster have the versions that this package needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from . import probe
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-PROBE_PATIENCE_S = 150.0
+PROBE_TIMEOUT_S = 150.0
 POLL_S = 0.3
 PROBE = "glann-probe-"
 OLD_S = 60.0
@@ -30,7 +30,7 @@ REMEDY = "install glann's dependencies there (`pip install -c constraints.txt .`
 
 
 def needed() -> dict[str, SpecifierSet]:
-    """Allowed versions of Python and of every distribution that this package declares, by name."""
+    """Allowed versions of Python and of every declared dependency, by distribution name."""
     declared = metadata.metadata("glann")
     requirements = [Requirement(text) for text in metadata.requires("glann") or []]
     wanted = [need for need in requirements if need.marker is None or need.marker.evaluate({"extra": ""})]
@@ -38,7 +38,7 @@ def needed() -> dict[str, SpecifierSet]:
 
 
 def misfits(found: dict[str, dict[str, str | None]], allowed: dict[str, SpecifierSet]) -> list[str]:
-    """What is missing or out of range, a phrase each, with the nodes that say so.
+    """Describe each missing or unsuitable version in a phrase, with its nodes.
 
     Args:
         found: versions by distribution, by node.
@@ -59,15 +59,15 @@ def _listed(nodes: list[str]) -> str:
 
 
 def refuse_misfit(client: JobSubmissionClient, address: str) -> dict[str, dict[str, str | None]]:
-    """The versions that every node has now, if this package can work with them.
+    """Versions of every node, if they are suitable.
 
     Raises:
-        UserError: naming what is there, what is needed, what is here, and the remedy.
-        EnvironmentFault: the cluster does not say.
+        UserError: they are not; names the versions there, here and needed, and the remedy.
+        EnvironmentFault: the probe got no answer.
     """
     allowed = needed()
     _refuse(misfits({"the head": {"ray": server_version(client)}}, allowed), address)
-    found = ask(client, [name for name in allowed if name != "python"])
+    found = run_probe(client, [name for name in allowed if name != "python"])
     _refuse(misfits(found, allowed), address)
     return found
 
@@ -78,11 +78,11 @@ def _refuse(faults: list[str], address: str) -> None:
         raise UserError(f"{address} does not fit glann {__version__}: {'; '.join(faults[:3])}{more}; {REMEDY}")
 
 
-def ask(client: JobSubmissionClient, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Versions by distribution, by node, told by a job of seconds.
+def run_probe(client: JobSubmissionClient, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Run the probe as a short job; versions by distribution, by node.
 
-    The job stays in Ray's list until the next probe: one that is deleted as soon as it has ended is put back there as
-    failed by Ray's monitor, which had not looked yet.
+    The job stays in Ray's list until the next probe: if it is deleted right after its end, Ray's monitor, which has
+    not seen that end yet, lists it again as failed.
     """
     sweep(client)
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,27 +94,27 @@ def ask(client: JobSubmissionClient, names: list[str]) -> dict[str, dict[str, An
             submission_id=f"{PROBE}{uuid.uuid4().hex[:8]}",
             runtime_env={"working_dir": str(folder)},
         )
-    deadline = time.monotonic() + PROBE_PATIENCE_S
+    deadline = time.monotonic() + PROBE_TIMEOUT_S
     while not (info := client.get_job_info(job)).status.is_terminal():
         if time.monotonic() > deadline:
             client.stop_job(job)
             raise EnvironmentFault(
-                f"the head started no probe in {PROBE_PATIENCE_S:.0f} s; look at `ray status` and its dashboard"
+                f"the head ran no version probe within {PROBE_TIMEOUT_S:.0f} s; see `ray status` and its dashboard"
             )
         time.sleep(POLL_S)
     log = client.get_job_logs(job)
     for line in log.splitlines():
         if line.startswith(probe.MARK):
             return json.loads(line.removeprefix(probe.MARK))
-    said = [line.strip() for line in (log or info.message or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in (log or info.message or "").splitlines() if line.strip()]
     raise EnvironmentFault(
-        f"the head could not say its versions: {said[-1][:200] if said else 'no answer'}; "
+        f"the version probe failed on the head: {lines[-1][:200] if lines else 'no answer'}; "
         "`ray start` there needs the python3 that has glann's dependencies first on its PATH"
     )
 
 
 def sweep(client: JobSubmissionClient) -> None:
-    """Remove probes of some time ago from the cluster's list of jobs."""
+    """Remove earlier probes from the cluster's list of jobs."""
     for job in client.list_jobs():
         over = job.status.is_terminal() and (job.end_time or 0) / 1000 < time.time() - OLD_S
         if over and (job.submission_id or "").startswith(PROBE):

@@ -1,1 +1,1 @@
-"""Networks whose features metrics compare."""
+"""Feature extractors of metrics."""

@@ -20,11 +20,11 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM, HEAD = 32, 1280
-BATCH_NORM_EPS = 1e-3  # TensorFlow's, in which the network was trained
+BATCH_NORM_EPS = 1e-3  # TensorFlow's value, with which the network was trained
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding: where it is odd, the extra pixel goes right and below."""
+    """Convolution with TensorFlow's SAME padding: an odd pixel of padding is added right and below."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
@@ -46,7 +46,7 @@ def _unit(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 
 class Block(nn.Module):
-    """Inverted residual: expand, filter depth-wise, project (linear); a skip where shapes agree."""
+    """Inverted residual block: expand, depthwise convolution, linear projection; a skip where shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published checkpoint under this module's names; the classifier `_fc` is left out."""
+    """Rename the published weights to this module's names, without the classifier `_fc`."""
     renamed = {}
     for name, tensor in weights.items():
         if name.startswith("_fc."):
@@ -110,7 +110,7 @@ _BLOCK_LAYERS = {
 
 
 def build(weights: dict[str, Tensor]) -> EfficientNetLite0:
-    """The network with the published weights, frozen and in eval mode."""
+    """Build the network with the published weights, frozen and in eval mode."""
     with torch.device("meta"):
         network = EfficientNetLite0()
     network.load_state_dict(rename(weights), assign=True)

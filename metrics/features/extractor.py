@@ -1,12 +1,12 @@
 """Named feature extractors: functions from uint8 images to one feature vector per image.
 
-A distance between features means something only together with the network they come from, so the
-metric carries its name (`metrics/spec.py`).
+Feature distances of different networks are not comparable, so the metric has the network in its
+name (`metrics/spec.py`).
 
     extractor = build_extractor("lite0", device)
     features_BF = extractor(img_BCHW)
 
-Another extractor is added by `EXTRACTORS["name"] = ExtractorSpec(...)`.
+To add an extractor: `EXTRACTORS["name"] = ExtractorSpec(...)`.
 
 Legend: B batch, C channels (1 or 3), H and W pixels, F feature dimension.
 """
@@ -34,11 +34,11 @@ Network = Callable[[Tensor], Tensor]  # prepared images -> features_BF
 
 @dataclass(frozen=True)
 class ExtractorSpec:
-    """How an extractor is made.
+    """The definition of an extractor.
 
-    `build(weights, convention)` gives a frozen module; `prepare` takes float images 0..255, [B, 3, H, W],
-    to what that module wants; `weights` is the asset used when no other is asked for.  There is one such
-    asset, never a list of alternatives: other weights would be another metric under the same name.
+    `build(weights, convention)` returns a frozen module; `prepare` converts float images 0..255,
+    [B, 3, H, W], to that module's input; `weights` is the default asset.  It is a single asset, without
+    alternatives: other weights would be another metric under the same name.
     """
 
     weights: str
@@ -69,7 +69,7 @@ class Extractor:
             )
         if len(img_BCHW) == 0:
             return torch.zeros(0, self.dim)
-        # On a CPU few images at a time stay in the cache: a quarter of the time of a hundred at once.
+        # On a CPU, small batches stay in the cache and take a quarter of the time of a hundred at once.
         parts = img_BCHW.split(CPU_BATCH if self.device.type == "cpu" else len(img_BCHW))
         return torch.cat([self._features(part) for part in parts])
 
@@ -79,10 +79,10 @@ class Extractor:
 
 
 def extractor_spec(name: str) -> ExtractorSpec:
-    """How the extractor of that name is made.
+    """The definition of the named extractor.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none of that name.
     """
     if name not in EXTRACTORS:
         raise UserError(f"no feature extractor {name!r}; there are {', '.join(sorted(EXTRACTORS))}")
@@ -90,10 +90,10 @@ def extractor_spec(name: str) -> ExtractorSpec:
 
 
 def build_extractor(name: str, device: torch.device | str = "cpu", weights: str | None = None) -> Extractor:
-    """The extractor of that name.
+    """Build the named extractor.
 
     Args:
-        weights: asset or safetensors file to use in place of the extractor's own.
+        weights: asset or safetensors file to use instead of the default.
     Raises:
         UserError: no such extractor, or the weights are of another network.
     """
@@ -115,7 +115,7 @@ def build_extractor(name: str, device: torch.device | str = "cpu", weights: str 
 
 
 class _PooledTap(nn.Module):
-    """The mean over the picture of one feature map of a perceptual network."""
+    """The spatial mean of one feature map of a perceptual network."""
 
     def __init__(self, features: nn.Module, tap: str) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def _perceptual(network: str, tap: str) -> Callable[[Weights, str], nn.Module]:
 
 
 def _resized(side: int, mean: float, scale: float) -> Callable[[Tensor], Tensor]:
-    """(img - mean) / scale at side x side pixels; low-pass filtered where that is smaller (no aliasing)."""
+    """(img - mean) / scale at side x side pixels; low-pass filtered when downsampling (no aliasing)."""
 
     def prepare(img_B3HW: Tensor) -> Tensor:
         img_B3HW = F.interpolate(img_B3HW, (side, side), mode="bilinear", align_corners=False, antialias=True)

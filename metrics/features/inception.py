@@ -1,8 +1,8 @@
 """The Inception-v3 of the Fréchet Inception Distance, up to its 2,048 pooled features.
 
-The network of Szegedy et al. 2015 as in TensorFlow's 2015-12-05 graph, which FID is defined on: its
-average pools leave the padding out, and the last block pools by maximum.  Parameter names are those
-of the PyTorch port of that graph, so its weights load as they are.
+The network of Szegedy et al. 2015 in TensorFlow's 2015-12-05 graph, on which FID is defined: its
+average pools exclude the padding, and the last block uses max pooling.  Parameter names are those of
+the PyTorch port of that graph, whose weights are loaded unchanged.
 
 Legend: B batch, F = 2048 features.
 """
@@ -31,7 +31,7 @@ def _average(x_BCHW: Tensor) -> Tensor:
 
 
 class BlockA(nn.Module):
-    """35 x 35."""
+    """The block at 35 x 35."""
 
     def __init__(self, inputs: int, pooled: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """35 x 35 -> 17 x 17."""
+    """The reduction from 35 x 35 to 17 x 17."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17, with 7 x 7 filters factored into 1 x 7 and 7 x 1."""
+    """The block at 17 x 17, with 7 x 7 filters factored into 1 x 7 and 7 x 1."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """17 x 17 -> 8 x 8."""
+    """The reduction from 17 x 17 to 8 x 8."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8; the last one of the network pools by maximum."""
+    """The block at 8 x 8; the last one of the network uses max pooling."""
 
     def __init__(self, inputs: int, *, pool_max: bool) -> None:
         super().__init__()
@@ -172,9 +172,9 @@ class Inception(nn.Module):
 
 
 def resize(img_BCHW: Tensor, side: int = SIDE) -> Tensor:
-    """Bilinear as TensorFlow 1 did it: source = target * in / out, no half pixel, no low-pass filter.
+    """Resize bilinearly as TensorFlow 1 does: source = target * in / out, no half-pixel offset, no low-pass filter.
 
-    FID is defined with this rule; a modern resize shifts the score by whole points.
+    FID is defined with this resize; others shift the score by whole points.
     """
     rows_TH = _bilinear(img_BCHW.shape[2], side).to(img_BCHW)
     columns_TW = _bilinear(img_BCHW.shape[3], side).to(img_BCHW)
@@ -182,7 +182,7 @@ def resize(img_BCHW: Tensor, side: int = SIDE) -> Tensor:
 
 
 def _bilinear(size: int, side: int) -> Tensor:
-    """The matrix [side, size] that resizes one axis."""
+    """The matrix [side, size] of the resize of one axis."""
     source_T = torch.arange(side, dtype=torch.float64) * (size / side)
     low_T = source_T.floor().long().clamp(max=size - 1)
     high_T = (low_T + 1).clamp(max=size - 1)
@@ -194,7 +194,7 @@ def _bilinear(size: int, side: int) -> Tensor:
 
 
 def build(weights: dict[str, Tensor]) -> Inception:
-    """The network with the given weights, frozen and in eval mode; the classifier is not used."""
+    """Build the network with the given weights, frozen and in eval mode, without the classifier."""
     with torch.device("meta"):
         network = Inception()
     network.load_state_dict({k: v for k, v in weights.items() if not k.startswith(("fc.", "AuxLogits."))}, assign=True)

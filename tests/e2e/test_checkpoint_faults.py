@@ -48,7 +48,7 @@ def test_a_second_command_is_refused_and_a_killed_one_goes_on_before_a_damaged_c
     assert done.returncode == 0, done.stdout + done.stderr
     said = " ".join(done.stdout.split())
     assert "is gone; taking over" in said
-    assert f"damaged checkpoint of step {newest} is passed over" in said
+    assert f"damaged checkpoint of step {newest} is skipped" in said
     assert "is not what was saved" in said
     assert "resuming from the checkpoint" in said
     assert reader.load_state(store, retention.latest(store))["position"]["stage"] == "done"

@@ -97,7 +97,7 @@ def test_a_request_is_answered_with_the_images_of_the_champion(folder, server):
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ({"inputs": {"n": 100_000}}, "100000 images were asked for at once; at most 4096 are drawn"),
+        ({"inputs": {"n": 100_000}}, "100000 images in one request; the limit is 4096"),
         ({"inputs": {"n": 2, "truncation": 11.0}}, "truncation=11.0 is not possible"),
         ({"inputs": {"seed": 1}}, "Model is missing inputs ['n']"),
         ({"nonsense": 1}, "exactly one of the input fields"),

@@ -69,7 +69,7 @@ def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path,
     assert watching.returncode == STOPPED_AND_SAVED, err
     assert "submitted trial.1" in out
     assert "the run was stopped and is saved" in out
-    assert "stopped and saved; the same `glann submit` goes on" in cluster("jobs", "status", "trial").stdout
+    assert "stopped and saved; the same `glann submit` resumes it" in cluster("jobs", "status", "trial").stdout
 
     finished = cluster(*submit, "--wait")
     assert finished.returncode == 0, finished.stdout + finished.stderr

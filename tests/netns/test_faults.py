@@ -177,8 +177,8 @@ def test_mlflow_is_away_for_a_minute(cluster, undisturbed, strikes):
     time.sleep(max(0, strike.at + 60 - time.time()))
     cluster.start_mlflow()
     ends_like(undisturbed, job)
-    assert "does not take metrics" in job.said()
-    assert "training goes on" in job.said()
+    assert "does not accept metrics" in job.said()
+    assert "training continues" in job.said()
     cluster.wait_for_mlflow()
     job.start()  # sends what a run that ended before the server was back has kept
     assert job.wait() == 0, job.said()[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_a_spot_machine_waits_for_its_notice_with_a_token(cluster: dict):
     assert "RAY_AUTH_MODE=token RAY_ADDRESS=$RAY_HEAD_IP:6379" in watch
     assert watch.endswith("&")
     assert subprocess.run(["bash", "-n", "-c", f"({watch})"]).returncode == 0
+
+
+def test_a_new_watcher_replaces_the_old_one_and_not_its_own_shell(cluster: dict):
+    [watch] = [line for line in cluster["worker_start_ray_commands"] if "glann drain --on-spot-notice" in line]
+    pattern = re.search(r'pkill -f "(.*?)"', watch)[1]
+    for name in ("leave", "drain"):
+        running = f"/home/ubuntu/glann-venv/bin/python3 /home/ubuntu/glann-venv/bin/glann {name} --on-spot-notice"
+        assert re.search(pattern, running), f"glann {name} of an earlier `ray up` keeps running"
+    for shell in (f"bash --login -c -i true && ({watch})", f"bash -c {watch}"):
+        assert not re.search(pattern, shell), "it kills the shell that starts the new one"
 
 
 def test_both_gpu_types_are_as_many_as_the_large_recipe_asks_for(cluster: dict):

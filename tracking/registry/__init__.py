@@ -1,1 +1,1 @@
-"""Models in MLflow's registry: versions, champions, where they come from."""
+"""Models in MLflow's registry: versions, champions, lineage."""

@@ -1,4 +1,4 @@
-"""What the model registry holds: names, their versions, and which of them are champion and challenger."""
+"""The content of the model registry: models, their versions, and champion and challenger of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a registered model; `created` is in seconds since 1970."""
+    """A version of a registered model; `created` is in seconds since 1970."""
 
     name: str
     number: int
@@ -32,7 +32,7 @@ class Version:
 
     @property
     def metrics(self) -> dict[str, str]:
-        """By key, as they were written down."""
+        """Metrics by key, as text."""
         return canonical_keys(
             {key.removeprefix(METRIC): tag for key, tag in self.tags.items() if key.startswith(METRIC)}
         )
@@ -44,7 +44,7 @@ class Version:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A name of the registry with its versions, the newest first; `tags` are those of the name."""
+    """A registered model with its versions, the newest first; `tags` are those of the model."""
 
     name: str
     aliases: dict[str, int]
@@ -52,7 +52,7 @@ class ModelEntry:
     versions: list[Version]
 
     def version(self, number: int) -> Version:
-        """Raises UserError where there is none of that number."""
+        """The version of that number. Raises UserError if there is none."""
         for version in self.versions:
             if version.number == number:
                 return version
@@ -76,21 +76,21 @@ class ModelEntry:
             return self.version(number)
         if CHALLENGER not in self.aliases:
             raise UserError(
-                f"{self.name} has no challenger; say which version: glann registry promote {self.name} --version V"
+                f"{self.name} has no challenger; name a version: glann registry promote {self.name} --version V"
             )
         return self.version(self.aliases[CHALLENGER])
 
 
 def names(client: MlflowClient) -> list[str]:
-    """Every name in the registry."""
+    """The names of all registered models."""
     return sorted(model.name for model in _all(client.search_registered_models))
 
 
 def read(client: MlflowClient, name: str) -> ModelEntry:
-    """What the registry holds under a name.
+    """Read a registered model and its versions.
 
     Raises:
-        UserError: nothing.
+        UserError: no such model.
     """
     from mlflow.exceptions import MlflowException
 
@@ -115,7 +115,7 @@ def read(client: MlflowClient, name: str) -> ModelEntry:
 
 
 def _all(search: Any, **how: Any) -> Iterator[Any]:
-    """Every page of a search."""
+    """The items of all pages of a search."""
     token = None
     while True:
         page = search(page_token=token, **how)

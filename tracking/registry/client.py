@@ -1,4 +1,4 @@
-"""Reaching the model registry: an explicit client, errors in one line, and the files of a model."""
+"""Access to the model registry: an explicit client, one-line errors, and the files of a model."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-CHALLENGER, CHAMPION = "challenger", "champion"  # the aliases: the newest version, and the one that was promoted
+CHALLENGER, CHAMPION = "challenger", "champion"  # aliases: the newest version, and the promoted one
 
 
 FIRST = "register one with `glann registry register RUN` or tracking.register_as"
 
 
 def download(uri: str, scratch: Path) -> Path:
-    """Fetch a registered model's files; nothing of what is fetched is run.
+    """Download the files of a registered model; no downloaded code is run.
 
     Raises:
         UserError: no such model, version or alias.
-        EnvironmentFault: the server or its store does not answer.
+        EnvironmentFault: the server or its store does not respond.
     """
     with opened(f"no model {uri}") as client:
-        # MLflow's own resolution of models:/ asks the process-wide server, whatever it is given.
+        # MLflow's own resolution of models:/ always uses the process-wide server.
         return fetch(client.tracking_uri, locate(client, uri)[0], scratch)
 
 
 def fetch(address: str, artifact_uri: str, scratch: Path) -> Path:
-    """A copy of an artifact, file or folder, in `scratch`; MLflow's process-wide settings are not asked."""
+    """Copy an artifact, file or folder, to `scratch`, independent of MLflow's process-wide settings."""
     from mlflow.artifacts import download_artifacts
 
     return Path(
@@ -48,10 +48,10 @@ def fetch(address: str, artifact_uri: str, scratch: Path) -> Path:
 
 @contextmanager
 def opened(missing: str) -> Iterator[MlflowClient]:
-    """A client of the registry that the environment names; its errors are those of `one_line_errors`.
+    """A client of the environment's registry; errors are converted by `one_line_errors`.
 
     Raises:
-        UserError: nothing answers, or there is no database yet: one that is only read from is not made.
+        UserError: no response, or no database: reading does not create one.
     """
     address = default_uri(None)
     path = sqlite_path(address)
@@ -66,7 +66,7 @@ def opened(missing: str) -> Iterator[MlflowClient]:
 def one_line_errors(address: str, missing: str) -> Iterator[None]:
     """Raise errors of the server at `address` as UserError or EnvironmentFault, in one line.
 
-    `missing`: the beginning of the message where the server does not find something.
+    `missing`: beginning of the message for something that the server does not find.
     """
     from mlflow.exceptions import MlflowException
 
@@ -82,7 +82,7 @@ def one_line_errors(address: str, missing: str) -> Iterator[None]:
 
 
 def locate(client: MlflowClient, uri: str) -> tuple[str, str | None]:
-    """Where the files of `models:/name@alias`, `models:/name/3` or `models:/model-id` lie, and the run they are of."""
+    """The address of the files of `models:/name@alias`, `models:/name/3` or `models:/model-id`, and their run id."""
     reference = uri.removeprefix("models:/").strip("/")
     name, at, alias = reference.partition("@")
     if at:

@@ -1,8 +1,8 @@
-"""Which version of a model is its champion, since when and why; and which one was before.
+"""The history of a model's champions: versions, times, users and reasons.
 
-Every promotion and rollback is an event, kept as a tag of the name (`glann.history.000001`, ...), and told
-by the tags of the version that it made champion. The alias is moved last: an event whose command died before
-that did not happen, and neither `previous` nor the next event is misled by it.
+Every promotion and rollback is stored as a tag of the model (`glann.history.000001`, ...), and described by
+tags of the new champion's version. The alias is moved last: an event whose command was interrupted before that
+has no effect, and `previous` and later events take this into account.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 HISTORY, PROMOTION, ROLLBACK = "glann.history.", "glann.promotion.", "glann.rollback."
-MAX_WHY = 1000  # an event has to fit into a tag of 5000 characters
+MAX_WHY = 1000  # an event must fit into a tag of 5000 characters
 NONE = "none"
 
 
@@ -32,8 +32,8 @@ class ChampionChange(Section):
     """A change of champion."""
 
     action: Literal["promote", "rollback"]
-    version: int = Field(description="the champion since then")
-    previous: int | None = Field(description="the champion until then")
+    version: int = Field(description="the new champion")
+    previous: int | None = Field(description="the former champion")
     at: str = Field(description="UTC, ISO 8601")
     by: str = Field(description="user@host")
     why: str = ""
@@ -41,24 +41,24 @@ class ChampionChange(Section):
 
 
 class Measured(Section):
-    """What a promotion was decided by."""
+    """The measurement that decided a promotion."""
 
     metric: str
     extractor: str
     samples: int
     seed: int
-    data: str = Field(description="address of the images that samples were compared with")
+    data: str = Field(description="address of the reference images")
     data_fingerprint: str
-    rows: int = Field(description="how many of these images")
+    rows: int = Field(description="number of reference images")
     value: float
-    champion_value: float | None = Field(description="of the champion until then, under the same conditions")
+    champion_value: float | None = Field(description="value of the former champion, under the same conditions")
 
 
 def history(entry: ModelEntry) -> list[ChampionChange]:
-    """Every change of champion, in the order in which they happened.
+    """Every change of champion, in chronological order.
 
     Raises:
-        UserError: a tag of the history was damaged.
+        UserError: a tag of the history is damaged.
     """
     events = []
     for key in sorted(key for key in entry.tags if key.startswith(HISTORY)):
@@ -70,7 +70,7 @@ def history(entry: ModelEntry) -> list[ChampionChange]:
 
 
 def previous(entry: ModelEntry) -> int | None:
-    """The champion before the present one, rollbacks taken back; None if there was none."""
+    """The champion before the present one, with rollbacks undone; None if there was none."""
     champions: list[int] = []
     for event in history(entry):
         if event.previous is not None:
@@ -84,7 +84,7 @@ def previous(entry: ModelEntry) -> int | None:
 
 
 def _back_to(champions: list[int], version: int) -> None:
-    """Forget the champions after `version`; one that the history does not know was made so by hand, and comes last."""
+    """Drop the champions after `version`; one that is not in the history was set by hand, and is appended."""
     if version not in champions:
         champions.append(version)
     while champions[-1] != version:
@@ -94,10 +94,10 @@ def _back_to(champions: list[int], version: int) -> None:
 def promote(
     client: MlflowClient, entry: ModelEntry, version: Version, measured: Measured, why: str = "", forced: bool = False
 ) -> None:
-    """Make a version the champion and write down what decided it.
+    """Make a version the champion and record the measurement that decided it.
 
     Raises:
-        UserError: another command has changed the champion since `entry` was read.
+        UserError: the champion was changed since `entry` was read.
     """
     event = _event("promote", entry, version.number, why, forced)
     facts = event.model_dump(mode="json", exclude={"action", "version"}) | measured.model_dump(mode="json")
@@ -105,10 +105,10 @@ def promote(
 
 
 def rollback(client: MlflowClient, name: str, why: str = "") -> ChampionChange:
-    """Make the champion before the present one champion again.
+    """Restore the previous champion.
 
     Raises:
-        UserError: there is no champion, none before it, or that version was deleted.
+        UserError: there is no champion, no previous one, or its version was deleted.
     """
     entry = catalogue.read(client, name)
     if entry.champion is None:
@@ -124,10 +124,10 @@ def rollback(client: MlflowClient, name: str, why: str = "") -> ChampionChange:
 
 
 def checked_why(why: str) -> str:
-    """A reason as it may be written down: one line, without passwords.
+    """Reduce a reason to one line without passwords.
 
     Raises:
-        UserError: it is too long.
+        UserError: the reason is too long.
     """
     why = redact(" ".join(why.split()))
     if len(why) > MAX_WHY:
@@ -153,16 +153,18 @@ def _change(client: MlflowClient, entry: ModelEntry, event: ChampionChange, tags
     """Write an event and its tags, then move the alias."""
     now = catalogue.read(client, entry.name)
     if now.aliases.get(CHAMPION) != event.previous:
-        raise UserError(f"the champion of {entry.name} was changed by somebody else meanwhile; look, and try again")
+        raise UserError(
+            f"the champion of {entry.name} was changed by another command meanwhile; check it and try again"
+        )
     numbers = [key.removeprefix(HISTORY) for key in now.tags if key.startswith(HISTORY)]
     last = max((int(number) for number in numbers if number.isdecimal()), default=0)
     client.set_registered_model_tag(entry.name, f"{HISTORY}{last + 1:06d}", event.model_dump_json())
-    for key, value in tags.items():  # all of them, every time: none is left of an earlier promotion
-        client.set_model_version_tag(entry.name, str(event.version), key, _told(value))
+    for key, value in tags.items():  # always all of them, so that none remains of an earlier promotion
+        client.set_model_version_tag(entry.name, str(event.version), key, _tag(value))
     client.set_registered_model_alias(entry.name, CHAMPION, str(event.version))
 
 
-def _told(value: Any) -> str:
+def _tag(value: Any) -> str:
     if value is None or value == "":
         return NONE
     return str(value).lower() if isinstance(value, bool) else redact(str(value))

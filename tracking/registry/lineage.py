@@ -1,9 +1,9 @@
-"""What a registered version says of itself, all of it from the MLflow run that it came out of.
+"""Tags and description of a registered version, taken from its MLflow run.
 
     glann.fingerprint, glann.rows, glann.resolution, ...   the data it was trained on
-    glann.config.KEY                                       the keys that decide most; run and model hold the others
-    glann.metric.NAME                                      as measured at the end of the run
-    glann.run, glann.run_name, glann.study, glann.trial    where it comes from
+    glann.config.KEY                                       the most important keys; all are in the run and the model
+    glann.metric.NAME                                      metrics at the end of the run
+    glann.run, glann.run_name, glann.study, glann.trial    origin of the model
 
 The description of a version is the model card of its run.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FINGERPRINT, RUN, RUN_NAME = "glann.fingerprint", "glann.run", "glann.run_name"
 STUDY, TRIAL, PARENT = "glann.study", "glann.trial", "mlflow.parentRunId"
 METRIC, CONFIG = "glann.metric.", "glann.config."
-EVALUATION = "evaluation/"  # the stage under which a run logs what it measured of itself
+EVALUATION = "evaluation/"  # prefix of the metrics of the run's own evaluation
 COPIED = {tag: tag for tag in (STUDY, TRIAL, PARENT, "glann.data")} | {"mlflow.source.git.commit": "glann.commit"}
 MAX_DESCRIPTION = 5000  # MLflow's database column; PostgreSQL refuses more
 MAX_CONFIG_BYTES = 1 << 20
@@ -40,7 +40,7 @@ _PICTURE = re.compile(r"^!\[[^\]\n]*\]\([^)\n]*\)\n+", re.MULTILINE)
 
 
 def version_tags(run: Run, manifest: ModelManifest) -> dict[str, str]:
-    """The tags of a version. Addresses have lost their passwords, whoever wrote the run."""
+    """The tags of a version, with passwords removed from addresses."""
     params, metrics = run.data.params, run.data.metrics
     tags: dict[str, Any] = {
         FINGERPRINT: manifest.fingerprint,
@@ -60,7 +60,7 @@ def version_tags(run: Run, manifest: ModelManifest) -> dict[str, str]:
 
 
 def description(client: MlflowClient, run_id: str) -> str | None:
-    """The model card of a run, as long as MLflow lets a description be; None if it has none."""
+    """The model card of a run, cut to MLflow's limit for descriptions; None if it has none."""
     if CARD not in {file.path for file in client.list_artifacts(run_id)}:
         return None
     with tempfile.TemporaryDirectory(prefix="glann-card-") as scratch:
@@ -69,7 +69,7 @@ def description(client: MlflowClient, run_id: str) -> str | None:
 
 
 def fitted(text: str, note: str) -> str:
-    """The text, or as many of its lines as leave room for the note that some are missing."""
+    """The text, or its first lines that fit together with `note`."""
     if len(text) <= MAX_DESCRIPTION:
         return text
     head = text[: MAX_DESCRIPTION - len(note)]
@@ -77,10 +77,10 @@ def fitted(text: str, note: str) -> str:
 
 
 def manifest_of(client: MlflowClient, logged: LoggedModel) -> ModelManifest:
-    """model.json of a logged model.
+    """Read model.json of a logged model.
 
     Raises:
-        UserError: it is not one of glann's.
+        UserError: not a model of glann.
     """
     with tempfile.TemporaryDirectory(prefix="glann-manifest-") as scratch:
         where = f"{logged.artifact_location.rstrip('/')}/artifacts/model/{MANIFEST}"
@@ -88,7 +88,7 @@ def manifest_of(client: MlflowClient, logged: LoggedModel) -> ModelManifest:
 
 
 def origin(uri: str) -> Config:
-    """The configuration that a registered model was made with.
+    """The configuration that a registered model was trained with.
 
     Raises:
         UserError: no such model, or its run has no configuration.
@@ -96,15 +96,15 @@ def origin(uri: str) -> Config:
     with opened(f"no model {uri}") as client:
         run_id = locate(client, uri)[1]
         if run_id is None:
-            raise UserError(f"{uri} is of no MLflow run, so its configuration is not known")
+            raise UserError(f"{uri} has no MLflow run, so its configuration is unknown")
         return run_config(client, run_id)
 
 
 def run_config(client: MlflowClient, run_id: str) -> Config:
-    """The configuration of a run, as MLflow has it: without passwords, and without folders of other machines.
+    """The configuration of a run, from MLflow: without passwords, and without the cache folder.
 
     Raises:
-        UserError: the run has none, or what it has is not one.
+        UserError: the run has no configuration, or an invalid one.
     """
     with tempfile.TemporaryDirectory(prefix="glann-config-") as scratch:
         if TRACKED_CONFIG not in {file.path for file in client.list_artifacts(run_id)}:
@@ -113,5 +113,5 @@ def run_config(client: MlflowClient, run_id: str) -> Config:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise UserError(f"{TRACKED_CONFIG} of MLflow run {run_id} is larger than {MAX_CONFIG_BYTES} bytes")
         found = config.load(path)
-    # A cache is emptied as it fills: its folder is chosen here, not by whoever can write to the server.
+    # The cache deletes files as it fills: its folder is chosen here, and not taken from the server.
     return found.model_copy(update={"data": found.data.model_copy(update={"cache_dir": None})})

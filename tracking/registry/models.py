@@ -1,7 +1,7 @@
-"""The packaged model in MLflow: logged as a pyfunc, registered as a version of a name, and fetched from there.
+"""The packaged model in MLflow: logged as a pyfunc, and registered as a version.
 
-Every call goes through an explicit client with an explicit address; MLflow's process-wide settings
-are left as the user has them.
+Every call uses an explicit client with an explicit address; MLflow's process-wide settings are not
+changed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .lineage import description, manifest_of, version_tags
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
-NAME = "generator"  # of the logged model within its run
-MANIFEST_TAG = "glann.manifest"  # of a logged model: SHA-256 of the file that names its files and their hashes
+NAME = "generator"  # name of the logged model in its run
+MANIFEST_TAG = "glann.manifest"  # tag of a logged model: SHA-256 of its model.json
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 INPUT_EXAMPLE = {"n": 4, "seed": 0, "truncation": 1.0}
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """Where a model went: `uri` loads it; `version` is its number in the registry, if registered."""
+    """A model in MLflow: `uri` loads it; `version` is its number in the registry, if registered."""
 
     uri: str
     name: str | None = None
@@ -40,9 +40,9 @@ class PublishedModel:
 
 
 def publish(client: MlflowClient, run_id: str, folder: Path, register_as: str | None) -> PublishedModel:
-    """Log the model folder as a pyfunc of the run and, where a name is given, register it.
+    """Log the model folder as a pyfunc of the run and, if a name is given, register it.
 
-    To be called again after a fault, wherever that was: what has been done is not done twice.
+    Idempotent: it can be called again after any error.
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
@@ -60,14 +60,14 @@ def publish(client: MlflowClient, run_id: str, folder: Path, register_as: str | 
     if not register_as:
         return PublishedModel(f"models:/{logged.model_id}")
     for made in client.search_model_versions(f"name = '{checked(register_as)}' and run_id = '{run_id}'"):
-        if made.source == logged.artifact_location:  # the model id is not kept
+        if made.source == logged.artifact_location:  # MLflow does not store the model id
             client.set_registered_model_alias(register_as, CHALLENGER, made.version)
             return PublishedModel(f"models:/{register_as}@{CHALLENGER}", register_as, str(made.version))
     return register(client, register_as, logged, run_id)
 
 
 def _begun(client: MlflowClient, run: Run, folder: Path) -> LoggedModel:
-    """The logged model of a run that is, or is to be, this folder: known by its manifest, made if there is none."""
+    """The logged model of this folder in its run, identified by its manifest; created if it does not exist."""
     manifest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     run_id, experiment = run.info.run_id, run.info.experiment_id
     for logged in client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"):
@@ -77,10 +77,10 @@ def _begun(client: MlflowClient, run: Run, folder: Path) -> LoggedModel:
 
 
 def register(client: MlflowClient, name: str, logged: LoggedModel, run_id: str) -> PublishedModel:
-    """Make the model that a run has logged the newest version of a name, its `challenger`; tags say what it is.
+    """Register a logged model as the newest version of a name, the `challenger`, with the tags of `lineage`.
 
     Raises:
-        UserError: a name that MLflow or its addresses do not take, or a model that is not glann's.
+        UserError: an invalid name, or a model that is not of glann.
     """
     from mlflow.exceptions import MlflowException
 
@@ -105,7 +105,7 @@ def register(client: MlflowClient, name: str, logged: LoggedModel, run_id: str) 
 
 
 def logged_model(client: MlflowClient, run_id: str) -> LoggedModel | None:
-    """The model that a run has logged, the last of several; None if it has logged none."""
+    """The latest model that a run has logged; None if there is none."""
     run = client.get_run(run_id)
     outputs = run.outputs.model_outputs if run.outputs else []
     found = [client.get_logged_model(output.model_id) for output in outputs]
@@ -114,22 +114,22 @@ def logged_model(client: MlflowClient, run_id: str) -> LoggedModel | None:
 
 
 def checked(name: str) -> str:
-    """A name for a registered model.
+    """Return the name of a registered model if it is valid.
 
     Raises:
-        UserError: it cannot be one.
+        UserError: it is not.
     """
     if not MODEL_NAME.fullmatch(name):
         raise UserError(
-            f"{name[:120]!r} is no name for a model: letters, digits, dots, dashes and underscores, at most 100 of them"
+            f"{name[:120]!r} is not a valid model name: use letters, digits, dots, dashes and underscores, at most 100"
         )
     return name
 
 
 def save_pyfunc(folder: Path, path: Path, **identity: Any) -> None:
-    """Write an MLflow model: the packaged model as an artifact, and the code that opens it, unpickled.
+    """Write an MLflow model: the packaged model as an artifact, and the code that loads it (no pickle).
 
-    The environment it names is glann and MLflow of these versions; `mlflow models serve` needs an image
+    Its requirements are these versions of glann, MLflow and torch; `mlflow models serve` needs an environment
     that has them (`--env-manager local`).
     """
     import mlflow.pyfunc
@@ -149,7 +149,7 @@ def save_pyfunc(folder: Path, path: Path, **identity: Any) -> None:
 
 
 def signature() -> Any:
-    """n, seed, truncation, each of which has a default -> uint8 images [n, H, W, C]."""
+    """The signature: n, seed and truncation (the last two optional) -> uint8 images [n, H, W, C]."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
@@ -163,5 +163,5 @@ def signature() -> Any:
 
 
 def _public(package: str) -> str:
-    """The version without its build's local part (2.13.0+cpu), which no registry carries."""
+    """The version of a package without its local part (2.13.0+cpu), which package indices do not have."""
     return version(package).partition("+")[0]

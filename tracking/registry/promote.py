@@ -1,4 +1,4 @@
-"""`glann registry promote`: the challenger and the champion measured under the same conditions, and the better kept.
+"""`glann registry promote`: compare challenger and champion under the same conditions, and keep the better one.
 
 Both draw the same number of images from the same noise, and are compared with the same images by the same
 extractor. A challenger that is not worse becomes champion.
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Contender:
-    """A version with its model, opened."""
+    """A version with its loaded model."""
 
     version: Version
     manifest: ModelManifest
@@ -37,7 +37,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How the contenders are measured; None takes what the challenger's run was configured with."""
+    """How the contenders are measured; None takes the configuration of the challenger's run."""
 
     data: str | None = None
     extractor: str | None = None
@@ -53,9 +53,9 @@ def promote(
 
     Args:
         force: promote it also if it is worse, or cannot be compared with the champion.
-        say: is told what happens, a line at a time.
+        say: called with each line of output.
     Raises:
-        UserError: no such version, or it is refused; nothing has changed then.
+        UserError: no such version, or it is rejected; nothing has changed then.
     """
     why = promotion.checked_why(why)
     with opened(f"no model {name}") as client:
@@ -65,7 +65,7 @@ def promote(
             say(f"version {version.number} of {name} is the champion already; nothing was changed")
             return version
         if version.run_id is None:
-            raise UserError(f"{version.uri} is of no MLflow run, so it is not known what it was trained on")
+            raise UserError(f"{version.uri} has no MLflow run, so its training data is unknown")
         config = moved(run_config(client, version.run_id), conditions.data)
         challenger = _open(version, conditions.device)
         holder = _open(champion, conditions.device) if champion else None
@@ -89,7 +89,7 @@ def _open(version: Version, device: str) -> Contender:
 def _measure(
     challenger: Contender, holder: Contender | None, config: Config, conditions: Conditions, say: Say
 ) -> Measured:
-    """The numbers of both, against all rows that either was trained on, or all images of another address."""
+    """Measure both against all rows that either was trained on, or all images of another address."""
     contenders = [challenger, *([holder] if holder else [])]
     rows = None if conditions.data else max(contender.manifest.rows for contender in contenders)
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_rows": rows})})
@@ -123,7 +123,7 @@ def _value(judge: Judge, contender: Contender, say: Say) -> float:
 
 
 def _incomparable(challenger: Contender, holder: Contender) -> str | None:
-    """Why the two cannot be measured by the same images, if so."""
+    """The reason why the two cannot be compared, or None."""
     ours, theirs = challenger.manifest, holder.manifest
     for what, mine, other in (
         ("at", f"{ours.resolution} px", f"{theirs.resolution} px"),
@@ -138,7 +138,7 @@ def _incomparable(challenger: Contender, holder: Contender) -> str | None:
 
 
 def _worse(challenger: Contender, holder: Contender | None, measured: Measured) -> str | None:
-    """That the challenger is worse, in numbers, if so."""
+    """The message that the challenger is worse, with the values, or None."""
     if holder is None or measured.champion_value is None:
         return None
     lower, higher = measured.value, measured.champion_value
@@ -154,4 +154,4 @@ def _worse(challenger: Contender, holder: Contender | None, measured: Measured) 
 
 def _refuse(objection: str | None, force: bool) -> None:
     if objection and not force:
-        raise UserError(f"{objection}; nothing was changed; --force promotes it all the same")
+        raise UserError(f"{objection}; nothing was changed; --force promotes it anyway")

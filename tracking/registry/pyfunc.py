@@ -20,29 +20,29 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 
 DEFAULTS: dict[str, float] = {"n": 16, "seed": 0, "truncation": 1.0}
-MAX_IMAGES = 4096  # of one request: a server must not be made to run out of memory
+MAX_IMAGES = 4096  # per request: a request must not exhaust the server's memory
 
 
 class GlannModel(PythonModel):
-    """Draws images, also as served by MLflow: a request of several rows draws each of them in turn."""
+    """Draws images, also when served by MLflow; of a request with several rows, each row in turn."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self.model = load_model(context.artifacts["model"])
 
-    # MLflow reads the hint of model_input; DataFrame is what its servers send and leaves the signature alone.
+    # MLflow infers a signature from the type hint of model_input; with DataFrame, which its servers send, it does not.
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> NDArray[np.uint8]:
-        """uint8 images [n, H, W, C], those of all rows one after the other.
+        """Draw uint8 images [n, H, W, C]; those of all rows are concatenated.
 
         Args:
             model_input: `n`, `seed` and `truncation`, as a dict or a table (DataFrame) of such rows.
         Raises:
-            MlflowException: an impossible request; a server answers it with status 400 and the reason.
+            MlflowException: an invalid request; a server responds with status 400 and the reason.
         """
         try:
             return self._draw(model_input)
-        except UserError as error:  # any other exception would be answered with a traceback
+        except UserError as error:  # any other exception would return a traceback
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _draw(self, model_input: Any) -> NDArray[np.uint8]:
@@ -51,9 +51,7 @@ class GlannModel(PythonModel):
             raise UserError("the request has no rows; send n, seed and truncation")
         total = sum(int(request["n"]) for request in requests)
         if total > MAX_IMAGES:
-            raise UserError(
-                f"{total} images were asked for at once; at most {MAX_IMAGES} are drawn, send several requests"
-            )
+            raise UserError(f"{total} images in one request; the limit is {MAX_IMAGES}, send several requests")
         return np.concatenate(
             [self.model.sample(int(r["n"]), int(r["seed"]), float(r["truncation"])) for r in requests]
         )
@@ -72,7 +70,7 @@ def _request(row: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise UserError(f"unknown input {', '.join(unknown)}; the inputs are {', '.join(DEFAULTS)}")
     given = {key: np.asarray(value).item() for key, value in row.items() if value is not None}
-    # a table has NaN where a row leaves an optional column out
+    # in a table, NaN stands for an optional column that a row leaves out
     return DEFAULTS | {key: value for key, value in given.items() if value == value}
 
 

@@ -1,7 +1,7 @@
-"""Registering a run that has ended: from its folder, or from its MLflow run.
+"""Registration of a finished run, from its folder or from its MLflow run.
 
-A model that MLflow has already is registered where it lies. One that it has not (a run with
-`tracking.enabled=false`) is logged first, with its configuration, journal and model card.
+A model that is in MLflow already is registered in place. Otherwise (a run with `tracking.enabled=false`)
+it is logged first, with its configuration, journal and model card.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class Registered:
-    """Which version a run is; `fresh` if it was made just now."""
+    """The registered version of a run; `fresh` if it was created by this call."""
 
     name: str
     version: str
@@ -43,7 +43,7 @@ def register_run(run: str, name: str | None = None) -> Registered:
     """Register the model of a finished run folder, or of an MLflow run, under `name` or the name of the run.
 
     Raises:
-        UserError: no such run, not finished, tracked by another server, or without a model.
+        UserError: no such run, or it is not finished, tracked by another server, or without a model.
     """
     folder = Path(run)
     if folder.is_dir():
@@ -53,14 +53,14 @@ def register_run(run: str, name: str | None = None) -> Registered:
     with opened(f"no MLflow run {run}") as client:
         logged = logged_model(client, run)
         if logged is None:
-            raise UserError(f"MLflow run {run} has logged no model of glann's; give its run folder")
+            raise UserError(f"MLflow run {run} has logged no glann model; give its run folder")
         return _register_logged(client, logged, run, name or client.get_run(run).info.run_name)
 
 
 def _register_folder(folder: Path, name: str | None) -> Registered:
     facts = RunFacts.read(folder)
     if not facts.finished:
-        raise UserError(f"{folder} has not finished; the same `glann train` goes on with it")
+        raise UserError(f"{folder} has not finished; the same `glann train` resumes it")
     name, address = checked(name or facts.config.name), default_uri(None)
     state = OutboxState.load(folder)
     if state and state.run_id:
@@ -81,7 +81,7 @@ def _register_logged(client: MlflowClient, logged: LoggedModel, run_id: str, nam
 
 
 def _track(facts: RunFacts, name: str, address: str) -> PublishedModel:
-    """Give MLflow a finished run that it does not have, or not all of; its model is registered with it."""
+    """Send a finished run that is not, or not completely, in MLflow, and register its model."""
     folder = facts.run_dir
     model = find_folder(folder)
     tracking = facts.config.tracking.model_copy(update={"enabled": True, "uri": address, "register_as": name})

@@ -1,1 +1,1 @@
-"""One optimiser step of a network, through DeepSpeed or plain PyTorch."""
+"""Engines: one optimiser step of a network, through DeepSpeed or plain PyTorch."""

@@ -1,4 +1,4 @@
-"""Construction of the engine that `engine.kind` names."""
+"""Construction of the engine selected by `engine.kind`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def build_engine(
     device: torch.device,
     state: Mapping | None = None,
 ) -> Engine:
-    """The engine that `config.kind` names; arguments as of `Engine`. A process may hold several, one per network.
+    """The engine selected by `config.kind`; arguments as in `Engine`. A process may hold several, one per network.
 
     Raises:
-        ValueError: the plain engine in a group of several workers, whose gradients it would not average.
+        ValueError: the plain engine with several workers, as it does not average gradients.
     """
     if config.kind == "torch" and world_size() > 1:
         raise ValueError(f"engine.kind=torch trains on one worker, not {world_size()}; use engine.kind=deepspeed")

@@ -1,7 +1,7 @@
 """One optimiser step of a network through DeepSpeed; the only file that imports DeepSpeed.
 
 Weights are fp32 and the network runs under autocast when `precision` is bf16, as in the plain engine; both give the
-same numbers (a test holds them side by side).
+same numbers (compared in a test).
 
 Shapes: W workers.
 """
@@ -48,7 +48,7 @@ class DeepSpeedEngine(Engine):
         return self.runtime
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        # our scale already is the mean over the whole step: not divided by the accumulation again
+        # the loss is already scaled for the whole step: do not divide by the accumulation steps again
         self.runtime.backward(loss, scale_wrt_gas=False)
         if not last:
             self.runtime.step()  # counts the micro-batch
@@ -62,7 +62,7 @@ class DeepSpeedEngine(Engine):
         return not self.optimizer.withhold and self.runtime.was_step_applied()
 
     def _stored_parameters(self) -> list[Tensor]:
-        if self.zero == 3:  # taken out of the parameter groups between steps
+        if self.zero == 3:  # ZeRO 3 removes them from the parameter groups between steps
             return list(self.runtime.optimizer.fp32_partitioned_groups_flat)
         return super()._stored_parameters()
 
@@ -88,7 +88,7 @@ class DeepSpeedEngine(Engine):
         if self.zero == 0:
             super()._set_moment(parameter, key, value)
         elif self.zero == 3:
-            # DeepSpeed's own setter runs over the end of a parameter that W does not divide
+            # DeepSpeed's own setter overruns a parameter whose size W does not divide
             stored, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, False, key)
             stored.copy_(self._cut(value, stored.numel()))
         else:
@@ -130,10 +130,10 @@ class DeepSpeedEngine(Engine):
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, set up so that it compiles nothing at run time."""
+    """Import DeepSpeed, configured to compile nothing at run time."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # its autotuner would import all of mlflow, which is most of the time that a restarted worker takes to begin
+    # its autotuner would import mlflow, which takes most of the start-up time of a restarted worker
     hidden = "mlflow" not in sys.modules and sys.modules.setdefault("mlflow", cast(Any, None)) is None
     try:
         import deepspeed
@@ -144,5 +144,5 @@ def import_deepspeed(device: torch.device) -> Any:
 
     logger.setLevel("WARNING")
     if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes a minute
     return deepspeed

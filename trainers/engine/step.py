@@ -1,9 +1,9 @@
-"""One optimiser step of a network in plain PyTorch: the reference, and the base of the DeepSpeed engine.
+"""One optimiser step of a network in plain PyTorch: the reference, and the base class of the DeepSpeed engine.
 
-Engines keep fp32 weights and run the network under autocast when `precision` is bf16; with the engine on or off
-the numbers are the same (a test holds them side by side).
+Engines keep fp32 weights and run the network under autocast when `precision` is bf16; with DeepSpeed on or off
+the numbers are the same (compared in a test).
 
-Shapes: B rows of this worker's batch, D input dimension, K numbers of the caller's, W workers.
+Shapes: B rows of this worker's batch, D input dimension, K piggyback numbers, W workers.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one global step did.
+    """Result of one global step.
 
     loss: mean over the real rows of all workers.  grad_BD: gradient of each row's own loss with respect to its
-    input, not divided by anything.  applied: False if the loss or a gradient was not finite, in which case nothing
-    moved.  piggyback_K: sum over workers of the `piggyback_K` they passed in, float32 on the CPU; empty without one.
+    input, without any averaging.  applied: False if the loss or a gradient was not finite, in which case no parameter
+    changed.  piggyback_K: sum over workers of the `piggyback_K` they passed in, float32 on the CPU; empty without one.
     """
 
     loss: float
@@ -51,7 +51,7 @@ class StepResult:
 
 
 class GuardedAdam(torch.optim.Adam):
-    """Adam whose next update can be withheld, whatever wraps it (DeepSpeed calls `step` itself)."""
+    """Adam that skips updates while `withhold` is set, also inside a wrapper (DeepSpeed calls `step` itself)."""
 
     withhold = False
 
@@ -60,7 +60,7 @@ class GuardedAdam(torch.optim.Adam):
 
 
 class Precision(nn.Module):
-    """Runs a network under autocast from inside, since DeepSpeed switches outer autocast off."""
+    """Wrapper that runs a network under autocast; it is inside because DeepSpeed disables an outer autocast."""
 
     def __init__(self, network: nn.Module, device: torch.device, bf16: bool) -> None:
         super().__init__()
@@ -74,7 +74,9 @@ class Precision(nn.Module):
 class Engine:
     """Plain PyTorch, one process: the reference, and the base of `DeepSpeedEngine`.
 
-    An engine shares nothing with another one, so that a process may hold several.
+    A process may hold several engines, one per network. A loss that goes through the network of another engine calls
+    its `network`, not its `forward`, and switches its parameters off meanwhile (`requires_grad_`): its next update
+    would else contain the gradients of this loss.
 
     Args:
         network: called as network(z_BD, weight_B); moved to `device` and put in training mode.
@@ -116,7 +118,7 @@ class Engine:
             weights = None if state is None else state.get("ema")
             self.ema = MovingAverage(optimizer.ema, self.shards(), self._as_shards(weights))
 
-    # What `DeepSpeedEngine` overrides --------------------------------------------------------
+    # Overridden by `DeepSpeedEngine` ---------------------------------------------------------
 
     def _wrap(self, forward: nn.Module, config: EngineConfig, batch: int) -> nn.Module:
         return forward
@@ -137,7 +139,7 @@ class Engine:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def shards(self) -> list[Tensor]:
-        """The part of each parameter that this process stores (here: all of it)."""
+        """The part of each parameter that this process stores (all of it in this class)."""
         return [parameter.data for parameter in self.network.parameters()]
 
     def _as_shards(self, weights: Mapping[str, Tensor] | None) -> list[Tensor] | None:
@@ -168,8 +170,8 @@ class Engine:
             weight_B: 1 for a real row, 0 for padding.
             loss_of: (outputs of a slice of the batch, the slice) -> loss per row.
             lr: learning rate of this step.
-            piggyback_K: a few float32 numbers of the caller's, as many on every worker; their sums over workers come
-                back with the loss, without a further exchange.
+            piggyback_K: a few float32 numbers, equally many on every worker; their sums over workers are returned with
+                the loss, in the same all-reduce.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -182,7 +184,7 @@ class Engine:
             part = slice(start, start + micro)
             z_part_BD = z_BD[part].detach().requires_grad_()
             fake_BCHW = self.forward(z_part_BD, weight_B[part])
-            # where() and not a product: a padding row may be non-finite, and 0 x inf is not 0
+            # where() instead of a product: a padding row may be non-finite, and 0 x inf is NaN
             loss_B = torch.where(weight_B[part] > 0, loss_of(fake_BCHW, part), 0.0)
             last = start + micro >= len(z_BD)
             self._backward(loss_B.sum() * scale, last)
@@ -194,7 +196,7 @@ class Engine:
             exchanged = torch.cat([exchanged, piggyback_K.to(self.device)])
         summed = all_sum(exchanged).cpu()
         loss_sum, grad_sum = summed[:2].tolist()
-        # a NaN or infinity on any worker makes the sum non-finite on all: every worker agrees
+        # a NaN or infinity on one worker makes the sum non-finite on all, so all workers decide alike
         self.optimizer.withhold = not (is_finite(loss_sum) and is_finite(grad_sum))
         applied = self._update()
         if applied and self.ema:
@@ -202,16 +204,16 @@ class Engine:
         return StepResult(loss_sum / max(real_rows, 1.0), grad_BD, applied, summed[2:])
 
     def weights(self, averaged: bool = True) -> dict[str, Tensor]:
-        """Whole fp32 weights, and buffers, by name on CPU, of the moving average where there is one. Collective."""
+        """Whole fp32 weights and buffers by name, on the CPU; of the moving average if there is one. Collective."""
         held = self.lazy_state()
         chosen = held["weights"] | (held.get("ema", {}) if averaged else {})
         return {name: tensor.whole().to("cpu", copy=True) for name, tensor in chosen.items()}
 
     def lazy_state(self) -> dict[str, Any]:
-        """All that is needed to resume, by parameter name and independent of W, without a copy of it.
+        """The state to resume from, by parameter name and independent of W, without copying it.
 
-        `weights`, `ema` (if on), `exp_avg`, `exp_avg_sq`: dictionaries of `LazyTensor`, which all workers gather in
-        the same order and before the next step; `updates`: Adam's count.
+        `weights`, `ema` (if on), `exp_avg`, `exp_avg_sq`: dictionaries of `LazyTensor`, which all workers must gather
+        in the same order and before the next step; `updates`: Adam's step count.
         """
         parameters = dict(self.network.named_parameters())
 
@@ -230,7 +232,7 @@ class Engine:
         return state
 
     def state(self) -> dict[str, Any]:
-        """What `lazy_state` holds, as whole copies on the CPU of every worker. Collective."""
+        """The tensors of `lazy_state` as whole copies on the CPU of every worker. Collective."""
         return {
             key: {name: tensor.whole().to("cpu", copy=True) for name, tensor in held.items()}
             if isinstance(held, dict)
@@ -239,11 +241,11 @@ class Engine:
         }
 
     def _whole(self, tensor: Tensor) -> Tensor:
-        """A parameter or buffer in fp32; counters as they are."""
+        """A parameter or buffer in fp32; integer tensors unchanged."""
         return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
 
     def _whole_of(self, parameter: Tensor, shard: Tensor) -> Tensor:
-        """What belongs to a parameter and is stored as its shards are."""
+        """A tensor of a parameter's shape that is stored in the same shards, in fp32."""
         return shard.float()
 
     def _restore_moments(self, state: Mapping) -> None:
@@ -265,7 +267,7 @@ class MovingAverage:
 
 
 def prime(optimizer: torch.optim.Optimizer, parameters: list[Tensor], updates: float) -> None:
-    """Make Adam's state now and not at the first step, so that it can always be saved and restored."""
+    """Create Adam's state before the first step, so that it can always be saved and restored."""
     for parameter in parameters:
         on = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
         optimizer.state[parameter] = {
@@ -275,7 +277,8 @@ def prime(optimizer: torch.optim.Optimizer, parameters: list[Tensor], updates: f
         }
 
 
-def full_shape(parameter: Any) -> torch.Size:
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Shape of the whole parameter, also if ZeRO 3 partitions it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

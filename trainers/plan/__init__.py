@@ -1,1 +1,1 @@
-"""What a run will take, before anything starts."""
+"""Estimates of the cost of a run before it starts."""

@@ -1,4 +1,4 @@
-"""What a step of stage 1 costs per image, measured on the networks themselves without allocating them."""
+"""Costs per image of a step of stage 1, measured on the networks without allocating them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
 
 
 def training_costs(config: Config) -> tuple[Cost, Cost]:
-    """Costs per image of generator and loss, forward and backward, without allocating them."""
+    """Costs per image of the generator and the loss, forward and backward."""
     generator, loss = build_networks(config, "meta")
     image = (config.data.channels, config.data.resolution, config.data.resolution)
     return cost(generator, (config.generator.latent_dim,)), cost(loss, image, image)
 
 
 def build_networks(config: Config, device: str) -> tuple[Generator, ReconstructionLoss]:
-    """Generator and loss as they will be trained, with random weights: none need to be fetched for a plan."""
+    """Generator and loss as configured, with random weights, so that a plan needs no downloads."""
     with torch.device(device):
         generator = generator_of(config)
         features: FeatureNet | None = None

@@ -1,4 +1,4 @@
-"""Data sheets of accelerators: what a run could reach at most."""
+"""Peak rates and memory of accelerators, from their data sheets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...config.sections import EngineConfig
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense peaks in TFLOP/s without sparsity, and memory in GiB; the driver's name of it contains `mark`."""
+    """Dense peaks in TFLOP/s (without sparsity) and memory in GiB. mark: part of the name that CUDA reports."""
 
     name: str
     mark: str
@@ -20,7 +20,7 @@ class Gpu:
     memory: float
 
     def peak(self, engine: EngineConfig) -> float:
-        """FLOP/s at the engine's precision."""
+        """Peak FLOP/s at the engine's precision."""
         return (self.bf16 if engine.precision == "bf16" else self.fp32) * 1e12
 
 

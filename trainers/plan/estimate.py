@@ -1,8 +1,8 @@
-"""What a run will take, before anything starts: `glann train --dry-run`.
+"""Estimate of the time and memory of a run, for `glann train --dry-run`.
 
-Parameters, operations and activations are measured on the networks themselves (`models.cost`), memory
-follows from the ZeRO stage, time from a rate: on CPUs one real step is timed on this machine, for GPUs
-it is the data sheet's peak times an assumed utilisation.  The plan says which.
+Parameters, operations and activations are measured on the networks (`models.cost`), memory follows from
+the ZeRO stage, time from a rate: on CPUs one real step is timed on this machine, for GPUs it is the data
+sheet's peak times an assumed utilisation.  The plan states which.
 
 Legend: N rows, M candidates, D latent dimension, W workers.
 """
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 KNOWN_ROWS = {"digits": 5_000, "mnist": 60_000, "fashion-mnist": 60_000, "orl-faces": 400}
 ASSUMED_ROWS = 30_000  # CelebA-HQ
 ASSUMED_UTILISATION = 0.3
-TIMED_FLOPS, TIMED_SECONDS = 20_000_000_000, 5.0  # bounds of the step that is timed on CPUs
+TIMED_FLOPS, TIMED_SECONDS = 20_000_000_000, 5.0  # upper bounds of the timed step on CPUs
 FLOAT = 4  # bytes
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How many images there are, how that is known, and why the index was not read if it was not."""
+    """Number of images. basis: its source. note: why the index could not be read, if so."""
 
     count: int
     basis: str
@@ -51,7 +51,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hours on so many devices of one kind. `basis`: where the rate comes from; `fits`: whether memory suffices."""
+    """Duration on `workers` workers of one kind of device. basis: source of the rate. fits: memory suffices."""
 
     device: str
     workers: int
@@ -64,7 +64,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `--dry-run` prints; FLOPs count a multiply-add as two, memory is in bytes per worker."""
+    """Contents of `--dry-run`; FLOPs count a multiply-add as two, memory is in bytes per worker."""
 
     config: Config
     rows: Rows
@@ -91,17 +91,17 @@ class Plan:
 
 
 def make_plan(config: Config) -> Plan:
-    """The plan of a run. Works offline, and also when the data set is not there yet.
+    """The plan of a run. Works offline, and before the data set exists.
 
     Raises:
-        UserError: the data set is there but does not fit the configuration.
+        UserError: the data set exists but does not fit the configuration.
     """
     rows = count_rows(config)
     generator, loss = training_costs(config)
     with torch.device("meta"):
         network = build_network(config.sampler, config.generator.latent_dim, config.glo.constraint)
     flops_per_image = generator.flops + loss.flops
-    # with few workers each holds most, so what must fit is told for the fewest
+    # memory per worker is largest with the fewest workers
     memory = memory_per_worker(config, generator, loss, config.cluster.min_workers)
     largest = len(ranges(rows.count, config.cluster.min_workers)[0])
     infos = stage_infos(config)
@@ -133,9 +133,9 @@ def make_plan(config: Config) -> Plan:
 
 
 def count_rows(config: Config) -> Rows:
-    """Rows from the index if it can be read, else an assumption that is named as such."""
+    """Number of rows from the index if it can be read, else an assumption, marked as one."""
     data = config.data
-    # A plan must not wait minutes for a server that is not there.
+    # A plan must not wait minutes for an unreachable server.
     s3 = config.s3.model_copy(update={"max_attempts": 1, "timeout_s": min(config.s3.timeout_s, 3.0)})
     try:
         index = Index.load(data.url, s3)
@@ -153,7 +153,7 @@ def memory_per_worker(config: Config, generator: Cost, loss: Cost, workers: int)
     """Bytes of each kind on a worker's device while the generator trains (Rajbhandari et al. 2020, Sec. 5).
 
     Weights and gradients are float32; autocast keeps bfloat16 copies of the weights during a step.
-    Workspace of the convolutions and the memory allocator's reserve come on top.
+    Convolution workspace and the reserve of the memory allocator are not included.
     """
     stage = config.engine.zero
     weights = FLOAT * generator.parameters
@@ -177,7 +177,7 @@ def memory_per_worker(config: Config, generator: Cost, loss: Cost, workers: int)
 
 
 def micro_batch(config: Config, workers: int) -> int:
-    """Rows that a worker computes at once."""
+    """Rows per worker and micro-batch."""
     accumulation = config.engine.accumulation
     return Share(config.glo.batch_size, 0, workers, accumulation).size // accumulation
 
@@ -192,7 +192,7 @@ def latent_bytes(config: Config, rows: int) -> int:
 def estimates(
     config: Config, workers: int, flops_per_image: int, total_flops: float, memory: dict[str, int]
 ) -> tuple[Estimate, ...]:
-    """Hours for the whole run with so many workers: on this machine's CPUs, or on each GPU of the table."""
+    """Estimates for the whole run with `workers` workers: on CPUs such as this machine's, or on each known GPU."""
     if not config.cluster.gpus_per_worker:
         rate = flops_per_image / seconds_per_image(config, workers, flops_per_image)
         share = min(1.0, (os.cpu_count() or 1) / (workers * config.cluster.cpus_per_worker))
@@ -216,7 +216,7 @@ def estimates(
 
 
 def seconds_per_image(config: Config, workers: int, flops_per_image: int) -> float:
-    """Time one real step of the generator, Adam included, with the threads and the batch of a worker."""
+    """Seconds per image of one real step on the CPU, including Adam, with the threads and batch of a worker."""
     generator, loss = build_networks(config, "cpu")
     batch = min(micro_batch(config, workers), max(1, TIMED_FLOPS // flops_per_image))
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.glo.generator_lr)
@@ -242,7 +242,7 @@ def _threads(config: Config) -> int:
 
 
 def _lines(plan: Plan) -> list[tuple[str, str]]:
-    """The printed plan: label and text."""
+    """Lines (label, text) of the printed plan."""
     config, cluster = plan.config, plan.config.cluster
     device = f"{cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else f"{cluster.cpus_per_worker:g} CPU"
     engine = config.engine
@@ -257,7 +257,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
             f"{_flops(plan.flops_per_image)}: generator {_flops(plan.generator.flops)}, loss {_flops(plan.loss.flops)}",
         ),
         ("steps", ", ".join(f"{cost.steps:,} of {numbered(plan.stages, name)}" for name, cost in plan.costs.items())),
-        ("in all", ", ".join(f"{_flops(cost.flops)} in stage {n}" for n, cost in enumerate(plan.costs.values(), 1))),
+        ("total", ", ".join(f"{_flops(cost.flops)} in stage {n}" for n, cost in enumerate(plan.costs.values(), 1))),
         ("memory", f"{_bytes(sum(plan.memory.values()))} on each worker's device{_with_fewest(cluster)}"),
         *(("", f"{_bytes(size):>9}  {name}") for name, size in plan.memory.items()),
         ("", f"{_bytes(plan.latent_bytes):>9}  latent table, in its node's main memory"),
@@ -278,7 +278,7 @@ def _count(cluster: ClusterConfig) -> str:
 
 def _with_fewest(cluster: ClusterConfig) -> str:
     fewest = cluster.min_workers
-    return f" where there are {fewest}" if fewest < cluster.max_workers else ""
+    return f" with {fewest} workers" if fewest < cluster.max_workers else ""
 
 
 def _flops(flops: float) -> str:

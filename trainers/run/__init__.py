@@ -1,1 +1,1 @@
-"""The life of a run: from the driver to the workers and back."""
+"""Execution of a run: driver, workers, recovery and reporting."""

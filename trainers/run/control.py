@@ -1,7 +1,7 @@
-"""Control signals: what the driver, or the clock, wants of the workers, agreed on by all of them at the same step.
+"""Control signals (save, move, stop), which all workers act on at the same step.
 
-A worker adds its own wishes to the next step as a piggyback of `SIGNALS` numbers. The step returns their sums over all
-workers with its own exchange, so that every worker reads the same, and does the same.
+A worker adds its signals to the next step as a piggyback of `SIGNALS` numbers. The step returns their sums over all
+workers from its own all-reduce, so that all workers read the same signals.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIGNALS = 3  # save, move, stop
 
 
 class Request(IntEnum):
-    """What the driver wants of the workers; the larger, the more urgent."""
+    """Request of the driver to the workers; a larger value is more urgent."""
 
     NOTHING = 0
     MOVE = 1  # end at the next checkpoint, so that a group of another size can start
@@ -26,23 +26,23 @@ class Request(IntEnum):
 
 @dataclass(frozen=True)
 class Signals:
-    """What at least one worker wants."""
+    """The signals that at least one worker has set."""
 
     save: bool
     move: bool
     stop: bool
 
     def ends(self, saving: bool) -> bool:
-        """Whether the group ends here: at once, or, to move, with a checkpoint that is made anyway."""
+        """Whether the group ends after this step: on stop always, on move only with a checkpoint that is due anyway."""
         return self.stop or (saving and self.move)
 
 
 class Control:
-    """A worker's end: writes its wishes, and reads what all workers together want.
+    """Writes a worker's signals, and reads the sum over all workers.
 
     Args:
-        requested: what the driver wants, as far as this worker knows.
-        save_due: whether the time for a checkpoint has come; one worker watches the clock for all.
+        requested: returns the last request of the driver that has reached this worker.
+        save_due: whether a checkpoint is due by the clock; only one worker checks it.
     """
 
     def __init__(self, requested: Callable[[], Request], save_due: Callable[[], bool]) -> None:
@@ -55,6 +55,6 @@ class Control:
 
     @staticmethod
     def read(sum_K: Tensor) -> Signals:
-        """What the sum over all workers says."""
+        """Decode the sum over all workers."""
         save, move, stop = (sum_K > 0).tolist()
         return Signals(save, move, stop)

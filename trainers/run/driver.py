@@ -1,4 +1,4 @@
-"""`glann train`: from a configuration to a finished run, the same command also after an interruption."""
+"""Driver of `glann train`: trains or resumes a run, then packages, measures and reports it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 
 def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
-    """Train every stage, or resume where an interrupted run stopped; a summary of what came out.
+    """Train every stage, or resume an interrupted run; returns a summary of the result.
 
     Raises:
-        UserError: something given is wrong; a run that had not begun leaves nothing behind.
+        UserError: invalid input; a run that had not started leaves no files.
         EnvironmentFault: workers, storage or a server failed for longer than the configured patience.
-        RunStopped: SIGINT or SIGTERM, or `hooks` gave a reason; saved.
+        RunStopped: SIGINT or SIGTERM, or `hooks.stop` returned a reason; the run is saved.
     """
     fresh, opened = not config.run_dir.exists(), False
     try:
@@ -49,14 +49,14 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         take_back_tracking(config)
         if is_finished(config):
             if config.tracking.enabled and TrackedRun.waits(config.run_dir):
-                console.print(f"{config.run_dir} is finished; sending MLflow what it has not taken yet")
+                console.print(f"{config.run_dir} is finished; sending MLflow the outstanding entries")
                 TrackedRun.open(config, config.run_dir).finish()
             else:
                 console.print(f"{config.run_dir} is finished already; nothing to do")
             return finish.summary_of(config)
         require_checkpoint(config)
         index = open_data(config, console)
-        build_objective(config, torch.device("cpu"))  # finds a wrong tap or file now and not at night
+        build_objective(config, torch.device("cpu"))  # find invalid taps or files before training starts
         build_extractor(config.evaluation.extractor)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         store, mirror = open_store(config.checkpoint_url, config.s3), RunMirror(config)
@@ -79,7 +79,7 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
 
 
 def has_begun(config: Config) -> bool:
-    """Whether the run folder holds anything that would be missed: an epoch's numbers, or a checkpoint."""
+    """Whether the run folder holds results worth keeping: the numbers of an epoch, or a checkpoint."""
     journal, saved = config.run_dir / JOURNAL, (config.run_dir / CHECKPOINTS).glob("step-*")
     return any(saved) or (journal.exists() and any("epoch" in entry for entry in entries(journal)))
 
@@ -105,5 +105,5 @@ def run(
     with ray_cluster(config), RunLog(config, tracked, console) as log:
         run_workers(config, on_event, lease, hooks)
     if why := hooks.stop():
-        raise RunStopped(f"{why}: it is trained, and neither packaged nor measured; {RESUMES}")
+        raise RunStopped(f"{why}: the run is trained, but not packaged or measured; {RESUMES}")
     finish.finish(config, index, tracked, console, log.timings())

@@ -1,4 +1,4 @@
-"""What happens in a run, as the workers report it to the driver and the driver to whoever shows or supervises it.
+"""Events of a run, sent from the workers to the driver and from the driver to the log and the hooks.
 
 Shapes: P pictures, H W C height, width, channels.
 """
@@ -15,21 +15,21 @@ from .state import Position
 
 @dataclass(frozen=True)
 class Joined:
-    """A worker of the group has started on a node of this id."""
+    """A worker of the group has started on the node with this id."""
 
     node: str
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """The group trains on from a checkpoint."""
+    """The group has resumed from a checkpoint."""
 
     position: Position
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Another phase of the work has begun: the name of a stage or a part of it, or `saving`."""
+    """A phase has begun: the name of a stage or of a part of it, or `saving`."""
 
     phase: str
 
@@ -48,7 +48,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """The end of an epoch, counted from 1; `numbers` has loss and seconds, and the stage's own."""
+    """The end of an epoch, counted from 1; `numbers` has loss, seconds and the numbers of the stage."""
 
     stage: str
     epoch: int
@@ -67,7 +67,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step whose loss or gradients were not finite, so that it was not applied; the worker's rows in it."""
+    """A step that was not applied because the loss or gradients were not finite; `rows` are the worker's rows."""
 
     rank: int
     epoch: int
@@ -77,14 +77,14 @@ class BadStep:
 
 @dataclass(frozen=True)
 class CheckpointStarted:
-    """A checkpoint is being written; training stood still for so many seconds."""
+    """A checkpoint is being written; training paused for `stall_s` seconds."""
 
     stall_s: float
 
 
 @dataclass(frozen=True)
 class CheckpointDamaged:
-    """A checkpoint is passed over."""
+    """A damaged checkpoint was skipped."""
 
     step: int
     reason: str
@@ -95,7 +95,7 @@ class CheckpointDamaged:
 
 @dataclass(frozen=True)
 class Waiting:
-    """There are `ready` of `needed` places for workers."""
+    """The cluster has places for `ready` of `needed` workers."""
 
     ready: int
     needed: int
@@ -105,7 +105,7 @@ class Waiting:
 class Training:
     """A group has taken its first step, from a checkpoint at `position` if there was one.
 
-    why, gap_s: of a group that is not the first: why it was started, and the seconds without a step before it.
+    why, gap_s: for every group but the first: why it was started, and the seconds without a step before it.
     """
 
     workers: int
@@ -116,14 +116,14 @@ class Training:
 
 @dataclass(frozen=True)
 class WorkersLost:
-    """The group failed and is started again."""
+    """The group failed and will be restarted."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class NodeDraining:
-    """A node of the run is being taken away; `resumes` elsewhere unless the driver runs there."""
+    """A node of the run is draining. resumes: the run resumes elsewhere, unless the driver is on that node."""
 
     node: str
     resumes: bool
@@ -131,7 +131,7 @@ class NodeDraining:
 
 @dataclass(frozen=True)
 class CapacityFound:
-    """The cluster has room for so many workers."""
+    """The cluster has capacity for `workers` workers."""
 
     workers: int
 
@@ -147,7 +147,7 @@ Event = FromWorker | Waiting | Training | WorkersLost | NodeDraining | CapacityF
 
 @dataclass(frozen=True)
 class Message:
-    """An event of a worker, and of which group of workers it is: a late one of a past group is ignored."""
+    """An event of a worker, with the number of its group: late events of past groups are ignored."""
 
     group: int
     event: FromWorker

@@ -1,4 +1,4 @@
-"""After the last epoch: package the model, measure it, draw it and write the report."""
+"""Final part of a run: package the model, measure it, draw pictures and write the report."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples between which is interpolated
+PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples to interpolate between
 
 
 def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, timings: dict[str, float]) -> None:
-    """Everything that a finished run folder holds, written and tracked; the report comes last.
+    """Write and track the remaining files of a finished run folder; the report comes last.
 
     Args:
         timings: seconds and rates of the training, by name.
@@ -68,7 +68,7 @@ def conclude(
     index: Index,
     rows: int,
 ) -> None:
-    """Write and track what is known of a packaged model: pictures by name, metrics, card, report."""
+    """Write and track pictures (by name), metrics, card and report of a packaged model."""
     folder = config.run_dir / IMAGES
     folder.mkdir(exist_ok=True)
     for name, picture in drawn.items():
@@ -96,7 +96,7 @@ def package(config: Config, index: Index, rows: int) -> None:
 
 
 def drawn_from(model: SamplingModel, count: int) -> dict[str, Image]:
-    """Samples and interpolations of the packaged model, as a user gets them."""
+    """Pictures of samples and interpolations of the packaged model."""
     return {
         "samples": pictures.grid(model.sample(count)),
         "interpolations": pictures.strips(model.interpolate(PAIRS, steps=9)),
@@ -104,13 +104,13 @@ def drawn_from(model: SamplingModel, count: int) -> dict[str, Image]:
 
 
 def beside_nearest(model: SamplingModel, images: ImageRows) -> Image:
-    """Samples beside their nearest training images."""
+    """Picture of samples with their nearest training images."""
     samples = model.sample(2 * len(PAIRS))
     return pictures.nearest(samples, nearest_images(samples, images).img_NHWC)
 
 
 def summary_of(config: Config) -> Group:
-    """What was trained, how good it is, where to look, and what to try next; print it with `soft_wrap`."""
+    """Summary of a finished run: training, metrics, files and suggested commands; print it with `soft_wrap`."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -136,18 +136,18 @@ def summary_of(config: Config) -> Group:
     ]
     if config.tracking.enabled:
         store = redact(default_uri(config.tracking.uri))
-        if store.startswith(("http://", "https://")):  # a server shows itself
+        if store.startswith(("http://", "https://")):  # a server has its own page
             look.append(store)
         else:
             try_next.append(f"{program('mlflow')} ui --backend-store-uri {store}")
     parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table]
-    for title, lines in (("look at", look), ("try next", try_next)):  # whole lines, to be copied
+    for title, lines in (("look at", look), ("try next", try_next)):  # unwrapped, so that they can be copied
         parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]
     return Group(*parts)
 
 
 def program(name: str) -> str:
-    """How the user can call a program of this environment: by name if it is on the path, else by its place."""
+    """Command for a program of this environment: its name if it is on the path, else its path."""
     if shutil.which(name):
         return name
     beside = Path(sys.executable).with_name(name)

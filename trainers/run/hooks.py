@@ -1,4 +1,4 @@
-"""What a larger whole, such as a study, does with one of its runs."""
+"""Hooks through which a caller such as a study supervises a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .events import Event
 
 @dataclass(frozen=True)
 class Hooks:
-    """Where a run belongs, who is notified of its events, and what may end it.
+    """MLflow parent and tags of a run, and callbacks.
 
-    parent_run_id, tags: of the run in MLflow. notify: called with every event, after the run's own log.
-    stop: polled all the time; as soon as it returns a reason the run is saved and stopped (`recovery.RunStopped`).
+    notify: called with every event, after the run's own log. stop: polled continuously; once it returns a reason, the
+    run is saved and stopped (`recovery.RunStopped`).
     """
 
     parent_run_id: str | None = None

@@ -1,4 +1,4 @@
-"""From the driver to the workers: the Ray cluster, and one group of workers on it."""
+"""Launch of one group of workers on the Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .mailbox import STOPPED
 
 
 def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: Ticket) -> bool:
-    """Start a group of so many workers and wait for its end; whether they were asked to stop before the run was done.
+    """Start a group of workers and wait until it ends; True if it was stopped before the run was done.
 
     Raises:
-        ray.train.TrainingFailedError: a worker was lost, or raised an error. Nothing is tried again here.
+        ray.train.TrainingFailedError: a worker was lost, or raised an error. Nothing is retried here.
     """
     import ray.train.torch
 
     from .worker import train_worker
 
-    set_ray_env()  # the caller may have joined Ray
-    # Ray shows it on its dashboard; workers talk to no tracking server
+    set_ray_env()  # the caller may have connected to Ray itself
+    # redacted: Ray shows it on its dashboard, and workers do not use the tracking server
     task = redacted_config(config.with_absolute_paths()).model_dump(mode="json")
     cluster = config.cluster
-    train: Any = ray.train  # the types it shows are an older version's
+    train: Any = ray.train  # its published types are those of an older version
     trainer = train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"config": task, "mailbox": mailbox, "group": group, "lease": lease},

@@ -1,4 +1,4 @@
-"""The life of a run or a study in its folder: one command at a time, tracked from its start to how it ended."""
+"""Context of a command that works on the folder of a run or study: exclusive lock and tracking."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .recovery import RunStopped
 def open_run(
     config: Config, folder: Path, command: str, tags: Mapping[str, str], parent_run_id: str | None = None
 ) -> Iterator[TrackedRun]:
-    """The tracked run of a folder, for as long as this command works on it; MLflow is notified of how that ended.
+    """Lock a folder and open its tracked run; on exit its final status is sent to MLflow.
 
     Args:
-        command: of `glann`, for the message to a second one.
+        command: name of the `glann` command, for the error of a concurrent one.
         tags: of the run in MLflow.
     Raises:
-        UserError: another command works on the folder, or the tracking server cannot be used.
+        UserError: another command is working on the folder, or the tracking server cannot be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with sole_command(folder, command):

@@ -1,4 +1,4 @@
-"""The sampler alone, on a stage 1 that many runs share: one process, in memory, minutes become seconds.
+"""Training of the sampler alone on a shared stage 1: one process, in memory, much faster than a full run.
 
 Shapes: N rows, D latent dimension.
 """
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageOne:
-    """What a trained stage 1 gives to every second stage.
+    """Results of a trained stage 1 that second stages share.
 
-    generator: weights and buffers by name, of the moving average where there is one. z_ND: codes. metrics: what
-    does not depend on stage 2. real: what the metrics of samples keep of the real images.
+    generator: weights and buffers by name, of the moving average if there is one. z_ND: codes. metrics: those that do
+    not depend on stage 2. real: statistics of the real images for the metrics of samples.
     """
 
     generator: dict[str, Tensor]
@@ -56,10 +56,10 @@ class StageOne:
 
 
 def load_stage_one(run_dir: Path, extractor: str) -> StageOne:
-    """From the newest checkpoint of a run that has done stage 1.
+    """Load stage 1 from the newest checkpoint of a run.
 
     Raises:
-        UserError: it has not.
+        UserError: the run has not completed stage 1.
     """
     config = read_config(run_dir)
     store = open_store(config.checkpoint_url, config.s3)
@@ -68,7 +68,7 @@ def load_stage_one(run_dir: Path, extractor: str) -> StageOne:
     saved = None if step is None else load(store, step, index, len(images))
     if saved is None or step is None or saved.position.stage == next(iter(stage_infos(config))):
         raise UserError(
-            f"{run_dir} has not done stage 1; give a finished run, or let the study train one (recipe: ...)"
+            f"{run_dir} has not completed stage 1; give a finished run, or let the study train one (recipe: ...)"
         )
     z_ND = torch.from_numpy(reader.load_rows(store, step, range(len(images)))["z"])
     model = load_model(run_dir, s3=config.s3)
@@ -78,12 +78,12 @@ def load_stage_one(run_dir: Path, extractor: str) -> StageOne:
 
 
 def train_second_stage(config: Config, console: Console, hooks: Hooks, shared: StageOne) -> dict[str, float]:
-    """Fit the sampler to the shared codes, package, measure and track it like any run; its metrics.
+    """Fit the sampler to the shared codes, then package, measure and track it like any run; returns its metrics.
 
-    Too short to be saved on the way: one that was stopped starts again from the beginning.
+    There are no checkpoints, as training is short: a stopped run restarts from the beginning.
 
     Raises:
-        RunStopped: `hooks` gave a reason. UserError: values that do not train.
+        RunStopped: `hooks.stop` returned a reason. UserError: training diverged.
     """
     refuse_other_configuration(config)
     take_back_tracking(config)
@@ -111,10 +111,10 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, hooks: Hooks) 
 
 
 def fit_sampler(config: Config, z_ND: Tensor, tracked: TrackedRun, hooks: Hooks) -> dict[str, Tensor]:
-    """The weights of the configured sampler, fitted in this process.
+    """Fit the configured sampler in this process; returns its weights.
 
     Raises:
-        RunStopped: `hooks` gave a reason.
+        RunStopped: `hooks.stop` returned a reason.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed + 1)
@@ -124,7 +124,7 @@ def fit_sampler(config: Config, z_ND: Tensor, tracked: TrackedRun, hooks: Hooks)
     codes, stage = Codes(z_ND, range(len(z_ND)), len(z_ND)), config.sampler.kind
     for step in sampler.fit(codes, 0, lambda: torch.zeros(0)):
         if why := hooks.stop():
-            raise RunStopped(f"{why}; it starts from the beginning with the next command")
+            raise RunStopped(f"{why}; the next command restarts it from the beginning")
         if step.epoch_facts is not None:
             epoch, facts = step.epoch + 1, dict(step.epoch_facts)
             tracked.log_metrics({"stage": stage, "epoch": epoch} | facts, epoch)

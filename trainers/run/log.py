@@ -1,4 +1,4 @@
-"""What a run shows while it trains: one bar or plain lines, the journal and MLflow, and pictures."""
+"""Output of a run during training: progress bar or plain lines, journal, MLflow and pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, assert_never
+from typing import TYPE_CHECKING, Self, assert_never
 
 import numpy as np
 from rich.markup import escape
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """Takes the events of a run, in the driver. Use as a context manager."""
+    """Handler of the events of a run, in the driver. Use as a context manager."""
 
     def __init__(self, config: Config, tracked: TrackedRun, console: Console) -> None:
         self.config, self.tracked, self.console = config, tracked, console
@@ -49,7 +49,7 @@ class RunLog:
     def __enter__(self) -> Self:
         self.bar.start()
         stages = [{"name": info.name, "title": info.title} for info in self.stages.values()]
-        self.note("stages", stages=stages)  # for who reads the folder without the code of the stages
+        self.note("stages", stages=stages)  # for readers of the folder, which do not import the stages
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -71,15 +71,15 @@ class RunLog:
             case events.BadStep():
                 self.on_bad_step(event)
             case events.CheckpointDamaged():
-                self.say(f"[yellow]damaged checkpoint[/] of step {event.step} is passed over: {escape(event.reason)}")
+                self.print(f"[yellow]damaged checkpoint[/] of step {event.step} is skipped: {escape(event.reason)}")
             case events.Training():
                 self.on_training(event)
-            case events.Joined() | events.Resumed():  # the driver's own concern
+            case events.Joined() | events.Resumed():  # used by the driver only
                 pass
             case _:
                 self.on_trouble(event)
 
-    # How training stands ---------------------------------------------------------------------
+    # Progress --------------------------------------------------------------------------------
 
     def on_progress(self, event: events.Progress) -> None:
         share = event.epoch + event.step / max(event.steps, 1)
@@ -88,7 +88,7 @@ class RunLog:
         self.advance(event.stage, share, note + speed(event.speed))
 
     def on_epoch(self, event: events.EpochDone) -> None:
-        numbers: dict[str, Any] = {"stage": event.stage, "epoch": event.epoch} | event.numbers
+        numbers: dict[str, object] = {"stage": event.stage, "epoch": event.epoch} | event.numbers
         self.tracked.log_metrics(numbers | {"checkpoint_stall_s": self.stalled - self.stalled_before}, event.serial)
         self.stalled_before = self.stalled
         self.seconds[event.stage] += event.numbers["seconds"]
@@ -108,7 +108,7 @@ class RunLog:
             self.save_picture(path, kind, images)
 
     def save_picture(self, path: Path, kind: str, images: np.ndarray) -> None:
-        """Draw a grid of samples [P, H, W, C] or of pairs [P, 2, H, W, C] into `path`, and have it tracked."""
+        """Save a grid of samples [P, H, W, C] or of pairs [P, 2, H, W, C] to `path`, and track it."""
         path.parent.mkdir(exist_ok=True)
         picture = pictures.grid(images) if kind == "samples" else pictures.reconstructions(images[:, 0], images[:, 1])
         pictures.save(picture, path)
@@ -116,15 +116,15 @@ class RunLog:
 
     def on_bad_step(self, event: events.BadStep) -> None:
         rows = ", ".join(str(row) for row in event.rows[:8]) + (" ..." if len(event.rows) > 8 else "")
-        self.say(
+        self.print(
             f"[yellow]not finite[/] at epoch {event.epoch + 1}, step {event.step}, worker {event.rank}: "
             "the step was not applied" + (f" (rows {rows})" if rows else "")
         )
 
-    # What happens to the run -----------------------------------------------------------------
+    # Starts, restarts and faults -------------------------------------------------------------
 
     def on_training(self, event: events.Training) -> None:
-        """The workers of a group have taken their first step; after a restart with `why` and `gap_s`."""
+        """Report the first step of a group; after a restart the event has `why` and `gap_s`."""
         restarted, place = event.why is not None, event.position
         facts = {"workers": event.workers, "why": event.why, "gap_s": event.gap_s}
         known = {key: value for key, value in facts.items() if value is not None}
@@ -135,10 +135,10 @@ class RunLog:
         )
         workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}"
         if restarted:
-            where = f"from the checkpoint at {self.place_in_words(place)}" if place else "from the beginning"
-            self.say(f"training again with {workers} {where} after {event.gap_s or 0:.0f} s")
+            where = f"from the checkpoint at {self.describe(place)}" if place else "from the beginning"
+            self.print(f"training again with {workers} {where} after {event.gap_s or 0:.0f} s")
         elif place:
-            self.say(f"resuming from the checkpoint at {self.place_in_words(place)} with {workers}")
+            self.print(f"resuming from the checkpoint at {self.describe(place)} with {workers}")
 
     def on_trouble(
         self,
@@ -147,31 +147,31 @@ class RunLog:
         match event:
             case events.WorkersLost():
                 self.note("lost", why=event.why)
-                self.say(f"[yellow]lost[/]: {escape(event.why)}; starting the workers again")
+                self.print(f"[yellow]lost[/]: {escape(event.why)}; starting the workers again")
             case events.NodeDraining():
                 self.note("leaving", node=event.node)
                 then = "resuming elsewhere" if event.resumes else "stopping, because this command runs there"
-                self.say(f"node {event.node} is being taken away: saving, then {then}")
+                self.print(f"node {event.node} is being taken away: saving, then {then}")
             case events.CapacityFound():
                 self.note("room", workers=event.workers)
-                self.say(f"there is room for {event.workers} workers: they start after the next checkpoint")
+                self.print(f"there is room for {event.workers} workers: they start after the next checkpoint")
             case events.Waiting():
                 self.note("waiting", held=event.ready, needed=event.needed)
                 limit = self.config.cluster.start_timeout_s
                 found = f"room for {event.ready} of {event.needed} workers"
-                self.say(f"{found}; waiting for more, for up to {limit:g} s")
+                self.print(f"{found}; waiting for more, for up to {limit:g} s")
             case events.Stopping():
                 self.note("stopping")
-                self.say("saving, then stopping (press Ctrl-C again to stop at once, without saving)")
+                self.print("saving, then stopping (press Ctrl-C again to stop at once, without saving)")
             case _:
                 assert_never(event)
 
-    def note(self, event: str, **facts: Any) -> None:
-        """Into the journal, as an entry of the stage `run` that belongs to no step."""
+    def note(self, event: str, **facts: object) -> None:
+        """Append an entry of the pseudo-stage `run`, which has no step, to the journal."""
         self.tracked.journal.append({"stage": "run", "event": event} | facts)
 
     def timings(self) -> dict[str, float]:
-        """Seconds of this start of the run: as a whole, by stage, and lost to checkpoints; last rate."""
+        """Seconds of this start of the run: in total, by stage, and of checkpoint stalls; and the last rate."""
         by_stage = {f"stage_{number}_s": self.seconds[name] for number, name in enumerate(self.stages, 1)}
         return {
             "train_s": monotonic() - self.began,
@@ -189,13 +189,13 @@ class RunLog:
             note=note,
         )
 
-    def place_in_words(self, place: Position) -> str:
-        """A position of the run."""
+    def describe(self, place: Position) -> str:
+        """Format a position of the run."""
         if place.stage == DONE:
             return "the end"
         return f"{numbered(self.stages, place.stage)}, epoch {place.epoch}, step {place.step}"
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         self.console.print(line)
 
 
@@ -205,6 +205,6 @@ def draws_bars(console: Console) -> bool:
 
 
 def speed(numbers: dict[str, float]) -> str:
-    """Throughput and utilisation in words, as far as they are measured."""
+    """Format throughput and utilisation, where measured."""
     words = f"  {numbers['images_per_s']:,.0f} img/s" if "images_per_s" in numbers else ""
     return words + (f"  {numbers['mfu']:.0%} MFU" if "mfu" in numbers else "")

@@ -1,4 +1,4 @@
-"""How workers and driver exchange messages: one small actor, so that a single place logs, draws and tracks."""
+"""Messages between workers and driver through one actor, so that only the driver logs, draws and tracks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .control import Request
 from .events import FromWorker, Message, Phase, Progress
 
 PROGRESS_EVERY = 0.5  # seconds; a bar needs no more
-STOPPED = "stopped"  # what a worker returns that was asked to stop
+STOPPED = "stopped"  # return value of a worker that stopped on request
 
 
 class Mailbox:
@@ -22,22 +22,22 @@ class Mailbox:
         self.request = Request.NOTHING
 
     def send(self, message: Message) -> Request:
-        """Keep a message for the driver; returns what the driver wants of the workers."""
+        """Queue a message for the driver; returns the driver's current request."""
         self.messages.append(message)
         return self.request
 
     def drain(self, request: Request) -> list[Message]:
-        """Hand over all messages so far, oldest first, and take the request: the driver repeats it with every call."""
+        """Return all queued messages, oldest first, and store the request, which the driver repeats with every call."""
         self.request = request
         messages, self.messages = list(self.messages), deque()
         return messages
 
 
 class Reporter:
-    """A worker's end of the mailbox. Sending never waits."""
+    """A worker's interface to the mailbox. Sending never blocks."""
 
     def __init__(self, mailbox: Any, rank: int, group: int) -> None:
-        """`group` numbers the starts of the workers, so that the driver can tell a message of a past one."""
+        """`group`: number of the worker group, by which the driver detects messages of past groups."""
         self.mailbox, self.rank, self.group = mailbox, rank, group
         self.last_progress = 0.0
         self.phase = ""
@@ -48,23 +48,23 @@ class Reporter:
         self.answer = self.mailbox.send.remote(Message(self.group, event))
 
     def progress(self, event: Progress) -> None:
-        """Send a progress event unless one was sent just before."""
+        """Send a progress event, at most one every `PROGRESS_EVERY` seconds."""
         now = monotonic()
         if now - self.last_progress >= PROGRESS_EVERY:
             self.last_progress = now
             self.send(event)
 
     def enter(self, phase: str) -> None:
-        """Report the phase of the work where it is another than before; only rank 0 does."""
+        """Report a change of phase; only rank 0 does."""
         if self.rank == 0 and phase != self.phase:
             self.phase = phase
             self.send(Phase(phase))
 
     def requested(self) -> Request:
-        """What the driver wants, by its last answer that has arrived; never waits.
+        """The driver's request in the last answer that has arrived; never blocks.
 
         Raises:
-            EnvironmentFault: the mailbox is lost, and with it the driver or its node.
+            EnvironmentFault: the mailbox was lost, and so the driver or its node.
         """
         import ray
 
@@ -75,5 +75,5 @@ class Reporter:
                 try:
                     self.last_request = ray.get(ready[0])
                 except ray.exceptions.RayError as error:
-                    raise EnvironmentFault("the driver of the run does not answer any more") from error
+                    raise EnvironmentFault("the driver of the run no longer answers") from error
         return self.last_request

@@ -1,9 +1,9 @@
-"""A copy of the run folder beside its checkpoints, where these lie elsewhere: the driver's machine may be lost too.
+"""Copy of the run folder beside checkpoints in remote storage, in case the driver's machine is lost too.
 
     s3://bucket/runs/NAME/checkpoints/...                              written by the workers
     s3://bucket/runs/NAME/{config.yaml, metrics.jsonl, model/, ...}    copied by the driver
 
-The same command on another machine takes the copy back and goes on with the same journal and MLflow run.
+The same command on another machine restores the copy and resumes with the same journal and MLflow run.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from ...storage.open import open_store
 
 log = logging.getLogger(__name__)
 
-ELSEWHERE = (CHECKPOINTS, RAY)  # the run's checkpoints, and what Ray keeps for itself
+ELSEWHERE = (CHECKPOINTS, RAY)  # checkpoints, and Ray's own files
 
 
 class RunMirror:
-    """Copies what is new in a run folder, in a thread of its own. Does nothing where there is no other place."""
+    """Copies changed files of a run folder in a background thread. Does nothing if the checkpoints are local."""
 
     def __init__(self, config: Config, copied: Callable[[str], bool] = lambda key: is_copied(key)) -> None:
-        """`copied`: whether the file of that key, relative to the run folder, is part of the copy."""
+        """`copied`: whether a key, relative to the run folder, is part of the copy."""
         self.folder, self.store, self.copied = config.run_dir, mirror_store(config), copied
         self.sent: dict[str, tuple[int, int]] = {}
         self.thread = ThreadPoolExecutor(1, "run-mirror")
         self.sending: Future[None] | None = None
 
     def send_soon(self) -> None:
-        """Begin to copy, unless a copy is being made. A store that is away is tried again the next time."""
+        """Start a copy unless one is in progress. A failed copy is logged and retried by the next call."""
         if self.store is None or (self.sending is not None and not self.sending.done()):
             return
         if self.sending is not None and (error := self.sending.exception()) is not None:
             log.info("the run folder was not copied to %s: %s", self.store.url, error)
         self.sending = self.thread.submit(self.send, self.store)
 
-    def close(self, say: Callable[[str], None]) -> None:
-        """Copy the rest, and say so if it cannot be."""
+    def close(self, report: Callable[[str], None]) -> None:
+        """Copy the remaining changes; a failure is passed to `report`."""
         self.thread.shutdown()
         if self.store is None:
             return
         try:
             self.send(self.store)
         except (GlannError, OSError) as error:
-            say(f"the run folder {self.folder} could not be copied to {self.store.url} as well: {error}")
+            report(f"the run folder {self.folder} could not be copied to {self.store.url} as well: {error}")
 
     def send(self, store: Store) -> None:
-        """Copy every file that has changed since it was copied last."""
+        """Copy every file that has changed since its last copy."""
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and self.copied(self.key(path))]
-        # What MLflow has been told comes before the journal: a copy must not claim more as sent than it holds.
+        # The state of the outbox before the journal: a copy must not mark more entries as sent than it contains.
         for path in sorted(files, key=lambda path: (path.name != TRACKING, path.name != JOURNAL)):
             stat = path.stat()
             if self.sent.get(self.key(path)) != (stat.st_size, stat.st_mtime_ns):
@@ -68,10 +68,10 @@ class RunMirror:
 
 
 def take_back(config: Config) -> bool:
-    """Fill a run folder that is not there from its copy; whether there was one.
+    """Restore a missing run folder from its copy; True if there was one.
 
     Raises:
-        UserError, EnvironmentFault: the store refuses or does not answer.
+        UserError, EnvironmentFault: access is denied, or the store does not answer.
     """
     store = mirror_store(config)
     if store is None or (config.run_dir / CONFIG).exists():
@@ -79,7 +79,7 @@ def take_back(config: Config) -> bool:
     keys = [check_key(key) for key in store.list() if is_copied(key)]
     if not {CONFIG, JOURNAL, TRACKING} & {*keys}:
         return False
-    for key in sorted(keys, key=lambda key: key == CONFIG):  # last: without it the folder is filled again
+    for key in sorted(keys, key=lambda key: key == CONFIG):  # last: without it the copy is restored again
         path = config.run_dir / key
         path.parent.mkdir(parents=True, exist_ok=True)
         store.download(key, path)
@@ -87,7 +87,7 @@ def take_back(config: Config) -> bool:
 
 
 def mirror_store(config: Config) -> Store | None:
-    """Where the copy lies; None where the checkpoints are in the run folder."""
+    """The store of the copy; None if the checkpoints are in the run folder."""
     url = config.checkpoint_url.rpartition("/")[0]
     return None if Path(url).absolute() == config.run_dir.absolute() else open_store(url, config.s3)
 

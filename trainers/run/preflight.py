@@ -1,4 +1,4 @@
-"""Everything that is checked and fetched before a run starts, so that it cannot fail at night for want of it."""
+"""Checks before a run starts, so that it does not fail later: data, configuration and exclusive use."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LOCK = ".lock"
 
 
 def open_data(config: Config, console: Console) -> Index:
-    """The index of the data set, packed first if `data.source` is set and nothing is there yet.
+    """The index of the data set, packed first if `data.source` is set and there is no data yet.
 
     Raises:
-        UserError: no such data, or not of the configured resolution, channels or number.
+        UserError: the data does not exist, or does not match the configured resolution, channels or number of rows.
     """
     data = config.data
     if data.source and not is_packed(config):
@@ -45,7 +45,7 @@ def open_data(config: Config, console: Console) -> Index:
 
 
 def is_packed(config: Config) -> bool:
-    """Whether a complete data set lies at `data.url`."""
+    """Whether `data.url` holds a complete data set."""
     from ...storage.open import open_store
 
     return open_store(config.data.url, config.s3).exists("index.json")
@@ -58,7 +58,11 @@ def may_change(key: str) -> bool:
 
 @contextmanager
 def sole_command(folder: Path, command: str) -> Iterator[None]:
-    """Refuse a second command on the folder of a run or of a study while this one works on it."""
+    """Lock the folder of a run or study against other commands.
+
+    Raises:
+        UserError: another command holds the lock.
+    """
     with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +74,7 @@ def sole_command(folder: Path, command: str) -> Iterator[None]:
 
 
 def is_worked_on(run_dir: Path) -> bool:
-    """Whether a command, or a trial of a study, works on the run folder now."""
+    """Whether a command, or a trial of a study, is working on the run folder."""
     if not (run_dir / LOCK).exists():
         return False
     with (run_dir / LOCK).open("r+") as file:

@@ -1,7 +1,7 @@
-"""A run as a sequence of worker groups: what is lost is started again from the last checkpoint, in the driver.
+"""A run as a sequence of worker groups: after a loss the driver starts a new group from the last checkpoint.
 
-A group ends because the run is done, because the driver requested it (a signal, a node that drains, capacity for more
-workers), always with a checkpoint, or because something was lost. The next one takes the capacity that there is.
+A group ends because the run is done, because the driver requested it (a signal, a draining node, capacity for more
+workers), in both cases with a checkpoint, or because a worker was lost. The next group uses the capacity available.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from time import monotonic, sleep
+from types import FrameType
 from typing import Any
 
 from ...cluster.checkpoints.lease import HeldLease
@@ -43,27 +44,27 @@ from .mailbox import Mailbox
 from .state import Position
 
 POLL_S = 0.2
-WATCH_S = 2.0  # between looks at nodes that leave or come
-SETTLE_S = 3.0  # an elastic run takes the room there is once it has not grown so long; Ray tries to place every second
-PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)  # before another try, the longer the more often in a row nothing was gained
+WATCH_S = 2.0  # between checks for draining and new nodes
+SETTLE_S = 3.0  # an elastic run starts once capacity has not grown for so long; Ray retries placement every second
+PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)  # before a retry, by the number of failures in a row without progress
 ANSWER_S = 10.0
 RESUMES = "the same command resumes from the last checkpoint"
 
 
 class RunStopped(GlannError):
-    """The run was asked to stop, has been saved, and can go on."""
+    """The run was stopped on request, is saved, and can be resumed."""
 
     exit_status = ExitStatus.STOPPED
 
 
 def run_workers(config: Config, on_event: Callable[[Event], None], lease: HeldLease, hooks: Hooks = NO_HOOKS) -> None:
-    """Train on groups of workers until the run is done, handing every event to `on_event`.
+    """Train on groups of workers until the run is done, passing every event to `on_event`.
 
     Raises:
-        UserError, or a bug's own error: what another try does not help, or another command has the run.
-        EnvironmentFault: more than `cluster.max_failures` losses without a checkpoint in between, or never any room.
-        RunStopped: after SIGINT or SIGTERM, when `hooks` say so, or since nodes were taken away and there are no
-            others.
+        UserError, or the error of a bug: not retried. Also if another command works on the run.
+        EnvironmentFault: more than `cluster.max_failures` losses without a checkpoint in between, or no capacity.
+        RunStopped: after SIGINT or SIGTERM, if `hooks.stop` returned a reason, or if nodes were drained and there is
+            no other capacity.
     """
     groups = Groups(config, on_event, lease, hooks.stop)
     with stop_on_signal(groups.stop):
@@ -72,22 +73,22 @@ def run_workers(config: Config, on_event: Callable[[Event], None], lease: HeldLe
 
 
 class Groups:
-    """The groups of workers of a run, one after another, and what the driver requests of the present one."""
+    """The successive groups of workers of a run, and the driver's request to the current one."""
 
     def __init__(
         self,
         config: Config,
         on_event: Callable[[Event], None],
         lease: HeldLease,
-        stop_wanted: Callable[[], str] = NO_HOOKS.stop,
+        stop_reason: Callable[[], str] = NO_HOOKS.stop,
     ) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.config, self.on_event, self.lease, self.stop_wanted = config, on_event, lease, stop_wanted
+        self.config, self.on_event, self.lease, self.stop_reason = config, on_event, lease, stop_reason
         self.store = open_store(config.checkpoint_url, config.s3)
         self.here = this_node()
-        # On the driver's node: as long as that is there, workers can reach it.
+        # On the driver's node: reachable as long as the driver is.
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mailbox)
         self.mailbox: Any = actor.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(self.here, soft=False)
@@ -95,13 +96,13 @@ class Groups:
         self.fit: Future[bool] | None = None
         self.number = self.failures = self.workers = 0
         self.saved = -1  # serial of the newest checkpoint known
-        self.stopping = ""  # why the run is to end, once it is to
-        self.why = ""  # why the present group was started, if it is not the first
+        self.stopping = ""  # why the run ends, if it is ending
+        self.why = ""  # why the current group was started, if it is not the first
         self.trained_at: float | None = None
         self.begin()
 
     def begin(self) -> None:
-        """Reset what belongs to a group, for the next one."""
+        """Reset the state of a group for the next one."""
         self.number += 1
         self.nodes: set[str] = set()
         self.position: Position | None = None
@@ -114,12 +115,12 @@ class Groups:
         self.on_event(Stopping())
 
     def poll_stop(self) -> None:
-        """Stop if the hooks give a reason."""
-        if not self.stopping and (why := self.stop_wanted()):
+        """Stop if `hooks.stop` returns a reason."""
+        if not self.stopping and (why := self.stop_reason()):
             self.stop(why)
 
     def run_one(self) -> bool:
-        """Run one group to its end; True if the run is done, False if another group has to follow."""
+        """Run one group until it ends; True if the run is done, False if another group must follow."""
         self.refresh_latest_checkpoint()
         self.workers = self.reserve()
         self.begin()
@@ -128,7 +129,7 @@ class Groups:
             try:
                 self.watch(self.fit)
             except BaseException:
-                self.end_workers()  # and with them the thread that waits for them
+                self.end_workers()  # which also ends the thread that waits for them
                 raise
         if (error := self.fit.exception()) is not None:
             self.after_loss(error)
@@ -143,7 +144,7 @@ class Groups:
     # Before a group --------------------------------------------------------------------------
 
     def reserve(self) -> int:
-        """Wait until there is room for a group; how many workers it can have."""
+        """Wait for the capacity for a group; returns its number of workers."""
         cluster = self.config.cluster
         began = changed = monotonic()
         ready, reported = -1, False
@@ -172,8 +173,8 @@ class Groups:
             f"cluster.start_timeout_s={cluster.start_timeout_s:g}"
         )
         if self.why:
-            return RunStopped(f"{self.why}, and {found}: there is no other place for it; {RESUMES}")
-        return EnvironmentFault(f"{found}; add nodes, or lower cluster.workers or what a worker takes")
+            return RunStopped(f"{self.why}, and {found}: there is no other capacity; {RESUMES}")
+        return EnvironmentFault(f"{found}; add nodes, or lower cluster.workers or the resources of a worker")
 
     # While a group runs ----------------------------------------------------------------------
 
@@ -183,16 +184,16 @@ class Groups:
 
         done = threading.Event()
         fit.add_done_callback(lambda _: done.set())
-        looked = monotonic()
+        checked = monotonic()
         with ExitStack() as held:
             wanted: PlacementReservation | None = None
             while not fit.done():
-                if self.nodes and wanted is None:  # not sooner: it would take the room of the group that is starting
+                if self.nodes and wanted is None:  # not earlier: it would reserve the places of the starting group
                     wanted = held.enter_context(places(self.config, self.config.cluster.max_workers - self.workers))
-                if wanted is not None and monotonic() - looked >= WATCH_S:
-                    looked = monotonic()
-                    with suppress(RayError):  # the head is busy or away: the next look counts
-                        self.look_at_nodes(wanted)
+                if wanted is not None and monotonic() - checked >= WATCH_S:
+                    checked = monotonic()
+                    with suppress(RayError):  # the head node is busy or unreachable: retry at the next check
+                        self.check_nodes(wanted)
                 self.poll_stop()
                 if self.stopping:
                     self.request = Request.STOP
@@ -201,8 +202,8 @@ class Groups:
                 done.wait(POLL_S)
         self.exchange()
 
-    def look_at_nodes(self, wanted: PlacementReservation) -> None:
-        """Request a checkpoint where a node of the run drains, or nodes have come."""
+    def check_nodes(self, wanted: PlacementReservation) -> None:
+        """Request a stop if a node of the run drains, or a move if there is capacity for more workers."""
         draining = draining_nodes().keys() & {*self.nodes, self.here}
         if draining and self.request < Request.STOP:
             named = ", ".join(sorted(node[:12] for node in draining))
@@ -220,25 +221,25 @@ class Groups:
 
         try:
             messages = ray.get(self.mailbox.drain.remote(self.request), timeout=ANSWER_S)
-        except ray.exceptions.RayError:  # it starts again on its own; what it held is lost, and only that
+        except ray.exceptions.RayError:  # Ray restarts the actor; only its queued messages are lost
             return
         for message in messages:
             if message.group != self.number:
-                continue  # a late one of workers that were given up
+                continue  # a late message of a past group
             match message.event:
                 case Joined(node):
                     self.nodes.add(node)
                 case Resumed(position):
                     self.position = position
                     if position.stage == DONE:
-                        self.note_training()  # there is no step left to take, and yet it has resumed
+                        self.note_training()  # no step follows that would report it
                 case event:
                     if isinstance(event, Progress | EpochDone):
                         self.note_training()
                     self.on_event(event)
 
     def note_training(self) -> None:
-        """A step was taken; the first of a group is reported."""
+        """Record the time of a step, and report the first step of a group."""
         now = monotonic()
         if not self.training:
             again = self.trained_at is not None
@@ -247,7 +248,7 @@ class Groups:
         self.training, self.trained_at = True, now
 
     def end_workers(self) -> None:
-        """End the group at once; where Ray belongs to others (the driver is an actor itself), at the next step."""
+        """End the group at once, or at the next step if the driver is a Ray actor and must not shut Ray down."""
         import ray
 
         if ray.get_runtime_context().get_actor_id() is None:
@@ -258,7 +259,7 @@ class Groups:
     # After a group ---------------------------------------------------------------------------
 
     def after_loss(self, error: BaseException) -> None:
-        """Count a loss, and raise what ends the run."""
+        """Count a loss, and raise an error if it ends the run."""
         cause = classify_failure(error)
         if not isinstance(cause, EnvironmentFault):
             raise cause
@@ -276,7 +277,7 @@ class Groups:
         sleep(PAUSES_S[min(self.failures, len(PAUSES_S)) - 1])
 
     def refresh_latest_checkpoint(self) -> bool:
-        """Look for the newest checkpoint; whether it is newer than at the last look. A store that is away has none."""
+        """Look up the newest checkpoint; True if it is newer than before. False if the store is unreachable."""
         with suppress(EnvironmentFault):
             before, self.saved = self.saved, max(self.saved, latest(self.store) or 0)
             return self.saved > before
@@ -285,7 +286,7 @@ class Groups:
 
 @contextmanager
 def places(config: Config, number: int) -> Iterator[PlacementReservation]:
-    """So many places for workers, wanted while inside."""
+    """Reserve places for `number` workers while inside."""
     reservation = PlacementReservation(resources_of(config.cluster), number)
     try:
         yield reservation
@@ -294,22 +295,22 @@ def places(config: Config, number: int) -> Iterator[PlacementReservation]:
 
 
 def classify_failure(error: BaseException) -> Exception:
-    """The error behind a failed group: an EnvironmentFault if another try may help, else the error itself.
+    """The cause of a failed group: an EnvironmentFault if a retry may help, else the error itself.
 
-    Peers of a lost worker fail in their turn, so the most telling error counts, not the first.
+    Peers of a lost worker fail as a consequence, so the most specific error counts, not the first.
     """
     failures: dict[int, Exception] = dict(getattr(error, "worker_failures", {}))
     raised = list(failures.values())
     if not failures:
         cause: Any = getattr(error, "controller_failure", error)
         return EnvironmentFault(f"the workers did not start ({last_line(cause)})") if is_transient(cause) else cause
-    for telling in (
+    for specific in (
         next((one for one in raised if isinstance(one, UserError)), None),
         next((one for one in raised if not is_transient(one)), None),
         next((one for one in raised if isinstance(one, EnvironmentFault)), None),
     ):
-        if telling is not None:
-            return telling
+        if specific is not None:
+            return specific
     gone = sorted(rank for rank, one in failures.items() if of_ray(one))
     if not gone:
         return EnvironmentFault(f"worker {min(failures)} failed ({last_line(raised[0])})")
@@ -321,33 +322,33 @@ def classify_failure(error: BaseException) -> Exception:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error may be the environment's: a lost peer, node, process, store or device. Others are bugs."""
+    """Whether an error may come from the environment (lost peer, node, process, store or device) and not from a bug."""
     return isinstance(error, EnvironmentFault | RuntimeError | OSError | MemoryError) or of_ray(error)
 
 
 def of_ray(error: BaseException) -> bool:
-    """Whether Ray itself says that something is gone."""
+    """Whether an error was raised by Ray itself."""
     return type(error).__module__.split(".")[0] == "ray"
 
 
 def last_line(error: BaseException) -> str:
-    """The line of a remote traceback that names the error, without the advice that follows its first sentence."""
+    """The last line of a remote traceback, which names the error; only its first sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].split(". ")[0][:300] if lines else type(error).__name__
 
 
 @contextmanager
 def stop_on_signal(stop: Callable[[], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM saves and stops the run, the second ends it at once."""
+    """Call `stop` on the first SIGINT or SIGTERM; raise KeyboardInterrupt on the second."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked: list[int] = []
+    received: list[int] = []
 
-    def handle(number: int, _: Any) -> None:
-        if asked:
+    def handle(number: int, _: FrameType | None) -> None:
+        if received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
         stop()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

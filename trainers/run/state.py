@@ -1,6 +1,6 @@
-"""What a run's checkpoint holds, and how a worker resumes from one.
+"""Contents of a run's checkpoint, and restoring a worker from one.
 
-Shapes: n rows of a worker. A checkpoint knows no number of workers (`cluster.checkpoints`).
+Shapes: n rows of a worker. A checkpoint does not depend on the number of workers (`cluster.checkpoints`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from ...storage.base import Store
 from ..stage import State
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]  # of a stage or a network; `_` parts it from a group
+# Name of a stage or a network; in file names `_` separates it from a group.
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]
 
 
 @dataclass
 class Position:
-    """Where a run stands: the next thing to do is `step` of `epoch` of `stage`.
+    """Position of a run: the next step is `step` of `epoch` of `stage`.
 
-    `serial` counts what was saved or could have been; it names checkpoints and never decreases.
+    `serial` numbers the positions at which a checkpoint is possible; it names checkpoints and never decreases.
     """
 
     stage: Name
@@ -41,7 +42,7 @@ class Position:
 
 @dataclass
 class Saved:
-    """What is trained, as it is saved: states of networks by name (while they train, with lazy tensors)."""
+    """Contents of a checkpoint: states of networks by name (with lazy tensors during training)."""
 
     position: Position
     networks: dict[str, State] = field(default_factory=dict)
@@ -56,7 +57,7 @@ class Saved:
         }
 
     def state(self, index: Index, rows: int, config: Config) -> dict[str, Any]:
-        """Counters and what they belong to; the configuration in it outlives a damaged config.yaml."""
+        """Counters, and what they belong to; the configuration in it survives a damaged config.yaml."""
         return {
             "position": asdict(self.position),
             "updates": {network: state["updates"] for network, state in self.networks.items()},
@@ -70,7 +71,7 @@ def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
     """The networks and counters of a checkpoint.
 
     Raises:
-        UserError: the checkpoint was made with other data. DamagedCheckpoint: it is not what was written.
+        UserError: the checkpoint was made with other data. DamagedCheckpoint: its contents are not what was written.
     """
     state = checked_state(reader.load_state(store, serial), f"{store.url}: the state of step {serial}")
     if (state["rows"], state["fingerprint"]) != (rows, index.fingerprint):
@@ -85,7 +86,7 @@ def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
         if updates is None:  # a network of a later stage, as older checkpoints count them
             continue
         if name not in present:
-            raise DamagedCheckpoint(f"{store.url}: step {serial} counts updates of the {name} and does not hold it")
+            raise DamagedCheckpoint(f"{store.url}: step {serial} counts updates of the {name} but does not contain it")
         files = [file for file in present if file == name or file.startswith(f"{name}_")]
         groups = {group_name(name, file): reader.load_tensors(store, serial, file) for file in files}
         networks[name] = {"updates": updates} | groups
@@ -93,7 +94,7 @@ def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
 
 
 class _State(BaseModel):
-    """What `Saved.state` wrote."""
+    """Schema of `Saved.state`."""
 
     model_config = ConfigDict(strict=True)
     position: Position
@@ -104,14 +105,14 @@ class _State(BaseModel):
 
 
 def checked_state(state: dict[str, Any], where: str) -> dict[str, Any]:
-    """The counters of a checkpoint, if they are of the form that is written. Raises DamagedCheckpoint."""
+    """Validate the counters of a checkpoint. Raises DamagedCheckpoint."""
     parse(_State, json.dumps(state).encode(), where)
     return state
 
 
 def restore_rows(store: Store, serial: int, latents: LatentTable, rows: range, position: Position) -> None:
-    """Fill a worker's latent table with its rows of a checkpoint, whatever workers wrote them."""
-    done = (position.epoch, position.step - 1)  # the last update that the rows have seen
+    """Load a worker's rows of a checkpoint into its latent table, independent of the workers that wrote them."""
+    done = (position.epoch, position.step - 1)  # the last update of these rows
     latents.restore(reader.load_rows(store, serial, rows), done)
 
 
@@ -121,5 +122,5 @@ def file_name(network: str, group: str) -> str:
 
 
 def group_name(network: str, file: str) -> str:
-    """The group that a file of a network holds."""
+    """The group of tensors in a file of a network."""
     return file.removeprefix(f"{network}_") if file != network else "weights"

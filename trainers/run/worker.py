@@ -1,4 +1,4 @@
-"""What runs on every worker: the stages of the run from the last checkpoint on, saving and reporting on the way.
+"""Training loop of a worker: runs the stages from the last checkpoint, saves and reports.
 
 Shapes: B rows of a batch, n rows of this worker.
 """
@@ -29,14 +29,14 @@ from .state import Position, Saved, load, restore_rows
 
 
 class Stopped(Exception):
-    """The driver asked the workers to stop, and the run has been saved."""
+    """The driver requested a stop, and the run has been saved."""
 
 
 def train_worker(task: dict[str, Any]) -> str | None:
     """Entry point of a Ray Train worker; `task` holds the configuration, the driver's mailbox and the group's number.
 
     Returns:
-        `STOPPED` if it was asked to. Errors are for the driver to judge (`recovery.classify_failure`).
+        `STOPPED` if it stopped on request. Errors are classified by the driver (`recovery.classify_failure`).
     """
     import ray
     import ray.train
@@ -88,7 +88,7 @@ class Worker:
         self.saved_at = monotonic()
 
     def run(self) -> None:
-        """Train what is left of the run: every stage from where the last checkpoint has it."""
+        """Train the remaining stages, starting at the position of the last checkpoint."""
         self.saved = self.resume()
         context = StageContext(self.config, self.images, self.latents, self.device, self.reporter.enter)
         names = [*self.infos, DONE]
@@ -98,10 +98,10 @@ class Worker:
         self.writer.wait()
 
     def train(self, name: str, stage: Stage, following: str) -> None:
-        """Take the steps of a stage that are left, and save behind the last with what it has trained."""
+        """Train the remaining steps of a stage, and save after the last one."""
         position, meter, stop = self.saved.position, self.meter_of(stage), False
         for network in stage.lazy_state():
-            self.saved.networks.pop(network, None)  # the stage has it, and memory for one is enough
+            self.saved.networks.pop(network, None)  # the stage holds it; do not keep a second copy
         for step in stage.steps(position.epoch, position.step, self.control.write):
             self.reporter.enter(name)
             signals = self.control.read(step.piggyback_K)
@@ -121,7 +121,7 @@ class Worker:
             if saving := signals.save or signals.stop or self.epoch_due(position):
                 self.save(stage, stop=signals.ends(saving))
         self.saved.networks |= stage.state()
-        # a serial of its own: a checkpoint of the last step may exist already, and would be kept
+        # a new serial: a checkpoint of the last step may exist already, and would not be replaced
         self.saved.position = Position(following, serial=position.serial + 1)
         self.save(stop=stop)
 
@@ -130,7 +130,7 @@ class Worker:
         return Meter(stage.image_flops() if peak else 0, peak and peak * self.world)
 
     def advance(self, position: Position, step: StageStep) -> None:
-        """Let the position be behind a step."""
+        """Move the position past a step."""
         behind = (step.epoch + 1, 0) if step.ends_epoch else (step.epoch, step.step + 1)
         (position.epoch, position.step), position.serial = behind, position.serial + 1
 
@@ -155,7 +155,7 @@ class Worker:
     # Saving and resuming ---------------------------------------------------------------------
 
     def save_due(self) -> bool:
-        """Whether the time for a checkpoint has come; rank 0 watches the clock for all."""
+        """Whether a checkpoint is due by the clock; only rank 0 checks."""
         minutes = (monotonic() - self.saved_at) / 60
         return self.rank == 0 and minutes >= self.config.checkpoint.every_minutes
 
@@ -164,10 +164,10 @@ class Worker:
         return every is not None and position.step == 0 and position.epoch % every == 0
 
     def save(self, stage: Stage | None = None, stop: bool = False) -> None:
-        """Start a checkpoint of where the run stands, on every worker; with `stop`, finish it and stop.
+        """Start a checkpoint of the current position, on every worker; with `stop`, finish it and stop.
 
         Args:
-            stage: that is being trained; None where all there is stands in `saved`.
+            stage: the stage in training; None if `saved` holds all networks.
         """
         began = monotonic()
         self.reporter.enter("saving")
@@ -187,9 +187,9 @@ class Worker:
             self.reporter.send(CheckpointStarted(self.saved_at - began))
 
     def resume(self) -> Saved:
-        """What the newest readable checkpoint holds, or the start. A damaged one is passed over and reported."""
+        """Contents of the newest readable checkpoint, or the initial state. Damaged ones are skipped and reported."""
         steps, faults = iter(self.usable() if self.rank == 0 else ()), dict[int, str]()
-        finders: dict[int, int] = {}  # of the damage in each step: the first worker that met it
+        finders: dict[int, int] = {}  # by step: the lowest rank that found it damaged
         while (serial := self.agreed(next(steps, -1))) >= 0:
             try:
                 saved = load(self.store, serial, self.images.index, len(self.images))
@@ -198,7 +198,7 @@ class Worker:
                 faults[serial] = str(error)
             if (finder := self.first(serial in faults)) is None:
                 for step in (step for step, finder in finders.items() if finder == self.rank):
-                    layout.mark_damaged(self.store, step, faults[step])  # an older one is good: nothing is lost
+                    layout.mark_damaged(self.store, step, faults[step])  # safe to mark: an older one is good
                     self.reporter.send(CheckpointDamaged(step, faults[step]))
                 if self.rank == 0:
                     self.reporter.send(Resumed(saved.position))
@@ -209,14 +209,14 @@ class Worker:
         return Saved(Position(next(iter(self.infos))))
 
     def usable(self) -> list[int]:
-        """The steps that may be resumed from, newest first; what is damaged at first sight is reported."""
+        """Steps that may be resumed from, newest first; those found damaged by their manifest are reported."""
         steps, damaged = retention.usable(self.store)
         for step, reason in damaged.items():
             self.reporter.send(CheckpointDamaged(step, reason))
         return steps
 
     def first(self, flag: bool) -> int | None:
-        """The lowest rank on which it is true."""
+        """The lowest rank on which the flag is true; None if on none."""
         lowest = torch.tensor(self.rank if flag else self.world, device=self.device)
         if self.world > 1:
             dist.all_reduce(lowest, dist.ReduceOp.MIN)

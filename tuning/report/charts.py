@@ -1,6 +1,6 @@
-"""The drawings of a study: what its trials lost, what they were worth, and which values went together.
+"""Charts of a study: loss curves, and the value of every finished trial.
 
-In all of them the best trial is blue and bold, the base recipe orange, and what fell behind faint.
+In all of them the best trial is blue and bold, the base recipe orange, and stopped or failed trials are faint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LABEL_GAP = 0.055  # of the height of the axes, between labels
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of a trial over the epochs. role: what it is drawn as."""
+    """The losses of a trial over the epochs. role: selects colour and width."""
 
     role: str  # "best", "recipe" or "trial"
     state: State
@@ -37,7 +37,7 @@ class Curve:
 
 
 def loss_curves(curves: list[Curve], title: str) -> Markup:
-    """The losses of all trials; a dot where one ended early."""
+    """Chart of the losses of all trials; a dot marks where one ended early."""
 
     def draw(figure: Figure) -> None:
         axes = _axes(figure, "epoch", "loss")
@@ -59,7 +59,7 @@ def loss_curves(curves: list[Curve], title: str) -> Markup:
 def values_over_trials(
     values: dict[int, float], base: int, minimize: bool, metric: str, title: str, best_label: str
 ) -> Markup:
-    """The value of every finished trial at its number, and the best up to there as a line."""
+    """Chart of the value of every finished trial over its number, with the best value so far as a line."""
     sign = 1 if minimize else -1
     numbers = sorted(values)
 
@@ -112,10 +112,10 @@ def _look(role: str, state: State) -> tuple[str, float, float]:
 
 
 def _label(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """(x, y, text, colour) written to the right of points, moved apart where they would cover one another."""
+    """Write labels (x, y, text, colour) to the right of their points, moved apart where they would overlap."""
     from matplotlib.transforms import blended_transform_factory
 
-    axes.set_ylim(axes.get_ylim())  # from here on the scale is known, and stays
+    axes.set_ylim(axes.get_ylim())  # fix the scale: labels are placed by it
     to_axes = axes.transData + axes.transAxes.inverted()
     beside = blended_transform_factory(axes.transData, axes.transAxes)
     heights = apart([float(to_axes.transform((x, y))[1]) for x, y, _, _ in labels], LABEL_GAP)
@@ -126,12 +126,12 @@ def _label(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
 
 
 def crowded(alpha: float, count: int) -> float:
-    """The opacity of one of many lines: the more there are, the fainter is each."""
+    """Opacity of one of `count` lines: the more lines, the fainter each."""
     return alpha * min(1.0, math.sqrt(24 / count))
 
 
 def apart(places: list[float], gap: float) -> list[float]:
-    """The same places, moved up as far as needed to be `gap` from one another."""
+    """The places, moved up where needed so that neighbours are at least `gap` apart."""
     moved = list(places)
     lowest = -float("inf")
     for at in sorted(range(len(places)), key=places.__getitem__):

@@ -1,8 +1,8 @@
 """Which keys of a space matter, by PED-ANOVA (arXiv 2304.10255; keys under a condition: arXiv 2601.20800).
 
-It compares how a key is spread among the best trials and among all of them. fANOVA tells a little more from very few
-trials, but leaves out every key that some trial did not search. In made-up studies of five keys of which one mattered,
-that one came first in 42% of studies of 6 trials, 73% of 12 and 95% of 20: hence `FEW`.
+It compares the distribution of a key among the best trials with that among all trials. fANOVA is a little more
+accurate with very few trials, but drops every key that some trial did not search. In synthetic studies of five keys of
+which one mattered, that one ranked first in 42% of studies of 6 trials, 73% of 12 and 95% of 20: hence `FEW`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ..space import Params
 from ..study import StudyConfig
 
 MIN_TRIALS = 4
-FEW = 20  # trials below which the shares are a hint and no finding
+FEW = 20  # trials; with fewer, the shares are only indicative
 
 
 @dataclass(frozen=True)
 class Importance:
-    """The share of a key; all shares add up to 1. trials: in how many it was searched."""
+    """Importance of a key; all shares add up to 1. trials: number of trials that searched it."""
 
     key: str
     share: float
@@ -28,10 +28,10 @@ class Importance:
 
 
 def importances(study: StudyConfig, valued: list[tuple[Params, float]]) -> list[Importance]:
-    """The keys from the most to the least important, given finished trials with their values.
+    """The keys from the most to the least important, given the parameters and values of finished trials.
 
     Raises:
-        ValueError: there is too little to tell it from; in a sentence.
+        ValueError: too few trials, or values that hardly differ; the message is a full sentence.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -49,23 +49,23 @@ def importances(study: StudyConfig, valued: list[tuple[Params, float]]) -> list[
         past.add_trial(create_trial(value=value, params=known, distributions=spread))
         for key in known:
             searched[key] += 1
-    # half a trial less, so that rounding up gives `best` again
+    # half a trial less, so that the evaluator's rounding up gives `best` again
     evaluator = PedAnovaImportanceEvaluator(target_quantile=(best - 0.5) / len(valued))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that few trials tell little; the page says it in its own words
+        warnings.simplefilter("ignore")  # about few trials; the report has its own note on that
         shares = get_param_importances(past, evaluator=evaluator)
     found = [Importance(key, shares.get(key, 0.0), count) for key, count in searched.items() if count]
     return sorted(found, key=lambda one: (-one.share, one.key))
 
 
 def best_count(trials: int) -> int:
-    """How many trials are `the best`: a tenth, but five (which the measure wants), but no more than half."""
+    """Number of trials that count as the best: a tenth, at least five (required by the measure), at most half."""
     return min(max(math.ceil(trials / 10), 5), max(trials // 2, 1))
 
 
 def _refuse_too_few(study: StudyConfig, values: list[float], best: int) -> None:
     if len(values) < MIN_TRIALS:
-        raise ValueError(f"It takes at least {MIN_TRIALS} finished trials to tell; there are {len(values)}.")
+        raise ValueError(f"At least {MIN_TRIALS} finished trials are needed; there are {len(values)}.")
     ordered = sorted(values, reverse=not study.minimize)
     if ordered[best - 1] == ordered[-1]:
-        raise ValueError("It cannot be told: the trials hardly differ in their values.")
+        raise ValueError("The values of the trials hardly differ.")

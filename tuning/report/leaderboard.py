@@ -1,4 +1,4 @@
-"""The trials of a study from best to worst, and the command that trains one of them again."""
+"""Ranking of the trials of a study, and the command that trains one of them again."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..ledger import BASELINE, Trial
 from ..space import Params, dependencies_first
 from ..study import StudyConfig, trial_name
 
-MAX_TEXT = 60  # characters of a value where people read it
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would take for one
+MAX_TEXT = 60  # characters of a value on the page
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would evaluate a cell that starts with one of these
 
 
 @dataclass(frozen=True)
 class Row:
-    """A trial and its place: among finished trials only, 1 is the best."""
+    """A trial and its rank: 1 is the best; None unless the trial has finished."""
 
     rank: int | None
     name: str
@@ -33,13 +33,13 @@ class Row:
 
     @property
     def is_base(self) -> bool:
-        """Whether it is the base recipe itself."""
+        """Whether the trial is the base recipe."""
         return self.trial.number == BASELINE
 
 
 def leaderboard(study: StudyConfig, trials: Iterable[Trial]) -> list[Row]:
-    """Finished trials from best to worst, then those stopped early and those running from farthest to least far
-    (with equal epochs by loss), then those that failed."""
+    """All trials in order: finished ones by value, then stopped, running and failed ones, each group by epochs reached
+    (most first), then by loss."""
     ordered = sorted(trials, key=lambda trial: _place(study, trial))
     valued = sum(map(_valued, ordered))
     return [
@@ -49,7 +49,7 @@ def leaderboard(study: StudyConfig, trials: Iterable[Trial]) -> list[Row]:
 
 
 def recipe_params(study: StudyConfig) -> Params:
-    """What the base recipe has for the keys of the space, as far as their conditions hold.
+    """Values of the base recipe for the keys of the space whose conditions hold.
 
     Raises:
         UserError: the recipe cannot be read.
@@ -65,22 +65,22 @@ def recipe_params(study: StudyConfig) -> Params:
     return params
 
 
-def text(value: Any) -> str:
-    """A value for people: four digits, one short line, no passwords."""
+def text(value: object) -> str:
+    """Format a value for the page: four digits, one short line, no passwords."""
     if isinstance(value, float):
         return f"{value:.4g}"
     words = " ".join(redact(value if isinstance(value, str) and value.isprintable() else as_yaml(value)).split())
     return words if len(words) <= MAX_TEXT else words[: MAX_TEXT - 1] + "…"
 
 
-def as_yaml(value: Any) -> str:
-    """A value as overrides take it: reading it back gives the same value."""
+def as_yaml(value: object) -> str:
+    """A value as YAML for an override; parsing it gives the same value."""
     dumped = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=False)
     return dumped.removesuffix("\n").removesuffix("\n...")
 
 
 def command(study: StudyConfig, trial: Trial) -> str:
-    """The shell command that trains the model of a trial again, as a run of its own. Without passwords.
+    """The shell command that trains the model of a trial again, as a separate run. Passwords are left out.
 
     Raises:
         UserError: the recipe cannot be read.
@@ -94,7 +94,7 @@ def command(study: StudyConfig, trial: Trial) -> str:
 
 
 def recipe_name(study: StudyConfig) -> str:
-    """The base recipe as `glann train` takes it: its name where it ships with glann, else its file."""
+    """The recipe argument for `glann train`: the name of a bundled recipe, else the path of the file."""
     if study.stage_one:
         return f"{study.stage_one}/{CONFIG}"
     path = find_recipe(study.recipe or "")
@@ -102,7 +102,7 @@ def recipe_name(study: StudyConfig) -> str:
 
 
 def as_csv(study: StudyConfig, rows: list[Row]) -> str:
-    """The leaderboard as a table for other programs, values in full."""
+    """The leaderboard as CSV, with values in full precision."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["rank", "trial", "state", study.metric, *study.space, "epoch", "loss", "seconds", "why"])
@@ -115,7 +115,7 @@ def as_csv(study: StudyConfig, rows: list[Row]) -> str:
     return file.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     if value is None or isinstance(value, int | float):
         return value
     words = redact(value if isinstance(value, str) else as_yaml(value))

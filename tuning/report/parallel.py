@@ -1,4 +1,4 @@
-"""Parallel coordinates: one axis for each key of a space, one line for each finished trial, coloured by its value."""
+"""Parallel coordinates: one axis per key of the space, one line per finished trial, coloured by its value."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WORST = "#8d949c"
-ASIDE = -0.16  # where lines pass an axis that they have no place on
-LEAST_GAP = 0.1  # between ticks, of the length of an axis
-MAX_NAMED = 12  # steps between choices that are named on an axis
+ASIDE = -0.16  # height of a line at an axis on which it has no value
+LEAST_GAP = 0.1  # between ticks, as a share of the length of an axis
+MAX_NAMED = 12  # an axis with more steps than this names only some choices
 PER_AXIS, HEIGHT = 1.55, 4.6  # inches
 
 
@@ -39,7 +39,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Scale:
-    """Places between 0 and 1 on an axis for values between two bounds."""
+    """Maps values between two bounds to places between 0 and 1 on an axis."""
 
     low: float
     high: float
@@ -50,7 +50,7 @@ class Scale:
         return (at - low) / (high - low) if high > low else 0.5
 
     def ticks(self, whole: bool = False) -> list[tuple[float, str]]:
-        """(place, text): both ends, and round numbers between them that keep their distance."""
+        """Ticks (place, text): both ends, and round numbers between them at least `LEAST_GAP` apart."""
         from matplotlib.ticker import LogLocator, MaxNLocator
 
         decades = math.log10(self.high / self.low) if self.log else 0
@@ -68,13 +68,13 @@ class Scale:
 
 
 def parallel_coordinates(study: StudyConfig, lines: list[Line], title: str) -> Markup:
-    """The drawing. The last axis is the metric, and the scale of the colours."""
+    """The chart as SVG. The last axis is the metric, and also the colour scale."""
     space = study.space
     values = [line.value for line in lines]
     scale = Scale(min(values), max(values), spans_magnitudes(values))
 
     def shade(value: float) -> float:
-        """From 0, the worst, to 1."""
+        """Quality of a value, from 0 (worst) to 1 (best)."""
         return 1 - scale.place(value) if study.minimize else scale.place(value)
 
     def draw(figure: Figure) -> None:
@@ -110,7 +110,7 @@ def parallel_coordinates(study: StudyConfig, lines: list[Line], title: str) -> M
 
 
 def place(dimension: Dimension, params: Params, key: str) -> float:
-    """Where a trial stands on the axis of a key; `ASIDE` if it has no value there, or none of the dimension's."""
+    """Place of a trial on the axis of a key; `ASIDE` if it has no value there, or one outside the dimension."""
     code = dimension.encode(params[key]) if key in params else None
     if code is None:
         return ASIDE
@@ -125,7 +125,7 @@ def _scale(dimension: Dimension) -> Scale:
 
 
 def ticks_of(dimension: Dimension) -> list[tuple[float, str]]:
-    """(place, text) on the axis of a key; of many choices only some are named."""
+    """Ticks (place, text) of the axis of a key; of many choices only some are named."""
     if dimension.choice is None:
         return _scale(dimension).ticks(whole=dimension.kind.endswith("integer"))
     last = len(dimension.choice) - 1
@@ -140,7 +140,7 @@ def _short(words: str) -> str:
 
 
 def _axis(axes: Axes, at: int, name: str, ticks: Sequence[tuple[float, str]], right: bool = False) -> None:
-    """An axis with its name above, and its ticks at the left, or at the right where no line goes."""
+    """Draw an axis with its name above and its tick labels at the left, or at the right for the last axis."""
     aside, side = (9, "left") if right else (-7, "right")
     axes.plot([at, at], [0, 1], color=INK, linewidth=1)
     axes.annotate(name, (at, 1), (0, 12), textcoords="offset points", ha="center", va="bottom", fontweight="bold")
@@ -150,7 +150,7 @@ def _axis(axes: Axes, at: int, name: str, ticks: Sequence[tuple[float, str]], ri
 
 
 def _bent(places: list[float]) -> tuple[list[float], list[float]]:
-    """A line through the places, flat where it meets an axis: lines that cross there can still be followed."""
+    """A smooth line through the places, horizontal at each axis so that lines that meet there can be distinguished."""
     steps = 16
     across, up = [], []
     for at, (here, there) in enumerate(pairwise(places)):
@@ -162,14 +162,14 @@ def _bent(places: list[float]) -> tuple[list[float], list[float]]:
 
 
 def _mixed(share: float) -> tuple[float, ...]:
-    """A colour between those of the worst and of the best value."""
+    """Interpolate between the colours of the worst (0) and the best (1) value."""
     from matplotlib.colors import to_rgb
 
     return tuple(worst + (best - worst) * share for worst, best in zip(to_rgb(WORST), to_rgb(LINE), strict=True))
 
 
 def _color_scale(axes: Axes, at: int, minimize: bool) -> None:
-    """Colour the axis of the metric as its values are coloured."""
+    """Draw the axis of the metric in the colours of its values."""
     steps = 24
     for step in range(steps):
         middle = (step + 0.5) / steps

@@ -1,4 +1,4 @@
-"""report.html of a study, beside it leaderboard.csv: what was searched, what it found, and how to train it again."""
+"""report.html and leaderboard.csv of a study."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .parallel import Line, parallel_coordinates
 
 TABLE = "leaderboard.csv"
 MAX_ROWS = 100
-STATE_WORDS = {"running": "running", "finished": "finished", "stopped": "stopped early", "failed": "failed"}
+STATE_LABELS = {"running": "running", "finished": "finished", "stopped": "stopped early", "failed": "failed"}
 SEARCHES = {
     "tpe": "a tree-structured Parzen estimator (TPE)",
     "random": "random search",
     "grid": "a grid of all combinations",
     "population": "population-based training",
 }
-TOO_FEW = "Left out: it takes at least two finished trials, there {}."
+TOO_FEW = "Left out: at least two finished trials are needed; there {}."
 
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """A study and its trials, read once. rows: from best to worst. base_params: the recipe's, for keys of the space."""
+    """A study and its trials, read once. rows: ranked. base_params: values of the recipe for the keys of the space."""
 
     study: StudyConfig
     trials: dict[int, Trial]
@@ -47,7 +47,7 @@ class StudyFacts:
 
     @classmethod
     def read(cls, study: StudyConfig) -> StudyFacts:
-        """Raises UserError where the ledger is damaged or the recipe cannot be read."""
+        """Read the folder of a study. Raises UserError if the ledger is damaged or the recipe cannot be read."""
         trials = ledger.trials(study.folder)
         return cls(study, trials, leaderboard(study, trials.values()), recipe_params(study))
 
@@ -61,14 +61,14 @@ class StudyFacts:
 
     @property
     def values(self) -> dict[int, float]:
-        """Of finished trials, by number."""
+        """Values of finished trials, by number."""
         return {row.trial.number: row.trial.value for row in self.rows if row.rank and row.trial.value is not None}
 
     def params(self, trial: Trial) -> Params:
         return self.base_params if trial.number == BASELINE else trial.params
 
     def role(self, trial: Trial) -> str:
-        """What it is drawn as. A base recipe that is the best is drawn as itself."""
+        """How a trial is drawn: "best", "recipe" or "trial". The base recipe stays "recipe" even if it is the best."""
         if trial.number == BASELINE:
             return "recipe"
         return "best" if trial is self.best else "trial"
@@ -78,7 +78,7 @@ class StudyFacts:
 
 
 def write_report(study: StudyConfig) -> Path:
-    """Write the report and the table of a study, whether or not anything has finished.
+    """Write the report and the leaderboard of a study, whether or not any trial has finished.
 
     Raises:
         UserError: the ledger, or a file of a trial, is damaged.
@@ -90,7 +90,7 @@ def write_report(study: StudyConfig) -> Path:
 
 
 def render(facts: StudyFacts) -> str:
-    """The page as text."""
+    """The page as HTML."""
     study = facts.study
     importance, importance_text = important(facts)
     return (
@@ -122,29 +122,29 @@ def render(facts: StudyFacts) -> str:
 
 
 def headline(facts: StudyFacts) -> str:
-    """What is searched, in a sentence or two."""
+    """One or two sentences on what is searched and how."""
     study = facts.study
     count = len(study.space)
     keys = "One key" if count == 1 else f"{count} keys"
     aim = "lowest" if study.minimize else "highest"
     base = f"the second stage of {study.stage_one}" if study.stage_one else f"recipe {recipe_name(study)}"
-    early = " Trials that fall behind are stopped early (ASHA)." if study.stops_early else ""
+    early = " Trials with a poor loss are stopped early (ASHA)." if study.stops_early else ""
     return f"{keys} of {base}, searched for the {aim} {study.metric} by {SEARCHES[study.search.kind]}.{early}"
 
 
 def progress(facts: StudyFacts) -> str:
-    """How many trials there are, and what became of them."""
+    """One sentence on the number of trials and their states."""
     states = Counter(trial.state for trial in facts.trials.values())
     if not facts.trials:
         return "No trial has started."
-    told = ", ".join(f"{states[state]} {STATE_WORDS[state]}" for state in (*STATES[1:], STATES[0]) if states[state])
-    return f"{len(facts.trials)} of {max(facts.study.budget.trials, len(facts.trials))} trials: {told}." + (
+    counts = ", ".join(f"{states[state]} {STATE_LABELS[state]}" for state in (*STATES[1:], STATES[0]) if states[state])
+    return f"{len(facts.trials)} of {max(facts.study.budget.trials, len(facts.trials))} trials: {counts}." + (
         "" if facts.best else " None has a value yet."
     )
 
 
 def tiles(facts: StudyFacts) -> list[tuple[str, str, str]]:
-    """(name, value, meaning): the best, the base recipe, and what lies between."""
+    """Headline figures (name, value, meaning): the best value, the base recipe's, and the gain."""
     best, base = facts.best, facts.base
     if best is None or best.value is None:
         return []
@@ -156,13 +156,13 @@ def tiles(facts: StudyFacts) -> list[tuple[str, str, str]]:
     if best is base:
         return [(shown[0][0], value, base_meaning), ("Gained", "nothing", "no trial is better than the base recipe")]
     others = len(facts.values) - 1
-    luck = f"the best of {others}: part of it is luck, so train it again with another seed"
+    luck = f"best of {others}, so partly chance: train it again with another seed"
     gained = gain(best.value, base.value, facts.study)
     return [*shown, ("Base recipe", base_value, "trial 0, unchanged"), ("Gained", gained, luck if others > 1 else "")]
 
 
 def gain(best: float, base: float, study: StudyConfig) -> str:
-    """How much better one value is than another, as a share where that means something."""
+    """Improvement of `best` over `base`: in the unit of the metric if it is in decibels, else relative."""
     difference = base - best if study.minimize else best - base
     if study.measured.decibels:
         return study.measured.format.format(difference)
@@ -173,20 +173,20 @@ def gain(best: float, base: float, study: StudyConfig) -> str:
 
 
 def samples(facts: StudyFacts) -> list[tuple[str, str, Figure]]:
-    """(name, value, picture) of the best trial and of the base recipe, as far as they were drawn."""
+    """Sample images (name, value, picture) of the best trial and the base recipe, where they exist."""
     shown = []
     for trial in dict.fromkeys(trial.number for trial in (facts.best, facts.base) if trial):
         path = facts.study.run_dir(trial) / IMAGES / "samples.png"
         name = "Base recipe" if trial == BASELINE else f"Best: trial {trial}"
         value = facts.trials[trial].value
         if path.is_file():
-            told = f"{facts.study.metric} {value:.4g}" if value is not None else "not measured"
-            shown.append((name, told, figure(path, name)))
+            measured = f"{facts.study.metric} {value:.4g}" if value is not None else "not measured"
+            shown.append((name, measured, figure(path, name)))
     return shown
 
 
 def cells(facts: StudyFacts, row: Row) -> dict[str, object]:
-    """A line of the table, in words."""
+    """Formatted cells of a row of the leaderboard."""
     trial = row.trial
     params = {key: text(value) for key, value in facts.params(trial).items()}
     return {
@@ -196,20 +196,20 @@ def cells(facts: StudyFacts, row: Row) -> dict[str, object]:
         "params": [params.get(key, "–") for key in facts.study.space],
         "epoch": trial.epoch or "–",
         "loss": "–" if trial.loss is None else f"{trial.loss:.4g}",
-        "state": STATE_WORDS[trial.state],
+        "state": STATE_LABELS[trial.state],
         "minutes": f"{trial.seconds / 60:.1f}" if trial.ended else "–",
         "why": redact(trial.why),
     }
 
 
 def stage(facts: StudyFacts) -> tuple[str, str]:
-    """The stage whose losses tell trials apart: (as in the journal, in words)."""
+    """The stage whose losses the curves show: (name in the journal, name on the page)."""
     return ("imle", "stage 2") if facts.study.second_stage_only else ("glo", "stage 1")
 
 
 def curves(facts: StudyFacts) -> Markup | str:
-    """The losses of all trials over the epochs; or why there are none."""
-    name, words = stage(facts)
+    """Loss curves of all trials, or the reason why there are none."""
+    name, label = stage(facts)
     found = []
     for trial in facts.trials.values():
         entries = journal.entries(facts.study.run_dir(trial.number) / JOURNAL)
@@ -220,13 +220,13 @@ def curves(facts: StudyFacts) -> Markup | str:
         }
         if losses:
             epochs = sorted(losses)
-            told = [losses[epoch] for epoch in epochs]
-            found.append(Curve(facts.role(trial), trial.state, facts.label(trial), epochs, told))
-    return loss_curves(found, f"Loss of {words}") if found else "No trial has ended an epoch."
+            values = [losses[epoch] for epoch in epochs]
+            found.append(Curve(facts.role(trial), trial.state, facts.label(trial), epochs, values))
+    return loss_curves(found, f"Loss of {label}") if found else "No trial has completed an epoch."
 
 
 def value_chart(facts: StudyFacts) -> Markup | str:
-    """The values of finished trials; or why there are none."""
+    """Chart of the values of finished trials, or the reason why there is none."""
     study, values = facts.study, facts.values
     if len(values) < 2:
         return TOO_FEW.format("is one" if values else "is none")
@@ -235,7 +235,7 @@ def value_chart(facts: StudyFacts) -> Markup | str:
 
 
 def parallel(facts: StudyFacts) -> Markup | str:
-    """Parallel coordinates; or why they would say nothing."""
+    """Parallel coordinates, or the reason why they are left out."""
     if len(facts.study.space) < 2:
         return "Left out: with one key there is nothing to combine."
     lines = [
@@ -249,15 +249,15 @@ def parallel(facts: StudyFacts) -> Markup | str:
 
 
 def important(facts: StudyFacts) -> tuple[list[Importance], str]:
-    """The bars, and what they mean; or none, and why."""
+    """Importance of the keys and how to read it; or no keys and the reason."""
     valued = [(facts.params(facts.trials[number]), value) for number, value in facts.values.items()]
     try:
         found = importances(facts.study, valued)
     except ValueError as reason:
         return [], f"Left out. {reason}"
     best = best_count(len(valued))
-    hint = f" From fewer than {FEW} trials it is a hint, no finding." if len(valued) < FEW else ""
+    hint = f" With fewer than {FEW} trials this is only indicative." if len(valued) < FEW else ""
     return found, (
-        f"PED-ANOVA: how differently a key is spread among the best {best} and among all {len(valued)} finished "
+        f"PED-ANOVA: how much the distribution of a key differs between the best {best} and all {len(valued)} finished "
         f"trials; all shares add up to 100%.{hint}"
     )

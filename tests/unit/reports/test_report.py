@@ -105,7 +105,7 @@ def test_long_runs_show_first_last_and_some_between(run_dir):
 def test_a_run_that_has_only_begun_can_be_reported(tmp_path):
     run_dir = begin(tmp_path / "tiny")
     assert "has not finished" in write_report(run_dir).read_text()
-    assert "It has not been evaluated" in write_card(run_dir).read_text()
+    assert "Not evaluated" in write_card(run_dir).read_text()
 
 
 def test_a_folder_that_is_no_run_or_is_damaged_is_one_line(tmp_path):
@@ -113,7 +113,7 @@ def test_a_folder_that_is_no_run_or_is_damaged_is_one_line(tmp_path):
         write_report(tmp_path)
     run_dir = fill(begin(tmp_path / "tiny"))
     (run_dir / "images" / "samples.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"samples\.png is not a picture"):
+    with pytest.raises(UserError, match=r"samples\.png is not a readable picture"):
         write_report(run_dir)
     (run_dir / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json is damaged: it is not JSON"):

@@ -177,7 +177,7 @@ def test_a_run_deleted_on_the_server_is_made_anew_with_everything(tmp_path, serv
     with caplog.at_level(logging.WARNING, "glann.tracking"):
         second = TrackedRun.open(make_config(server), tmp_path)
     second.finish()
-    assert "is gone" in caplog.text
+    assert "no longer exists" in caplog.text
     assert second.run_id != first.run_id
     assert history(server, second.run_id, "glo/loss") == [(1, 1.0)]
 
@@ -196,11 +196,11 @@ def test_a_server_that_goes_away_delays_nothing_and_gets_everything_later(tmp_pa
     with caplog.at_level(logging.INFO, "glann.tracking"):
         for step in range(1, 2501):  # more than one request holds
             run.log_metrics({"stage": "glo", "loss": float(step)}, step)
-        wait_until(lambda: "does not take metrics" in caplog.text)
+        wait_until(lambda: "does not accept metrics" in caplog.text)
         time.sleep(0.3)
         away[0] = False
         run.finish()
-    assert caplog.text.count("does not take metrics") == 1
+    assert caplog.text.count("does not accept metrics") == 1
     assert "secret" not in caplog.text
     assert "again after" in caplog.text
     assert history(server, run.run_id, "glo/loss") == [(step, float(step)) for step in range(1, 2501)]
@@ -245,11 +245,11 @@ def test_a_full_disk_is_not_laid_at_the_servers_door_nor_waited_for(tmp_path, se
     monkeypatch.setattr(outbox.OutboxState, "save", refuse)
     with caplog.at_level(logging.WARNING, "glann.tracking"):
         run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
-        wait_until(lambda: "cannot be noted (disk full while writing" in caplog.text)
+        wait_until(lambda: "cannot be recorded (disk full while writing" in caplog.text)
         started = time.monotonic()
         run.finish("FAILED")
     assert time.monotonic() - started < 20
-    assert "does not take metrics" not in caplog.text
+    assert "does not accept metrics" not in caplog.text
     assert TrackedRun.waits(tmp_path)
     monkeypatch.setattr(outbox.OutboxState, "save", save)
     again = TrackedRun.open(make_config(server), tmp_path)
@@ -307,7 +307,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(8)
-        assert "no answer in 1 s" in refusal(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+        assert "no response in 1 s" in refusal(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
 
 
 def test_a_server_of_another_kind_is_one_line(tmp_path):

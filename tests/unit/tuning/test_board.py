@@ -57,7 +57,7 @@ def test_without_a_terminal_every_start_and_end_is_one_line(study: StudyConfig):
     ]
 
 
-def test_the_best_is_told_in_the_better_direction(tmp_path: Path):
+def test_the_best_is_marked_in_the_better_direction(tmp_path: Path):
     study = make_study(tmp_path, metric="psnr")
     board, file = board_of(study)
     with board:
@@ -67,7 +67,7 @@ def test_the_best_is_told_in_the_better_direction(tmp_path: Path):
     assert [line.endswith("best so far") for line in file.getvalue().splitlines()] == [True, True, False]
 
 
-def test_what_an_earlier_start_has_told_is_not_told_again(study: StudyConfig):
+def test_what_an_earlier_start_printed_is_not_printed_again(study: StudyConfig):
     fill_study(study, ["finished", "stopped", "running"])
     board, file = board_of(study)
     with board:
@@ -114,8 +114,8 @@ def test_a_long_study_shows_what_runs_the_latest_and_the_best(tmp_path: Path):
 def test_it_says_how_far_each_trial_is(study: StudyConfig):
     board, _ = board_of(study)
     first, second = board.ledger.start({}), board.ledger.start({"sampler.noise_dim": 9})
-    told: dict[str, Any] = {"number": 0, "stage": "glo", "stage_epoch": 3, "reached_loss": 0.51239}
-    board.on_trial_result(0, [], None, told)
+    result: dict[str, Any] = {"number": 0, "stage": "glo", "stage_epoch": 3, "reached_loss": 0.51239}
+    board.on_trial_result(0, [], None, result)
     assert board.progress(first) == "stage 1, epoch 3, loss 0.5124"
     assert board.progress(second) == "starting"
     board.on_trial_result(0, [], None, {"number": 0, "stage": "imle", "stage_epoch": 1})
@@ -123,7 +123,7 @@ def test_it_says_how_far_each_trial_is(study: StudyConfig):
     assert board.progress(board.ledger.end(first, 90.0, state="finished", value=0.4)) == "1.5 min"
 
 
-def test_the_time_left_is_told_from_the_trials_so_far(tmp_path: Path):
+def test_the_time_left_is_estimated_from_the_trials_so_far(tmp_path: Path):
     study = make_study(tmp_path, budget={"trials": 10})
     board, _ = board_of(study)
     assert "left" not in board.title(board.ledger.trials)
@@ -145,5 +145,5 @@ def test_on_a_terminal_only_ends_stay(study: StudyConfig):
     board, file = board_of(study, terminal=True)
     board.ledger.end(board.ledger.start({}), state="finished", value=0.5)
     board.ledger.start({"sampler.noise_dim": 9})
-    board.tell_news()
+    board.print_changes()
     assert file.getvalue().splitlines() == ["trial 0   finished   fd_squeezenet 0.5  the base recipe  best so far"]

@@ -1,4 +1,4 @@
-"""The clock of a study: it goes on over restarts, counts GPUs that are in use, and says what is spent."""
+"""The time budget of a study: counted over restarts, GPUs in use only, and which limit was reached."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from glann.storage.journal import entries
 from glann.tracking.runs import TrackedRun
 from glann.tuning import budget as budgets
-from glann.tuning.budget import TELL_EVERY_S, Budget
+from glann.tuning.budget import RECORD_EVERY_S, Budget
 from glann.tuning.ledger import Ledger
 from glann.tuning.study import StudyConfig
 from study_folder import make_study
@@ -38,8 +38,8 @@ def study(tmp_path: Path) -> StudyConfig:
     return make_study(tmp_path, budget={"trials": 9, "hours": 1, "gpu_hours": 4})
 
 
-def started(study: StudyConfig, gpus: float = 2.0, told: Any = lambda: None) -> Budget:
-    return Budget(study, Ledger(study.folder), TrackedRun(study.folder, None), gpus, told)
+def started(study: StudyConfig, gpus: float = 2.0, notify: Any = lambda: None) -> Budget:
+    return Budget(study, Ledger(study.folder), TrackedRun(study.folder, None), gpus, notify)
 
 
 def trials(running: int) -> list[Any]:
@@ -78,32 +78,32 @@ def test_without_limits_nothing_is_ever_spent(tmp_path: Path, clock: Clock):
     assert budget.why() == ""
 
 
-def test_the_clock_goes_on_over_restarts_but_not_between_them(study: StudyConfig, clock: Clock):
+def test_the_clock_continues_over_restarts_but_not_between_them(study: StudyConfig, clock: Clock):
     first = started(study)
     passes(first, clock, 1200, running=1)
-    clock.now += 1e6  # nobody works on it
+    clock.now += 1e6  # no command works on it
     second = started(study)
-    assert second.seconds == pytest.approx(1200, abs=TELL_EVERY_S)
+    assert second.seconds == pytest.approx(1200, abs=RECORD_EVERY_S)
     passes(second, clock, 1200, running=1)
     third = started(study)
-    assert third.seconds == pytest.approx(2400, abs=2 * TELL_EVERY_S)
-    assert third.gpu_seconds == pytest.approx(4800, abs=4 * TELL_EVERY_S)
+    assert third.seconds == pytest.approx(2400, abs=2 * RECORD_EVERY_S)
+    assert third.gpu_seconds == pytest.approx(4800, abs=4 * RECORD_EVERY_S)
     passes(third, clock, 1300)
     assert third.why() == "1 hours"
     assert started(study).spent()  # also before its first step
 
 
-def test_a_kill_forgets_at_most_what_passed_since_it_was_last_told(study: StudyConfig, clock: Clock):
+def test_a_kill_forgets_at_most_what_passed_since_the_last_entry(study: StudyConfig, clock: Clock):
     budget = started(study)
     for _ in range(500):
         clock.now += 0.7
         budget.on_step_begin(0, trials(1))
-        assert budget.seconds - started(study).seconds <= TELL_EVERY_S + 0.7
+        assert budget.seconds - started(study).seconds <= RECORD_EVERY_S + 0.7
 
 
 def test_the_journal_says_what_the_study_has_come_to(study: StudyConfig, clock: Clock):
-    told: list[int] = []
-    budget = started(study, told=lambda: told.append(1))
+    calls: list[int] = []
+    budget = started(study, notify=lambda: calls.append(1))
     budget.on_step_begin(0, trials(1))
     ledger = budget.ledger
     ledger.end(ledger.start({}), state="finished", value=0.4)
@@ -115,8 +115,8 @@ def test_the_journal_says_what_the_study_has_come_to(study: StudyConfig, clock: 
     assert [line["ended"] for line in lines] == [0, 1, 2]
     assert [line.get("best_fd_squeezenet") for line in lines] == [None, 0.4, 0.3]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert len(told) == 3
-    assert started(study).entry == 3  # numbers go on, so that nothing is taken for a repetition
+    assert len(calls) == 3
+    assert started(study).entry == 3  # numbers continue, so that nothing is taken for a repetition
 
 
 def test_the_best_value_of_another_sampler_is_kept_under_its_name(tmp_path: Path, clock: Clock):

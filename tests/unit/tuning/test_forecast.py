@@ -46,7 +46,7 @@ def test_the_trials_it_names_are_those_that_would_start(tmp_path: Path):
     lines = printed(found)
     assert lines[0] == "study digits-study: 12 trials to start, 0 begun; nothing was started"
     assert lines[2] == "0      the base recipe"
-    assert "... and 7 more, which depend on what these come to" in lines
+    assert "... and 7 more, which depend on the results of these" in lines
 
 
 def test_it_starts_nothing(tmp_path: Path):

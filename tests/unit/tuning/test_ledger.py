@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from glann.errors import UserError
-from glann.tuning.ledger import FILE, STATES, Ledger, Trial, best_of, in_words, trials
+from glann.tuning.ledger import FILE, STATES, Ledger, Trial, best_of, format_params, trials
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,8 +176,9 @@ def test_the_best_is_the_first_of_equals_in_the_better_direction():
     assert best_of(known[2:3], minimize=True) is None
 
 
-def test_values_in_words_are_short():
-    assert in_words({}) == "the base recipe"
+def test_values_format_params_are_short():
+    assert format_params({}) == "the base recipe"
     assert (
-        in_words({"glo.latent_lr": 0.0123456, "sampler.noise_dim": 16}) == "glo.latent_lr=0.01235 sampler.noise_dim=16"
+        format_params({"glo.latent_lr": 0.0123456, "sampler.noise_dim": 16})
+        == "glo.latent_lr=0.01235 sampler.noise_dim=16"
     )

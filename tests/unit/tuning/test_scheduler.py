@@ -1,4 +1,4 @@
-"""Early stopping goes on where it was: rungs rebuilt from journals decide as those that saw the results live."""
+"""Early stopping continues where it was: rungs rebuilt from journals decide as those that saw the results live."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def known(number: int, trial_id: str) -> Any:
 
 
 class Training:
-    """Trials that are told on to an independent scheduler, which sees every result once, and to a study's journals."""
+    """Trials whose results go to an independent scheduler, which sees every result once, and to a study's journals."""
 
     def __init__(self, study: StudyConfig, seed: int) -> None:
         self.study, self.rng = study, random.Random(seed)
         self.epochs: dict[int, int] = {}  # that each has done
         self.active: set[int] = set()
         self.ledger: list[Trial] = [Trial(0, {}, "finished")]
-        self.told: dict[tuple[int, int], float] = {}
+        self.results: dict[tuple[int, int], float] = {}
         self.reference = ASHAScheduler(
             time_attr=EPOCH,
             metric=LOSS,

@@ -252,7 +252,7 @@ def test_trials_that_end_because_the_study_does_are_to_go_on(study: StudyConfig,
 
 
 def test_a_trial_that_is_interrupted_for_a_reason_of_its_own_is_handed_out_again(study: StudyConfig):
-    """Its nodes were taken away, and nobody wants the study to end."""
+    """Its nodes were taken away, and the study is not ending."""
     search = LedgerSearch(study, Ledger(study.folder), lambda: 1, lambda: False)
     first = handed(search, 0)
     search.on_trial_complete("0", REACHED | {"interrupted": True})

@@ -67,7 +67,7 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"overrides": {"glo.epoch": 3}}, "unknown key glo.epoch (did you mean glo.epochs?)"),
         ({"overrides": {"glo.epochs": 0}}, "glo.epochs=0 is not possible"),
         ({"overrides": {"data.url.x": 3}}, "data.url={'x': 3} is not possible"),
-        ({"overrides": {"name": "other"}}, "overrides.name is the study's to say"),
+        ({"overrides": {"name": "other"}}, "overrides.name is set by the study"),
         ({"search": {"kind": "bayes"}}, "search.kind='bayes' is not possible"),
         ({"budget": {"trials": 0}}, "budget.trials=0 is not possible"),
         ({"budget": {"hours": float("nan")}}, "budget.hours=nan is not possible"),
@@ -78,8 +78,8 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"recipe": None}, "give one of: recipe (both stages), or stage_one"),
         ({"stage_one": "runs/x"}, "give one of: recipe (both stages), or stage_one"),
         ({"metric": "flow/fd_lite0"}, "; there are l1, psnr, fd_squeezenet, fd_vgg16, fd_lite0, fid, gaussian/fd_sq"),
-        (SECOND | {"metric": "l1"}, "metric=l1 judges stage 1, which sampler.* does not change"),
-        (SECOND | {"metric": "fd_lite0_glo"}, "metric=gaussian/fd_lite0 judges stage 1"),
+        (SECOND | {"metric": "l1"}, "metric=l1 measures stage 1, which sampler.* does not change"),
+        (SECOND | {"metric": "fd_lite0_glo"}, "metric=gaussian/fd_lite0 measures stage 1"),
         ({"metric": "fd_lite0", "overrides": {"evaluation.extractor": "vgg16"}}, "is measured by lite0, not by"),
     ],
 )
@@ -90,8 +90,8 @@ def test_what_is_unknown_or_impossible_is_named(tmp_path: Path, changes: dict[st
 @pytest.mark.parametrize(
     ("dimension", "expected"),
     [
-        ({"uniform": [0.1, 0.1]}, "uniform goes from the smaller to the larger number, not from 0.1 to 0.1"),
-        ({"log_uniform": [0, 1]}, "log_uniform has orders of magnitude only above zero, and begins at 0.0"),
+        ({"uniform": [0.1, 0.1]}, "uniform needs the smaller bound first, not 0.1 before 0.1"),
+        ({"log_uniform": [0, 1]}, "log_uniform needs bounds above zero, and begins at 0.0"),
         ({"uniform": [1, 2, 3]}, "tuple should have at most 2 items"),
         ({"uniform": [0, float("inf")]}, "should be a finite number"),
         ({"uniform": ["low", 1]}, "space.sampler.lr.uniform.0='low' is not possible"),
@@ -99,10 +99,10 @@ def test_what_is_unknown_or_impossible_is_named(tmp_path: Path, changes: dict[st
         ({"integer": [1, 2**53]}, "space.sampler.lr.integer.1=9007199254740992 is not possible"),
         ({"uniform": [0, 1], "choice": [1, 2]}, "give one of uniform, log_uniform, integer, log_integer, choice, not"),
         ({}, "give one of uniform, log_uniform, integer, log_integer, choice"),
-        ({"choice": [1]}, "choice needs at least two values, each once"),
-        ({"choice": [1, 2, 1]}, "choice needs at least two values, each once"),
+        ({"choice": [1]}, "choice needs at least two distinct values"),
+        ({"choice": [1, 2, 1]}, "choice needs at least two distinct values"),
         ({"choice": list(range(1001))}, "tuple should have at most 1000 items"),
-        ({"choice": [{"a": 1}, {"b": 1}]}, "choice is of numbers, words, or short lists of them"),
+        ({"choice": [{"a": 1}, {"b": 1}]}, "choice takes numbers, strings, or short lists of them"),
         ({"uniform": [0, 1], "steps": 3}, "unknown key space.sampler.lr.steps"),
     ],
 )
@@ -137,10 +137,10 @@ NOISE = {"integer": [8, 32]}
     ("changes", "expected"),
     [
         (space(lr=when(noise_dim=8)), "space.sampler.lr depends on sampler.noise_dim, which is not in the space"),
-        (space(lr=when(noise_dim=33), noise_dim=NOISE), "sampler.noise_dim=33, which sampler.noise_dim never is"),
+        (space(lr=when(noise_dim=33), noise_dim=NOISE), "sampler.noise_dim=33, which sampler.noise_dim never takes"),
         (
             space(lr=when(noise_dim=[8, 8.5]), noise_dim=NOISE),
-            "sampler.noise_dim=8.5, which sampler.noise_dim never is",
+            "sampler.noise_dim=8.5, which sampler.noise_dim never takes",
         ),
         (space(lr=when(noise_dim=[]), noise_dim=NOISE), "when.sampler.noise_dim is an empty list"),
         (
@@ -152,9 +152,9 @@ NOISE = {"integer": [8, 32]}
                 hidden_dim=NOISE | {"when": {"sampler.noise_dim": 8}},
                 noise_dim=NOISE | {"when": {"sampler.hidden_dim": 8}},
             ),
-            "the conditions of sampler.hidden_dim, sampler.noise_dim depend on one another in a circle",
+            "the conditions of sampler.hidden_dim, sampler.noise_dim form a cycle",
         ),
-        (space(noise_dim=NOISE | {"when": {"sampler.noise_dim": 8}}), "in a circle"),
+        (space(noise_dim=NOISE | {"when": {"sampler.noise_dim": 8}}), "form a cycle"),
     ],
 )
 def test_a_condition_that_can_never_hold_is_refused(tmp_path: Path, changes: dict[str, Any], expected: str):
@@ -195,7 +195,7 @@ def test_a_population_changes_what_can_change_on_the_way(tmp_path: Path):
     population = {"search": {"kind": "population", "interval": 2}}
     assert "space.sampler.noise_dim cannot change while a run trains" in refusal(tmp_path, population)
     study = load_study(written(tmp_path, population | {"space": {"glo.latent_lr": {"log_uniform": [0.01, 0.1]}}}))
-    assert study.trial(3, {"glo.latent_lr": 0.02}).checkpoint.every_epochs == 2  # there is one to go on from
+    assert study.trial(3, {"glo.latent_lr": 0.02}).checkpoint.every_epochs == 2  # there is one to continue from
 
 
 def test_different_losses_stop_no_trial(tmp_path: Path):
@@ -237,7 +237,7 @@ def test_a_given_stage_one_is_what_trials_stand_on(tmp_path: Path, trained: Path
 )
 def test_a_given_stage_one_is_done(tmp_path: Path, trained: Path, changes: dict[str, Any]):
     message = refusal(tmp_path, changes | {"recipe": None, "stage_one": str(trained)})
-    assert f"is of stage 1, which stage_one={trained} has done" in message
+    assert f"belongs to stage 1, which stage_one={trained} has completed" in message
 
 
 def test_a_stage_one_must_be_a_run_folder(tmp_path: Path):
@@ -276,7 +276,7 @@ def test_choices_that_no_ledger_can_hold_are_refused_at_once(tmp_path: Path, cho
     indented = "".join(f"    {line}\n" for line in choices.splitlines())
     path.write_text(f"name: s\nrecipe: digits\nmetric: fd_lite0\nspace:\n  sampler.noise_dim:\n   choice:\n{indented}")
     message = refused(path)
-    assert "choice is of numbers, words, or short lists of them" in message
+    assert "choice takes numbers, strings, or short lists of them" in message
     assert len(message) < 2000
 
 
@@ -287,7 +287,7 @@ def test_conditions_that_stand_for_billions_are_refused_at_once(tmp_path: Path):
     keys = "  sampler.noise_dim: {integer: [8, 32]}\n  sampler.lr:\n   uniform: [0.1, 1]\n"
     condition = f"   when:\n    sampler.noise_dim:\n{indented}"
     path.write_text(f"name: s\nrecipe: digits\nmetric: fd_lite0\nspace:\n{keys}{condition}")
-    assert "which sampler.noise_dim never is" in refused(path)
+    assert "which sampler.noise_dim never takes" in refused(path)
 
 
 def test_a_study_that_is_not_there_is_told_with_those_that_are(tmp_path: Path):
@@ -320,7 +320,7 @@ def test_trials_are_measured_by_what_the_metric_is_named_for(tmp_path: Path, met
 
 
 def test_a_metric_with_the_suffix_of_old_is_the_one_of_today(tmp_path: Path):
-    """Studies that began under the old name go on."""
+    """Studies that began under the old name are resumed."""
     old, new = (load_study(written(tmp_path, {"metric": m})) for m in ("fd_lite0_glo", "gaussian/fd_lite0"))
     assert old == new
     assert load_study(written(tmp_path, {"metric": old.metric})) == old

@@ -117,7 +117,7 @@ def test_the_job_runs_the_shipped_package_and_says_its_exit_status(tmp_path: Pat
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["checkpoint.url="], "checkpoint.url is empty, so a job could not go on elsewhere"),
+        (["checkpoint.url="], "checkpoint.url is empty, so the run could not be resumed on another cluster"),
         (["checkpoint.url=runs"], "checkpoint.url=runs is a path of this machine"),
         (
             ["data.url=data/digits"],
@@ -176,7 +176,7 @@ def test_a_name_is_one_run_whose_attempts_are_counted(cluster: Cluster):
 def test_two_submissions_in_the_same_moment_start_one_job(cluster: Cluster):
     """Both saw no job of that name; Ray takes an id only once."""
     jobs.start(cluster, config(), {}, None)
-    with pytest.raises(UserError, match="digits was started by somebody else just now"):
+    with pytest.raises(UserError, match="another submission has just started digits"):
         jobs.start(cluster, config(), {}, None)
 
 
@@ -221,8 +221,8 @@ def test_a_listing_shows_names_of_variables_and_no_values(
         (JobStatus.FAILED, None, "", 1, "failed with exit status 1"),
         (JobStatus.STOPPED, None, "saving\nglann: exit status 75\n", 75, "stopped and saved"),
         (JobStatus.STOPPED, None, "glann: exit status 0\n", 0, "finished before it could be stopped"),
-        (JobStatus.STOPPED, None, "glann: exit status 143\n", 143, "stopped before it began to train"),
-        (JobStatus.STOPPED, None, "saving\n", 1, "ended by force before it had saved"),
+        (JobStatus.STOPPED, None, "glann: exit status 143\n", 143, "stopped before training started"),
+        (JobStatus.STOPPED, None, "saving\n", 1, "killed before it had saved"),
     ],
 )
 def test_the_end_of_a_job_is_the_end_of_its_training(
@@ -302,10 +302,10 @@ def test_the_probe_removes_those_before_it_and_says_why_it_failed(cluster: Clust
 
     jobs.start(cluster, config(), {}, None)
     answer('Runtime env is setting up.\nVERSIONS {"10.0.0.1": {"torch": "2.13.0"}}\n')
-    assert versions.ask(cluster, ["torch"]) == {"10.0.0.1": {"torch": "2.13.0"}}
+    assert versions.run_probe(cluster, ["torch"]) == {"10.0.0.1": {"torch": "2.13.0"}}
     answer("sh: 1: exec: python3: not found\n")
     with pytest.raises(EnvironmentFault, match="python3: not found; `ray start` there needs the python3"):
-        versions.ask(cluster, ["torch"])
+        versions.run_probe(cluster, ["torch"])
     assert [job.startswith("glann-probe-") for job in cluster.jobs] == [False, True], "the job, and the last probe"
 
 

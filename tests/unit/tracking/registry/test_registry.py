@@ -420,7 +420,7 @@ def test_a_champion_that_changed_while_it_was_measured_is_not_overwritten(home, 
 
     monkeypatch.setattr("glann.tracking.registry.promote.open_images", meanwhile)
     before = everything(home.client, name)[0]
-    with pytest.raises(UserError, match="was changed by somebody else meanwhile"):
+    with pytest.raises(UserError, match="was changed by another command meanwhile"):
         promote(name, 1)
     assert champion(home.client, name) == 3
     assert everything(home.client, name)[0] == before
@@ -554,13 +554,13 @@ def test_models_are_listed_and_shown(home, name, capsys):
     ("words", "told"),
     [
         (["show", "nothing"], "no model nothing at sqlite:///"),
-        (["show", "a/b"], "'a/b' is no name for a model"),
-        (["promote", "no' OR '1'='1"], "is no name for a model"),
+        (["show", "a/b"], "'a/b' is not a valid model name"),
+        (["promote", "no' OR '1'='1"], "is not a valid model name"),
         (["promote", "nothing"], "no model nothing at "),
         (["rollback", "nothing"], "no model nothing at "),
         (["register", "runs/nothing"], "runs/nothing is neither a run folder, such as runs/digits, nor the id of"),
         (["register", "runs"], "runs is not a run folder: it has no config.yaml"),
-        (["register", "runs/good", "--as", "a/b"], "'a/b' is no name for a model"),
+        (["register", "runs/good", "--as", "a/b"], "'a/b' is not a valid model name"),
         (["register", "f" * 32], f"no MLflow run {'f' * 32} at sqlite:///"),
         (["promote", "known", "--version", "9"], "known has no version 9; there is 1"),
         (["promote", "known", "--why", "x" * 2000], "--why has 2000 characters; at most 1000 are kept"),

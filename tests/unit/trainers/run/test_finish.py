@@ -1,4 +1,4 @@
-"""What a finished run tells: whole lines that can be copied, however narrow the terminal is."""
+"""Summary of a finished run: whole lines that can be copied, however narrow the terminal is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 
 def lines_told(config: Config) -> list[str]:
-    """What is told of a run of that configuration, in a terminal of 40 columns."""
+    """Summary of a run of that configuration, in a terminal of 40 columns."""
     config.run_dir.mkdir(parents=True)
     metrics = {"fd_squeezenet": 0.3797, "fd_squeezenet_glo": 0.4683}
     summary = {"rows": 5000, "metrics": metrics, "timings": {"train_s": 90}}

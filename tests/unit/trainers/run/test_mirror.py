@@ -1,4 +1,4 @@
-"""The run folder has a copy beside its checkpoints, and a driver on another machine goes on with it."""
+"""The run folder has a copy beside its checkpoints, and a driver on another machine resumes with it."""
 
 import json
 

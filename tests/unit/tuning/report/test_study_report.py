@@ -47,8 +47,8 @@ def test_the_page_tells_what_was_searched_and_what_it_found(study):
         f"<b>{(values[0] - values[best]) / values[0]:.1%}</b>",
         f"Best: trial {best}",
         "loss or gradients were not finite for 5 steps",
-        "PED-ANOVA: how differently a key is spread among the best 3 and among all 6 finished trials",
-        "hint, no finding",
+        "PED-ANOVA: how much the distribution of a key differs between the best 3 and all 6 finished trials",
+        "only indicative",
         "log_uniform:",
         "latent_lr: 0.03",
     ):
@@ -97,21 +97,21 @@ def test_nothing_hostile_or_secret_gets_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("states", "told"),
+    ("states", "expected"),
     [
         ([], "No trial has started."),
         (["running"], "1 of 12 trials: 1 running. None has a value yet."),
         (["failed", "stopped"], "2 of 12 trials: 1 stopped early, 1 failed. None has a value yet."),
         (["finished"], "no trial is better than the base recipe"),
         (["running", "finished"], "it has not finished, so there is nothing to compare with"),
-        (["finished", "finished"], "Left out. It takes at least 4 finished trials to tell; there are 2."),
+        (["finished", "finished"], "Left out. At least 4 finished trials are needed; there are 2."),
     ],
 )
-def test_a_study_can_be_reported_at_any_time(study, states, told):
+def test_a_study_can_be_reported_at_any_time(study, states, expected):
     if states:
         fill_study(study, states)
     page = page_of(study)
-    assert told in page
+    assert expected in page
     assert Page(page).open == []
     assert "What mattered" in page
 
@@ -121,9 +121,9 @@ def test_one_key_has_nothing_to_combine_and_a_shared_stage_one_has_no_losses_of_
     fill_study(study, ["finished"] * 5)
     page = page_of(study)
     assert "with one key there is nothing to combine" in page
-    assert "It cannot be told: the trials hardly differ in their values." in page
+    assert "The values of the trials hardly differ." in page
     assert "Loss of stage 2" in page
-    assert "It trains stage 1 as well, which the trials shared." in page
+    assert "It also trains stage 1, which the trials shared." in page
 
 
 def test_a_study_of_many_trials_shows_the_best_and_says_how_many_more(tmp_path):
@@ -143,7 +143,7 @@ def test_what_is_damaged_is_named_and_the_old_page_stays(study):
     fill_study(study)
     before = page_of(study)
     (study.run_dir(0) / "images" / "samples.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"samples\.png is not a picture"):
+    with pytest.raises(UserError, match=r"samples\.png is not a readable picture"):
         write_report(study)
     assert (study.folder / "report.html").read_text(encoding="utf-8") == before
     assert not list(study.folder.glob(".*.tmp"))
@@ -233,7 +233,7 @@ def test_the_recipe_has_values_for_the_keys_that_apply_to_it(study):
 
 
 @pytest.mark.parametrize(
-    ("metric", "best", "base", "told"),
+    ("metric", "best", "base", "expected"),
     [
         ("fd_squeezenet", 0.75, 1.0, "25.0%"),
         ("l1", 0.9999, 1.0, "less than 0.1%"),
@@ -241,8 +241,8 @@ def test_the_recipe_has_values_for_the_keys_that_apply_to_it(study):
         ("l1", -1.0, 0.0, "1"),
     ],
 )
-def test_what_was_gained_is_told_in_the_unit_of_the_metric(study, metric, best, base, told):
-    assert gain(best, base, study.model_copy(update={"metric": metric})) == told
+def test_what_was_gained_is_shown_in_the_unit_of_the_metric(study, metric, best, base, expected):
+    assert gain(best, base, study.model_copy(update={"metric": metric})) == expected
 
 
 # What mattered ----------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_a_place_on_an_axis_is_by_magnitude_by_number_or_by_choice():
     assert place(choice, {}, "k") == ASIDE
 
 
-def test_the_states_of_trials_are_all_told(study):
-    from glann.tuning.report.study import STATE_WORDS
+def test_every_state_of_a_trial_has_a_label(study):
+    from glann.tuning.report.study import STATE_LABELS
 
-    assert set(STATE_WORDS) == set(ledger.STATES)
+    assert set(STATE_LABELS) == set(ledger.STATES)
