@@ -27,7 +27,7 @@ from glann.models.mapping import build_mapping
 from glann.reports.facts import RunFacts
 from glann.reports.run import headline, metric_rows, render, timing_rows
 from glann.storage.local import LocalStore
-from glann.tracking.outbox import State
+from glann.tracking.outbox import OutboxState
 from glann.trainers.run.state import load as load_saved
 from held_rows import Held
 from hypothesis import given
@@ -72,7 +72,7 @@ def make_run(root: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = {"metrics": {"l1": 0.1, "fd_squeezenet": 3.0}, "timings": {"train_s": 3.0}, "rows": 6, "fingerprint": "f"}
     (run / "summary.json").write_text(json.dumps(summary))
-    State(key="k", uri="sqlite:///mlflow.db", run_id="r", sent_bytes=3).save(run)
+    OutboxState(key="k", uri="sqlite:///mlflow.db", run_id="r", sent_bytes=3).save(run)
     index = Index.load(str(root / "data"))
     state = {
         "position": {"stage": "imle", "epoch": 0, "step": 0, "serial": 4},
@@ -257,7 +257,7 @@ def test_run_folder(jail, workshop, data):
             render(facts)
 
     jail.read(report)
-    jail.read(lambda: State.load(folder))
+    jail.read(lambda: OutboxState.load(folder))
 
 
 # configuration -----------------------------------------------------------------------------------

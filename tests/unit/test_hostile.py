@@ -37,7 +37,7 @@ from glann.models.mapping import build_mapping
 from glann.reports.facts import RunFacts
 from glann.storage import journal
 from glann.storage.open import open_store
-from glann.tracking.outbox import State
+from glann.tracking.outbox import OutboxState
 from glann.tracking.source import load_model
 from glann.trainers.run.state import checked_state
 from held_rows import Held
@@ -345,7 +345,7 @@ def test_an_index_of_any_size_is_refused_before_it_is_read(tmp_path):
     for name in ("index.json", "images.bin"):
         with open(tmp_path / name, "wb") as file:
             file.truncate(1 << 40)
-    with pytest.raises(UserError, match="that is no index"):
+    with pytest.raises(UserError, match="too large for an index"):
         Index.load(str(tmp_path))
 
 
@@ -646,8 +646,8 @@ def test_a_run_folder_cannot_have_other_files_sent_to_the_tracking_server(tmp_pa
     os.symlink(tmp_path / "secret", run / "link")
     state = {"key": "k", "uri": "u", "parcels": [{"kind": "artifact", "path": "report.html"}]}
     (run / "tracking.json").write_text(json.dumps(state))
-    assert State.load(run).parcels[0].path == "report.html"
+    assert OutboxState.load(run).parcels[0].path == "report.html"
     state["parcels"].append({"kind": "artifact", "path": path})
     (run / "tracking.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="not of this run"):
-        State.load(run)
+        OutboxState.load(run)

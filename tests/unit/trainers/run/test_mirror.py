@@ -6,7 +6,7 @@ import pytest
 from glann.config.run import validate
 from glann.errors import EnvironmentFault, UserError
 from glann.storage.open import open_store
-from glann.tracking.outbox import State
+from glann.tracking.outbox import OutboxState
 from glann.tracking.runs import _state_of
 from glann.trainers.run.mirror import RunMirror, take_back
 
@@ -29,7 +29,7 @@ def fill(folder):
     for name, text in {
         "config.yaml": "name: night\n",
         "metrics.jsonl": '{"stage":"glo","step":1}\n',
-        "tracking.json": State(key="k", uri="u", sent_bytes=25).model_dump_json(),
+        "tracking.json": OutboxState(key="k", uri="u", sent_bytes=25).model_dump_json(),
         "images/glo-epoch-001-samples.png": "p",
         "model/model.json": "{}",
         "ray/workers/x": "not ours",
@@ -126,6 +126,6 @@ def test_a_hostile_copy_writes_nothing_outside(tmp_path, monkeypatch):
 
 
 def test_what_an_older_copy_of_the_journal_lacks_is_not_taken_for_sent(tmp_path):
-    State(key="k", uri="u", sent_bytes=1000).save(tmp_path)
+    OutboxState(key="k", uri="u", sent_bytes=1000).save(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": "glo", "step": 1}) + "\n")
     assert _state_of(tmp_path, "u").sent_bytes == (tmp_path / "metrics.jsonl").stat().st_size
