@@ -649,5 +649,5 @@ def test_a_run_folder_cannot_have_other_files_sent_to_the_tracking_server(tmp_pa
     assert OutboxState.load(run).parcels[0].path == "report.html"
     state["parcels"].append({"kind": "artifact", "path": path})
     (run / "tracking.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="not of this run"):
+    with pytest.raises(UserError, match="outside this run"):
         OutboxState.load(run)
