@@ -1,1 +1,1 @@
-"""Images: packing into shards, the index, reading, S3, and named assets."""
+"""Image data sets: packing into shards, the index, reading, and named assets."""

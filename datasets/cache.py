@@ -1,11 +1,11 @@
 """A bounded local cache of shards that live on S3, shared by all processes of a node.
 
-A shard is cached as a sparse file of its full length, named by its SHA-256, that fills block by
-block as rows are asked for.  Nothing records which blocks are there: a row is taken from the file
-only if its bytes have the hash in the index, so a hole, a torn write or a damaged disk is just a
-block to fetch again, and processes need no agreement on the contents.  What does not fit into the
-bound is read by ranges of single images instead; a random order would only churn an LRU cache.
-Files that nobody has used for some minutes make room first.
+A shard is cached as a sparse file of its full length, named by its SHA-256, that is filled block by
+block as rows are read.  There is no record of the blocks: a row is taken from the file only if its
+bytes have the hash in the index, so a hole, a torn write or disk corruption only causes the block to
+be fetched again, and processes need not coordinate.  What exceeds the size limit is read by ranges of
+single images; in random order, an LRU cache would only thrash.  Files that were unused for some minutes
+are evicted first.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .index import Shard
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 8 << 20
-UNUSED_AFTER_S = 600.0  # a shard in use is marked once a minute, so ten minutes mean that its run is gone
+UNUSED_AFTER_S = 600.0  # a shard in use is touched once a minute, so after ten minutes its run has ended
 _MARK_EVERY_S = 60.0
-_FULL_FOR_S = 10.0  # how long a full cache is not measured again
+_FULL_FOR_S = 10.0  # how long a full cache is not checked again
 
 
 class ShardCache:
-    """Reads ranges of shards from `store` through the folder `folder` of at most `limit_bytes`."""
+    """Reads ranges of shards from `store` through a cache in `folder` of at most `limit_bytes`."""
 
     def __init__(self, store: Store, folder: Path, limit_bytes: int):
         self._store, self._folder, self._limit = store, folder, limit_bytes
@@ -46,17 +46,19 @@ class ShardCache:
             raise os_fault(error, folder) from error
 
     def read(self, shard: Shard, offset: int, length: int, sha256: bytes) -> bytes:
-        """The bytes at `offset`; whether their hash is `sha256` is for the caller to check.
+        """Read `length` bytes at `offset`; the caller must check that their hash is `sha256`.
 
         Raises:
-            MissingObject, EnvironmentFault: as the store does.
+            MissingObject, EnvironmentFault: from the store.
         """
         cached = self._read_cached(shard, offset, length)
         if hashlib.sha256(cached).digest() == sha256:
             return cached
         first = offset // BLOCK_BYTES * BLOCK_BYTES
         end = min(-(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES, shard.bytes)
-        with self._locks[hash((shard.file, first)) % len(self._locks)]:  # one thread fetches, the others find it
+        with self._locks[
+            hash((shard.file, first)) % len(self._locks)
+        ]:  # one thread fetches, the others then hit the cache
             cached = self._read_cached(shard, offset, length)
             if hashlib.sha256(cached).digest() == sha256:
                 return cached
@@ -72,11 +74,11 @@ class ShardCache:
         return self._folder / f"{shard.sha256}.shard"
 
     def _read_cached(self, shard: Shard, offset: int, length: int) -> bytes:
-        """What the cache has there: anything from nothing to the right bytes."""
+        """Read the range from the cache; the result may be empty, incomplete or wrong."""
         try:
             with open(self._path(shard), "rb") as file:
                 data = read_at(file.fileno(), offset, length)
-        except OSError:  # not cached, or just evicted, or a bad disk: in every case the store has it
+        except OSError:  # not cached, evicted meanwhile, or a disk error: read from the store
             return b""
         now = time.monotonic()
         if now - self._marked.get(shard.sha256, -_MARK_EVERY_S) >= _MARK_EVERY_S:
@@ -86,7 +88,7 @@ class ShardCache:
         return data
 
     def _keep(self, shard: Shard, first: int, block: bytes) -> None:
-        """Put a block into the shard's file unless the cache is full."""
+        """Write a block to the shard's file unless the cache is full."""
         try:
             with self._only_process(), open(os.open(self._path(shard), os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
                 if self._make_room(len(block)):
@@ -94,7 +96,7 @@ class ShardCache:
                     os.pwrite(file.fileno(), block, first)
         except OSError as error:
             self._full_until = time.monotonic() + _FULL_FOR_S
-            log.warning("%s; going on without caching", os_fault(error, self._folder))
+            log.warning("%s; continuing without caching", os_fault(error, self._folder))
 
     def _has_room(self, more: int) -> bool:
         if more > self._limit or time.monotonic() < self._full_until:
@@ -103,14 +105,14 @@ class ShardCache:
             with self._only_process():
                 room = self._make_room(more)
         except OSError as error:
-            log.warning("%s; going on without caching", os_fault(error, self._folder))
+            log.warning("%s; continuing without caching", os_fault(error, self._folder))
             room = False
         if not room:
             self._full_until = time.monotonic() + _FULL_FOR_S
         return room
 
     def _make_room(self, more: int) -> bool:
-        """Whether `more` bytes fit, after the removal of files that are no longer in use, oldest first."""
+        """Evict files that are no longer in use, oldest first, until `more` bytes fit; whether they do."""
         files = []
         for entry in os.scandir(self._folder):
             if entry.name.endswith(".shard"):
@@ -126,7 +128,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _only_process(self) -> Iterator[None]:
-        """Measure and write without another process of the node doing so at the same time."""
+        """Hold the cache's lock, so that one process of the node at a time measures and writes."""
         with open(self._folder / "lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -1,4 +1,4 @@
-"""Image bytes <-> uint8 arrays: decoding what users bring, fitting it to a square, encoding it.
+"""Image bytes <-> uint8 arrays: decoding user images, fitting them to a square, encoding.
 
 Legend: H height, W width, C channels (1 grey, 3 RGB).
 """
@@ -19,34 +19,34 @@ ImageFormat = Literal["jpeg", "png", "webp"]
 CROPS: tuple[str, ...] = get_args(Crop)
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # as webdataset's decoders know them
 
-# Formats that Pillow decodes itself; others would start foreign programs (EPS) or stubs.
+# Formats that Pillow decodes itself; others use external programs (EPS) or stubs.
 _READABLE = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-MAX_PIXELS = 80_000_000  # a larger picture is refused before it is decompressed
+MAX_PIXELS = 80_000_000  # a larger image is rejected before it is decompressed
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BadImage(ValueError):
-    """These bytes are not an image that can be used; the message says why."""
+    """Bytes that are not a usable image; the message has the reason."""
 
 
 def decode_any(data: bytes) -> Image.Image:
-    """The picture in `data` as an RGB or L (grey) image, turned upright as its EXIF tag says.
+    """Decode `data` to an RGB or L (grey) image, rotated by its EXIF orientation.
 
-    16-bit grey keeps its upper 8 bits, transparent pictures are laid on white.
+    16-bit grey keeps its upper 8 bits, transparent images are composited on white.
     Raises:
-        BadImage: for anything but a complete JPEG, PNG, WebP, BMP, PPM/PGM, TIFF or GIF of bounded size.
+        BadImage: not a complete JPEG, PNG, WebP, BMP, PPM/PGM, TIFF or GIF of at most MAX_PIXELS.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_READABLE)
         if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"{image.width} x {image.height} pixels is more than an image may have")
+            raise BadImage(f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
         image.load()
         return _plain(ImageOps.exif_transpose(image))
     except BadImage:
         raise
-    except UnidentifiedImageError as error:  # whose own words name an object in memory
+    except UnidentifiedImageError as error:  # its own message shows an object in memory
         raise BadImage("not a JPEG, PNG, WebP, BMP, PPM, TIFF or GIF, or damaged at its beginning") from error
-    except Exception as error:  # a damaged file can raise almost anything from within a decoder
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
         raise BadImage(f"not a readable image ({first_line(error)})") from error
 
 
@@ -64,10 +64,10 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, resolution: int, channels: int, crop: str) -> np.ndarray:
-    """A uint8 array [resolution, resolution, C] made of `image`; Lanczos with antialiasing.
+    """Fit `image` to a uint8 array [resolution, resolution, C], with antialiased Lanczos resampling.
 
-    crop: `center` cuts the largest central square and resizes it; `pad` shrinks (never enlarges)
-    the whole image to fit and centres it on black; `none` takes square images only.
+    crop: `center` cuts the largest central square and resizes it; `pad` shrinks (never enlarges) the
+    whole image to fit and centres it on black; `none` accepts square images only.
     """
     image = image.convert("L" if channels == 1 else "RGB")
     width, height = image.size
@@ -92,7 +92,7 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def encode(img_HWC: np.ndarray, image_format: str, quality: int) -> bytes:
-    """`img_HWC` (uint8) as JPEG with full-resolution colour, as PNG, or as lossy WebP."""
+    """Encode `img_HWC` (uint8) as JPEG without chroma subsampling, as PNG, or as lossy WebP."""
     channels = img_HWC.shape[2]
     if image_format == "jpeg":
         colour, sampling = ("GRAY", "Gray") if channels == 1 else ("RGB", "444")
@@ -107,10 +107,10 @@ def encode(img_HWC: np.ndarray, image_format: str, quality: int) -> bytes:
 
 
 def decode_packed(data: bytes, resolution: int, channels: int, image_format: str) -> np.ndarray:
-    """A packed image as uint8 [C, H, W], contiguous; its size, colours and format must be as packed.
+    """Decode a packed image to contiguous uint8 [C, H, W].
 
     Raises:
-        BadImage: for bytes that are anything else.
+        BadImage: not a readable image of the packed size and format.
     """
     try:
         if image_format == "jpeg":
@@ -124,7 +124,7 @@ def decode_packed(data: bytes, resolution: int, channels: int, image_format: str
             img_HWC = np.asarray(image.convert(mode)).reshape(resolution, resolution, channels)
     except BadImage:
         raise
-    except Exception as error:  # as above: whatever the decoder says, the image is bad
+    except Exception as error:  # as above
         raise BadImage(f"not a readable {image_format} image ({first_line(error)})") from error
     return np.ascontiguousarray(img_HWC.transpose(2, 0, 1))
 

@@ -1,4 +1,4 @@
-"""Whether a packed data set is the one that a configuration means."""
+"""Check of a packed data set against the configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .index import Index
 
 
 def require_fit(index: Index, data: DataConfig, workers: int) -> int:
-    """The number of rows to train on.
+    """Check that a data set fits the configuration, and return the number of rows to train on.
 
     Raises:
         UserError: other resolution or channels than configured, or fewer images than workers.

@@ -1,9 +1,9 @@
-"""The index of a packed data set: which image lies where, and what its bytes must be.
+"""The index of a packed data set: place and hash of every image.
 
-`index.json` is small: the shape of the images and one line per shard.  The numbers of every image
-are in `images.bin` beside it, 44 bytes a row (offset u64, length u32, SHA-256; little-endian,
-in the order of the global row ids), so that a million images load in less than a second.
-`index.json` holds the hash of `images.bin` and is written last: no index, no data set.
+`index.json` is small: the shape of the images and one entry per shard.  The records of the images are
+in `images.bin` beside it, 44 bytes per row (offset u64, length u32, SHA-256; little-endian, in the
+order of the global row ids), so that a million images load in less than a second.  `index.json`
+contains the hash of `images.bin` and is written last: without it there is no data set.
 
 Legend: N rows, S shards.
 """
@@ -37,7 +37,7 @@ ShardFileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,200
 
 
 class Shard(BaseModel):
-    """One tar file: its name, images, bytes and hash."""
+    """One tar file: name, number of images, size in bytes and hash."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     file: ShardFileName
@@ -59,7 +59,7 @@ class Header(BaseModel):
     rows: int = Field(ge=1, le=1 << 40)
     shards: tuple[Shard, ...] = Field(min_length=1)
     images_sha256: Sha256
-    recipe: Sha256  # of the source's listing and of the packing options; the same recipe gives the same bytes
+    recipe: Sha256  # hash of the source's contents and the packing options; equal hashes give equal bytes
     fingerprint: Sha256
 
 
@@ -97,11 +97,11 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over everything the index says, and so over the bytes of all shards."""
+        """SHA-256 of the index, and through its hashes of the bytes of all shards."""
         return self.header.fingerprint
 
     def shard_of(self, row: int) -> int:
-        """The number of the shard that holds `row`."""
+        """The number of the shard that contains `row`."""
         return int(np.searchsorted(self.first_S, row, side="right")) - 1
 
     def key(self, row: int) -> str:
@@ -113,7 +113,7 @@ class Index:
         """Read and check the index at `url`.
 
         Raises:
-            UserError: in one line, when there is none or when it is truncated, inconsistent or hostile.
+            UserError: there is none, or it is truncated, inconsistent or malicious; in one line.
         """
         store = open_store(url, s3)
         try:
@@ -138,7 +138,7 @@ PACKING_FILE = "packing.json"  # the state of an unfinished pack; removed after 
 
 
 def image_key(row: int, image_format: str) -> str:
-    """The member name of a row: nine digits (as many as needed) and the extension of the format."""
+    """The member name of a row: at least nine digits, and the extension of the format."""
     return f"{row:09d}.{EXTENSIONS[image_format]}"
 
 
@@ -168,7 +168,7 @@ def _fingerprint(tree: dict) -> str:
 
 
 def parse(header_bytes: bytes, records_bytes: bytes, where: str) -> Index:
-    """An index from the bytes of its two files; `where` is named in the errors."""
+    """Parse and check an index from the bytes of its two files; `where` names it in errors. Raises UserError."""
     header = _parse_header(header_bytes, where)
     _check_length(header, len(records_bytes), where)
     if hashlib.sha256(records_bytes).hexdigest() != header.images_sha256:
@@ -190,7 +190,7 @@ def _check_length(header: Header, size: int, where: str) -> None:
 
 def _refuse_large(where: str, size: int) -> None:
     if size > _MAX_INDEX_BYTES:
-        raise UserError(f"{where}/{INDEX_FILE} is {size >> 20} MiB; that is no index")
+        raise UserError(f"{where}/{INDEX_FILE} is {size >> 20} MiB, too large for an index")
 
 
 def _parse_header(data: bytes, where: str) -> Header:
@@ -212,7 +212,7 @@ def _parse_header(data: bytes, where: str) -> Header:
 
 
 def _check_records(header: Header, records_N: np.ndarray, first_S: np.ndarray, where: str) -> None:
-    """Every image lies inside its shard, after the one before it."""
+    """Check that every image lies inside its shard, after the one before it. Raises UserError."""
     offset_N, length_N = records_N["offset"], records_N["length"].astype(np.uint64)
     bytes_S = np.array([shard.bytes for shard in header.shards], np.uint64)
     rows_S = np.array([shard.rows for shard in header.shards], np.int64)

@@ -1,4 +1,4 @@
-"""Batches of images in exactly the order of a plan, decoded ahead by threads.
+"""Batches of images in the order of a plan, decoded ahead by threads.
 
 Legend: B batch, C channels, H height, W width.
 """
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class PlannedBatch(NamedTuple):
-    """What a step is to train on; rows of weight 0 only pad the batch and are never read."""
+    """The rows of one step; rows of weight 0 are padding and are not read."""
 
     step: int
     rows_B: np.ndarray  # int64 global row ids
@@ -40,11 +40,11 @@ class Batch(NamedTuple):
 
 
 class BadRows:
-    """Counts the distinct rows that could not be read, and refuses to go on beyond a share of the data set.
+    """Counts the distinct rows that could not be read, and raises beyond a share of the data set.
 
     Args:
         max_fraction: share of `rows` that may be bad (`data.max_bad_fraction`).
-        rows: rows that are counted; with several workers each one's own, so that all together stay below the share.
+        rows: number of rows; with several workers that of each, so that the total stays below the share.
     """
 
     def __init__(self, max_fraction: float, rows: int):
@@ -57,7 +57,7 @@ class BadRows:
         return sorted(self._faults)
 
     def add(self, fault: CorruptImage) -> None:
-        """Note a bad row. Raises UserError once there are too many."""
+        """Record a bad row. Raises UserError once there are too many."""
         if fault.row in self._faults:
             return
         self._faults[fault.row] = str(fault)
@@ -72,15 +72,15 @@ class BadRows:
 def batches(
     images: ImageRows, plan: Iterable[PlannedBatch], *, threads: int, prefetch: int, max_bad: BadRows
 ) -> Iterator[Batch]:
-    """The batches of `plan`, in its order, `prefetch` of them being decoded while the caller works.
+    """Yield the batches of `plan` in order, with `prefetch` of them decoded in the background.
 
     An image that cannot be read gets weight 0 and is counted by `max_bad`.  Errors of the decoding
-    threads are raised here, at the batch they belong to.  When the iterator is closed or dropped
-    before its end, the threads stop and are gone before `close()` returns.
+    threads are raised at the batch they belong to.  If the iterator is closed or dropped early, its
+    threads have ended before `close()` returns.
 
     Raises:
         UserError: more bad images than `max_bad` allows.
-        EnvironmentFault: storage failed for good.
+        EnvironmentFault: storage failed after all retries.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="glann-decode")
     upcoming = iter(plan)
@@ -100,7 +100,7 @@ _Faults = list[CorruptImage]
 def _start(
     pool: ThreadPoolExecutor, images: ImageRows, planned: PlannedBatch, threads: int
 ) -> tuple[PlannedBatch, np.ndarray, list[Future[_Faults]]]:
-    """Begin to decode a batch, split evenly over the threads."""
+    """Start to decode a batch, split evenly over the threads."""
     index = images.index
     img_BCHW = np.zeros((len(planned.rows_B), index.channels, index.resolution, index.resolution), np.uint8)
     places = np.flatnonzero(planned.weight_B)
@@ -109,7 +109,7 @@ def _start(
 
 
 def _decode(images: ImageRows, rows_B: np.ndarray, img_BCHW: np.ndarray, places: np.ndarray) -> _Faults:
-    """Fill in the images at `places` of a batch; returns the rows that could not be."""
+    """Decode the images at `places` of a batch; return the faults of unreadable rows."""
     faults = []
     for place in places:
         try:
@@ -120,7 +120,7 @@ def _decode(images: ImageRows, rows_B: np.ndarray, img_BCHW: np.ndarray, places:
 
 
 def _collect(planned: PlannedBatch, img_BCHW: np.ndarray, parts: list[Future[_Faults]], max_bad: BadRows) -> Batch:
-    """Wait for a batch and take the bad rows out of it."""
+    """Wait for a batch and set the weight of its bad rows to 0."""
     weight_B = np.array(planned.weight_B, np.float32)
     for part in parts:
         for fault in part.result():

@@ -1,8 +1,8 @@
-"""Packing: any source of images -> webdataset shards and their index.
+"""Packing of any source of images into webdataset shards with an index.
 
-Threads decode, fit and encode (the codecs release the interpreter lock); one writer puts the
-results in order into `name-000000.tar`, so the bytes depend on the source and the options alone.
-`packing.json` lists the shards that are finished; `index.json` is written last.
+Threads decode, fit and encode (the codecs release the GIL); one writer appends the results in order to
+`name-000000.tar`, so the bytes depend only on the source and the options.  `packing.json` lists the
+finished shards; `index.json` is written last.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # images done, images in all
 MAX_NAMED_FAULTS = 20
-LOSSLESS_UP_TO = 64  # px; below it PNG costs little and JPEG artefacts are large
+LOSSLESS_UP_TO = 64  # px; up to this side PNG files are small and JPEG artefacts large
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the bytes of a packed data set depend on besides its source."""
+    """The options that determine the bytes of a packed data set, besides its source."""
 
     name: str
     resolution: int
@@ -72,23 +72,23 @@ def pack(
     s3: S3Config | None = None,
     progress: Progress | None = None,
 ) -> Index:
-    """Pack the images of `source` into shards at `destination`; the same command goes on after an interruption.
+    """Pack the images of `source` into shards at `destination`; the same call resumes after an interruption.
 
     Args:
         source: named asset, folder, zip, tar, npz, idx or parquet; local or s3://.
-        destination: folder or s3:// prefix, empty or with this very data set, finished or not.
+        destination: folder or s3:// prefix; empty, or with the same data set, finished or not.
         resolution: side of the packed images in pixels.
         channels: 1 (grey) or 3 (RGB).
         crop: `center`, `pad` or `none`; see `codec.fit`.
         image_format: `jpeg`, `png` or `webp`; empty means png up to 64 px and jpeg above.
-        quality: of jpeg and webp, 1 to 100.
+        quality: quality of jpeg and webp, 1 to 100.
         shard_size_mb: megabytes after which a shard is closed.
         workers: encoding threads.
         name: prefix of the shard files; empty means the last name of the destination.
-        skip_corrupt: leave out images that cannot be read (each is logged) instead of refusing.
+        skip_corrupt: leave out images that cannot be read (each is logged) instead of raising.
         progress: called from this thread with images done and images in all.
     Raises:
-        UserError: in one line; corrupt images are named.
+        UserError: invalid options or source, or corrupt images, which are named; in one line.
     """
     options = _options(destination, resolution, channels, crop, image_format, quality, shard_size_mb, name)
     if workers < 1:
@@ -106,10 +106,10 @@ def pack(
             with closing(writer):
                 _encode_all(images, options, writer, workers, skip_corrupt, report)
                 if not writer.position:
-                    raise UserError(f"{source}: not one of {images.count} images can be read")
+                    raise UserError(f"{source}: none of {images.count} images can be read")
                 header = {key: getattr(options, key) for key in ("name", "resolution", "channels", "image_format")}
                 return parse(*writer.finish(**header), destination)
-    except OSError as error:  # the store explains its own faults; this is the folder for temporary files
+    except OSError as error:  # of the temporary folder; the store raises its own errors
         raise os_fault(error, error.filename or tempfile.gettempdir()) from error
 
 
@@ -141,7 +141,7 @@ def _same_data_set(index: Index, recipe: str, destination: str) -> Index:
 
 
 def _begin(store: Store, recipe: str, destination: str) -> Packing:
-    """The state of the unfinished pack at the destination, or a new one."""
+    """Read the state of the unfinished pack at the destination, or create a new one."""
     present = store.list()
     if PACKING_FILE not in present:
         if present:
@@ -166,7 +166,7 @@ def _begin(store: Store, recipe: str, destination: str) -> Packing:
 def _encode_all(
     source: Source, options: Options, writer: ShardWriter, workers: int, skip_corrupt: bool, progress: Progress
 ) -> None:
-    """Encode from where the writer stands to the end of the source, in order."""
+    """Encode the images from the writer's position to the end of the source, in order."""
     faults: list[str] = []
     position = writer.position
     with ThreadPoolExecutor(workers, thread_name_prefix="glann-pack") as pool:
@@ -181,7 +181,7 @@ def _encode_all(
                     if len(faults) >= MAX_NAMED_FAULTS and not skip_corrupt:
                         break
                 else:
-                    if skip_corrupt or not faults:  # after a fault the rest is only looked at, to name all faults
+                    if skip_corrupt or not faults:  # after a fault the rest is only checked, to name all faults
                         writer.add(data, position)
                 progress(position, source.count)
         finally:
@@ -190,14 +190,14 @@ def _encode_all(
         named = "; ".join(faults[:MAX_NAMED_FAULTS])
         more = " (and perhaps more)" if len(faults) >= MAX_NAMED_FAULTS else ""
         raise UserError(
-            f"{len(faults)} corrupt images{more}: {named}; mend or remove them, or pack with --skip-corrupt"
+            f"{len(faults)} corrupt images{more}: {named}; repair or remove them, or pack with --skip-corrupt"
         )
 
 
 def _ahead(
     pool: ThreadPoolExecutor, items: Iterator[Item], options: Options, depth: int
 ) -> Iterator[tuple[Item, Future[bytes]]]:
-    """Every item with its encoding under way, `depth` of them ahead of the consumer."""
+    """Yield every item with its future encoding, `depth` of them ahead of the consumer."""
     pending = deque((item, pool.submit(_encode_one, item, options)) for item in islice(items, depth))
     while pending:
         yield pending.popleft()

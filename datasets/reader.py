@@ -1,6 +1,6 @@
-"""Reading single images of a packed data set, from a folder or from S3 through a bounded local cache.
+"""Random access to the images of a packed data set, in a folder or on S3 with a bounded local cache.
 
-Every image is checked against the SHA-256 in the index before it is decoded, wherever it came from.
+Every image is checked against the SHA-256 in the index before it is decoded.
 Legend: N rows, C channels, H height, W width.
 """
 
@@ -23,7 +23,7 @@ from .index import Index, Shard
 
 
 class CorruptImage(EnvironmentFault):
-    """The image of a row is not what was packed; the message names the shard and the key."""
+    """An image that differs from what was packed; the message names the shard and the key."""
 
     def __init__(self, row: int, place: str, reason: str):
         super().__init__(f"corrupt image: row {row}, {place}: {reason}")
@@ -35,8 +35,8 @@ class ImageRows:
 
     Args:
         url: folder or s3:// prefix of the data set.
-        cache_dir: where shards from S3 are kept; empty means ~/.cache/glann/shards.
-        cache_gb: bound of that folder in gigabytes, over all processes of the node.
+        cache_dir: cache folder of shards from S3; empty means ~/.cache/glann/shards.
+        cache_gb: size limit of that folder in gigabytes, for all processes of the node.
         max_rows: use the first rows only.
         memory_mb: a data set whose pixels fit into this much memory is decoded once per process; 0 turns that off.
     """
@@ -59,7 +59,7 @@ class ImageRows:
             self._cache = ShardCache(self._store, _cache_folder(cache_dir), int(cache_gb * 1e9))
 
         shape = (self._rows, self.index.channels, self.index.resolution, self.index.resolution)
-        # Decoding a tiny PNG is mostly Python, which threads cannot share. Pages are taken as rows are read.
+        # Decoding a tiny PNG is mostly Python, which holds the GIL. Memory pages are allocated as rows are read.
         fits = math.prod(shape) <= memory_mb * 1e6
         self._pixels_NCHW = np.zeros(shape if fits else (0, 0, 0, 0), np.uint8)
         self._decoded_N = np.zeros(self._rows if fits else 0, bool)
@@ -68,10 +68,10 @@ class ImageRows:
         return self._rows
 
     def read(self, row: int) -> bytes:
-        """The encoded image of `row`, verified against the index.
+        """Read the encoded image of `row`, verified against the index.
 
         Raises:
-            CorruptImage: when its bytes are not those that were packed.
+            CorruptImage: its bytes differ from those that were packed.
         """
         if not 0 <= row < self._rows:
             raise IndexError(f"row {row} of {self._rows}")
@@ -98,10 +98,10 @@ class ImageRows:
         return CorruptImage(row, f"{self._store.url}/{shard.file}: {self.index.key(row)}", reason)
 
     def decode(self, row: int) -> np.ndarray:
-        """The image of `row` as uint8 [C, H, W], not to be written to.
+        """Decode the image of `row` to uint8 [C, H, W]; must not be modified.
 
         Raises:
-            CorruptImage: when it cannot be read as what was packed.
+            CorruptImage: it differs from what was packed.
         """
         in_memory = 0 <= row < len(self._decoded_N)
         if in_memory and self._decoded_N[row]:
@@ -113,13 +113,13 @@ class ImageRows:
             raise self._corrupt(row, str(error)) from error
         if in_memory:
             self._pixels_NCHW[row] = img_CHW
-            self._decoded_N[row] = True  # last: another thread may look at any moment
+            self._decoded_N[row] = True  # last: other threads may read at any moment
         return img_CHW
 
 
 def _cache_folder(cache_dir: str | None) -> Path:
     if cache_dir:
         return Path(cache_dir).expanduser()
-    from .assets.catalogue import cache_dir as default  # the registry is not needed where the folder is given
+    from .assets.catalogue import cache_dir as default  # imported only if needed
 
     return default() / "shards"

@@ -1,4 +1,4 @@
-"""Writing shards one after the other, and reading back what a shard holds."""
+"""Writing shards in sequence, and reading the records of a shard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class FinishedShard(BaseModel):
-    """A shard that needs no more work, and the position in the source after its last image."""
+    """A finished shard, and the position in the source after its last image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     shard: Shard
@@ -39,10 +39,10 @@ class Packing(BaseModel):
 
 
 class ShardWriter:
-    """Puts encoded images into shards of bounded size, in order, and stores each as it fills.
+    """Writes encoded images to shards of bounded size, in order, and stores each shard once it is full.
 
-    A shard is built in `folder`, then stored by a background thread while the next one fills.
-    `position` is the place in the source from which packing has to go on.
+    A shard is built in `folder`, then stored by a background thread while the next one is filled.
+    `position` is the position in the source from which packing continues.
     """
 
     def __init__(self, store: Store, packing: Packing, folder: Path, name: str, image_format: str, shard_bytes: int):
@@ -59,7 +59,7 @@ class ShardWriter:
         self._filled = 0
 
     def add(self, data: bytes, position: int) -> None:
-        """Append one image; `position` is the place in the source after it."""
+        """Append one image; `position` is the position in the source after it."""
         if self._file is not None and self._filled + _member_bytes(data) > self._shard_bytes:
             self._close_shard()
         if self._file is None:
@@ -75,7 +75,7 @@ class ShardWriter:
         self.position = position
 
     def finish(self, **header: Any) -> tuple[bytes, bytes]:
-        """Store the last shard, then the index, last of all `index.json`; returns the bytes of both files."""
+        """Store the last shard, then `images.bin`, then `index.json`; return the bytes of both files."""
         if self._file is not None:
             self._close_shard()
         self._await_upload()
@@ -87,7 +87,7 @@ class ShardWriter:
         return index, images
 
     def close(self) -> None:
-        """Let the running upload end and drop the shard that is not full; stored shards stay."""
+        """Wait for the running upload and drop the unfinished shard; stored shards remain."""
         self._uploader.shutdown(wait=True)
         self._close_files()
 
@@ -122,12 +122,12 @@ class ShardWriter:
 
 
 def _member_bytes(data: bytes) -> int:
-    """What an image takes in a tar file: a header block and whole blocks of data."""
+    """The size of an image in a tar file: a header block and whole blocks of data."""
     return tarfile.BLOCKSIZE * (1 - -len(data) // tarfile.BLOCKSIZE)
 
 
 def finished_records(store: Store, packing: Packing, folder: Path) -> list[bytes]:
-    """The index records of the finished shards, read from the shards themselves, which are verified so."""
+    """The index records of the finished shards, read from the shards and thereby verified. Raises UserError."""
     records = []
     for finished in packing.finished:
         file_name = finished.shard.file
@@ -149,7 +149,7 @@ def finished_records(store: Store, packing: Packing, folder: Path) -> list[bytes
 
 
 def scan(path: Path, file_name: str) -> tuple[Shard, bytes]:
-    """A shard's entry in the index and the records of its images, from the tar file itself."""
+    """Read a shard's index entry and the records of its images from the tar file. Raises UserError."""
     digest = hashlib.sha256()
     records = []
     with open(path, "rb") as file:
@@ -160,7 +160,7 @@ def scan(path: Path, file_name: str) -> tuple[Shard, bytes]:
         for member in tar_members(file, str(path)):
             whole = member.isreg() and member.sparse is None and member.offset_data + member.size <= size
             if not whole or member.size > MAX_MEMBER_BYTES:
-                raise UserError(f"{path} is not a shard: {member.name[:100]!r} is no plain image file in it")
+                raise UserError(f"{path} is not a shard: its member {member.name[:100]!r} is not a plain image file")
             image = read_at(file.fileno(), member.offset_data, member.size)
             image_hash = hashlib.sha256(image).digest()
             records.append((member.offset_data, member.size, np.frombuffer(image_hash, np.uint8)))

@@ -1,4 +1,4 @@
-"""What a packed data set is, and whether it is what it says: `glann data info` and `glann data verify`."""
+"""Description and verification of a packed data set: `glann data info` and `glann data verify`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Progress = Callable[[int, int], None]  # images checked, images in all
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a data set."""
+    """One fault of a data set."""
 
     shard: str
-    key: str  # member name, or "" when the shard as a whole is meant
+    key: str  # member name, or "" for the whole shard
     reason: str
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Fault:
 
 
 def describe(url: str, s3: S3Config | None = None) -> dict[str, Any]:
-    """What the index at `url` says, ready to be printed or written as JSON. Only the index is read."""
+    """The facts of the index at `url`, as JSON-compatible values. Only the index is read."""
     index = Index.load(url, s3)
     length_N = index.records_N["length"]
     return {
@@ -58,14 +58,14 @@ def describe(url: str, s3: S3Config | None = None) -> dict[str, Any]:
 
 
 def verify(url: str, s3: S3Config | None = None, progress: Progress | None = None) -> list[Fault]:
-    """Read everything: the hash and the member names of each shard, the hash and the pixels of each image.
+    """Check everything: hash and member names of each shard, hash and pixels of each image.
 
     Args:
         progress: called with images checked and images in all, after each shard.
     Returns:
-        Every fault found; an empty list means that the data set is whole.
+        All faults; an empty list means that the data set is intact.
     Raises:
-        UserError: when the index itself cannot be used.
+        UserError: the index itself cannot be used.
     """
     index = Index.load(url, s3)
     store = open_store(url, s3)
@@ -108,7 +108,7 @@ def _check_shard(index: Index, shard: Shard, first: int, path: Path) -> list[Fau
 
 
 def _check_image(index: Index, row: int, descriptor: int) -> str:
-    """What is wrong with the image of `row`, or nothing."""
+    """The fault of the image of `row`, or an empty string."""
     record = index.records_N[row]
     data = read_at(descriptor, int(record["offset"]), int(record["length"]))
     if len(data) != record["length"]:
@@ -123,7 +123,7 @@ def _check_image(index: Index, row: int, descriptor: int) -> str:
 
 
 def _check_names(index: Index, shard: Shard, first: int, path: Path) -> list[Fault]:
-    """Members must be the plain files the index says, in its order: other readers go by their names."""
+    """Check that members are the plain files of the index, in its order: other readers rely on the names."""
     try:
         with open(path, "rb") as file:
             names = [(member.name, member.isreg()) for member in tar_members(file, shard.file)]
@@ -135,5 +135,5 @@ def _check_names(index: Index, shard: Shard, first: int, path: Path) -> list[Fau
     known = set(expected)
     strange = [name for name in names if name not in known]
     if strange:
-        return [Fault(shard.file, name, "a member that the index does not know; it is refused") for name, _ in strange]
+        return [Fault(shard.file, name, "a member that is not in the index") for name, _ in strange]
     return [Fault(shard.file, "", f"{len(names)} members in another order or number than the {shard.rows} indexed")]

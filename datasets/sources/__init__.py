@@ -1,1 +1,1 @@
-"""Where images come from before they are packed."""
+"""Sources of images to pack."""

@@ -1,4 +1,4 @@
-"""Zip and tar files as sources. Members are read in place by their offsets; nothing is ever extracted."""
+"""Zip and tar files as sources. Members are read in place by their offsets; nothing is extracted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ...storage.seekable import open_file
 from ..codec import BadImage
 from .base import Item, Source, identity, is_image, natural, safe_members
 
-MAX_MEMBER_BYTES = 1 << 30  # no image is larger; a bomb is
+MAX_MEMBER_BYTES = 1 << 30  # larger members are decompression bombs, not images
 MAX_FILE_BYTES = 1 << 50
-MAX_HEADER_BYTES = 1 << 20  # of a tar file: a long name or a list of attributes
+MAX_HEADER_BYTES = 1 << 20  # of a tar header: a long name or a list of attributes
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
 def open_zip(store: Store, key: str) -> Source:
-    """The images of a zip file (StyleGAN's zips with `dataset.json` too; labels play no part in GLANN)."""
+    """The images of a zip file (StyleGAN's zips with `dataset.json` too; its labels are not used)."""
     where = f"{store.url}/{key}"
     try:
         with open_file(store, key) as file, zipfile.ZipFile(file) as archive:
@@ -64,9 +64,9 @@ def open_tar(store: Store, key: str) -> Source:
 
 
 def tar_members(file: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
-    """The members of an uncompressed tar file that nobody vouches for; `where` is named in the errors.
+    """The members of an uncompressed, untrusted tar file; `where` names it in errors. Raises UserError.
 
-    `tarfile` alone takes any amount of memory for a header, and may go round in circles in a file that points back.
+    `tarfile` by itself allocates any amount of memory for a header, and may loop in a file with backward offsets.
     """
     headers: Any = _Headers(file)
     try:
@@ -82,7 +82,7 @@ def tar_members(file: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
 
 
 class _Headers:
-    """A file from which `tarfile` reads headers, none of which is large."""
+    """A file that limits the size and offset of the headers that `tarfile` reads."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.tell, self._file = file.tell, file
@@ -114,7 +114,7 @@ def _check_member(where: str, member: zipfile.ZipInfo) -> None:
 
 
 def _read_member(store: Store, key: str, member: zipfile.ZipInfo) -> bytes:
-    """One member by two range reads: `zipfile` would take turns on one file, which is slow on S3."""
+    """Read one member by two range reads: `zipfile` would serialise threads on one file, which is slow on S3."""
     header = _LOCAL_HEADER.unpack(store.read_range(key, member.header_offset, _LOCAL_HEADER.size))
     if header[0] != b"PK\x03\x04":
         raise BadImage("the zip file is damaged: no local header where its directory says")

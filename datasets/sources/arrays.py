@@ -34,7 +34,7 @@ def array_source(name: str, images: np.ndarray) -> Source:
 
 
 def read_npz(store: Store, key: str) -> np.ndarray:
-    """The uint8 images [N, H, W] or [N, H, W, C] of an npz file: its `images`, or its only array of that kind."""
+    """The uint8 images [N, H, W] or [N, H, W, C] of an npz file: `images`, or the only array of such shape."""
     where = f"{store.url}/{key}"
     data = store.read(key)
     try:
@@ -60,7 +60,7 @@ def read_npz(store: Store, key: str) -> np.ndarray:
 
 
 def _refuse_liar(where: str, members: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Refuse an array that says it is larger than its file: numpy would take the memory first."""
+    """Reject an array whose header claims more data than the file has: numpy would allocate the memory first."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with members.open(member) as file:
         version = np.lib.format.read_magic(file)
@@ -79,7 +79,9 @@ def read_idx(store: Store, key: str) -> np.ndarray:
         try:
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
                 data = _up_to(file, 16)
-                data += _up_to(file, _idx_bytes(where, data) + 1)  # one more than it should be: a bomb goes no further
+                data += _up_to(
+                    file, _idx_bytes(where, data) + 1
+                )  # one byte more than expected, which bounds a decompression bomb
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{where} is not a complete gzip file ({first_line(error)})") from error
     if len(data) != 16 + (expected := _idx_bytes(where, data)):
@@ -89,7 +91,7 @@ def read_idx(store: Store, key: str) -> np.ndarray:
 
 
 def _idx_bytes(where: str, data: bytes) -> int:
-    """How many pixels an idx file of images holds, as its header says."""
+    """The number of pixels in the header of an idx file of images. Raises UserError if it is invalid."""
     magic = int.from_bytes(data[:4], "big")
     if magic != 0x803:
         kind = "labels, not images" if magic == 0x801 else "no idx file of byte images"
@@ -106,7 +108,7 @@ def _idx_shape(data: bytes) -> list[int]:
 
 
 def _up_to(file: gzip.GzipFile, length: int) -> bytes:
-    """The next `length` bytes, or what there is; memory is taken as they come."""
+    """Read up to `length` bytes in chunks, so that memory is allocated as they arrive."""
     chunks = []
     while length > 0 and (chunk := file.read(min(length, 1 << 20))):
         chunks.append(chunk)
@@ -117,5 +119,5 @@ def _up_to(file: gzip.GzipFile, length: int) -> bytes:
 def _refuse_bomb(where: str, size: int) -> None:
     if size > MAX_ARRAY_BYTES:
         raise UserError(
-            f"{where} unpacks to {size >> 20} MiB, which are held in memory at once; make a folder or a zip of images"
+            f"{where} unpacks to {size >> 20} MiB, which must fit in memory; make a folder or a zip of images"
         )

@@ -1,7 +1,7 @@
-"""Where images come from: folders, archives, idx and npz files, parquet, named assets, packed data sets.
+"""Sources of images: folders, archives, idx and npz files, parquet, named assets, packed data sets.
 
-A source is a fixed, ordered list of images.  It never writes: archives are read member by member
-and nothing is extracted.  Legend: N images, H height, W width, C channels.
+A source is a fixed, ordered list of images.  It is read-only: archives are read member by member and
+nothing is extracted.  Legend: N images, H height, W width, C channels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """An ordered list of `count` images. `identity` is a hash of what the source holds, not of where it lies."""
+    """An ordered list of `count` images. `identity` is a hash of the content of the source, not of its location."""
 
     name: str
     count: int
@@ -42,13 +42,13 @@ class Source:
 
 
 def is_image(key: str) -> bool:
-    """Whether the name is that of an image; hidden files and macOS's shadow files are not."""
+    """Whether a file name is that of an image; hidden files and macOS resource forks are not."""
     name = key.rsplit("/", 1)[-1]
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not key.startswith("__MACOSX/")
 
 
 def safe_members(where: str, names: list[str]) -> None:
-    """Refuse an archive with a name that would leave the folder it is unpacked in, or with one name twice."""
+    """Raise UserError for member names that lead out of the archive's folder, or occur twice."""
     seen: set[str] = set()
     for name in names:
         try:
@@ -66,5 +66,5 @@ def natural(key: str) -> tuple:
 
 
 def identity(kind: str, contents: list) -> str:
-    """A hash of what a source holds, to recognise it when packing goes on."""
+    """A hash of the content of a source, to recognise it when packing is resumed."""
     return hashlib.sha256(json.dumps([kind, contents], separators=(",", ":")).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The source at an address: a named asset, a folder, an archive or a file of arrays."""
+"""Open the source at an address: a named asset, a folder, an archive or a file of arrays."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..codec import BadImage
 from .arrays import array_source, read_idx, read_npz
 from .base import IMAGE_SUFFIXES, Item, Source, identity, is_image, natural
 
-CELEBA_MASK_FOLDER = "CelebA-HQ-img/"  # the photographs in a CelebAMask-HQ folder; its other files are masks
+CELEBA_MASK_FOLDER = "CelebA-HQ-img/"  # the photographs of a CelebAMask-HQ folder; its other files are masks
 
 
 def open_source(source: str, s3: S3Config | None = None) -> Source:
-    """The images at `source`: a named asset, or a local path or s3:// url of a folder or file.
+    """Open the images at `source`: a named asset, or a local path or s3:// URL of a folder or file.
 
-    Folders and archives are taken in the natural order of their names (2.jpg before 10.jpg).
+    Images of folders and archives are in the natural order of their names (2.jpg before 10.jpg).
     Raises:
-        UserError: when there is nothing, or nothing that is known.
+        UserError: no images there, or an unknown format.
     """
-    from ..assets import catalogue as assets  # only named sources need the registry
+    from ..assets import catalogue as assets  # only named sources need the catalogue
 
     if source in assets.ASSETS:
         if assets.ASSETS[source].kind != "images":
@@ -48,7 +48,7 @@ def _is_file(source: str) -> bool:
 
 
 def _suffix(source: str) -> str:
-    """The kind of file a name points at, or "" for a folder."""
+    """The suffix of a file by its name, or "" for a folder."""
     if "://" not in source and Path(source).expanduser().is_dir():
         return ""
     name = source.rstrip("/").rsplit("/", 1)[-1].lower()
@@ -113,7 +113,7 @@ def _open_folder(source: str, s3: S3Config | None) -> Source:
 
 
 def _packed_source(store: Store, index) -> Source:
-    """The images of a packed data set, to pack them again in another size."""
+    """The images of a packed data set, to pack them again at another size."""
 
     def items(start: int) -> Iterator[Item]:
         for row in range(start, index.rows):

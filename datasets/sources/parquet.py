@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face writes image data sets: a column of struct {bytes, path}."""
+"""Parquet files in Hugging Face's format of image data sets: a column of struct {bytes, path}."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Item, Source, identity, natural
 
 log = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 32  # full-size photographs are held this many at a time
+_ROWS_AT_ONCE = 32  # rows in memory at a time; images may be full-size photographs
 
 
 def open_parquet(store: Store, sizes: dict[str, int], name: str) -> Source:
@@ -58,7 +58,7 @@ def _inspect(store: Store, key: str) -> tuple[str, int]:
             columns, rows = [(column.name, column.type) for column in file.schema_arrow], file.metadata.num_rows
     except UserError:
         raise
-    except Exception as error:  # a damaged schema can raise many kinds, such as names that are no text
+    except Exception as error:  # a damaged schema can raise many errors, such as for names that are not text
         raise UserError(f"{store.url}/{key} is not a readable parquet file ({first_line(error)})") from error
     candidates = []
     for name, kind in columns:
@@ -84,7 +84,7 @@ def _is_binary(kind: Any) -> bool:
 
 
 def _rows(store: Store, key: str, column: str, start: int) -> Iterator[Item]:
-    """The images of one file from row `start` on; whole row groups before it are not read."""
+    """The images of one file from row `start` on; earlier row groups are not read."""
     import pyarrow
 
     row = 0

@@ -345,7 +345,7 @@ def test_an_index_of_any_size_is_refused_before_it_is_read(tmp_path):
     for name in ("index.json", "images.bin"):
         with open(tmp_path / name, "wb") as file:
             file.truncate(1 << 40)
-    with pytest.raises(UserError, match="that is no index"):
+    with pytest.raises(UserError, match="too large for an index"):
         Index.load(str(tmp_path))
 
 
@@ -649,5 +649,5 @@ def test_a_run_folder_cannot_have_other_files_sent_to_the_tracking_server(tmp_pa
     assert OutboxState.load(run).parcels[0].path == "report.html"
     state["parcels"].append({"kind": "artifact", "path": path})
     (run / "tracking.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="not of this run"):
+    with pytest.raises(UserError, match="outside this run"):
         OutboxState.load(run)

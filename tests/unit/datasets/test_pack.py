@@ -195,7 +195,7 @@ def test_corrupt_images_are_left_out_when_that_is_asked_for(folder, tmp_path, ca
 def test_a_source_of_corrupt_images_only_makes_no_data_set(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"garbage")
-    with pytest.raises(UserError, match="not one of 1 images can be read"):
+    with pytest.raises(UserError, match="none of 1 images can be read"):
         pack(str(tmp_path / "in"), str(tmp_path / "set"), skip_corrupt=True, **OPTIONS)
 
 
@@ -293,4 +293,4 @@ def test_verify_refuses_a_shard_with_a_name_that_escapes(packed):
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     shard.write_bytes(bytes(header) + data[512:])
     faults = [str(fault) for fault in verify(str(place))]
-    assert f"{shard.name}: ../../evil.png: a member that the index does not know; it is refused" in faults
+    assert f"{shard.name}: ../../evil.png: a member that is not in the index" in faults

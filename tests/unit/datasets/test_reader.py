@@ -187,7 +187,7 @@ def test_a_full_disk_only_stops_the_caching(packed, tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(cache_module.os, "pwrite", full)
     np.testing.assert_array_equal(images.decode(0)[0], img_NHW[0])
-    assert "going on without caching" in caplog.text
+    assert "continuing without caching" in caplog.text
 
 
 def test_many_threads_read_through_one_cache(packed, tmp_path):
