@@ -14,7 +14,10 @@ from glann.tuning.study import STUDIES, load_study
 from typer.main import get_command
 
 ROOT = Path(glann.__file__).parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SHELL_TEXTS = [*PAGES, ROOT / "ray_cluster.yaml", ROOT / "Makefile", *sorted(RECIPES.glob("*.yaml"))]
 PHASES = {"GLO", "checkpoint", "between the stages", "neighbour search", "IMLE updates"}
 MADE_BY_THE_DEMO = {"docs/images/demo-samples.png"}

@@ -166,6 +166,12 @@ def test_there_is_something_to_check(capsys):
         print("\n" + "\n".join(f"  {floor:2}  {', '.join(rooms)}" for floor, rooms in reversed([*enumerate(FLOORS)])))
 
 
+def test_newcomers_find_every_room_on_its_floor():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = [(int(floor), room) for floor, room in re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.MULTILINE)]
+    assert listed == [(floor, room) for floor, rooms in reversed([*enumerate(FLOORS)]) for room in rooms]
+
+
 def test_names_are_resolved_from_the_room_they_stand_in():
     """Two dots in a nested room are one room up, not the package's root."""
     assert resolve("trainers.run", 2, "glo", "train_glo") == "trainers.glo"
