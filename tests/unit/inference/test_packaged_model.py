@@ -346,7 +346,7 @@ def test_the_mlflow_model_predicts_the_same_images_and_runs_no_pickle(tmp_path, 
     np.testing.assert_array_equal(served[:3], expected)
     assert len(served) == 4
     assert model.predict({"n": 2}).shape == (2, 28, 28, 1)
-    with pytest.raises(Exception, match="at most 4096"):
+    with pytest.raises(Exception, match="the limit is 4096"):
         model.predict({"n": 10**9})
 
 
