@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import ExitStatus
-
-if TYPE_CHECKING:
-    from ..config.sections import S3Config
+from .options import Endpoint, s3_at
 
 data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, describe and verify data sets.")
-
-Endpoint = Annotated[
-    str | None, typer.Option("--endpoint-url", help="S3 endpoint; empty means AWS_ENDPOINT_URL, then AWS")
-]
 
 
 class CropChoice(Enum):
@@ -122,10 +116,3 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def s3_at(endpoint: str | None) -> S3Config:
-    """The default S3 configuration, with another endpoint if one is given."""
-    from ..config.sections import S3Config
-
-    return S3Config(endpoint_url=endpoint)

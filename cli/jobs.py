@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ExitStatus
+from .options import Overrides, RecipeArg
 from .table import print_table
 
 if TYPE_CHECKING:
@@ -28,12 +29,8 @@ NameArg = Annotated[str, typer.Argument(metavar="NAME", help="name of the run, o
 
 
 def submit(
-    config: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="a recipe's name or a YAML file; see `glann recipes`")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. glo.epochs=100, as for `glann train`")
-    ] = None,
+    config: RecipeArg,
+    overrides: Overrides = None,
     address: AddressOption = HERE,
     name: Annotated[
         str | None, typer.Option(help="name of the run, its checkpoints and the job; empty means the recipe's")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import Device
 from .table import print_table
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def promote(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="images to draw; empty: as configured in the run")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of the images that both draw")] = 0,
-    device: Annotated[str, typer.Option(help="device: cpu, cuda, cuda:1")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Promote the challenger to champion if it is not worse.
 

@@ -1,0 +1,65 @@
+"""`glann evaluate` and `glann report`: what a finished run is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, Seed
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/digits, or models:/name@alias")],
+    extractor: Annotated[
+        str | None, typer.Option(help="squeezenet, lite0, vgg16 or inception; empty: as configured in the run")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="images to draw; empty: as configured in the run")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="URL", help="packed images to compare with; empty: the training images")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Evaluate a finished run: reconstruction error, and Frechet distance with a named extractor.
+
+    \b
+    glann evaluate runs/digits --extractor lite0 --samples 5000
+    glann evaluate models:/digits@champion --data data/digits-28
+
+    `gaussian/...` is the same metric for codes drawn from a Gaussian, without stage 2.
+    """
+    from ..config.run import validate
+    from ..metrics.evaluate import evaluate as measure
+    from ..metrics.result import by_key
+    from ..metrics.spec import METRICS
+    from ..tracking.source import is_registered, open_model, run_config
+
+    config = run_config(run)
+    tree = config.model_dump(mode="json")
+    given = {"extractor": extractor, "samples": samples}
+    tree["evaluation"] |= {key: value for key, value in given.items() if value is not None}
+    config = config.model_copy(update={"evaluation": validate(tree, "the options given").evaluation})
+    manifest, model = open_model(run, s3=config.s3, device=device)
+    results = measure(config, manifest, model, seed=seed, device=device, data=data, with_codes=not is_registered(run))
+    if all(METRICS[result.metric].of_samples for result in results):
+        typer.echo("reconstruction is not measured: it needs a run folder with its codes, and their images", err=True)
+    for name, value in by_key(results, model.own).items():
+        typer.echo(f"{name:32} {value:.6g}")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a run or a study, such as runs/digits")],
+) -> None:
+    """Write report.html of a run or a study, finished or not: one self-contained file.
+
+    \b
+    glann report runs/digits
+    glann report studies/digits-study
+    """
+    from ..reports.run import write_report as write_run
+    from ..tuning.folder import is_study, saved_study
+    from ..tuning.report.study import write_report as write_study
+
+    typer.echo(write_study(saved_study(folder)) if is_study(folder) else write_run(folder))

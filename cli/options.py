@@ -1,0 +1,43 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..config.sections import S3Config
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe's name or a YAML file; see `glann recipes`")]
+MaybeRecipeArg = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="a recipe's name or a YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. glo.epochs=100; see `glann config --keys`")
+]
+SourceArg = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="a run folder, models:/name@alias, or an s3:// address of a model")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="the same seed draws the same images")]
+Truncation = Annotated[
+    float, typer.Option(min=0.0, max=10.0, help="factor of the noise; below 1: higher quality, less variety")
+]
+Device = Annotated[str, typer.Option(help="device: cpu, cuda, cuda:1")]
+SamplerName = Annotated[
+    str | None,
+    typer.Option(
+        "--sampler",
+        "--method",
+        metavar="KIND",
+        help="sampler of the codes; empty means the model's own, gaussian is the baseline. --method is the old name",
+    ),
+]
+Endpoint = Annotated[
+    str | None, typer.Option("--endpoint-url", help="S3 endpoint; empty means AWS_ENDPOINT_URL, then AWS")
+]
+
+
+def s3_at(endpoint: str | None) -> S3Config:
+    """The default S3 configuration, with another endpoint if one is given."""
+    from ..config.sections import S3Config
+
+    return S3Config(endpoint_url=endpoint)
