@@ -105,7 +105,7 @@ def test_a_failed_update_is_raised_where_the_codes_that_were_gathered_with_it_ar
     table.apply(0, 0, [60], torch.full((1, DIM), float("inf")), LR, ahead_B=[70])
     with pytest.raises(UserError, match=r"rows \[60\]"):
         table.gather([70])
-    table.flush()  # told once
+    table.flush()  # raised once
 
 
 def test_rows_are_written_by_the_shard_as_they_were_when_saving_began(table, tmp_path):
@@ -130,7 +130,7 @@ def test_rows_are_written_by_the_shard_as_they_were_when_saving_began(table, tmp
     assert not np.array_equal(table.snapshot()["z"], before["z"])
 
 
-def test_rows_that_could_not_be_written_are_told(table, tmp_path):
+def test_rows_that_could_not_be_written_are_reported(table, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     saved = table.start_saving(LocalStore(tmp_path / "file"), "step-000001/a", 500)
     with pytest.raises(UserError, match="file"):

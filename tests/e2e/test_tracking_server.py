@@ -207,7 +207,7 @@ def test_a_slow_server_and_one_that_is_gone_hold_nothing_up_and_get_everything(s
     server.proxy.clear()
     gone = server.proxy.inject("reset", FOREVER)
     log_500(500)
-    wait_until(lambda: "does not accept metrics" in caplog.text, "nobody noticed")
+    wait_until(lambda: "does not accept metrics" in caplog.text, "the refusal was not logged")
     server.kill()
     log_500(1000)
     server.proxy.clear()  # the proxy is there and says 502, the server is not

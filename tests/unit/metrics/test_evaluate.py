@@ -144,7 +144,7 @@ def test_values_are_those_of_the_images_as_users_draw_them(world):
 
 
 def test_a_metric_more_is_one_entry_of_the_table_and_costs_no_pass(world, monkeypatch, tmp_path):
-    """It is measured, told on the card, and can be what a study is about."""
+    """It is measured, shown on the card, and can be a study's objective."""
     before = by_key(evaluated(world))
     cost = dict(world.seen)
     world.seen.update(read=0, drawn=[], features=0)

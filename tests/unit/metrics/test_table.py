@@ -1,4 +1,4 @@
-"""The table of metrics: every entry is told alike wherever it is shown, and every result is found again by its key."""
+"""The table of metrics: an entry has one description wherever it is shown, and a result is read back by its key."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_entry_is_whole(name: str):
     assert metric.format.format(12.3456) != metric.format.format(23.4567)
 
 
-# What is told of it --------------------------------------------------------------------------------
+# Its description -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", OTHERS)

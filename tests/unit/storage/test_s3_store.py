@@ -21,7 +21,7 @@ from glann.storage.base import MissingObject, ObjectExists, TruncatedObject
 from glann.storage.open import open_store
 from PIL import Image
 
-SECRET = "a-secret-that-must-not-be-told"
+SECRET = "a-secret-that-must-not-be-shown"
 
 
 @pytest.fixture(scope="module")

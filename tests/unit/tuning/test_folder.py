@@ -84,14 +84,14 @@ def test_what_is_damaged_is_written_anew_where_the_trials_agree(study, name, how
 
 
 @pytest.mark.parametrize("how", [*DAMAGE, "missing"])
-@pytest.mark.parametrize(("changes", "told"), OTHERS)
-def test_it_is_not_taken_over_by_another_study(study, how, changes, told):
+@pytest.mark.parametrize(("changes", "message"), OTHERS)
+def test_it_is_not_taken_over_by_another_study(study, how, changes, message):
     path = study.folder / FILE
     path.unlink() if how == "missing" else path.write_bytes(DAMAGE[how](path.read_bytes()))
     left = path.read_bytes() if path.exists() else None
     with pytest.raises(UserError, match=f"{study.folder} holds another study: ") as error:
         refuse_other_study(changed(study, **changes), changed(study, **changes).base())
-    assert told in one_line(error.value)
+    assert message in one_line(error.value)
     assert (path.read_bytes() if path.exists() else None) == left
 
 
@@ -103,9 +103,9 @@ def test_where_no_trial_says_so_it_is_refused_with_what_to_do(study, how):
         (study.run_dir(number) / CONFIG).write_bytes(b"")
     with pytest.raises(UserError) as error:
         refuse_other_study(study, study.base())
-    told = one_line(error.value)
-    assert told.startswith(f"{path} is damaged, and no trial")
-    assert told.endswith(f"restore {FILE}, or remove it if this command's study is the one")
+    message = one_line(error.value)
+    assert message.startswith(f"{path} is damaged, and no trial")
+    assert message.endswith(f"restore {FILE}, or remove it if this command's study is the one")
     path.unlink()  # as it says
     refuse_other_study(study, study.base())
 

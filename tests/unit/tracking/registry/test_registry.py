@@ -381,13 +381,13 @@ def test_other_data_and_other_resolutions_are_refused_unless_forced(home, name, 
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "e" * 64}))
     register_run("runs/elsewhere", name)
     before = everything(home.client, name)
-    for version, told in (
+    for version, message in (
         (2, "was trained at 32 px, the champion, version 1, at 28 px"),
         (3, "was trained on data ee"),
     ):
         status, out, err = run(capsys, "registry", "promote", name, "--version", version)
         assert (status, out) == (2, "")  # refused before anything is computed
-        assert told in err
+        assert message in err
         assert "--force" in err
         assert len(err.splitlines()) == 1
     assert everything(home.client, name) == before
@@ -442,7 +442,7 @@ def test_rolling_back_twice_goes_two_back_and_no_further(home, name, capsys):
         assert found["glann.rollback.why"] == f"not {instead}"
         assert found["glann.rollback.from"] == str(instead)
         assert {"glann.rollback.at", "glann.rollback.by"} <= found.keys()
-    assert first.items() <= tags(home.client, name, 1).items()  # how it was promoted is still told
+    assert first.items() <= tags(home.client, name, 1).items()  # its promotion is still recorded
     before = everything(home.client, name)
     status, _, err = run(capsys, "registry", "rollback", name)
     assert (status, err) == (2, f"error: {name} had no champion before version 1; nothing was changed\n")
@@ -551,7 +551,7 @@ def test_models_are_listed_and_shown(home, name, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["show", "nothing"], "no model nothing at sqlite:///"),
         (["show", "a/b"], "'a/b' is not a valid model name"),
@@ -569,12 +569,12 @@ def test_models_are_listed_and_shown(home, name, capsys):
         (["rollback", "known"], "known has no champion to roll back"),
     ],
 )
-def test_bad_names_and_versions_are_one_line_and_change_nothing(home, capsys, words, told):
+def test_bad_names_and_versions_are_one_line_and_change_nothing(home, capsys, words, message):
     register_run("runs/good", "known")
     before = everything(home.client, "known"), [model.name for model in home.client.search_registered_models()]
     status, out, err = run(capsys, "registry", *words)
     assert (status, out) == (2, "")
-    assert told in err
+    assert message in err
     assert len(err.splitlines()) == 1
     assert (everything(home.client, "known"), [m.name for m in home.client.search_registered_models()]) == before
 

@@ -13,7 +13,7 @@ from glann.trainers.run.folder import require_summary
 from rich.console import Console
 
 
-def lines_told(config: Config) -> list[str]:
+def printed_lines(config: Config) -> list[str]:
     """Summary of a run of that configuration, in a terminal of 40 columns."""
     config.run_dir.mkdir(parents=True)
     metrics = {"fd_squeezenet": 0.3797, "fd_squeezenet_glo": 0.4683}
@@ -26,13 +26,13 @@ def lines_told(config: Config) -> list[str]:
 
 def test_a_summary_with_the_suffix_of_old_is_read_under_the_keys_of_today(tmp_path):
     config = load("digits", ["name=mine", f"runs_dir={tmp_path}", "tracking.enabled=false"])
-    lines_told(config)
+    printed_lines(config)
     assert require_summary(config)["metrics"] == {"fd_squeezenet": 0.3797, "gaussian/fd_squeezenet": 0.4683}
 
 
 def test_what_is_told_can_be_copied_from_a_narrow_terminal(tmp_path):
     config = load("digits", ["name=mine", f"runs_dir={tmp_path}", "tracking.enabled=false"])
-    lines = lines_told(config)
+    lines = printed_lines(config)
     assert lines[0] == "mine: done"
     assert "5,000 images of 28 px" in lines[1]
     assert any(line.split() == ["Fréchet", "distance", "(squeezenet)", "0.3797"] for line in lines)
@@ -49,7 +49,7 @@ def test_what_is_told_can_be_copied_from_a_narrow_terminal(tmp_path):
     ],
 )
 def test_a_tracking_server_is_looked_at_and_a_file_of_mlflow_is_served(tmp_path, uri, shown):
-    lines = lines_told(load("digits", ["name=mine", f"runs_dir={tmp_path}", f"tracking.uri={uri}"]))
+    lines = printed_lines(load("digits", ["name=mine", f"runs_dir={tmp_path}", f"tracking.uri={uri}"]))
     told_of = [line for line in lines if shown in line]
     assert told_of
     assert not any("secret" in line for line in lines)

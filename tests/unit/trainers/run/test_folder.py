@@ -159,9 +159,9 @@ def test_beside_older_checkpoints_it_is_refused_with_what_to_do(config, how):
     damage(config.run_dir / CONFIG, how)
     with pytest.raises(UserError) as error:
         refuse_other_configuration(config)
-    told = one_line(error.value)
-    assert str(config.run_dir / CONFIG) in told
-    assert told.endswith(f"restore {CONFIG}, or remove it if this command's configuration is the run's own")
+    message = one_line(error.value)
+    assert str(config.run_dir / CONFIG) in message
+    assert message.endswith(f"restore {CONFIG}, or remove it if this command's configuration is the run's own")
     (config.run_dir / CONFIG).unlink()  # as it says
     refuse_other_configuration(config)
 

@@ -59,7 +59,7 @@ def test_another_machine_finds_the_same_folder(tmp_path):
     assert not take_back(second)  # the folder that is there counts
 
 
-def test_only_what_changed_is_copied_again_and_a_store_that_is_away_is_told(tmp_path, monkeypatch):
+def test_only_what_changed_is_copied_again_and_a_store_that_is_away_is_reported(tmp_path, monkeypatch):
     settings = config(tmp_path, "first")
     fill(settings.run_dir)
     mirror = RunMirror(settings)
