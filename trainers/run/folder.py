@@ -102,10 +102,10 @@ def differences(there: Config, here: Config, but: tuple[str, ...] = ()) -> list[
 
 
 def of_another(config: Config, differing: list[str]) -> UserError:
-    shown = ", ".join(differing[:3])
+    first = ", ".join(differing[:3])
     more = f" and {len(differing) - 3} more differ" if len(differing) > 3 else ""
     return UserError(
-        f"{config.run_dir} holds a run of another configuration: {shown}{more}; start a new one with name=..."
+        f"{config.run_dir} holds a run of another configuration: {first}{more}; start a new one with name=..."
     )
 
 
