@@ -20,6 +20,7 @@ from .base import Data
 READ_BYTES = 64 << 20
 MAX_DOCUMENT = 4 << 20  # bytes of a settings or metadata file; ours have a few thousand
 TEMPORARY = ".glann-tmp-"  # prefix of files and folders being written; never listed or read
+ATTEMPTS = 100  # at a folder that other processes remove whenever it is empty
 
 _swept: set[Path] = set()  # folders that this process has cleared of the remains of killed writers
 
@@ -94,9 +95,9 @@ def write_whole(path: Path, data: str | bytes | Callable[[IO[bytes]], None], *, 
 
 
 @contextlib.contextmanager
-def replacing(target: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+def replacing(target: Path, *, durable: bool = True, parents: bool = False) -> Iterator[IO[bytes]]:
     """A temporary file that replaces `target` when the block ends without an error. Raises OSError."""
-    with temporary_beside(target) as file:
+    with temporary_beside(target, parents=parents) as file:
         yield file
         file.flush()
         if durable:
@@ -174,14 +175,17 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def temporary_beside(target: Path) -> Iterator[IO[bytes]]:
+def temporary_beside(target: Path, *, parents: bool = False) -> Iterator[IO[bytes]]:
     """A temporary file in the folder of `target`, open for writing; removed at the end unless it was renamed.
 
     The file is locked while it is open.  A killed process loses its lock, so `sweep` can distinguish
     its remains from a file that is still being written.
+
+    Args:
+        parents: make missing folders.
     """
     while True:
-        with open(target.parent / f"{TEMPORARY}{uuid.uuid4().hex}", "xb") as file:
+        with _open_beside(target, parents) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not os.fstat(file.fileno()).st_nlink:  # swept between its creation and its lock
                 continue
@@ -190,6 +194,20 @@ def temporary_beside(target: Path) -> Iterator[IO[bytes]]:
             finally:
                 Path(file.name).unlink(missing_ok=True)
             return
+
+
+def _open_beside(target: Path, parents: bool) -> IO[bytes]:
+    """A new file in the folder of `target`. From then on the folder is not empty, so no other process removes it."""
+    attempts = ATTEMPTS if parents else 1
+    while True:
+        attempts -= 1
+        try:
+            if parents:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            return open(target.parent / f"{TEMPORARY}{uuid.uuid4().hex}", "xb")
+        except (FileExistsError, FileNotFoundError):  # the empty folder was removed between two of these calls
+            if not attempts:
+                raise
 
 
 def sweep(folder: Path) -> None:

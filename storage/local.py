@@ -44,17 +44,17 @@ class LocalStore:
     def write(self, key: str, data: Data, *, only_if_absent: bool = False) -> None:
         target = self._own(key)
         with self._faults(key):
-            target.parent.mkdir(parents=True, exist_ok=True)
             if target.parent not in self._swept:
-                sweep(target.parent)
+                with contextlib.suppress(FileNotFoundError):
+                    sweep(target.parent)
                 self._swept.add(target.parent)
             if only_if_absent:
-                with temporary_beside(target) as temporary:
+                with temporary_beside(target, parents=True) as temporary:
                     fill(temporary, data)
                     _link(temporary.name, target)
                 sync_folder(target.parent)
             else:
-                with replacing(target) as file:
+                with replacing(target, parents=True) as file:
                     fill(file, data)
 
     def download(self, key: str, path: Path) -> None:

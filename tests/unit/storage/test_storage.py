@@ -1,5 +1,6 @@
 """Local storage: an object is there as a whole or not at all, keys never leave the folder, faults are one line."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -147,6 +148,40 @@ def test_what_the_system_refuses_is_one_line_and_leaves_nothing(tmp_path, monkey
         LocalStore(tmp_path).write("x", b"new")
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("only_if_absent", [False, True])
+def test_a_write_into_a_folder_that_is_just_emptied_succeeds(tmp_path, only_if_absent):
+    """One rank gives up a save and removes its parts, and with them the folder, while another writes into it."""
+    done = threading.Event()
+
+    def empty_it_again_and_again():
+        store = LocalStore(tmp_path)
+        while not done.is_set():
+            with contextlib.suppress(OSError):
+                (tmp_path / "step" / "b").mkdir(parents=True)
+            store.delete("step/b/mine")
+
+    remover = threading.Thread(target=empty_it_again_and_again)
+    remover.start()
+    try:
+        for round in range(500):
+            store = LocalStore(tmp_path)
+            store.write("step/b/yours", bytes([round % 256]), only_if_absent=only_if_absent)
+            assert store.read("step/b/yours") == bytes([round % 256])
+            store.delete("step/b/yours")
+    finally:
+        done.set()
+        remover.join()
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    for key in ("a/x", "a/b/x"):
+        with pytest.raises((UserError, MissingObject)) as error:
+            LocalStore(tmp_path).write(key, b"")
+        assert "\n" not in str(error.value)
+        assert str(tmp_path / "a") in str(error.value)
 
 
 def test_files_that_are_still_written_are_neither_listed_nor_swept(tmp_path):
