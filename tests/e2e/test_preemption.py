@@ -137,7 +137,7 @@ def test_a_drained_node_is_left_with_a_checkpoint(glann, cluster):
     cluster.terminate()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 75, out + err
-    assert "there is nowhere to go" in " ".join(err.split())
+    assert "there is no other capacity" in " ".join(err.split())
     assert "the same command resumes from the last checkpoint" in " ".join(err.split())
 
 

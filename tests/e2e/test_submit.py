@@ -137,6 +137,6 @@ def test_a_cluster_that_lacks_what_is_needed_is_refused(cluster, shared: Path, t
 def test_without_its_token_nothing_is_told(cluster, head: Head):
     refused = cluster("jobs", "list", RAY_AUTH_TOKEN_PATH="", RAY_AUTH_TOKEN="not-it")
     assert refused.returncode == 2
-    assert "the token is not its own; copy the head's ~/.ray/auth_token here" in refused.stderr
+    assert "the one that was sent is wrong; copy the head's ~/.ray/auth_token here" in refused.stderr
     token = Path(head.env["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert token not in refused.stderr
