@@ -208,10 +208,17 @@ def test_the_disk_of_the_run_folder_fills_up(cluster, undisturbed, strikes, tmp_
 
 
 def drain(script, node):
-    """Drain a node, early enough: the command takes a few seconds until Ray has the notice."""
+    """Drain a node. The job is held until its driver has the notice, since the command alone takes seconds to start
+    and the job trains no longer than that."""
     drained = []
-    log = script.cluster.logs / f"drain-{script.job.name}.log"
-    act = lambda: drained.append(script.cluster.glann("drain", "--within", "90", node=node, log=log))  # noqa: E731
+
+    def act():
+        log = script.cluster.logs / f"drain-{script.job.name}.log"
+        began = time.time()
+        with script.held():
+            drained.append(script.cluster.glann("drain", "--within", "90", node=node, log=log))
+            script.job.wait_for_note("leaving", began, 60)
+
     return script.strike("node drained", "GLO", act), drained[0]
 
 

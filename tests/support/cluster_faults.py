@@ -104,6 +104,19 @@ class Script:
         for pid in found:
             os.kill(pid, signal.SIGKILL)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The training workers of all nodes are stopped (SIGSTOP), and continue at the end."""
+        found = [pid for node in WORKERS for pid in self.cluster.processes(node, f"ray::{TRAINER}")]
+        for pid in found:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def kill_driver(self) -> None:
         """SIGKILL to the command."""
         assert self.job.process is not None
