@@ -153,13 +153,13 @@ def test_a_killed_run_goes_on_as_the_same_run_without_a_doubled_metric(server, t
 
     def state():
         assert process.poll() is None, process.communicate()
-        return outbox.State.load(folder) if (folder / TRACKING).exists() else None
+        return outbox.OutboxState.load(folder) if (folder / TRACKING).exists() else None
 
     wait_until(lambda: (held := state()) is not None and held.sent_bytes > 0, "no metric arrived", PATIENT_S)
     time.sleep(1)
     process.kill()
     process.communicate()
-    first = outbox.State.load(folder)
+    first = outbox.OutboxState.load(folder)
     written = len((folder / "metrics.jsonl").read_bytes().splitlines())
     run = TrackedRun.open(config, folder)
     for step in range(written, written + 20):
