@@ -3,10 +3,10 @@
     python benchmarks/neighbours.py [--queries N --candidates M --threads T --repeats R]
     python benchmarks/neighbours.py --collapsed
 
-With --collapsed, ours alone on the candidates of mappings that have collapsed, against candidates that are spread over
-the sphere. Else all three search the same unit vectors on the CPU; the fastest of the repeats counts, taken in turns so that a busy
+All three search the same unit vectors on the CPU; the fastest of the repeats counts, taken in turns so that a busy
 machine is busy for all. Only ours is certified to equal brute force in float64; the others' disagreements are
-counted. Legend: N queries, M candidates, D dimension.
+counted. With --collapsed, ours alone: among the candidates of mappings that have collapsed, against candidates that
+are spread over the sphere. Legend: N queries, M candidates, D dimension.
 """
 
 from __future__ import annotations

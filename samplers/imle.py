@@ -157,6 +157,8 @@ class Imle(Sampler):
             index_n, distance_n, recall = ivf_nearest(z_nD, block_mD, search.cells, search.probes)
         else:
             (index_n, distance_n), recall = ring_nearest(z_nD, block_mD), 1.0
+        if unmatched := int((~distance_n.isfinite()).sum()):
+            raise RuntimeError(f"the {search.kind} search left {unmatched} of {len(z_nD)} codes without a candidate")
         return Matches(index_n.cpu(), distance_n, recall, perf_counter() - began)
 
     def state(self) -> State:

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from glann.config.run import validate
 from glann.samplers.base import Codes
@@ -103,6 +104,32 @@ def test_a_match_is_the_nearest_mapped_noise():
     brute_NM = (z_ND.double()[:, None] - mapped_MD.double()[None]).square().sum(2)
     assert torch.equal(matches.index_n, brute_NM.argmin(1))
     torch.testing.assert_close(matches.distance_n.double(), brute_NM.min(1).values)
+
+
+def test_a_mapping_whose_units_have_died_is_matched_too():
+    """All its candidates are equal; the inverted file must not leave a code without one."""
+    torch.manual_seed(0)
+    settings = config(search={"kind": "ivf", "probes": 16}, epochs=1)
+    z_ND, _ = eight_clusters(403)
+    trainer = sampler(settings)
+    torch.nn.init.constant_(trainer.network.norm1.bias, -100.0)
+    matches = trainer.match(0, z_ND, 403)
+    assert ((matches.index_n >= 0) & (matches.index_n < candidates(settings.sampler, 403))).all()
+    assert matches.recall == 1
+    (facts,) = fitted(trainer, z_ND)
+    assert math.isfinite(facts["distance"])
+
+
+def test_a_code_without_a_match_is_never_trained_on(monkeypatch):
+    def leave_one(z_nD, *arguments):
+        index_n = torch.zeros(len(z_nD), dtype=torch.int64)
+        index_n[3] = torch.iinfo(torch.int64).max
+        return index_n, torch.where(torch.arange(len(z_nD)) == 3, math.inf, 0.5).double(), 1.0
+
+    monkeypatch.setattr("glann.samplers.imle.ivf_nearest", leave_one)
+    trainer = sampler(config(search={"kind": "ivf"}))
+    with pytest.raises(RuntimeError, match="ivf search left 1 of 41 codes without a candidate"):
+        next(fitted(trainer, eight_clusters(41)[0]))
 
 
 def test_resuming_at_an_epoch_is_bit_for_bit_the_same():
