@@ -18,6 +18,7 @@ from torch import Tensor
 from ..cluster.inverted_file import ivf_nearest
 from ..cluster.neighbours import ring_nearest
 from ..cluster.placement import global_batches, ranges
+from ..cluster.row_optimizers import gradient_fault
 from ..config.samplers import ImleConfig, SamplerConfig
 from ..errors import UserError
 from ..models.comm import all_sum, rank, world_size
@@ -120,7 +121,7 @@ class Imle(Sampler):
 
         Returns:
             Sum of the squared distances over this worker's rows, whether the step was applied
-            (False if any worker had a non-finite gradient), and the sum of all workers' piggybacks.
+            (False if the gradient of a weight, or its square, was not finite), and the sum of all workers' piggybacks.
         """
         error_B = (self.network(e_BE) - z_BD).square().sum(1)
         self.optimizer.zero_grad()
@@ -129,8 +130,8 @@ class Imle(Sampler):
         flat = torch.cat([*(grad.flatten() for grad in grads), piggyback_K.to(self.device)])
         all_sum(flat)  # each worker has already divided by the size of the whole batch
         summed, piggyback_K = flat[: len(flat) - len(piggyback_K)], flat[len(flat) - len(piggyback_K) :]
-        finite, *carried = torch.cat([summed.sum()[None], piggyback_K]).tolist()
-        applied = math.isfinite(finite)
+        fault, *carried = torch.cat([gradient_fault(summed[None])[None], piggyback_K]).tolist()
+        applied = fault == 0.0
         if applied:
             for grad, part in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))

@@ -153,15 +153,20 @@ def test_resuming_at_an_epoch_is_bit_for_bit_the_same():
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
 
 
-def test_a_step_that_is_not_finite_moves_nothing():
+@pytest.mark.parametrize("bad", [float("nan"), 1e25])
+def test_a_step_that_is_not_finite_moves_nothing(bad):
+    """Nor one whose gradient is finite but not its square, of which Adam keeps an average."""
     torch.manual_seed(0)
-    settings = config()
-    trainer = sampler(settings)
+    trainer = sampler(config())
     trainer.network.train()
-    before = {name: parameter.detach().clone() for name, parameter in trainer.network.named_parameters()}
-    _, applied, carried_K = trainer.update(
-        torch.randn(5, 4), torch.full((5, 3), float("nan")), 5, 1e-3, torch.tensor([2.0, 0.0])
-    )
+    before = trainer.state()
+    z_BD = torch.full((5, 3), float("nan")) if math.isnan(bad) else torch.randn(5, 3).mul(bad)
+    _, applied, carried_K = trainer.update(torch.randn(5, 4), z_BD, 5, 1e-3, torch.tensor([2.0, 0.0]))
     assert not applied
     assert carried_K.tolist() == [2.0, 0.0]
-    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.network.named_parameters())
+    after = trainer.state()
+    assert after["updates"] == 0
+    for name in dict(trainer.network.named_parameters()):
+        assert torch.equal(before["weights"][name], after["weights"][name])
+        assert not after["exp_avg_sq"][name].any()
+    assert trainer.update(torch.randn(5, 4), torch.randn(5, 3), 5, 1e-3, torch.zeros(0))[1]
