@@ -90,6 +90,8 @@ class Imle(Sampler):
         A match is stored as an index; its noise is generated again when needed. The facts of an epoch are means over
         all N rows; `distance` is that of the matches, before training.
         """
+        if self.config.untrainable:
+            raise UserError(self.config.untrainable)
         z_nD = codes.z_nD.to(self.device)
         bad_in_a_row = 0
         for epoch in range(first_epoch, self.epochs):

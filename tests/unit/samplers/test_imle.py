@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from glann.config.run import validate
+from glann.errors import UserError
 from glann.samplers.base import Codes
 from glann.samplers.imle import Imle, candidates
 
@@ -130,6 +131,25 @@ def test_a_code_without_a_match_is_never_trained_on(monkeypatch):
     trainer = sampler(config(search={"kind": "ivf"}))
     with pytest.raises(RuntimeError, match="ivf search left 1 of 41 codes without a candidate"):
         next(fitted(trainer, eight_clusters(41)[0]))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 40])
+def test_a_mapping_trains_in_small_batches_or_says_why_it_cannot(batch):
+    """A lone row is zero after normalising by itself: T(e) = 0 for every e, at a squared distance of exactly 1."""
+    torch.manual_seed(0)
+    z_ND, _ = eight_clusters(41)
+    fixed = sampler(config(batch_size=batch, statistics="noise", epochs=3))
+    losses = [facts["loss"] for facts in fitted(fixed, z_ND)]
+    assert losses[-1] < losses[0]
+    published = sampler(config(batch_size=batch, statistics="batch", epochs=3))
+    lone_BD = published.network.train()(torch.randn(1, 4))
+    assert not lone_BD.any()
+    if batch < 3:
+        with pytest.raises(UserError, match=rf"batch_size={batch} .* use at least 3, or set sampler.statistics=noise"):
+            next(fitted(published, z_ND))
+    else:
+        losses = [facts["loss"] for facts in fitted(published, z_ND)]
+        assert min(losses[1:]) < losses[0] != 1
 
 
 def test_resuming_at_an_epoch_is_bit_for_bit_the_same():
