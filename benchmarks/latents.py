@@ -19,7 +19,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from glann.cluster.latents import LatentShard, LatentTable
+from glann.cluster.latent_shard import LatentShard
+from glann.cluster.latents import LatentTable
 from torch import Tensor
 
 

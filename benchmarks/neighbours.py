@@ -1,10 +1,12 @@
 """Exact nearest neighbours: ours against faiss (flat index) and torch (addmm + min), in one run.
 
     python benchmarks/neighbours.py [--queries N --candidates M --threads T --repeats R]
+    python benchmarks/neighbours.py --collapsed
 
 All three search the same unit vectors on the CPU; the fastest of the repeats counts, taken in turns so that a busy
 machine is busy for all. Only ours is certified to equal brute force in float64; the others' disagreements are
-counted. Legend: N queries, M candidates, D dimension.
+counted. With --collapsed, ours alone: among the candidates of mappings that have collapsed, against candidates that
+are spread over the sphere. Legend: N queries, M candidates, D dimension.
 """
 
 from __future__ import annotations
@@ -44,23 +46,34 @@ def faiss_search(z_ND: Tensor, c_MD: Tensor) -> Tensor:
     return torch.from_numpy(index.search(z_ND.numpy(), 1)[1][:, 0])
 
 
+def collapsed(candidates: int, d: int) -> dict[str, Tensor]:
+    """Candidates spread over the sphere, and what mappings make whose units have died or nearly so."""
+    spread_MD = torch.nn.functional.normalize(torch.randn(candidates, d), dim=1)
+    few_MD = spread_MD[torch.randint(20, (candidates,))]
+    near = {f"within {size:.0e}": spread_MD[:1] + size * torch.randn(candidates, d) for size in (1e-5, 1e-6, 1e-7)}
+    return {"spread": spread_MD, "20 points": few_MD, "all equal": spread_MD[:1].repeat(candidates, 1)} | near
+
+
+def compare_collapsed(options: argparse.Namespace) -> None:
+    for d in options.dims:
+        z_ND = torch.nn.functional.normalize(torch.randn(options.queries, d), dim=1)
+        print(f"N={options.queries} M={options.candidates} D={d}, {options.threads} threads; ours by candidates")
+        kinds = collapsed(options.candidates, d)
+        best = dict.fromkeys(kinds, torch.inf)
+        for _ in range(options.repeats):
+            for name, c_MD in kinds.items():
+                best[name] = min(best[name], seconds(partial(our_search, z_ND, c_MD))[0])
+        for name, taken in best.items():
+            print(f"  {name:16s} {taken:7.3f} s   {taken / best['spread']:5.2f} x spread")
+
+
 def seconds(search: Callable[[], Tensor]) -> tuple[float, Tensor]:
     start = time.perf_counter()
     found_N = search()
     return time.perf_counter() - start, found_N
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--queries", type=int, default=10_000)
-    parser.add_argument("--candidates", type=int, default=20_000)
-    parser.add_argument("--dims", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    faiss.omp_set_num_threads(options.threads)
-    torch.manual_seed(0)
+def compare_searches(options: argparse.Namespace) -> None:
     for d in options.dims:
         z_ND = torch.nn.functional.normalize(torch.randn(options.queries, d), dim=1)
         c_MD = torch.nn.functional.normalize(torch.randn(options.candidates, d), dim=1)
@@ -80,6 +93,21 @@ def main() -> None:
         for name, taken in best.items():
             wrong = int((found[name] != found["ours"]).sum())
             print(f"  {name:16s} {taken:7.3f} s   {taken / best['ours']:5.2f} x ours   {wrong} answers differ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--candidates", type=int, default=20_000)
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--collapsed", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    faiss.omp_set_num_threads(options.threads)
+    torch.manual_seed(0)
+    (compare_collapsed if options.collapsed else compare_searches)(options)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ the candidates is subtracted, which makes the bound tight for points far from th
 exact up to one rounding per coordinate (counted above), and affect the bound only: distances are
 taken from the original coordinates.
 
+**Candidates that lie together**, such as those of a mapping whose units have died, would all be compared again: all
+pairs, one by one. So of equal candidates only the first is searched, the one that a tie goes to. And where float32
+leaves many candidates of a tile, one float64 GEMM separates them by the same bound with u = 2**-53; its
+kappa = gamma_{3D+30} also covers the roundings of the float64 distances, at most 2 (log2 D + 4) units.
+
 Legend: N queries (n: of this worker), M candidates (m: of a block), D dimension, W workers,
 Q and C the queries and candidates of a tile, T tiles, E = D + 1, H queries whose tile is refined, K pairs of
 (query, candidate).
@@ -46,11 +51,13 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.comm import gather, rank, world_size
+from .distinct import distinct_rows
 
 _UNIT = 2.0**-24
 _CPU_TILE = (256, 1024)  # per thread: 1 MiB, about one core's second-level cache
 _GPU_TILE = (4096, 8192)
 _GROUP = 16  # tiles per side that share their preparation and refinement
+_CROWD = 16  # pairs left per query of a tile above which a GEMM in float64 costs less than comparing them one by one
 _EXACT_NUMBERS = 1 << 21  # float64 numbers in memory at a time while pairs are compared again
 _NO_INDEX = torch.iinfo(torch.int64).max
 
@@ -138,6 +145,7 @@ class NearestSearch:
         self.distance_N = torch.full((len(z_ND),), math.inf, dtype=torch.float64, device=z_ND.device)
         self.largest = float(self._z_ND.abs().max()) if z_ND.numel() else 0.0
         self.kappa = _gamma(z_ND.shape[1] + 12)
+        self._kappa_64 = _gamma(3 * z_ND.shape[1] + 30, 2.0**-53)
         self._eta = z_ND.shape[1] * 2.0**-118
 
     def add(self, candidates_MD: Tensor, first_index: int) -> None:
@@ -146,8 +154,8 @@ class NearestSearch:
             return
         rows, columns = _tile(candidates_MD.device)
         with torch.no_grad(), _full_precision(candidates_MD.device):
-            for at in range(0, len(candidates_MD), columns * _GROUP):
-                block = _Block(candidates_MD[at : at + columns * _GROUP].detach(), first_index + at, columns, self)
+            for at_C in distinct_rows(candidates_MD).split(columns * _GROUP):
+                block = _Block(candidates_MD[at_C], at_C + first_index, columns, self)
                 for row in range(0, len(self._z_ND), rows * _GROUP):
                     self._compare(row, min(row + rows * _GROUP, len(self._z_ND)), block, rows)
 
@@ -174,14 +182,29 @@ class NearestSearch:
         lower_HC = torch.mm(query_HE, block.tiles_EC[number])
         upper_H = (lower_HC + block.lifts_C[number]).amin(dim=1)
         limit_H = torch.minimum(limit_H, upper_H + 2 * slack_H)
-        row_K, column_K = (lower_HC <= _round_up(limit_H)[:, None]).nonzero(as_tuple=True)
-        self._measure(row_H[row_K], column_K + number * block.columns, block.c_MD, block.first_index)
+        close_HC = lower_HC <= _round_up(limit_H)[:, None]
+        row_K, column_K = close_HC.nonzero(as_tuple=True)
+        if len(row_K) > _CROWD * len(row_H):
+            row_K, column_K = self._separated(close_HC, row_H, block, number).nonzero(as_tuple=True)
+        self._measure(row_H[row_K], column_K + number * block.columns, block)
 
-    def _measure(self, query_K: Tensor, column_K: Tensor, block_MD: Tensor, first_index: int) -> None:
+    def _separated(self, close_HC: Tensor, row_H: Tensor, block: _Block, number: int) -> Tensor:
+        """Of the pairs close_HC of a tile, those that products in float64 do not separate either."""
+        centre_D = block.centre_D.double()
+        z_HD = self._z_ND[row_H].double() * block.scale - centre_D
+        c_CD = block.c_MD.split(block.columns)[number].double() * block.scale - centre_D
+        square_H1, square_C = z_HD.square().sum(dim=1, keepdim=True), c_CD.square().sum(dim=1)
+        slack_HC = self._kappa_64 * (square_H1 + 2 * square_C)
+        value_HC = torch.addmm(square_C, z_HD, c_CD.T, alpha=-2)
+        upper_H1 = torch.where(close_HC, value_HC + slack_HC, math.inf).amin(dim=1, keepdim=True)
+        return close_HC & (value_HC - slack_HC <= upper_H1)
+
+    def _measure(self, query_K: Tensor, column_K: Tensor, block: _Block) -> None:
         """Merge pairs into the running minimum by (float64 distance, lowest index)."""
-        size = max(1, _EXACT_NUMBERS // block_MD.shape[1])
+        size = max(1, _EXACT_NUMBERS // block.c_MD.shape[1])
         for query_k, column_k in zip(query_K.split(size), column_K.split(size), strict=True):
-            self.merge(query_k, column_k + first_index, squared_distances(self._z_ND[query_k], block_MD[column_k]))
+            distance_k = squared_distances(self._z_ND[query_k], block.c_MD[column_k])
+            self.merge(query_k, block.index_M[column_k], distance_k)
 
     def merge(self, query_K: Tensor, index_K: Tensor, distance_K: Tensor) -> None:
         """Merge pairs (query, candidate's index, float64 distance) into the result."""
@@ -197,9 +220,9 @@ class NearestSearch:
 class _Block:
     """Candidates prepared for the GEMM: scaled, centred, transposed, with their part of the bound."""
 
-    def __init__(self, c_MD: Tensor, first_index: int, columns: int, search: NearestSearch):
-        self.c_MD, self.first_index, self.columns = c_MD, first_index, columns
-        self.scale = _power_of_two(max(search.largest, float(c_MD.abs().max())))
+    def __init__(self, c_MD: Tensor, index_M: Tensor, columns: int, search: NearestSearch):
+        self.c_MD, self.index_M, self.columns = c_MD, index_M, columns
+        self.scale = power_of_two(max(search.largest, float(c_MD.abs().max())))
         self.centre_D = (c_MD * self.scale).mean(dim=0, dtype=torch.float64).float()
         self.tiles_EC, self.lifts_C = [], []
         for c_CD in c_MD.split(columns):
@@ -295,11 +318,11 @@ def _tile(device: torch.device) -> tuple[int, int]:
     return _CPU_TILE[0] * min(16, torch.get_num_threads()), _CPU_TILE[1]
 
 
-def _gamma(n: int) -> float:
-    return n * _UNIT / (1 - n * _UNIT)
+def _gamma(n: int, unit: float = _UNIT) -> float:
+    return n * unit / (1 - n * unit)
 
 
-def _power_of_two(largest: float) -> float:
+def power_of_two(largest: float) -> float:
     """A power of two that scales numbers up to `largest` into [-1/2, 1/2], within float32's range."""
     return 2.0 ** max(-126, min(126, -math.frexp(largest)[1] - 1)) if largest else 1.0
 

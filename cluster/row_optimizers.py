@@ -75,5 +75,14 @@ def row_optimizer(name: Literal["adam", "adagrad"], betas: tuple[float, float]) 
 
 
 def usable_rows(grad_BD: Tensor) -> Tensor:
-    """Whether each row's gradient and its square are finite, so that its state stays finite too (bool_B)."""
+    """Whether each row's gradient and its square are finite, so that its optimiser's state stays finite too (bool_B).
+
+    The square of a float32 above 1.8e19 is infinite. This one definition holds for the shard, which refuses the rows,
+    and for a step, which is skipped before they come to it.
+    """
     return grad_BD.square().isfinite().all(dim=1)
+
+
+def gradient_fault(grad_BD: Tensor) -> Tensor:
+    """0 if all rows are usable, else NaN: summed over workers, the same verdict on each of them."""
+    return torch.where(usable_rows(grad_BD).all(), 0.0, torch.nan)

@@ -150,7 +150,19 @@ def load(
     tree = load_tree(path)
     for key, value in [*map(_read_override, overrides), *changes.items()]:
         _override(tree, key, value)
-    return validate(tree, str(path))
+    config = validate(tree, str(path))
+    require_trainable(config)
+    return config
+
+
+def require_trainable(config: Config) -> None:
+    """Refuse what would train something else than configured; what earlier versions trained can still be read.
+
+    Raises:
+        UserError: naming the keys, and what to do.
+    """
+    if config.sampler.untrainable:
+        raise UserError(config.sampler.untrainable)
 
 
 def load_tree(path: Path) -> dict[str, Any]:

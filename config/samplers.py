@@ -17,6 +17,11 @@ class SamplerConfig(Section):
 
     kind: str
 
+    @property
+    def untrainable(self) -> str | None:
+        """What is wrong with a combination of keys that can be read but not trained, and what to do."""
+        return None
+
 
 class NeighbourSearchConfig(Section):
     """How the nearest candidate of every code is found."""
@@ -44,6 +49,17 @@ class ImleConfig(SamplerConfig):
     search: NeighbourSearchConfig = NeighbourSearchConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
+
+    @property
+    def untrainable(self) -> str | None:
+        """Batches of a single row under batch statistics; those of two rows leave one over if their number is odd."""
+        if self.statistics == "noise" or self.batch_size > 2:
+            return None
+        return (
+            f"sampler.batch_size={self.batch_size} with sampler.statistics=batch would train on batches of one row, "
+            "which normalised by its own statistics is zero: T would be the same for every noise, and the loss exactly "
+            "1; use at least 3, or set sampler.statistics=noise"
+        )
 
 
 class GaussianConfig(SamplerConfig):

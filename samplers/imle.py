@@ -18,6 +18,7 @@ from torch import Tensor
 from ..cluster.inverted_file import ivf_nearest
 from ..cluster.neighbours import ring_nearest
 from ..cluster.placement import global_batches, ranges
+from ..cluster.row_optimizers import gradient_fault
 from ..config.samplers import ImleConfig, SamplerConfig
 from ..errors import UserError
 from ..models.comm import all_sum, rank, world_size
@@ -89,6 +90,8 @@ class Imle(Sampler):
         A match is stored as an index; its noise is generated again when needed. The facts of an epoch are means over
         all N rows; `distance` is that of the matches, before training.
         """
+        if self.config.untrainable:
+            raise UserError(self.config.untrainable)
         z_nD = codes.z_nD.to(self.device)
         bad_in_a_row = 0
         for epoch in range(first_epoch, self.epochs):
@@ -120,7 +123,7 @@ class Imle(Sampler):
 
         Returns:
             Sum of the squared distances over this worker's rows, whether the step was applied
-            (False if any worker had a non-finite gradient), and the sum of all workers' piggybacks.
+            (False if the gradient of a weight, or its square, was not finite), and the sum of all workers' piggybacks.
         """
         error_B = (self.network(e_BE) - z_BD).square().sum(1)
         self.optimizer.zero_grad()
@@ -129,8 +132,8 @@ class Imle(Sampler):
         flat = torch.cat([*(grad.flatten() for grad in grads), piggyback_K.to(self.device)])
         all_sum(flat)  # each worker has already divided by the size of the whole batch
         summed, piggyback_K = flat[: len(flat) - len(piggyback_K)], flat[len(flat) - len(piggyback_K) :]
-        finite, *carried = torch.cat([summed.sum()[None], piggyback_K]).tolist()
-        applied = math.isfinite(finite)
+        fault, *carried = torch.cat([gradient_fault(summed[None])[None], piggyback_K]).tolist()
+        applied = fault == 0.0
         if applied:
             for grad, part in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
@@ -157,6 +160,8 @@ class Imle(Sampler):
             index_n, distance_n, recall = ivf_nearest(z_nD, block_mD, search.cells, search.probes)
         else:
             (index_n, distance_n), recall = ring_nearest(z_nD, block_mD), 1.0
+        if unmatched := int((~distance_n.isfinite()).sum()):
+            raise RuntimeError(f"the {search.kind} search left {unmatched} of {len(z_nD)} codes without a candidate")
         return Matches(index_n.cpu(), distance_n, recall, perf_counter() - began)
 
     def state(self) -> State:

@@ -128,3 +128,23 @@ def test_the_approximate_search_says_the_same_recall_on_every_worker_and_names_t
     exact_N, _ = nearest(z_ND, c_MD)
     assert (exact_N == index_N).double().mean() > 0.5
     assert len({recall for _, _, recall in answers}) == 1
+
+
+@pytest.mark.parametrize("distinct", [1, 3, 1009])
+def test_the_approximate_search_matches_every_query_on_every_worker(local_ray, ranks, distinct):
+    """Also if candidates coincide within and between workers, or a worker has none, or none of one cell."""
+    seed = torch.seed()
+    print(f"seed {seed}")
+    few_KD = torch.randn(5, 6)[torch.randint(5, (distinct,))] + 1e-3 * torch.randn(distinct, 6)
+    z_ND, c_MD = torch.randn(301, 6), few_KD[torch.randint(distinct, (1009,))]
+    world = len(ranks)
+    for sizes in (uneven(1009, world), [1009 if rank == world - 1 else 0 for rank in range(world)]):
+        answers = ring(local_ray, ranks, split(z_ND, uneven(301, world)), split(c_MD, sizes), search_in_cells)
+        index_N = torch.cat([torch.tensor(index) for index, _, _ in answers])
+        distance_N = torch.cat([torch.tensor(distance) for _, distance, _ in answers])
+        assert ((index_N >= 0) & (index_N < 1009)).all()
+        true_N = (z_ND.double() - c_MD[index_N].double()).square().sum(1)
+        torch.testing.assert_close(distance_N, true_N, rtol=1e-12, atol=0)
+        assert len({recall for _, _, recall in answers}) == 1
+        if distinct == 1:
+            assert not index_N.any()

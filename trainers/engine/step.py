@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...cluster.checkpoints.pieces import LazyTensor
+from ...cluster.row_optimizers import gradient_fault
 from ...config.sections import EngineConfig
 from ...models.comm import all_sum, world_size
 
@@ -191,13 +192,13 @@ class Engine:
             grads.append(cast(Tensor, z_part_BD.grad) / scale)
             total += loss_B.detach().sum()
         grad_BD = torch.cat(grads)
-        exchanged = torch.stack([total, grad_BD.sum()])
+        exchanged = torch.stack([total, gradient_fault(grad_BD)])
         if piggyback_K is not None:
             exchanged = torch.cat([exchanged, piggyback_K.to(self.device)])
         summed = all_sum(exchanged).cpu()
-        loss_sum, grad_sum = summed[:2].tolist()
+        loss_sum, fault = summed[:2].tolist()
         # a NaN or infinity on one worker makes the sum non-finite on all, so all workers decide alike
-        self.optimizer.withhold = not (is_finite(loss_sum) and is_finite(grad_sum))
+        self.optimizer.withhold = not (is_finite(loss_sum) and is_finite(fault))
         applied = self._update()
         if applied and self.ema:
             self.ema.update(self.shards())

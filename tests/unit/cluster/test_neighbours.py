@@ -37,11 +37,13 @@ def _seed(record_property):
     print(f"seed {seed}")
 
 
-@pytest.fixture(params=[None, (5, 7)], ids=["cache-tiles", "tiny-tiles"])
+@pytest.fixture(params=["cache-tiles", "tiny-tiles", "always-float64"])
 def tiles(request, monkeypatch):
-    """Also with tiles so small that every boundary is crossed."""
-    if request.param:
-        monkeypatch.setattr(neighbours, "_CPU_TILE", request.param)
+    """Also with tiles so small that every boundary is crossed, and with every close pair separated in float64."""
+    if request.param == "always-float64":
+        monkeypatch.setattr(neighbours, "_CROWD", -1)
+    if request.param != "cache-tiles":
+        monkeypatch.setattr(neighbours, "_CPU_TILE", (5, 7))
         monkeypatch.setattr(neighbours, "_GROUP", 3)
         monkeypatch.setattr(neighbours, "_EXACT_NUMBERS", 97)
 
@@ -110,7 +112,7 @@ def test_the_certificate_holds_for_every_pair():
     for d in (1, 16, 257):
         z, c = torch.randn(50, d) * 10 ** torch.randn(50, 1), torch.randn(70, d) * 10 ** torch.randn(70, 1)
         search = NearestSearch(z)
-        block = neighbours._Block(c, 0, 32, search)
+        block = neighbours._Block(c, torch.arange(len(c)), 32, search)
         shifted = (z * block.scale - block.centre_D).double()
         square_N1 = shifted.square().sum(1, keepdim=True)
         query = torch.cat([-2 * shifted.float(), torch.ones(50, 1)], dim=1)
@@ -122,12 +124,52 @@ def test_the_certificate_holds_for_every_pair():
         assert (upper.double() >= true - square_N1 - slack).all()
 
 
-def test_few_pairs_are_measured_again_on_the_sphere(monkeypatch):
-    measured = []
-    exact = neighbours.squared_distances
+@pytest.fixture
+def pairs(monkeypatch):
+    """The numbers of pairs that are compared one by one in float64, as they come."""
+    measured, exact = [], neighbours.squared_distances
     monkeypatch.setattr(neighbours, "squared_distances", lambda a, b: measured.append(len(a)) or exact(a, b))
+    return measured
+
+
+def test_few_pairs_are_measured_again_on_the_sphere(pairs):
     nearest(on_sphere(500, 64), on_sphere(40_000, 64))
-    assert sum(measured) < 500 * 12  # of 40,000 candidates each; the logarithm of the number of tiles
+    assert sum(pairs) < 500 * 12  # of 40,000 candidates each; the logarithm of the number of tiles
+
+
+@pytest.mark.parametrize("distinct", [1, 20])
+def test_few_pairs_are_measured_again_among_equal_candidates(distinct, pairs):
+    """A mapping whose units have died makes the same candidate again and again."""
+    z, c = on_sphere(301, 64), on_sphere(distinct, 64)[torch.randint(distinct, (9_001,))]
+    check(z[:3], c)
+    pairs.clear()
+    nearest(z, c)
+    assert sum(pairs) < 301 * 4  # of 9,001 candidates each
+
+
+@pytest.mark.parametrize("spread", [1e-7, 1e-6, 1e-5])
+def test_few_pairs_are_measured_again_among_candidates_that_lie_together(spread, pairs):
+    """A mapping that collapses makes candidates that float32 cannot tell apart from a code's distance."""
+    z, c = on_sphere(301, 64), on_sphere(1, 64) + spread * torch.randn(9_001, 64)
+    check(z[:3], c)
+    pairs.clear()
+    nearest(z, c)
+    assert sum(pairs) < 301 * (9 + 2) * 4  # about one a tile; of 9,001 candidates each
+
+
+def test_products_in_float64_never_separate_the_nearest_pair():
+    """Against sums that are rounded once, for candidates so close that the bound of float32 keeps them all."""
+    for d in (1, 3, 64, 257):
+        z, c = torch.randn(17, d) * 10 ** torch.randn(17, 1), torch.randn(1, d) + 1e-6 * torch.randn(83, d)
+        search = NearestSearch(z)
+        block = neighbours._Block(c, torch.arange(len(c)), 83, search)
+        left = search._separated(torch.ones(17, 83, dtype=torch.bool), torch.arange(17), block, 0)
+        expected_N, _ = brute_force(z, c)
+        assert left[torch.arange(17), torch.from_numpy(expected_N)].all()
+        measured = torch.stack([squared_distances(z, c[j : j + 1].expand(17, d)) for j in range(83)], dim=1)
+        assert left[measured == measured.amin(1, keepdim=True)].all()
+        if d > 1:  # on a line many are equal in float32
+            assert left.sum() < 17 * 4
 
 
 def test_the_order_and_size_of_blocks_do_not_matter():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from glann.cluster.latents import LatentShard, LatentTable
+from glann.cluster.latent_shard import LatentShard
+from glann.cluster.latents import LatentTable
 from glann.cluster.row_optimizers import usable_rows
 from glann.errors import UserError
 from glann.models.noise import Stream, noise

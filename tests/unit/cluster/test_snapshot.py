@@ -7,7 +7,7 @@ from threading import Event, Thread
 
 import pytest
 import torch
-from glann.cluster.latents import LatentShard
+from glann.cluster.latent_shard import LatentShard
 from glann.cluster.snapshot import Snapshot
 
 

@@ -74,6 +74,8 @@ def test_what_cannot_be_is_refused_and_named(override: str, expected: str):
         (["cluster.workers=50", "engine.accumulation=3"], "use at least 150"),
         (["cluster.workers={min: 3, max: 2}"], "min must not be larger"),
         (["engine.kind=torch"], "set cluster.workers=1 and engine.zero=0"),
+        (["sampler.batch_size=1", "sampler.statistics=batch"], "use at least 3, or set sampler.statistics=noise"),
+        (["imle.batch_size=2", "imle.statistics=batch"], "use at least 3, or set sampler.statistics=noise"),
         (["loss.patch=64"], "loss.patch=64 is larger than data.resolution=28"),
     ],
 )

@@ -2,8 +2,10 @@
 
 import math
 
+import pytest
 import torch
 from glann.config.run import validate
+from glann.errors import UserError
 from glann.samplers.base import Codes
 from glann.samplers.imle import Imle, candidates
 
@@ -105,6 +107,51 @@ def test_a_match_is_the_nearest_mapped_noise():
     torch.testing.assert_close(matches.distance_n.double(), brute_NM.min(1).values)
 
 
+def test_a_mapping_whose_units_have_died_is_matched_too():
+    """All its candidates are equal; the inverted file must not leave a code without one."""
+    torch.manual_seed(0)
+    settings = config(search={"kind": "ivf", "probes": 16}, epochs=1)
+    z_ND, _ = eight_clusters(403)
+    trainer = sampler(settings)
+    torch.nn.init.constant_(trainer.network.norm1.bias, -100.0)
+    matches = trainer.match(0, z_ND, 403)
+    assert ((matches.index_n >= 0) & (matches.index_n < candidates(settings.sampler, 403))).all()
+    assert matches.recall == 1
+    (facts,) = fitted(trainer, z_ND)
+    assert math.isfinite(facts["distance"])
+
+
+def test_a_code_without_a_match_is_never_trained_on(monkeypatch):
+    def leave_one(z_nD, *arguments):
+        index_n = torch.zeros(len(z_nD), dtype=torch.int64)
+        index_n[3] = torch.iinfo(torch.int64).max
+        return index_n, torch.where(torch.arange(len(z_nD)) == 3, math.inf, 0.5).double(), 1.0
+
+    monkeypatch.setattr("glann.samplers.imle.ivf_nearest", leave_one)
+    trainer = sampler(config(search={"kind": "ivf"}))
+    with pytest.raises(RuntimeError, match="ivf search left 1 of 41 codes without a candidate"):
+        next(fitted(trainer, eight_clusters(41)[0]))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 40])
+def test_a_mapping_trains_in_small_batches_or_says_why_it_cannot(batch):
+    """A lone row is zero after normalising by itself: T(e) = 0 for every e, at a squared distance of exactly 1."""
+    torch.manual_seed(0)
+    z_ND, _ = eight_clusters(41)
+    fixed = sampler(config(batch_size=batch, statistics="noise", epochs=3))
+    losses = [facts["loss"] for facts in fitted(fixed, z_ND)]
+    assert losses[-1] < losses[0]
+    published = sampler(config(batch_size=batch, statistics="batch", epochs=3))
+    lone_BD = published.network.train()(torch.randn(1, 4))
+    assert not lone_BD.any()
+    if batch < 3:
+        with pytest.raises(UserError, match=rf"batch_size={batch} .* use at least 3, or set sampler.statistics=noise"):
+            next(fitted(published, z_ND))
+    else:
+        losses = [facts["loss"] for facts in fitted(published, z_ND)]
+        assert min(losses[1:]) < losses[0] != 1
+
+
 def test_resuming_at_an_epoch_is_bit_for_bit_the_same():
     torch.manual_seed(0)
     settings = config(epochs=6)
@@ -126,15 +173,20 @@ def test_resuming_at_an_epoch_is_bit_for_bit_the_same():
         assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
 
 
-def test_a_step_that_is_not_finite_moves_nothing():
+@pytest.mark.parametrize("bad", [float("nan"), 1e25])
+def test_a_step_that_is_not_finite_moves_nothing(bad):
+    """Nor one whose gradient is finite but not its square, of which Adam keeps an average."""
     torch.manual_seed(0)
-    settings = config()
-    trainer = sampler(settings)
+    trainer = sampler(config())
     trainer.network.train()
-    before = {name: parameter.detach().clone() for name, parameter in trainer.network.named_parameters()}
-    _, applied, carried_K = trainer.update(
-        torch.randn(5, 4), torch.full((5, 3), float("nan")), 5, 1e-3, torch.tensor([2.0, 0.0])
-    )
+    before = trainer.state()
+    z_BD = torch.full((5, 3), float("nan")) if math.isnan(bad) else torch.randn(5, 3).mul(bad)
+    _, applied, carried_K = trainer.update(torch.randn(5, 4), z_BD, 5, 1e-3, torch.tensor([2.0, 0.0]))
     assert not applied
     assert carried_K.tolist() == [2.0, 0.0]
-    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.network.named_parameters())
+    after = trainer.state()
+    assert after["updates"] == 0
+    for name in dict(trainer.network.named_parameters()):
+        assert torch.equal(before["weights"][name], after["weights"][name])
+        assert not after["exp_avg_sq"][name].any()
+    assert trainer.update(torch.randn(5, 4), torch.randn(5, 3), 5, 1e-3, torch.zeros(0))[1]
