@@ -16,6 +16,7 @@ from ...inference.package import find_folder, read_manifest
 from ...reports.card import write_card
 from ...reports.facts import RunFacts
 from ...reports.run_folder import CARD
+from ...storage.open import require_local
 from ..connection import absolute_uri, default_uri, redact
 from ..outbox import OutboxState
 from ..runs import TrackedRun
@@ -45,6 +46,7 @@ def register_run(run: str, name: str | None = None) -> Registered:
     Raises:
         UserError: no such run, or it is not finished, tracked by another server, or without a model.
     """
+    require_local(run, "RUN")
     folder = Path(run)
     if folder.is_dir():
         return _register_folder(folder, name)
