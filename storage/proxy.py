@@ -59,3 +59,10 @@ def proxy_hint(url: str, *, reads_all_proxy: bool = False) -> str:
     """End of a message about a failed request to `url`: the proxy and its remedy; "" where there is none."""
     proxy = proxy_of(url, reads_all_proxy=reads_all_proxy)
     return f"; {proxy}: correct it, or leave it out by `{proxy.remedy}`" if proxy else ""
+
+
+def configured_proxies() -> str:
+    """End of a message about a program that chose its own server: the proxies in the environment; "" without any."""
+    names = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
+    given = [f"{name}={redact(os.environ[name])}" for name in sorted(names) if os.environ[name]]
+    return f"; {', '.join(given)} is set: correct it, or name the server in NO_PROXY" if given else ""

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import EnvironmentFault, UserError
+from ...errors import EnvironmentFault, UserError, redact
 from ...inference.package import find_folder, read_manifest
 from ...reports.card import write_card
 from ...reports.facts import RunFacts
 from ...reports.run_folder import CARD
 from ...storage.open import require_local
-from ..connection import absolute_uri, default_uri, redact
+from ..address import absolute_uri, default_uri
 from ..outbox import OutboxState
 from ..runs import TrackedRun
 from .client import opened
