@@ -22,7 +22,7 @@ _S3_NAMES = ("s3", "s3a", "s3n")
 # Schemes of storage that are also recognised without a slash (`gs:bucket`, as rclone writes it).
 _SCHEMES = (*_S3_NAMES, "file", "gs", "gcs", "http", "https", "ftp", "sftp", "hdfs", "az", "abfs", "abfss", "wasb")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
-_PASSWORD = re.compile(r"(:/*)[^/@]*:[^@]*@")  # user:password@, also where the address is incomplete
+_PASSWORD = re.compile(r"([:/])[^/@:]*:[^@]*@")  # user:password@, also where the address is incomplete
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _USE = "use a folder or s3://bucket/prefix"
 
@@ -30,7 +30,7 @@ _USE = "use a folder or s3://bucket/prefix"
 def address_fault(address: str) -> str:
     """The reason why `address` is neither a local path nor a complete address, with the remedy; "" if it is one."""
     if _unusable(address):
-        return f"{address[:MAX_SHOWN]!r} is not a place for files; give a folder or s3://bucket/prefix"
+        return f"{shown(address)!r} is not a place for files; give a folder or s3://bucket/prefix"
     found = _SCHEME.fullmatch(address) or _NO_COLON.fullmatch(address)
     if found is None:
         return f"{shown(address)} is neither a path nor an address; {_USE}" if "://" in address else ""
@@ -67,7 +67,8 @@ def local_path(address: str) -> Path:
 
 def shown(address: str) -> str:
     """An address for a message: without parameters, which may be a signature, and shortened."""
-    return _PASSWORD.sub(r"\1***@", address.partition("?")[0])[:MAX_SHOWN]
+    encodable = address.encode(errors="backslashreplace").decode()  # a path may hold bytes that are not UTF-8
+    return _PASSWORD.sub(r"\1***@", encodable.partition("?")[0])[:MAX_SHOWN]
 
 
 def _unusable(address: str) -> bool:
@@ -77,7 +78,7 @@ def _unusable(address: str) -> bool:
 def _bucket_fault(address: str, bucket: str) -> str:
     if _BUCKET.fullmatch(bucket) or set(bucket) & set("@?#"):
         return ""  # keys and parameters are the store's to refuse: a saved configuration has ***@ for a password
-    return f"{shown(address)}: no bucket can be called {bucket[:100]!r}; write s3://bucket or s3://bucket/prefix"
+    return f"{shown(address)}: no bucket can be called {shown(bucket)!r}; write s3://bucket or s3://bucket/prefix"
 
 
 def _unlike(address: str, meant: str) -> str:

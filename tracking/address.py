@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -64,11 +65,11 @@ def address_fault(uri: str) -> tuple[str, str]:
     if scheme.partition("+")[0] == "sqlite":
         if len(slashes) < 3:
             return f"{shown} is not the address of a file", f"did you mean sqlite:///{redact(rest)}?"
-        return _sqlite_fault(uri)
+        return _readable(uri, _sqlite_fault)
     if scheme.partition("+")[0] in DATABASES and slashes != "//":
         return f"{shown} is not a complete address", f"did you mean {scheme}://{rest.rpartition('@')[2]}?"
     if scheme in ("", "file") and not os.environ.get(FILE_STORE):
-        return _file_store(uri, shown)
+        return _readable(uri, _file_store)
     return "", ""
 
 
@@ -97,10 +98,18 @@ def _http_fault(uri: str, shown: str, scheme: str, rest: str) -> tuple[str, str]
     return f"{shown} is not a complete address", meant or f"write {scheme}://HOST:PORT"
 
 
-def _file_store(uri: str, shown: str) -> tuple[str, str]:
+def _readable(uri: str, check: Callable[[str], tuple[str, str]]) -> tuple[str, str]:
+    """The result of a check of a file, or the error of the operating system in its place."""
+    try:
+        return check(uri)
+    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+        return f"{redact(uri[:300])} cannot be used: {error.strerror}", "name another file"
+
+
+def _file_store(uri: str) -> tuple[str, str]:
     """MLflow's former storage in a folder, which it refuses since 3.x unless MLFLOW_ALLOW_FILE_STORE is set."""
-    folder = Path(urlsplit(uri).path if uri.startswith("file:") else uri)
-    what = f"{shown} is a folder, which MLflow {version('mlflow')} does not use for runs any more"
+    folder = Path(uri.removeprefix("file:").removeprefix("//") if uri.lower().startswith("file:") else uri)
+    what = f"{redact(uri)} is a folder, which MLflow {version('mlflow')} does not use for runs any more"
     if not folder.is_dir():
         return what, f"use {DEFAULT_URI}, or http://HOST:PORT for a server"
     target = DEFAULT_URI if not Path("mlflow.db").exists() else f"sqlite:///{folder.name}.db"

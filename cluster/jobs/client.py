@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import signal
 import tempfile
 import time
@@ -65,7 +66,7 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         UserError: not an http address, or a missing or wrong token. EnvironmentFault: no answer.
     """
-    if "://" not in address:
+    if not re.match(r"[A-Za-z]+:/", address):
         address = f"http://{address}"
     if not _is_http(address):
         raise UserError(f"--address {address}: give the dashboard's, such as http://HEAD:8265")
