@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sqlite3
+import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -182,6 +183,7 @@ def test_a_dead_proxy_before_a_server_that_answers_is_named(monkeypatch: pytest.
         Thread(target=server.serve_forever, daemon=True).start()
         uri = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setenv("HTTP_PROXY", "http://me:hunter2@127.0.0.1:9")
+        monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the proxies of its first request
         with pytest.raises(UserError) as caught:
             reach(uri, lambda client: client.search_experiments())
         _, said = doctor_of(uri)

@@ -11,6 +11,7 @@ import os
 import pickle
 import tarfile
 import threading
+import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -355,6 +356,7 @@ def test_a_dead_proxy_is_named_where_a_download_fails(monkeypatch, tmp_path):
     for name in ("no_proxy", "NO_PROXY", "https_proxy", "HTTPS_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTP_PROXY", "http://me:hunter2@127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the proxies of its first request
     with pytest.raises(SourceError, match=r"of the variable HTTP_PROXY.*NO_PROXY=example.org"):
         Address("http://example.org/").obtain(["x"], tmp_path)
     with pytest.raises(SourceError, match=r"HTTP_PROXY=http://\*\*\*@127.0.0.1:9 is set"):
