@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ExitStatus
-from .options import Endpoint, s3_at
+from .options import Endpoint, Unsigned, s3_at
 
 data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, describe and verify data sets.")
 
@@ -54,6 +54,7 @@ def pack(
         bool, typer.Option("--skip-corrupt", help="leave out unreadable images; each is logged")
     ] = False,
     endpoint: Endpoint = None,
+    unsigned: Unsigned = False,
 ) -> None:
     """Pack images into webdataset shards with an index. The same command resumes after an interruption.
 
@@ -76,28 +77,32 @@ def pack(
             workers=workers,
             name=name,
             skip_corrupt=skip_corrupt,
-            s3=s3_at(endpoint),
+            s3=s3_at(endpoint, unsigned),
             progress=progress,
         )
     typer.echo(f"{index.rows} images of {index.resolution} px in {len(index.shards)} shards: {destination}")
 
 
 @data_app.command()
-def info(url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoint = None) -> None:
+def info(
+    url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoint = None, unsigned: Unsigned = False
+) -> None:
     """Describe a packed data set."""
     from ..datasets.verify import describe
 
-    for key, value in describe(url, s3_at(endpoint)).items():
+    for key, value in describe(url, s3_at(endpoint, unsigned)).items():
         typer.echo(f"{key:14} {value}")
 
 
 @data_app.command()
-def verify(url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoint = None) -> None:
+def verify(
+    url: Annotated[str, typer.Argument(metavar="URL")], endpoint: Endpoint = None, unsigned: Unsigned = False
+) -> None:
     """Check every shard against the index; the exit status is 1 if anything is damaged."""
     from ..datasets.verify import verify as run
 
     with _progress("verifying") as progress:
-        faults = run(url, s3_at(endpoint), progress=progress)
+        faults = run(url, s3_at(endpoint, unsigned), progress=progress)
     for fault in faults:
         typer.echo(fault, err=True)
     if faults:

@@ -220,8 +220,9 @@ def _follow(client: JobSubmissionClient, job: Job, address: str) -> None:
 
 def _at(address: str) -> str:
     import os
+    import shlex
 
-    return "" if address == os.environ.get("RAY_API_SERVER_ADDRESS", HERE) else f" --address {address}"
+    return "" if address == os.environ.get("RAY_API_SERVER_ADDRESS", HERE) else f" --address {shlex.quote(address)}"
 
 
 def _summary(found: dict[str, dict[str, str | None]]) -> str:

@@ -34,10 +34,11 @@ SamplerName = Annotated[
 Endpoint = Annotated[
     str | None, typer.Option("--endpoint-url", help="S3 endpoint; empty means AWS_ENDPOINT_URL, then AWS")
 ]
+Unsigned = Annotated[bool, typer.Option("--no-sign-request", help="send no keys, to read public buckets of S3")]
 
 
-def s3_at(endpoint: str | None) -> S3Config:
-    """The default S3 configuration, with another endpoint if one is given."""
+def s3_at(endpoint: str | None, unsigned: bool = False) -> S3Config:
+    """The default S3 configuration, with another endpoint if one is given; `unsigned` sends no keys."""
     from ..config.sections import S3Config
 
-    return S3Config(endpoint_url=endpoint)
+    return S3Config(endpoint_url=endpoint, anonymous=unsigned)

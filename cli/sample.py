@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .options import Device, Endpoint, SamplerName, Seed, SourceArg, Truncation, s3_at
+from .options import Device, Endpoint, SamplerName, Seed, SourceArg, Truncation, Unsigned, s3_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,6 +29,7 @@ def sample(
     ] = Path("samples.png"),
     device: Device = "cpu",
     endpoint: Endpoint = None,
+    unsigned: Unsigned = False,
 ) -> None:
     """Draw new images from a trained model.
 
@@ -40,7 +41,7 @@ def sample(
     from ..tracking.source import load_model
 
     _check_out(out)
-    model = load_model(source, s3=s3_at(endpoint), device=device)
+    model = load_model(source, s3=s3_at(endpoint, unsigned), device=device)
     _save_images(model.stream(n, seed, truncation, sampler), out)
     typer.echo(f"{n} images of {model.resolution} px: {out}")
 
@@ -57,6 +58,7 @@ def interpolate(
     ),
     device: Device = "cpu",
     endpoint: Endpoint = None,
+    unsigned: Unsigned = False,
 ) -> None:
     """Draw interpolations between pairs of images, one row per pair.
 
@@ -66,7 +68,7 @@ def interpolate(
     from ..tracking.source import load_model
 
     _check_out(out)
-    model = load_model(source, s3=s3_at(endpoint), device=device)
+    model = load_model(source, s3=s3_at(endpoint, unsigned), device=device)
     ends = [(2 * pair, 2 * pair + 1) for pair in range(pairs)]
     images_PSHWC = model.interpolate(ends, steps, seed, truncation, sampler)
     _save_images(iter(images_PSHWC), out, columns=steps)
@@ -75,12 +77,21 @@ def interpolate(
 
 def _check_out(out: Path) -> None:
     """Reject an output path that images cannot be saved to, before anything is computed."""
+    import os
+
+    from ..storage.open import require_local
+
+    require_local(out, "--out")
     if out.suffix.lower() not in ("", ".png", ".npz"):
         raise UserError(f"--out {out}: use x.png for one grid, x.npz for an array, or a folder without a suffix")
     if out.suffix == "" and out.is_file():
         raise UserError(f"--out {out} is a file; name a folder, x.png or x.npz")
     if out.suffix and out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it")
+    candidates = (out, *out.parents) if out.suffix == "" else out.parents
+    folder = next(path for path in (*candidates, Path("/")) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {folder} cannot be written to; make it writable, or give another --out")
 
 
 def _save_images(batches: Iterable[NDArray[uint8]], out: Path, columns: int | None = None) -> None:

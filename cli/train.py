@@ -90,10 +90,14 @@ def doctor(config: MaybeRecipeArg = None, overrides: Overrides = None) -> None:
 
     The exit status is 1 if a check fails.
     """
-    from ..cluster.doctor.checks import checks
+    from itertools import chain
 
+    from ..cluster.doctor.checks import checks
+    from ..tracking.doctor import tracking
+
+    resolved = _load(config, overrides) if config else None
     bad = 0
-    for check in checks(_load(config, overrides) if config else None):
+    for check in chain(checks(resolved), tracking(resolved) if resolved else ()):
         bad += not check.ok
         remedy = f"\n      {'':14} do: {check.remedy}" if check.remedy and not check.ok else ""
         typer.echo(f"{'good' if check.ok else 'BAD '}  {check.name:14} {check.found}{remedy}")

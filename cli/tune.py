@@ -47,11 +47,13 @@ def tune(
 
     report = run_study(loaded, console, resume)
     print_best(loaded, console)
-    console.print(f"report: {report}", soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True, markup=False)
 
 
 def print_best(study: StudyConfig, console: Console) -> None:
     """Print the best trial beside the base recipe, and the commands to train and register it."""
+    import shlex
+
     from ..tuning.ledger import BASELINE, best_of, format_params, trials
     from ..tuning.report.leaderboard import command
 
@@ -66,5 +68,6 @@ def print_best(study: StudyConfig, console: Console) -> None:
     console.print(f"best: trial {best.number}, {study.metric} {best.value:.4g}, {values}", soft_wrap=True)
     if base is not None and base.value is not None and best.number != BASELINE:
         console.print(f"base recipe: {study.metric} {base.value:.4g}")
-    console.print(f"train it again: {command(study, best)}", soft_wrap=True, highlight=False)
-    console.print(f"register it: glann registry register {study.run_dir(best.number)} --as NAME", soft_wrap=True)
+    console.print(f"train it again: {command(study, best)}", soft_wrap=True, highlight=False, markup=False)
+    words = shlex.join(["glann", "registry", "register", str(study.run_dir(best.number)), "--as", "NAME"])
+    console.print(f"register it: {words}", soft_wrap=True, highlight=False, markup=False)

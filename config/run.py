@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UserError, redact
+from .address import LocalPath
 from .methods import METHODS
 from .parse import explain, kind_of, plain_data, shown, suggest
 from .samplers import TAGS, AnySampler, ImleConfig
@@ -48,7 +49,7 @@ class Config(Section):
     seed: Annotated[int, Trait.IN_REGISTRY] = Field(
         0, ge=0, lt=2**32, description="seed of all random numbers of the run"
     )
-    runs_dir: Annotated[str, Trait.RESUMABLE, Trait.NOT_SEARCHABLE] = Field(
+    runs_dir: Annotated[LocalPath, Trait.RESUMABLE, Trait.NOT_SEARCHABLE] = Field(
         "runs", description="folder of the run folders"
     )
     method: str = Field("glann", description="the stages of the run: " + ", ".join(METHODS))
@@ -131,8 +132,15 @@ class Config(Section):
 
 
 def absolute(url: str) -> str:
-    """Make a local path absolute; an address such as s3://bucket/prefix is returned as it is."""
-    return url if "://" in url else str(Path(url).expanduser().absolute())
+    """Make a local path absolute; an address such as s3://bucket/prefix is returned as it is.
+
+    Raises:
+        UserError: `~` cannot be expanded.
+    """
+    try:
+        return url if "://" in url else str(Path(url).expanduser().absolute())
+    except RuntimeError as error:
+        raise UserError(f"{url}: there is no such home folder; write the whole path") from error
 
 
 def load(

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from .address import Address, LocalPath
 from .schedule import GloScheduleConfig
 from .section import Fraction, Positive, Section, Trait
 
@@ -22,6 +23,7 @@ class S3Config(Section):
 
     endpoint_url: str | None = Field(None, description="S3 endpoint; empty means AWS (or AWS_ENDPOINT_URL)")
     region: str | None = Field(None, description="region name; empty means the AWS chain's")
+    anonymous: bool = Field(False, description="send no keys, to read public buckets")
     path_style: bool = Field(True, description="address buckets by path (needed by most self-hosted servers)")
     max_attempts: int = Field(8, ge=1, le=50, description="tries per request, with exponential backoff")
     timeout_s: Positive = Field(20.0, description="seconds to wait for a connection or for the next bytes")
@@ -30,10 +32,10 @@ class S3Config(Section):
 class DataConfig(Section):
     """The packed data set and how workers read it."""
 
-    url: Annotated[str, Trait.NOT_SEARCHABLE] = Field(
+    url: Annotated[Address, Trait.NOT_SEARCHABLE] = Field(
         description="folder of a packed data set: a local path or s3://bucket/prefix"
     )
-    source: Annotated[str | None, Trait.RESUMABLE] = Field(
+    source: Annotated[Address | None, Trait.RESUMABLE] = Field(
         None, description="images to pack into `url` if it is empty: a named asset, folder or archive"
     )
     resolution: Literal[28, 32, 64, 128, 256, 512, 1024] = Field(description="side of the square images in pixels")
@@ -41,7 +43,7 @@ class DataConfig(Section):
     max_rows: int | None = Field(None, ge=1, description="train on the first rows only")
     threads: Annotated[int, Trait.RESUMABLE] = Field(2, ge=1, le=128, description="decoding threads per worker")
     prefetch: Annotated[int, Trait.RESUMABLE] = Field(4, ge=1, le=64, description="batches decoded ahead per worker")
-    cache_dir: Annotated[str | None, Trait.RESUMABLE] = Field(
+    cache_dir: Annotated[LocalPath | None, Trait.RESUMABLE] = Field(
         None, description="cache folder of S3 shards; empty means ~/.cache/glann/shards"
     )
     cache_gb: Annotated[Positive, Trait.RESUMABLE] = Field(
@@ -184,7 +186,7 @@ class CheckpointConfig(Section):
         Trait.NOT_SEARCHABLE,
     )
 
-    url: str | None = Field(None, description="folder or s3:// prefix; empty means the run folder (one machine)")
+    url: Address | None = Field(None, description="folder or s3:// prefix; empty means the run folder (one machine)")
     every_minutes: Positive = Field(10.0, description="time between checkpoints")
     every_epochs: int | None = Field(None, ge=1, description="also every this many epochs")
     keep: int = Field(3, ge=1, description="checkpoints to keep, besides the best")

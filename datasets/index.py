@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config.parse import reason
 from ..config.sections import S3Config
-from ..errors import UserError
+from ..errors import UserError, redact
 from ..storage.base import MissingObject
 from ..storage.open import open_store
 from .codec import EXTENSIONS
@@ -120,8 +121,9 @@ class Index:
             _refuse_large(url, store.size(INDEX_FILE))
             header_bytes = store.read(INDEX_FILE)
         except MissingObject as error:
-            unfinished = f"{PACKING_FILE} is there: packing was interrupted, run the same `glann data pack` again"
-            hint = unfinished if store.exists(PACKING_FILE) else "pack one with `glann data pack SOURCE " + url + "`"
+            hint = f"pack one with `glann data pack SOURCE {shlex.quote(redact(url))}`"
+            if store.exists(PACKING_FILE):
+                hint = f"{PACKING_FILE} is there: packing was interrupted, run the same `glann data pack` again"
             raise UserError(f"no data set at {url} ({hint})") from error
         header = _parse_header(header_bytes, url)
         try:

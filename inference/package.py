@@ -39,7 +39,7 @@ from ..samplers.base import build_network
 from ..samplers.gaussian import gaussian
 from ..storage.base import MissingObject
 from ..storage.files import os_fault, read_document, replacing_folder, write_whole
-from ..storage.open import open_store
+from ..storage.open import local_folder, open_store
 from .model import SamplingModel
 
 FORMAT = 2
@@ -180,10 +180,9 @@ def open_model(
 ) -> tuple[ModelManifest, SamplingModel]:
     """Load a model as `load_model` does, together with its model.json."""
     source = str(source)
-    if "://" in source and not source.startswith("s3://"):
-        raise UserError(f"{source} cannot be opened; give a run folder, models:/name@alias or an s3:// address")
-    if not source.startswith("s3://"):
-        return open_folder(find_folder(Path(source)), source, device)
+    folder = local_folder(source)
+    if folder is not None:
+        return open_folder(find_folder(folder), source, device)
     with tempfile.TemporaryDirectory(prefix="glann-model-") as scratch:
         return open_folder(_from_s3(source, s3 or S3Config(), Path(scratch)), source, device)
 

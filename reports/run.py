@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def timing_rows(timings: Mapping[str, object]) -> list[tuple[str, str]]:
 
 def commands(facts: RunFacts) -> list[str]:
     """Commands that sample from the model and evaluate it."""
-    run = facts.run_dir.as_posix()
+    run = shlex.quote(facts.run_dir.as_posix())
     return [
         f"glann sample {run} --n 64 --seed 1",
         f"glann interpolate {run}",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from ..config.address import S3, address_fault, local_path
 from ..errors import EnvironmentFault, UserError
 
 Data = bytes | Path | Iterator[memoryview]  # bytes, a local file, or a stream of pieces
@@ -77,12 +78,14 @@ def check_key(key: str) -> str:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """The parent URL and the file name of the URL of one file."""
+    """The parent URL and the file name of the URL of one file. Raises UserError if it is no address of a file."""
+    if fault := address_fault(url):
+        raise UserError(fault)
     trimmed = url.rstrip("/")
     parent, _, name = trimmed.rpartition("/")
-    if trimmed.startswith("s3://"):
-        if parent in ("s3:/", ""):
+    if trimmed.startswith(S3):
+        if parent == "s3:/":
             raise UserError(f"{url} names a bucket, not a file in it")
         return parent, name
-    path = Path(trimmed)
+    path = local_path(trimmed)
     return str(path.parent), path.name

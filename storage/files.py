@@ -30,7 +30,7 @@ def os_fault(error: OSError, path: Path | str) -> GlannError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentFault(f"disk full while writing {path}; free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"no permission for {path}: {error.strerror}")
+        return UserError(f"no permission for {path}: {error.strerror}; make it accessible, or name another place")
     if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
         return UserError(f"{path} cannot be used: {error.strerror}")
     if error.errno == errno.EEXIST:

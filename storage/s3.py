@@ -2,7 +2,8 @@
 
 botocore retries requests with exponential backoff and jitter (`standard` mode, at most `max_attempts`
 tries).  It does not retry a body that breaks off while it is read; that is done here, with the same
-bound.  Credentials come from the AWS chain (environment, profile, instance role).
+bound.  Credentials come from the AWS chain (environment, profile, instance role), or none are used
+(`s3.anonymous`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, TypeVar
 
 import boto3
 import urllib3.exceptions
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
+from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -39,6 +40,8 @@ from ..config.sections import S3Config
 from ..errors import EnvironmentFault, GlannError, UserError, first_line
 from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
 from .files import os_fault, replacing
+from .proxy import proxy_hint
+from .s3_address import endpoint_of, split_s3
 
 MULTIPART_BYTES = 64 << 20
 STREAM_BYTES = 16 << 20  # part size of a streamed upload
@@ -52,6 +55,10 @@ _BROKEN_BODY = (
 )
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403", "401")
 _MAX_WAIT_S = 20.0
+PUBLIC = "a public bucket is read without keys by s3.anonymous=true (--no-sign-request)"
+NOT_PUBLIC = (
+    "it is not open to requests without keys: set the AWS_* keys, and leave out s3.anonymous (--no-sign-request)"
+)
 
 T = TypeVar("T")
 
@@ -60,15 +67,11 @@ class S3Store:
     """Objects under a prefix of a bucket. Safe for use by many threads."""
 
     def __init__(self, url: str, s3: S3Config):
-        parts = urlsplit(url)
-        if not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
-            raise UserError("an S3 address must be s3://bucket or s3://bucket/prefix, without keys or parameters in it")
+        self._bucket, self._prefix = split_s3(url)
         self.url = url.rstrip("/")
-        self._bucket = parts.netloc
-        self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
         self._s3 = s3
-        self._endpoint = s3.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        self._check_endpoint()
+        self._endpoint = endpoint_of(s3)
+        self._bucket_exists = False  # unknown, until it was asked for
         self._client = _client(s3, self._endpoint)
         self._transfer = TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 4, max_concurrency=8
@@ -146,7 +149,12 @@ class S3Store:
 
     def size(self, key: str) -> int:
         with self._faults(key):
-            return int(self._client.head_object(**self._place(key))["ContentLength"])
+            try:
+                return int(self._client.head_object(**self._place(key))["ContentLength"])
+            except ClientError as error:
+                if _status(error) == 404:  # the response to HEAD has no body: a missing bucket looks the same
+                    self._require_bucket()
+                raise
 
     def delete(self, key: str) -> None:
         with self._faults(key):
@@ -165,6 +173,17 @@ class S3Store:
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (405, 501):
                     raise
+
+    def _require_bucket(self) -> None:
+        """Raise UserError if the server says that there is no such bucket; asked once."""
+        if self._bucket_exists:
+            return
+        try:
+            self._client.head_bucket(Bucket=self._bucket)
+        except ClientError as error:  # another status: not permitted, or not supported by the server
+            if _status(error) == 404:
+                raise self._place_of_fault("").no_bucket() from error
+        self._bucket_exists = True
 
     def _place(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
@@ -202,39 +221,36 @@ class S3Store:
         if stored != size:
             raise TruncatedObject(f"{self.url}/{key}: {stored} of {size} bytes were stored")
 
-    def _check_endpoint(self) -> None:
-        parts = urlsplit(self._endpoint or "https://aws")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("the S3 endpoint (s3.endpoint_url or AWS_ENDPOINT_URL) must look like https://host:port")
-        if parts.username or parts.password:
-            raise UserError("the S3 endpoint holds a user name or password; give keys by the AWS_* variables instead")
+    def _place_of_fault(self, key: str) -> _Place:
+        where = f"{self.url}/{key}" if key else self.url
+        endpoint = str(self._client.meta.endpoint_url)
+        return _Place(where, self._bucket, self._endpoint or "AWS", endpoint, self._s3.anonymous)
 
     @contextlib.contextmanager
     def _faults(self, key: str) -> Iterator[None]:
         """Raise errors in one line, which names the address and nothing else of the request."""
-        where = f"{self.url}/{key}" if key else self.url
-        server = self._endpoint or "AWS"
+        at = self._place_of_fault(key)
         try:
             yield
         except ClientError as error:
-            raise _explain(error, where, self._bucket, server) from error
+            raise at.explain(error) from error
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise UserError(
-                f"no S3 keys for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+                f"no S3 keys for {at.where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; {PUBLIC}"
             ) from error
         except GlannError:  # already in one line
             raise
         except (ConnectionError, HTTPClientError, *_BROKEN_BODY) as error:
             raise EnvironmentFault(
-                f"{where}: cannot reach S3 at {server} after {self._s3.max_attempts} tries "
-                f"({type(error).__name__}); check the network and s3.endpoint_url"
+                f"{at.where}: cannot reach S3 at {at.server} after {self._s3.max_attempts} tries "
+                f"({type(error).__name__}); check the network and s3.endpoint_url{at.hint()}"
             ) from error
         except ParamValidationError as error:
-            raise UserError(f"{where} is not a possible S3 address: {_last_line(error)}") from error
+            raise UserError(f"{at.where} is not a possible S3 address: {_last_line(error)}") from error
         except (BotoCoreError, Boto3Error) as error:
-            raise _explain_transfer(error, where, self._bucket, server) from error
+            raise at.explain_transfer(error) from error
         except OSError as error:
-            raise os_fault(error, error.filename or where) from error
+            raise os_fault(error, error.filename or at.where) from error
 
 
 class _Stream:
@@ -263,32 +279,56 @@ class _Stream:
         return data
 
 
-def _explain(error: ClientError, where: str, bucket: str, server: str) -> UserError | EnvironmentFault:
-    code = str(error.response.get("Error", {}).get("Code", "unknown"))
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code == "NoSuchBucket":
-        return UserError(f"there is no bucket {bucket} at {server}; create it or correct the address {where}")
-    if code in ("NoSuchKey", "404", "NotFound"):
-        return MissingObject(f"no such object: {where}")
-    if code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
-        return ObjectExists(f"{where} exists already")
-    if code in ("InvalidRange", "416"):
-        return TruncatedObject(f"{where} ends before the requested bytes")
-    if code in _REFUSED or status in (401, 403):
+class _Place(NamedTuple):
+    """Where a request failed, for its message."""
+
+    where: str
+    bucket: str
+    server: str
+    endpoint: str  # also that of AWS
+    anonymous: bool
+
+    def hint(self) -> str:
+        return proxy_hint(self.endpoint)
+
+    def no_bucket(self) -> UserError:
         return UserError(
-            f"S3 at {server} refuses access to {where} ({code}); check the AWS_* keys and what they permit"
+            f"there is no bucket {self.bucket} at {self.server}; create it or correct the address {self.where}"
         )
-    if status in (301, 400) or code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "InvalidBucketName"):
-        return UserError(f"S3 at {server} does not take requests for {where} ({code}); check s3.region and the address")
-    return EnvironmentFault(f"S3 at {server} failed for {where} after the allowed tries ({code}, status {status})")
+
+    def explain(self, error: ClientError) -> UserError | EnvironmentFault:
+        code, status = str(error.response.get("Error", {}).get("Code", "unknown")), _status(error)
+        where, server = self.where, self.server
+        if code == "NoSuchBucket":
+            return self.no_bucket()
+        if code in ("NoSuchKey", "404", "NotFound"):
+            return MissingObject(f"no such object: {where}")
+        if code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+            return ObjectExists(f"{where} exists already")
+        if code in ("InvalidRange", "416"):
+            return TruncatedObject(f"{where} ends before the requested bytes")
+        if code in _REFUSED or status in (401, 403):
+            remedy = NOT_PUBLIC if self.anonymous else f"check the AWS_* keys and what they permit; {PUBLIC}"
+            return UserError(f"S3 at {server} refuses access to {where} ({code}); {remedy}{self.hint()}")
+        if status in (301, 400) or code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "InvalidBucketName"):
+            return UserError(
+                f"S3 at {server} does not take requests for {where} ({code}); check s3.region and the address"
+                f"{self.hint()}"
+            )
+        return EnvironmentFault(
+            f"S3 at {server} failed for {where} after the allowed tries ({code}, status {status}){self.hint()}"
+        )
+
+    def explain_transfer(self, error: Exception) -> UserError | EnvironmentFault:
+        """Like `explain`, for client errors that boto3 wraps in multipart transfers."""
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, ClientError):
+            return self.explain(cause)
+        return EnvironmentFault(f"S3 at {self.server} failed for {self.where} ({type(error).__name__}){self.hint()}")
 
 
-def _explain_transfer(error: Exception, where: str, bucket: str, server: str) -> UserError | EnvironmentFault:
-    """Like `_explain`, for client errors that boto3 wraps in multipart transfers."""
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, ClientError):
-        return _explain(cause, where, bucket, server)
-    return EnvironmentFault(f"S3 at {server} failed for {where} ({type(error).__name__})")
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 @functools.lru_cache(maxsize=16)
@@ -303,6 +343,7 @@ def _client(s3: S3Config, endpoint: str | None) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         max_pool_connections=64,
+        **({"signature_version": UNSIGNED} if s3.anonymous else {}),
     )
     try:
         session = boto3.session.Session()

@@ -1,4 +1,4 @@
-"""The address of the tracking server, and connecting to it within a bounded time.
+"""Connecting to the tracking server within a bounded time.
 
 MLflow retries an unreachable server for minutes and its database layer for another two.  A mistyped
 address should fail at once, so the retries are reduced unless the environment sets them.  The
@@ -13,19 +13,20 @@ import fcntl
 import importlib
 import logging
 import os
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_fixed
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
 from ..errors import UserError, one_line, redact
+from .address import FOR_RUNS, check_address, failure, is_of_another_schema, registry_uri, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 T = TypeVar("T")
-DEFAULT_URI = "sqlite:///mlflow.db"
 SETTINGS = {
     # A request whose response was lost may have succeeded: a retry by MLflow would create a second run or version. The
     # callers retry instead, and look first.
@@ -34,27 +35,10 @@ SETTINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints the address with its password
 }
 TRIES = 3
+MAX_REASON = 160  # characters
 START_TIMEOUT_S = 30.0
 # Creating the tables of a new database took 12 s on two busy cores.
 SQLITE_START_TIMEOUT_S = 120.0
-
-
-def default_uri(configured: str | None) -> str:
-    """The tracking address: from the configuration, else the environment, else a file in the working folder."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-
-
-def absolute_uri(uri: str) -> str:
-    """Make the path of an SQLite address absolute, so that it is valid in every working folder."""
-    prefix = "sqlite:///"
-    if not uri.startswith(prefix) or uri.startswith(prefix + "/"):
-        return uri
-    return prefix + str(Path(uri.removeprefix(prefix)).absolute())
-
-
-def registry_uri(tracking_uri: str) -> str:
-    """The address of the registry: from the environment, else the tracking server."""
-    return os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri
 
 
 def tame_mlflow() -> None:
@@ -77,27 +61,29 @@ def make_client(uri: str) -> MlflowClient:
         return MlflowClient(tracking_uri=uri, registry_uri=registry_uri(uri))
 
 
-def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
+def reach(uri: str, action: Callable[[MlflowClient], T], remedy: str = FOR_RUNS) -> T:
     """Return `action(client)`: the first calls to a server, with a time limit.
 
     Args:
         action: called again after an error, so it must check for what it is about to create.
+        remedy: for error messages, which setting to correct.
     Raises:
         UserError: the server does not respond in time, or rejects the request.
     """
-    _check_sqlite(uri)
+    for address in {uri, registry_uri(uri)}:
+        check_address(address, remedy)
     outcome: list[T] = []
-    failure: list[Exception] = []
+    failures: list[Exception] = []
     # connections break, and servers restart
     again = Retrying(
-        stop=stop_after_attempt(TRIES), wait=wait_fixed(1), retry=retry_if_not_exception_type(UserError), reraise=True
+        stop=stop_after_attempt(TRIES), wait=wait_fixed(1), retry=retry_if_exception(_may_pass), reraise=True
     )
 
     def attempt() -> None:
         try:
             outcome.append(again(lambda: action(make_client(uri))))
         except Exception as error:  # any error of MLflow's client, HTTP or database layer
-            failure.append(error)
+            failures.append(error)
 
     importlib.import_module("mlflow")  # takes seconds, which must not count as the server's
     # A thread is the only way to bound the time that MLflow's database layer takes to connect.
@@ -107,13 +93,11 @@ def reach(uri: str, action: Callable[[MlflowClient], T]) -> T:
     thread.join(limit_s)
     if outcome:
         return outcome[0]
-    if failure and isinstance(failure[0], UserError):
-        raise failure[0]
-    reason = _reason(failure[0]) if failure else f"no response in {limit_s:.0f} s"
-    raise UserError(
-        f"the MLflow tracking server {redact(uri)} cannot be used: {reason}; "
-        "start it, correct tracking.uri (or MLFLOW_TRACKING_URI), or set tracking.enabled=false"
-    ) from (failure[0] if failure else None)
+    if failures and isinstance(failures[0], UserError):
+        raise failures[0]
+    reason = _reason(failures[0]) if failures else f"no response in {limit_s:.0f} s"
+    whole = " ".join(str(error) for error in _causes(failures[0])) if failures else ""
+    raise failure(uri, reason, whole, remedy) from (failures[0] if failures else None)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
@@ -133,13 +117,15 @@ def experiment_id(client: MlflowClient, name: str) -> str:
                 raise
             found = client.get_experiment_by_name(name)  # another run created it meanwhile
     if found is None or found.lifecycle_stage != "active":
-        raise UserError(f"the MLflow experiment {name!r} was deleted; restore it or set tracking.experiment to another")
+        words = ("experiments", "restore", "--experiment-id", found.experiment_id) if found else ()
+        restore = f"restore it by `{_command(client, *words)}`" if words else "restore it"
+        raise UserError(f"the MLflow experiment {name!r} was deleted; {restore}, or set tracking.experiment to another")
     return found.experiment_id
 
 
-def sqlite_path(uri: str) -> Path | None:
-    """The file of an SQLite address; None for other addresses."""
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+def _command(client: MlflowClient, *words: str) -> str:
+    """A command of MLflow at the client's server, for a shell; without the password in its address."""
+    return f"MLFLOW_TRACKING_URI={shlex.quote(redact(client.tracking_uri))} {shlex.join(['mlflow', *words])}"
 
 
 @contextlib.contextmanager
@@ -167,32 +153,19 @@ def _make_database(path: Path) -> None:
     os.replace(new, path)
 
 
-def _check_sqlite(uri: str) -> None:
-    """Raise UserError at once for an unusable database file; MLflow would retry for two minutes."""
-    path = sqlite_path(uri)
-    if path is None:
-        return
-    remedy = "correct tracking.uri (or MLFLOW_TRACKING_URI), or set tracking.enabled=false"
-    if path.name == ":memory:":
-        raise UserError(f"{uri} forgets everything when the run ends; {remedy}")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"the folder of the MLflow database {path} does not exist; make it, {remedy}")
-    if not path.exists():
-        if not os.access(path.absolute().parent, os.W_OK):
-            raise UserError(f"the MLflow database {path} cannot be made in its folder; {remedy}")
-        return
-    try:
-        with open(path, "rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise UserError(f"the MLflow database {path} cannot be read: {error.strerror}; {remedy}") from error
-    if head and head != b"SQLite format 3\x00":
-        raise UserError(f"{path} is not an SQLite database; {remedy}")
+def _may_pass(error: BaseException) -> bool:
+    """Whether a second try may succeed."""
+    return not isinstance(error, UserError) and not is_of_another_schema(str(error))
 
 
 def _reason(error: BaseException) -> str:
     """The message of the innermost cause, shortened: MLflow wraps urllib3's errors, which wrap the actual one."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    text = one_line(error, 161)
-    return text if len(text) <= 160 else text[:157] + "..."
+    text = one_line(list(_causes(error))[-1], MAX_REASON + 1)
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, its cause, the cause of that, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

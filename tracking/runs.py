@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ..config.parse import flatten
 from ..config.run import Config, redacted_config
+from ..errors import redact
 from ..reports.card import TrackedAs
 from ..reports.run_folder import IMAGES, JOURNAL, TRACKED_CONFIG
 from ..storage.files import os_fault, write_whole
 from ..storage.journal import Journal
-from .connection import default_uri, experiment_id, reach, redact
+from .address import default_uri
+from .connection import experiment_id, reach
 from .outbox import Outbox, OutboxState, Parcel
 from .registry.lineage import PARENT, STUDY, TRIAL
 from .registry.models import PublishedModel

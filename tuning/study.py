@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ..config.address import LocalPath
 from ..config.parse import explain, kind_of, plain_data, shown, suggest
 from ..config.run import (
     RECIPES,
@@ -82,9 +83,9 @@ class StudyConfig(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="name of the study; its folder is studies_dir/name"
     )
-    studies_dir: str = Field("studies", description="parent of the study folders")
+    studies_dir: LocalPath = Field("studies", description="parent of the study folders")
     recipe: str | None = Field(None, description="base recipe: a name, or a YAML file")
-    stage_one: str | None = Field(
+    stage_one: LocalPath | None = Field(
         None,
         description="a trained run whose codes and generator all trials share, in place of `recipe` (sampler.* only)",
     )

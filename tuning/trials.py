@@ -26,7 +26,7 @@ from ..inference.package import open_model
 from ..metrics.evaluate import evaluate
 from ..metrics.result import by_key
 from ..reports.run_folder import RAY, read_config
-from ..tracking.connection import absolute_uri, default_uri
+from ..tracking.address import absolute_uri, default_uri
 from ..tracking.runs import TrackedRun
 from ..trainers.run.driver import train
 from ..trainers.run.folder import require_summary

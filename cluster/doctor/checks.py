@@ -6,10 +6,12 @@ is tested by writing and removing one object.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,9 +26,11 @@ from packaging.specifiers import SpecifierSet
 from ...config.run import Config
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
-from ...errors import GlannError, UserError, redact
+from ...errors import GlannError, UserError
 from ...storage.base import MissingObject
-from ...storage.open import open_store
+from ...storage.open import local_folder, open_store
+from ...storage.proxy import proxy_of
+from ...storage.s3_address import endpoint_of
 from ..checkpoints.lease import enforces_conditions
 from ..nodes.ray import listens, ray_address
 from . import security
@@ -51,7 +55,10 @@ if answers_without_token(ray.get_runtime_context().gcs_address):
 
 
 def checks(config: Config | None = None) -> Iterator[Check]:
-    """Run all checks in order; with a configuration also those of its data, cluster and tracking."""
+    """Run all checks in order; with a configuration also those of its data and cluster.
+
+    That of MLflow is in `tracking.doctor`.
+    """
     yield from package_checks()
     yield accelerators(config)
     yield security.auth_mode(config)
@@ -59,7 +66,7 @@ def checks(config: Config | None = None) -> Iterator[Check]:
     yield from disk_checks(config)
     yield shared_memory()
     if config is not None:
-        yield from tracking(config)
+        yield from proxies(config)
         if transport := security.storage_transport(config):
             yield transport
         yield data_set(config)
@@ -208,25 +215,28 @@ def shared_memory() -> Check:
     return Check("shared memory", True, f"{free / GIB:.0f} GiB free")
 
 
-def tracking(config: Config) -> Iterator[Check]:
-    """Check that the MLflow server answers and requires authentication, or that its database file can be written."""
-    if not config.tracking.enabled:
-        yield Check("mlflow server", True, "tracking is off")
-        return
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    scheme, where = uri.partition("://")[0] if "://" in uri else "", redact(uri)
-    if scheme in ("http", "https"):
-        yield from security.tracking_server(config)
-    elif scheme == "sqlite":
-        folder = _nearest_existing(Path(uri.removeprefix("sqlite:///")).parent)
-        writable = os.access(folder, os.W_OK)
-        found = where if writable else f"{folder} cannot be written"
-        yield Check("mlflow server", writable, found, "" if writable else "set tracking.uri to another place")
-    elif scheme in ("", "file"):
-        found = f"{where}: MLflow no longer has a file store"
-        yield Check("mlflow server", False, found, "use sqlite:///FILE or http://")
-    else:
-        yield Check("mlflow server", True, f"{where} (another kind of database or service: not tested)")
+def proxies(config: Config) -> Iterator[Check]:
+    """Name the proxies between this machine and the servers of the run, and check that they answer."""
+    tracker = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    urls = [tracker] if config.tracking.enabled else []
+    if any(url.startswith("s3://") for url in (config.data.url, config.data.source or "", config.checkpoint_url)):
+        with contextlib.suppress(UserError):  # the check of the transport reports a wrong endpoint
+            urls.append(endpoint_of(config.s3) or "https://s3.amazonaws.com")
+    for url in urls:
+        if (proxy := proxy_of(url, reads_all_proxy=url == tracker)) is None:
+            continue
+        fault = "" if _answers(proxy.url) else "; nothing answers there"
+        if not fault and security.is_loopback(proxy.host):
+            fault = ", which cannot know this machine's loopback interface"
+        yield Check("proxy", not fault, f"{proxy}{fault}", f"correct {proxy.variable}, or {proxy.remedy}")
+
+
+def _answers(proxy: str) -> bool:
+    try:
+        split = urlsplit(proxy if "://" in proxy else f"//{proxy}")
+        return bool(split.hostname) and listens(str(split.hostname), split.port or 80)
+    except ValueError:  # half a bracket, or a port that is no number
+        return False
 
 
 def data_set(config: Config) -> Check:
@@ -250,9 +260,8 @@ def _read_data(config: Config) -> str:
         shard = index.shards[index.shard_of(row)]
         image = store.read_range(shard.file, int(record["offset"]), int(record["length"]))
         if hashlib.sha256(image).digest() != record["sha256"].tobytes():
-            raise UserError(
-                f"{shard.file} in {data.url} is damaged at {index.key(row)}; run `glann data verify {data.url}`"
-            )
+            verify = shlex.join(["glann", "data", "verify", data.url])
+            raise UserError(f"{shard.file} in {data.url} is damaged at {index.key(row)}; run `{verify}`")
     return f"{data.url}: {index.rows} images of {index.resolution} px in {len(index.shards)} shards"
 
 
@@ -263,8 +272,8 @@ def checkpoints(config: Config) -> Check:
 
 def _try_checkpoints(config: Config) -> str:
     url = config.checkpoint_url
-    if not url.startswith("s3://"):
-        folder = _nearest_existing(Path(url))
+    if (place := local_folder(url)) is not None:
+        folder = _nearest_existing(place)
         if not os.access(folder, os.W_OK):
             raise UserError(f"{folder} cannot be written; set checkpoint.url or runs_dir")
         return f"{url} (every machine of the cluster must share it)" if ray_address(config) else url

@@ -10,6 +10,7 @@ import base64
 import http.client
 import ipaddress
 import os
+import shlex
 import socket
 import stat
 import urllib.error
@@ -19,7 +20,9 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from ...config.run import Config
-from ...errors import redact
+from ...errors import UserError, redact
+from ...storage.proxy import proxy_hint
+from ...storage.s3_address import endpoint_of
 from ..nodes.ray import listens, ray_address
 from .check import Check
 
@@ -48,7 +51,8 @@ def auth_mode(config: Config | None) -> Check:
             return Check("ray auth", True, f"token; a local Ray makes one in {path}")
         return Check("ray auth", False, f"no token at {path}", "copy ~/.ray/auth_token from the head node")
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        return Check("ray auth", False, f"other users of this machine can use the token in {path}", f"chmod 600 {path}")
+        found = f"other users of this machine can use the token in {path}"
+        return Check("ray auth", False, found, shlex.join(["chmod", "600", str(path)]))
     return Check("ray auth", True, "token")
 
 
@@ -65,7 +69,7 @@ def tracking_server(config: Config) -> Iterator[Check]:
     remedy = "start it with `mlflow server`, correct tracking.uri, or set tracking.enabled=false"
     status, reason = _get(f"{base}/health", _authorization(split))
     if status != 200:
-        yield Check("mlflow server", False, f"{shown}: {reason}", remedy)
+        yield Check("mlflow server", False, f"{shown}: {reason}", remedy + proxy_hint(base))
         return
     yield Check("mlflow server", True, shown)
     yield _mlflow_access(split, base)
@@ -105,7 +109,10 @@ def storage_transport(config: Config) -> Check | None:
     urls = (config.data.url, config.data.source or "", config.checkpoint_url)
     if not any(url.startswith("s3://") for url in urls):
         return None
-    endpoint = config.s3.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    try:
+        endpoint = endpoint_of(config.s3)
+    except UserError as error:
+        return Check("s3 transport", False, str(error), "correct s3.endpoint_url (or AWS_ENDPOINT_URL)")
     split = urlsplit(endpoint or "https://s3.amazonaws.com")
     if split.scheme == "http" and not is_loopback(split.hostname or ""):
         return Check(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import signal
 import tempfile
 import time
@@ -17,9 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ...config.run import Config
 from ...errors import EnvironmentFault, ExitStatus, UserError, redact
+from ...storage.proxy import proxy_hint
 from ..nodes.ray_private import enable_token_auth, quiet_job_client, with_timeout
 from . import shipping
 
@@ -63,9 +66,9 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         UserError: not an http address, or a missing or wrong token. EnvironmentFault: no answer.
     """
-    if "://" not in address:
+    if not re.match(r"[A-Za-z]+:/", address):
         address = f"http://{address}"
-    if not address.startswith(("http://", "https://")):
+    if not _is_http(address):
         raise UserError(f"--address {address}: give the dashboard's, such as http://HEAD:8265")
     from ray.job_submission import JobSubmissionClient
 
@@ -91,12 +94,21 @@ def connect(address: str) -> JobSubmissionClient:
         os.environ.update(given)
 
 
+def _is_http(address: str) -> bool:
+    try:
+        split = urlsplit(address)
+        return split.scheme in ("http", "https") and bool(split.hostname) and split.port != 0 and " " not in address
+    except ValueError:  # half a bracket, or a port that is no number
+        return False
+
+
 @contextmanager
 def one_line_errors(address: str) -> Iterator[None]:
     """Raise errors of the job server as UserError or EnvironmentFault, in one line."""
     import requests
     from ray.exceptions import AuthenticationError
 
+    hint = proxy_hint(address, reads_all_proxy=True)
     try:
         yield
     except AuthenticationError as error:
@@ -108,7 +120,7 @@ def one_line_errors(address: str) -> Iterator[None]:
         ) from error
     except (ConnectionError, requests.RequestException) as error:
         raise EnvironmentFault(
-            f"no Ray dashboard answers at {address}; check --address, or the tunnel to it (docs/cluster.md)"
+            f"no Ray dashboard answers at {address}; check --address, or the tunnel to it (docs/cluster.md){hint}"
         ) from error
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # typer.Exit is a RuntimeError too
@@ -116,7 +128,7 @@ def one_line_errors(address: str) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = lines[0][:160] if lines else type(error).__name__
         last = f" ... {lines[-1][:160]}" if len(lines) > 1 else ""
-        raise EnvironmentFault(f"{address}: {first}{last}") from error
+        raise EnvironmentFault(f"{address}: {first}{last}{hint}") from error
 
 
 def from_details(details: JobDetails) -> Job | None:

@@ -123,7 +123,8 @@ def forgotten_keys(config: Config, variables: Iterable[str]) -> str | None:
     """A hint if the run uses S3 and this machine's settings for it are not passed; None otherwise."""
     if not any(url.startswith("s3://") for url in (config.data.url, config.checkpoint_url)):
         return None
-    usual = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
+    keys = () if config.s3.anonymous else ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    usual = (*keys, "AWS_ENDPOINT_URL")
     missing = [key for key in usual if key in os.environ and key not in variables]
     if "AWS_ENDPOINT_URL" in missing and config.s3.endpoint_url:
         missing.remove("AWS_ENDPOINT_URL")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ...errors import EnvironmentFault, UserError
 from ...storage.files import sync_folder, sync_tree
+from ...storage.open import require_local
 from . import converters
 from .downloads import (
     Address,
@@ -212,8 +213,10 @@ PERCEPTUAL: dict[str, list[str]] = {
 
 
 def cache_dir() -> Path:
-    """The folder of assets: $GLANN_CACHE, or ~/.cache/glann."""
+    """The folder of assets: $GLANN_CACHE, or ~/.cache/glann. Raises UserError if it is set to an address."""
     configured = os.environ.get("GLANN_CACHE")
+    if configured:
+        require_local(configured, "GLANN_CACHE")
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "glann"
 
 

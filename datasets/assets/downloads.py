@@ -27,6 +27,8 @@ from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
+from ...storage.proxy import configured_proxies, proxy_hint
+
 CONNECT_S = 15  # seconds without a byte before a connection counts as dead
 COMMAND_S = 900  # seconds for one run of a package manager, download included
 LARGEST_FILE = 2 << 30  # bytes; more than any file of an asset
@@ -185,7 +187,7 @@ def download(url: str, folder: Path, name: str) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=CONNECT_S)
     except (OSError, ValueError, HTTPException) as error:  # URLError and timeouts are OSErrors
-        raise SourceError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+        raise SourceError((str(getattr(error, "reason", error)) or type(error).__name__) + proxy_hint(url)) from error
     with response:
         _store(response, name.endswith(".gz"), folder / name.removesuffix(".gz"))
 
@@ -212,7 +214,8 @@ def run(command: Sequence[str], folder: Path, stdout: IO[bytes] | None = None) -
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if process.returncode:
-        raise SourceError(_last_line(complaint.decode(errors="replace")) or f"exit status {process.returncode}")
+        reason = _last_line(complaint.decode(errors="replace")) or f"exit status {process.returncode}"
+        raise SourceError(reason + configured_proxies())
 
 
 def _last_line(complaint: str) -> str:

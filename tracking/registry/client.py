@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import EnvironmentFault, UserError, one_line, redact
-from ..connection import default_uri, reach, registry_uri, sqlite_path
+from ...storage.proxy import proxy_hint
+from ..address import FOR_REGISTRY, default_uri, registry_uri, sqlite_path
+from ..connection import reach
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 CHALLENGER, CHAMPION = "challenger", "champion"  # aliases: the newest version, and the promoted one
 
-
+NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")  # MLflow's codes
 FIRST = "register one with `glann registry register RUN` or tracking.register_as"
 
 
@@ -57,7 +60,7 @@ def opened(missing: str) -> Iterator[MlflowClient]:
     path = sqlite_path(address)
     if path is not None and not path.exists():
         raise UserError(f"{missing}: there is no MLflow database {path} here; {FIRST}, or set MLFLOW_TRACKING_URI")
-    client, _ = reach(address, lambda client: (client, client.search_registered_models(max_results=1)))
+    client, _ = reach(address, lambda client: (client, client.search_registered_models(max_results=1)), FOR_REGISTRY)
     with one_line_errors(address, missing):
         yield client
 
@@ -74,11 +77,13 @@ def one_line_errors(address: str, missing: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         detail = one_line(error, 300)
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
+        if error.error_code in NOT_FOUND:
             raise UserError(f"{missing} at {redact(address)}: {detail}") from error
-        raise EnvironmentFault(f"MLflow at {redact(address)} failed: {detail}") from error
+        hint = proxy_hint(address, reads_all_proxy=True)
+        raise EnvironmentFault(f"MLflow at {redact(address)} failed: {detail}{hint}") from error
     except OSError as error:
-        raise EnvironmentFault(f"MLflow at {redact(address)} failed: {one_line(error, 300)}") from error
+        hint = proxy_hint(address, reads_all_proxy=True)
+        raise EnvironmentFault(f"MLflow at {redact(address)} failed: {one_line(error, 300)}{hint}") from error
 
 
 def locate(client: MlflowClient, uri: str) -> tuple[str, str | None]:
@@ -86,7 +91,7 @@ def locate(client: MlflowClient, uri: str) -> tuple[str, str | None]:
     reference = uri.removeprefix("models:/").strip("/")
     name, at, alias = reference.partition("@")
     if at:
-        found = client.get_model_version_by_alias(name, alias)
+        found = _version_of_alias(client, name, alias)
         return client.get_model_version_download_uri(name, found.version), found.run_id
     name, slash, number = reference.partition("/")
     if not slash:
@@ -94,4 +99,49 @@ def locate(client: MlflowClient, uri: str) -> tuple[str, str | None]:
         return logged.artifact_location, logged.source_run_id
     if not number.isdecimal():
         raise UserError(f"{uri} names no version; write models:/{name}/3 or models:/{name}@{CHAMPION}")
+    _require_version(client, name, number)
     return client.get_model_version_download_uri(name, number), client.get_model_version(name, number).run_id
+
+
+def _version_of_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code not in NOT_FOUND:
+            raise
+        aliases = sorted(_registered(client, name).aliases)
+        there = f"its aliases: {', '.join(aliases)}" if aliases else "it has none"
+        promote = f"; `glann registry promote {shlex.quote(name)}` makes a champion" if alias == CHAMPION else ""
+        raise UserError(
+            f"{name} has no alias {alias} at {redact(client.tracking_uri)} ({there}){promote}; "
+            f"`glann registry show {shlex.quote(name)}` lists its versions"
+        ) from error
+
+
+def _require_version(client: MlflowClient, name: str, number: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code not in NOT_FOUND:
+            raise
+        _registered(client, name)
+        where = f"{redact(client.tracking_uri)}; `glann registry show {shlex.quote(name)}` lists them"
+        raise UserError(f"{name} has no version {number} at {where}") from error
+
+
+def _registered(client: MlflowClient, name: str) -> RegisteredModel:
+    """The registered model of that name. Raises UserError with the names that there are."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code not in NOT_FOUND:
+            raise
+        names = ", ".join(sorted(model.name for model in client.search_registered_models(max_results=10)))
+        there = f"there is {names}" if names else FIRST
+        raise UserError(f"no model {name} at {redact(client.tracking_uri)}; {there}") from error

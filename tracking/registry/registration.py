@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import EnvironmentFault, UserError
+from ...errors import EnvironmentFault, UserError, redact
 from ...inference.package import find_folder, read_manifest
 from ...reports.card import write_card
 from ...reports.facts import RunFacts
 from ...reports.run_folder import CARD
-from ..connection import absolute_uri, default_uri, redact
+from ...storage.open import require_local
+from ..address import absolute_uri, default_uri
 from ..outbox import OutboxState
 from ..runs import TrackedRun
 from .client import opened
@@ -45,6 +46,7 @@ def register_run(run: str, name: str | None = None) -> Registered:
     Raises:
         UserError: no such run, or it is not finished, tracked by another server, or without a model.
     """
+    require_local(run, "RUN")
     folder = Path(run)
     if folder.is_dir():
         return _register_folder(folder, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from ...cluster.checkpoints import reader, retention
 from ...config.run import Config
 from ...datasets.index import Index
 from ...datasets.reader import ImageRows
-from ...errors import EnvironmentFault
+from ...errors import EnvironmentFault, redact
 from ...inference.model import SamplingModel
 from ...inference.package import export_model, open_model
 from ...metrics.copying import nearest_images
@@ -26,7 +27,7 @@ from ...reports.card import write_card
 from ...reports.run import metric_rows, write_report
 from ...reports.run_folder import IMAGES, MODEL, REPORT, write_summary
 from ...storage.open import open_store
-from ...tracking.connection import default_uri, redact
+from ...tracking.address import default_uri
 from ...tracking.runs import TrackedRun
 from ..glo import GENERATOR
 from ..sampler import MAPPING
@@ -131,15 +132,15 @@ def summary_of(config: Config) -> Group:
         table.add_row(f"  {title}", value)
     look = [f"{run}/{REPORT}", f"{run}/{IMAGES}/samples.png"]
     try_next = [
-        f"{program('glann')} sample {run} --n 100 --seed 1 --out more.png",
-        f"{program('glann')} interpolate {run} --out between.png",
+        shlex.join([program("glann"), "sample", str(run), "--n", "100", "--seed", "1", "--out", "more.png"]),
+        shlex.join([program("glann"), "interpolate", str(run), "--out", "between.png"]),
     ]
     if config.tracking.enabled:
         store = redact(default_uri(config.tracking.uri))
         if store.startswith(("http://", "https://")):  # a server has its own page
             look.append(store)
         else:
-            try_next.append(f"{program('mlflow')} ui --backend-store-uri {store}")
+            try_next.append(shlex.join([program("mlflow"), "ui", "--backend-store-uri", store]))
     parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table]
     for title, lines in (("look at", look), ("try next", try_next)):  # unwrapped, so that they can be copied
         parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]

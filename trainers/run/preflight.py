@@ -30,7 +30,7 @@ def open_data(config: Config, console: Console) -> Index:
     if data.source and not is_packed(config):
         from ...datasets.pack import pack
 
-        console.print(f"packing {data.source} into {data.url}")
+        console.print(f"packing {data.source} into {data.url}", markup=False)
         pack(
             data.source,
             data.url,

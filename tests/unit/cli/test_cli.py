@@ -130,6 +130,40 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", "info", "s3://faces/x"],
+        ["data", "verify", "s3://faces/x"],
+        ["data", "pack", "s3://faces/x", "out", "--resolution", "28"],
+        ["sample", "s3://faces/x"],
+        ["interpolate", "s3://faces/x"],
+    ],
+)
+def test_no_sign_request_reads_a_public_bucket(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    asked = []
+    monkeypatch.setattr("glann.storage.s3.S3Store.__init__", lambda self, url, s3: asked.append(s3) or failing_store())
+    for flags, anonymous in ((["--no-sign-request"], True), ([], False)):
+        assert run(capsys, *arguments, *flags)[0] == 2
+        assert asked.pop().anonymous == anonymous
+
+
+def failing_store() -> None:
+    raise UserError("far enough")
+
+
+def test_a_folder_that_may_not_be_written_to_is_named_before_anything_is_drawn(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for out in ("x.png", "new/folder", "new/x.npz"):
+        status, _, err = run(capsys, "sample", "runs/x", "--out", out)
+        assert (status, f"--out {out}: . cannot be written to" in err) == (2, True)
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["train", "digits", "glo.epoch=3"], "error: unknown key glo.epoch (did you mean glo.epochs?)"),
@@ -144,6 +178,32 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]):
         (["data", "verify", "nothing"], "error: no data set at nothing"),
         (["data", "pack", "nothing", "out", "--resolution", "28"], "error: "),
         (["data", "info", "ftp://host/x"], "error: ftp:// addresses are not supported"),
+        (["data", "info", "s3:/faces/x"], "error: s3:/faces/x is not a complete address; did you mean s3://faces/x?"),
+        (["data", "pack", "s3:/faces/x.zip", "out", "--resolution", "28"], "error: s3:/faces/x.zip is not a complete"),
+        (["data", "pack", "nothing", "S3://faces/x", "--resolution", "28"], "error: S3://faces/x is not a complete"),
+        (["sample", "s3:/faces/runs/x"], "error: s3:/faces/runs/x is not a complete address; did you mean s3://faces"),
+        (
+            ["sample", "runs/x", "--out", "s3://faces/x.png"],
+            "error: --out: s3:/faces/x.png is an address, and this must",
+        ),
+        (["interpolate", "runs/x", "--out", "gs://faces/x"], "error: --out: gs:/faces/x is an address"),
+        (
+            ["registry", "register", "s3://faces/runs/x"],
+            "error: RUN: s3://faces/runs/x is an address, and this must be",
+        ),
+        (
+            ["train", "digits", "data.url=s3:/faces/x"],
+            "error: data.url='s3:/faces/x' is not possible: s3:/faces/x is not",
+        ),
+        (
+            ["train", "digits", "data.url=s3://[faces]/x", "--dry-run"],
+            "error: data.url='s3://[faces]/x' is not possible",
+        ),
+        (["train", "digits", "checkpoint.url=s3:/faces/x"], "error: checkpoint.url='s3:/faces/x' is not possible"),
+        (["train", "digits", "runs_dir=s3://faces/runs"], "error: runs_dir='s3://faces/runs' is not possible"),
+        (["data", "info", "s3://[faces]/x"], "error: s3://[faces]/x: no bucket can be called '[faces]'"),
+        (["data", "info", "s3://faces/x", "--endpoint-url", "http://[::1"], "error: the S3 endpoint 'http://[::1'"),
+        (["sample", "s3://faces/x", "--endpoint-url", "http://h:port"], "error: the S3 endpoint 'http://h:port'"),
     ],
 )
 def test_wrong_input_is_one_line_with_status_2_and_leaves_nothing(

@@ -5,12 +5,14 @@ import pickle
 import tarfile
 import threading
 import zipfile
+from typing import ClassVar
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from glann.config.sections import S3Config
+from glann.datasets.index import Index
 from glann.datasets.loader import BadRows, PlannedBatch, batches
 from glann.datasets.pack import pack
 from glann.datasets.reader import CorruptImage, ImageRows
@@ -176,11 +178,37 @@ def test_a_range_beyond_the_end_is_never_short(s3):
             store.read_range("x", offset, length)
 
 
-def test_a_missing_bucket_is_one_line(s3):
-    store = open_store("s3://no-such-bucket/run", s3)
-    for attempt in (store.list, lambda: store.read("x"), lambda: store.write("x", b"")):
-        with pytest.raises(UserError, match="there is no bucket no-such-bucket"):
-            attempt()
+def test_a_missing_bucket_is_one_line(s3, tmp_path):
+    for attempt in (
+        lambda store: store.list(),
+        lambda store: store.read("x"),
+        lambda store: store.write("x", b""),
+        lambda store: store.exists("x"),
+        lambda store: store.size("x"),
+        lambda store: store.download("x", tmp_path / "x"),
+    ):
+        with pytest.raises(UserError, match="there is no bucket no-such-bucket") as error:
+            attempt(open_store("s3://no-such-bucket/run", s3))
+        assert not isinstance(error.value, MissingObject)
+
+
+def test_a_missing_bucket_is_not_advised_to_be_packed_into(s3):
+    with pytest.raises(UserError, match="there is no bucket no-such-bucket") as error:
+        Index.load("s3://no-such-bucket/faces", s3)
+    assert "pack" not in str(error.value)
+
+
+def test_a_bucket_is_asked_for_once_and_only_after_an_object_was_missing(s3, monkeypatch):
+    asked = []
+    store = open_store("s3://images/run", s3)
+    client = store._client
+    monkeypatch.setattr(client, "head_bucket", lambda **place: asked.append(place))
+    store.write("x", b"1")
+    assert store.exists("x")
+    assert not asked
+    assert not store.exists("y")
+    assert not store.exists("z")
+    assert asked == [{"Bucket": "images"}]
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3://key:secret@bucket/x", "s3://bucket/x?versionId=1"])
@@ -190,7 +218,26 @@ def test_addresses_that_are_none_are_refused_without_repeating_them(url):
     assert "secret" not in str(error.value)
 
 
-@pytest.mark.parametrize("endpoint", ["localhost:9000", "http://user:secret@host:1", "ftp://host"])
+@pytest.mark.parametrize("url", ["s3://[my-bucket]/faces", "s3://<bucket>/x", "s3://faces/\udcff"])
+def test_a_bucket_that_cannot_be_is_one_line_that_names_the_address(url):
+    with pytest.raises(UserError) as error:
+        open_store(url, S3Config())
+    assert url.encode("ascii", "backslashreplace").decode().split("/")[2] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://[::1", "http://host:port", "http://host:99999", "http://a b", "http://", "x"]
+)
+def test_an_endpoint_that_cannot_be_is_one_line_that_names_it(endpoint):
+    with pytest.raises(UserError, match="endpoint") as error:
+        open_store("s3://bucket/x", S3Config(endpoint_url=endpoint))
+    assert endpoint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["localhost:9000", "http://user:secret@host:1", "ftp://host", "http://u:secret@[::1"]
+)
 def test_endpoints_that_are_none_are_refused(endpoint):
     with pytest.raises(UserError, match="endpoint") as error:
         open_store("s3://bucket/x", S3Config(endpoint_url=endpoint))
@@ -211,8 +258,66 @@ def test_missing_keys_are_one_line(s3, server, monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     s3_module._client.cache_clear()
-    with pytest.raises(UserError, match="set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(UserError, match=r"set AWS_ACCESS_KEY_ID.*s3.anonymous=true \(--no-sign-request\)"):
         open_store("s3://images/run", S3Config(endpoint_url=server, max_attempts=1)).read("x")
+    s3_module._client.cache_clear()
+
+
+def test_a_public_bucket_is_read_without_keys(s3, server, monkeypatch, tmp_path):
+    private = open_store("s3://images/run", s3)
+    private.write("x", b"1")
+    private._client.put_bucket_acl(Bucket="images", ACL="public-read")
+    private._client.put_object_acl(Bucket="images", Key="run/x", ACL="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    s3_module._client.cache_clear()
+    public = open_store("s3://images/run", S3Config(endpoint_url=server, max_attempts=1, anonymous=True))
+    assert public.read("x") == b"1"
+    assert public.list() == ["x"]
+    assert pickle.loads(pickle.dumps(public)).read("x") == b"1"
+    s3_module._client.cache_clear()
+
+
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    """Refuses every request, and records whether it was signed."""
+
+    signed: ClassVar[list[bool]] = []
+
+    def do_GET(self):
+        self.signed.append("Authorization" in self.headers)
+        self.send_response(403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(("anonymous", "remedy"), [(True, "set the AWS_\\* keys"), (False, "s3.anonymous=true")])
+def test_a_refusal_names_the_other_way_and_nothing_is_signed_unasked(s3, anonymous, remedy):
+    _Refusing.signed = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as refusing:
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{refusing.server_port}"
+        with pytest.raises(UserError, match=remedy):
+            open_store("s3://images", S3Config(endpoint_url=endpoint, max_attempts=1, anonymous=anonymous)).read("x")
+        refusing.shutdown()
+    assert _Refusing.signed == [not anonymous]
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY"])
+def test_a_dead_proxy_is_named_with_its_variable_and_the_way_around_it(s3, server, monkeypatch, variable):
+    open_store("s3://images/run", s3).write("x", b"1")
+    monkeypatch.setenv(variable, "http://user:hunter2@127.0.0.1:9")
+    s3_module._client.cache_clear()
+    with pytest.raises(EnvironmentFault, match=variable) as error:
+        open_store("s3://images/run", s3).read("x")
+    assert "the proxy http://***@127.0.0.1:9 of the variable" in str(error.value)
+    assert "export NO_PROXY=127.0.0.1" in str(error.value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    s3_module._client.cache_clear()
+    assert open_store("s3://images/run", s3).read("x") == b"1"
     s3_module._client.cache_clear()
 
 

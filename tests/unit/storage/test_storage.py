@@ -12,7 +12,7 @@ import pytest
 from glann.errors import EnvironmentFault, UserError
 from glann.storage import files
 from glann.storage import local as storage
-from glann.storage.base import MissingObject, ObjectExists, TruncatedObject
+from glann.storage.base import MissingObject, ObjectExists, TruncatedObject, split_url
 from glann.storage.local import LocalStore
 from glann.storage.open import open_store
 from hypothesis import given, settings
@@ -270,6 +270,32 @@ def test_no_key_leaves_the_folder(key):
 def test_places_that_are_none_are_refused(url):
     with pytest.raises(UserError):
         open_store(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3:/faces/packed", "S3://faces/x", "s3:faces", "file:/x", "file://x", "foo:/x", " s3://a/b"]
+)
+def test_a_misspelt_address_makes_no_folder(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        open_store(url).write("x", b"1")
+    with pytest.raises(UserError):
+        split_url(f"{url}/x.zip")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_of_a_file_url_is_found(tmp_path):
+    (tmp_path / "a b.zip").write_bytes(b"1")
+    parent, name = split_url((tmp_path / "a b.zip").as_uri())
+    assert open_store(parent).url == str(tmp_path)
+    assert name == "a b.zip"
+    assert split_url("file:///x.zip") == ("/", "x.zip")
+    assert open_store((tmp_path / "a b").as_uri()).url == str(tmp_path / "a b")
+
+
+def test_a_home_folder_that_is_not_there_is_one_line():
+    with pytest.raises(UserError, match="no home folder of ~no-such-user-here"):
+        open_store("~no-such-user-here/x")
 
 
 def test_a_file_where_a_folder_should_be_is_said_so(tmp_path):

@@ -76,7 +76,7 @@ def test_a_kill_on_the_way_leaves_the_old_file_and_the_next_process_sweeps(tmp_p
     [
         (errno.ENOSPC, EnvironmentFault, "disk full while writing"),
         (errno.EDQUOT, EnvironmentFault, "disk full while writing"),
-        (errno.EROFS, UserError, "no permission for"),
+        (errno.EROFS, UserError, "no permission for .*; make it accessible, or name another place"),
         (errno.EIO, EnvironmentFault, "Input/output error"),
     ],
 )

@@ -19,6 +19,7 @@ from glann.cluster.doctor.checks import Check
 from glann.config.run import Config, load
 from glann.datasets.pack import pack
 from glann.storage.base import ObjectExists
+from glann.tracking.doctor import tracking
 
 UNREACHABLE = "127.0.0.1:1"
 
@@ -42,7 +43,8 @@ def packed(elsewhere: Path) -> Config:
 
 
 def answers(*overrides: str) -> dict[str, Check]:
-    return {check.name: check for check in doctor.checks(load("digits", list(overrides)))}
+    config = load("digits", list(overrides))
+    return {check.name: check for check in (*doctor.checks(config), *tracking(config))}
 
 
 def test_this_machine_can_run_the_demo():

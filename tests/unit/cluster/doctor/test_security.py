@@ -14,6 +14,7 @@ from glann.cluster.doctor import checks as doctor
 from glann.cluster.doctor import security
 from glann.cluster.nodes.ray import protect_local_ray
 from glann.config.run import Config, load
+from glann.tracking.doctor import tracking
 
 ELSEWHERE = "127.0.0.2"  # stands for this machine's address in its network
 
@@ -124,7 +125,7 @@ def tracker(host: str, password: str | None = None) -> Iterator[int]:
 
 
 def mlflow_checks(uri: str) -> dict[str, doctor.Check]:
-    return {check.name: check for check in doctor.tracking(load("digits", [f"tracking.uri={uri}"]))}
+    return {check.name: check for check in tracking(load("digits", [f"tracking.uri={uri}"]))}
 
 
 @pytest.mark.parametrize(

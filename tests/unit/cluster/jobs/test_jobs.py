@@ -316,6 +316,22 @@ def test_an_address_must_be_the_dashboards():
         jobs.connect("127.0.0.1:1")
 
 
+@pytest.mark.parametrize("address", ["http://[::1", "http://", "http://head:port", "http:/head:8265", "head:99999"])
+def test_an_address_that_cannot_be_is_one_line(address: str):
+    with pytest.raises(UserError, match="give the dashboard's"):
+        jobs.connect(address)
+
+
+def test_a_dead_proxy_before_the_dashboard_is_named(monkeypatch: pytest.MonkeyPatch):
+    for name in ("no_proxy", "NO_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://me:hunter2@127.0.0.1:9")
+    with pytest.raises(EnvironmentFault, match=r"no Ray dashboard answers at http://10.0.0.1:8265") as caught:
+        jobs.connect("http://10.0.0.1:8265")
+    assert "the proxy http://***@127.0.0.1:9 of the variable HTTP_PROXY" in str(caught.value)
+    assert "export NO_PROXY=10.0.0.1" in str(caught.value)
+
+
 @pytest.mark.parametrize("command", [["submit"], ["jobs"], ["jobs", "list"], ["jobs", "status"], ["jobs", "logs"]])
 def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:

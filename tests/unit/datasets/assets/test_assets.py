@@ -11,6 +11,7 @@ import os
 import pickle
 import tarfile
 import threading
+import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -349,3 +350,26 @@ def test_a_package_that_is_not_the_known_one_is_refused(cache, monkeypatch):
     monkeypatch.setitem(ASSETS, "digits", replace(ASSETS["digits"], sources=(gone,)))
     assert "Unable to locate" in refusal("digits")
     assert left_in(cache) == []
+
+
+def test_a_dead_proxy_is_named_where_a_download_fails(monkeypatch, tmp_path):
+    for name in ("no_proxy", "NO_PROXY", "https_proxy", "HTTPS_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://me:hunter2@127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the proxies of its first request
+    with pytest.raises(SourceError, match=r"of the variable HTTP_PROXY.*NO_PROXY=example.org"):
+        Address("http://example.org/").obtain(["x"], tmp_path)
+    with pytest.raises(SourceError, match=r"HTTP_PROXY=http://\*\*\*@127.0.0.1:9 is set"):
+        downloads.run(["false"], tmp_path)
+    monkeypatch.delenv("HTTP_PROXY")
+    with pytest.raises(SourceError) as caught:
+        downloads.run(["false"], tmp_path)
+    assert str(caught.value) == "exit status 1"
+
+
+def test_the_cache_is_not_made_in_a_folder_named_like_an_address(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLANN_CACHE", "s3://faces/cache")
+    with pytest.raises(UserError, match="GLANN_CACHE: s3://faces/cache is an address"):
+        fetch("digits")
+    assert not list(tmp_path.iterdir())

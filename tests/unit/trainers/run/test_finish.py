@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 
 import pytest
 from glann.config.run import Config, load
@@ -39,6 +40,18 @@ def test_what_is_told_can_be_copied_from_a_narrow_terminal(tmp_path):
     assert f"{config.run_dir}/report.html" in lines
     assert any(line.endswith(f"glann sample {config.run_dir} --n 100 --seed 1 --out more.png") for line in lines)
     assert not any("mlflow" in line for line in lines)
+
+
+def test_what_is_to_be_copied_is_quoted_for_a_shell(tmp_path):
+    config = load("digits", ["name=mine", f"runs_dir={tmp_path}/my runs", f"tracking.uri=sqlite:///{tmp_path}/my.db x"])
+    lines = printed_lines(config)
+    words = [shlex.split(line) for line in lines[lines.index("try next") + 1 :]]
+    assert [line[1:3] for line in words] == [
+        ["sample", str(config.run_dir)],
+        ["interpolate", str(config.run_dir)],
+        ["ui", "--backend-store-uri"],
+    ]
+    assert words[2][3:] == [config.tracking.uri]
 
 
 @pytest.mark.parametrize(
