@@ -24,6 +24,7 @@ from ..models.comm import all_sum, rank, world_size
 from ..models.cost import cost
 from ..models.mapping import Mapping, build_mapping
 from ..models.noise import noise
+from ..models.norm import pending_statistics
 from ..models.sphere import Constraint
 from .base import Codes, FitStep, Sampler, State
 
@@ -120,18 +121,21 @@ class Imle(Sampler):
 
         Returns:
             Sum of the squared distances over this worker's rows, whether the step was applied
-            (False if any worker had a non-finite gradient), and the sum of all workers' piggybacks.
+            (False if any worker had a non-finite gradient or moment), and the sum of all workers' piggybacks.
         """
-        error_B = (self.network(e_BE) - z_BD).square().sum(1)
+        with pending_statistics(self.network) as statistics:
+            error_B = (self.network(e_BE) - z_BD).square().sum(1)
         self.optimizer.zero_grad()
         (error_B.sum() / batch_rows).backward()
         grads = [cast(Tensor, parameter.grad) for parameter in self.network.parameters()]
         flat = torch.cat([*(grad.flatten() for grad in grads), piggyback_K.to(self.device)])
         all_sum(flat)  # each worker has already divided by the size of the whole batch
         summed, piggyback_K = flat[: len(flat) - len(piggyback_K)], flat[len(flat) - len(piggyback_K) :]
-        finite, *carried = torch.cat([summed.sum()[None], piggyback_K]).tolist()
+        checked = summed.sum() + statistics.fault(self.device)
+        finite, *carried = torch.cat([checked[None], piggyback_K]).tolist()
         applied = math.isfinite(finite)
         if applied:
+            statistics.commit()
             for grad, part in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
             self.optimizer.param_groups[0]["lr"] = lr

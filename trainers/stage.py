@@ -64,9 +64,10 @@ class StageStep:
     """Result of one step.
 
     steps: number of steps in the epoch. piggyback_K: sum of the piggyback over workers. loss: mean over the real rows
-    of all workers, if already known. rows_B: this worker's real rows. applied: False if the step was not finite and so
-    changed nothing. facts: further numbers, of the whole epoch if the step ends one. resumable: whether a checkpoint
-    after this step can be resumed from.
+    of all workers, if there are any and it is already known. rows_B: this worker's real rows. applied: False if the
+    step was not finite and so changed nothing; one without real rows does not count among these. facts: further
+    numbers, of the whole epoch if the step ends one. resumable: whether a checkpoint after this step can be resumed
+    from.
     """
 
     epoch: int

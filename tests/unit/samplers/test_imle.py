@@ -127,14 +127,20 @@ def test_resuming_at_an_epoch_is_bit_for_bit_the_same():
 
 
 def test_a_step_that_is_not_finite_moves_nothing():
+    """Neither the weights nor the statistics, with a target, a noise or an activation that is not finite."""
     torch.manual_seed(0)
-    settings = config()
-    trainer = sampler(settings)
+    trainer = sampler(config(statistics="batch"))
     trainer.network.train()
-    before = {name: parameter.detach().clone() for name, parameter in trainer.network.named_parameters()}
-    _, applied, carried_K = trainer.update(
-        torch.randn(5, 4), torch.full((5, 3), float("nan")), 5, 1e-3, torch.tensor([2.0, 0.0])
-    )
-    assert not applied
-    assert carried_K.tolist() == [2.0, 0.0]
-    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.network.named_parameters())
+    e_BE, z_BD, piggyback_K = torch.randn(5, 4), torch.randn(5, 3), torch.tensor([2.0, 0.0])
+    trainer.update(e_BE, z_BD, 5, 1e-3, piggyback_K)
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    nan_BE, huge_BE = e_BE.clone(), e_BE.clone()
+    nan_BE[1, 2], huge_BE[1, 2] = float("nan"), 3e38  # the square of its activation overflows, nothing else does
+    for noise_BE, target_BD in ((e_BE, torch.full((5, 3), float("nan"))), (nan_BE, z_BD), (huge_BE, z_BD)):
+        _, applied, carried_K = trainer.update(noise_BE, target_BD, 5, 1e-3, piggyback_K)
+        assert not applied
+        assert carried_K.tolist() == [2.0, 0.0]
+        for name, tensor in trainer.network.state_dict().items():
+            assert torch.equal(before[name], tensor), name
+    assert trainer.update(e_BE, z_BD, 5, 1e-3, piggyback_K)[1]
+    assert trainer.network.norm1.num_batches_tracked == 2
