@@ -52,11 +52,15 @@ class SharedBatchNorm(nn.Module):
         self.record(self, mean_C, var_C, count)
         return out
 
-    @torch.no_grad()
     def fix_statistics(self, x: Tensor) -> None:
         """Set the running statistics to the mean and variance of `x` [B, C], which must be equal on all workers."""
         variance_C, mean_C = torch.var_mean(x.double(), dim=0)
-        for held, found in ((self.running_mean, mean_C), (self.running_var, variance_C)):
+        self.set_statistics(mean_C, variance_C)
+
+    @torch.no_grad()
+    def set_statistics(self, mean_C: Tensor, var_C: Tensor) -> None:
+        """Set the running mean and the (unbiased) running variance, which must be equal on all workers."""
+        for held, found in ((self.running_mean, mean_C), (self.running_var, var_C)):
             held.copy_(found)
             broadcast(held)  # machines may round differently
 
@@ -226,14 +230,20 @@ def _sum_over_workers(value: Tensor) -> Tensor:
 def _merge(count: Tensor, mean_C: Tensor, spread_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and row count over all workers' rows, equal bit for bit on all workers.
 
-    Moments are gathered rather than summed: E[x^2] - E[x]^2 would cancel, and an all-reduce may add in
-    another order on another rank.
+    Moments are gathered rather than summed: an all-reduce may add in another order on another rank.
     """
     partial = torch.cat([count.view(1), mean_C.double(), spread_C.double()])
-    channels = len(mean_C)
-    count_W1, mean_WC, spread_WC = gather(partial).split([1, channels, channels], dim=1)
-    total = count_W1.sum()
-    divisor = total.clamp(min=1)
-    mean_all_C = (count_W1 * mean_WC).sum(0) / divisor
-    var_C = (spread_WC + count_W1 * (mean_WC - mean_all_C).square()).sum(0) / divisor
-    return mean_all_C, var_C, total
+    total, mean_all_C, spread_all_C = merge_moments(gather(partial)).split([1, len(mean_C), len(mean_C)])
+    return mean_all_C, spread_all_C / total.clamp(min=1), total[0]
+
+
+def merge_moments(part_PM: Tensor) -> Tensor:
+    """Merge the moments of P parts of a batch, [P, 1 + 2C]: count, means, sums of squared deviations from these.
+
+    Not E[x^2] - E[x]^2, which would cancel. Source: Chan, Golub & LeVeque 1979.
+    """
+    channels = part_PM.shape[1] // 2
+    count_P1, mean_PC, spread_PC = part_PM.split([1, channels, channels], dim=1)
+    total = count_P1.sum()
+    mean_C = (count_P1 * mean_PC).sum(0) / total.clamp(min=1)
+    return torch.cat([total[None], mean_C, (spread_PC + count_P1 * (mean_PC - mean_C).square()).sum(0)])

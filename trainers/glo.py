@@ -20,12 +20,13 @@ from ..errors import UserError
 from ..models.comm import gather, rank
 from ..models.generators import generator_of
 from ..models.patches import patch_seeds
+from ..models.statistics import set_exact_statistics
 from .engine.build import build_engine
 from .engine.step import Engine, OptimizerConfig
 from .objective import build_objective
-from .plan.costs import training_costs
+from .plan.costs import model_flops, training_costs
 from .previews import Previews
-from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State
+from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
 
 GENERATOR = "generator"  # network name
 
@@ -65,14 +66,30 @@ class Glo(Stage):
         return {GENERATOR: self.engine.lazy_state()}
 
     def state(self) -> dict[str, State]:
-        return {GENERATOR: self.engine.state()}
+        state = self.engine.state()
+        if "ema" in state and self.context.config.generator.normalises:
+            state["ema"] |= self.averaged_statistics(state)
+        return {GENERATOR: state}
+
+    def averaged_statistics(self, state: State) -> dict[str, Tensor]:
+        """Buffers of the averaged generator: exact statistics of its BatchNorm over all codes. Collective.
+
+        The running ones are those of the raw weights. Nothing else of the state changes, so a run that is killed before
+        it is saved comes to the same numbers again.
+        """
+        config, device = self.context.config, self.context.device
+        network = generator_of(config)
+        network.load_state_dict(final_weights(state))
+        batch = Share(config.glo.batch_size, rank(), self.engine.world).size
+        set_exact_statistics(network.to(device), self.context.latents.codes().to(device), batch)
+        return {name: buffer.cpu() for name, buffer in network.named_buffers()}
 
     def previews(self) -> Pictures:
         weights = self.engine.weights()  # every worker holds a part
         return self.drawing.reconstructed(weights, self.context.latents) if rank() == 0 else {}
 
     def image_flops(self) -> int:
-        return sum(part.flops for part in training_costs(self.context.config))
+        return model_flops(self.context.config)
 
 
 def train_glo(

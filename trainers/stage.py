@@ -118,14 +118,14 @@ class Stage(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, State]:
-        """The same states as copies on the CPU of every worker. Collective."""
+        """Their final states, as copies on the CPU of every worker, once the last step is done. Collective."""
 
     def previews(self) -> Pictures:
         """Preview pictures on rank 0, empty elsewhere. Collective."""
         return {}
 
     def image_flops(self) -> int:
-        """Operations per image and step, forward and backward; 0 if the stage visits no images."""
+        """Operations of the model per image, forward and backward, without recomputation; 0 if it visits no images."""
         return 0
 
 
@@ -145,5 +145,5 @@ def numbered(infos: Mapping[str, StageInfo], name: str) -> str:
 
 
 def final_weights(generator: State) -> dict[str, Tensor]:
-    """Weights for generating images: the moving average if there is one, and the buffers."""
+    """Weights and buffers for generating images: the moving average, where there is one and as far as it reaches."""
     return generator["weights"] | generator.get("ema", {})
