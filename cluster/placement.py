@@ -5,6 +5,7 @@ Legend: B rows of a local batch, N rows of the data set, n rows of one worker, S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,13 +25,14 @@ def ranges(rows: int, world: int) -> list[range]:
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's share of the global batches of stage 1: rows are dealt round-robin.
+    """One worker's share of the global batches of stage 1.
 
-    Row k of worker w is number k W + w of the epoch, and a global batch is the next `batch` numbers. So a global
-    batch has `batch` rows and an epoch ceil(N / batch) steps whatever W is, and workers' parts differ by one row.
+    The rows of an epoch are dealt evenly: into ceil(N / batch) global batches that differ by at most one row, of
+    which every worker has a part in proportion to its rows. A last batch of a few rows would be normalised by its own
+    few rows, and one of a single row would give its code no gradient at all.
 
     Args:
-        batch: rows of a global batch.
+        batch: rows of a global batch, at most.
         rank, world: the worker's rank, and the number of workers.
         accumulation: micro-batches that a local batch is cut into.
     """
@@ -45,23 +47,36 @@ class Share:
         """Rows of a local batch with its padding: the same on every worker, and equal micro-batches."""
         return self.accumulation * _ceil(self.batch, self.world * self.accumulation)
 
-    def dealt(self, steps: int) -> int:
-        """Rows of this worker in the first `steps` global batches."""
-        return _ceil(steps * self.batch - self.rank, self.world) if steps else 0
+    def deal(self, left_W: np.ndarray) -> np.ndarray:
+        """Real rows of every worker in each of the global batches that are left of an epoch, int64 [S, W].
 
-    def steps(self, rows: int) -> int:
-        """Global batches until this worker has had `rows` rows."""
-        return ((rows - 1) * self.world + self.rank) // self.batch + 1 if rows else 0
+        A batch is a function of the rows that are left, so a resumed epoch continues with the batches it would have
+        had. After a change of their number, workers have unequal numbers of rows left; where one has more than fit
+        into the batches, there are more of them.
+
+        Args:
+            left_W: rows that each worker has still to visit.
+        """
+        left_W, dealt = np.array(left_W, np.int64), []
+        while rows := int(left_W.sum()):
+            steps = max(_ceil(rows, self.batch), _ceil(int(left_W.max()), self.size))
+            now = _ceil(rows, steps)  # the first batches have the extra row, as in `ranges`
+            part_W, rest_W = np.divmod(now * left_W, rows)
+            largest = np.argsort(-rest_W, kind="stable")[: now - int(part_W.sum())]
+            part_W[largest] += 1
+            dealt.append(np.minimum(part_W, self.size))
+            left_W = left_W - dealt[-1]
+        return np.array(dealt, np.int64).reshape(-1, len(left_W))
 
 
-def steps_left(epoch: int, share: Share, visited_n: np.ndarray, first_step: int = 0) -> int:
-    """Steps that one worker still needs in `epoch` from `first_step` on; the epoch has the maximum over workers.
+def even_batch(rows: int, batch: int) -> int:
+    """Rows of the largest global batch of an epoch of `rows` rows in as few batches of at most `batch` as possible."""
+    return _ceil(rows, _ceil(rows, batch))
 
-    Args:
-        visited_n: visits of each row of the worker since the start of the run.
-    """
-    rows = int(np.count_nonzero(visited_n <= epoch))
-    return share.steps(share.dealt(first_step) + rows) - first_step if rows else 0
+
+def rows_left(epoch: int, visited_n: np.ndarray) -> int:
+    """Rows of a worker that are still to be visited in `epoch`, given the visits of each since the start of the run."""
+    return int(np.count_nonzero(visited_n <= epoch))
 
 
 def epoch_plan(
@@ -69,7 +84,7 @@ def epoch_plan(
     epoch: int,
     rows_of_worker: range,
     share: Share,
-    steps: int,
+    left_W: Sequence[int] | np.ndarray,
     visited_n: np.ndarray | None = None,
     first_step: int = 0,
 ) -> list[PlannedBatch]:
@@ -77,16 +92,16 @@ def epoch_plan(
 
     Args:
         epoch: counted from 0.
-        steps: number of batches to return, the same on every worker: the largest `steps_left` of all.
+        left_W: `rows_left` of every worker, in the order of ranks.
         visited_n: visits of each row since the start of the run; rows with more than `epoch` visits are done in
             this epoch and left out. None: no row is done.
         first_step: number of the first batch, for an epoch that is resumed.
     Returns:
-        `steps` batches, numbered from `first_step`. A short or empty batch is padded to `share.size` rows
-        with a real row of the range at weight zero. The order of the rows depends on (seed, epoch,
+        As many batches as `share.deal` makes, numbered from `first_step`. A short or empty batch is padded to
+        `share.size` rows with a real row of the range at weight zero. The order of the rows depends on (seed, epoch,
         range) alone: leaving out visited rows does not change the order of the others.
     Raises:
-        ValueError: an empty range (without a row to pad with), or more rows than fit in `steps` batches.
+        ValueError: an empty range (without a row to pad with), or a `left_W` that is not that of these workers.
     """
     if not rows_of_worker:
         raise ValueError("a worker needs at least one row, but there are more workers than rows")
@@ -95,26 +110,26 @@ def epoch_plan(
         if visited_n.shape != order_n.shape:
             raise ValueError(f"visited_n has shape {visited_n.shape} for a range of {len(rows_of_worker)} rows")
         order_n = order_n[visited_n[order_n] <= epoch]
-    dealt_S = [share.dealt(first_step + step) - share.dealt(first_step) for step in range(steps + 1)]
-    if len(order_n) > dealt_S[-1]:
-        raise ValueError(f"{len(order_n)} rows do not fit {steps} batches of {share.size}")
-    plan = []
-    for step, (start, stop) in enumerate(pairwise(dealt_S)):
-        own_B = order_n[start:stop] + rows_of_worker.start
+    left_W = np.asarray(left_W)
+    if left_W.shape != (share.world,) or left_W[share.rank] != len(order_n):
+        raise ValueError(f"worker {share.rank} of {share.world} has {len(order_n)} rows left, but left_W is {left_W}")
+    plan, start = [], 0
+    for step, own in enumerate(share.deal(left_W)[:, share.rank].tolist()):
         rows_B = np.full(share.size, rows_of_worker.start, np.int64)
-        rows_B[: len(own_B)] = own_B
-        weight_B = (np.arange(share.size) < len(own_B)).astype(np.float32)
+        rows_B[:own] = order_n[start : start + own] + rows_of_worker.start
+        weight_B = (np.arange(share.size) < own).astype(np.float32)
         plan.append(PlannedBatch(first_step + step, rows_B, weight_B))
+        start += own
     return plan
 
 
 def global_batches(seed: int, epoch: int, rows: int, batch: int) -> list[np.ndarray]:
-    """The global batches of stage 2: a permutation of all N rows, cut; the last batch may be short.
+    """The global batches of stage 2: a permutation of all N rows, cut into batches that differ by at most one row.
 
     It does not depend on the number of workers, so neither does the path of the mapping.
     """
     order_N = _permutation(rows, _GLOBAL, seed, epoch)
-    return [order_N[at : at + batch] for at in range(0, rows, batch)]
+    return [order_N[part.start : part.stop] for part in ranges(rows, _ceil(rows, batch))]
 
 
 def _permutation(n: int, *key: int) -> np.ndarray:

@@ -164,13 +164,27 @@ def load(
 
 
 def require_trainable(config: Config) -> None:
-    """Refuse what would train something else than configured; what earlier versions trained can still be read.
+    """Refuse combinations that would train something else than configured; runs that earlier versions trained with one
+    can still be read.
 
     Raises:
         UserError: naming the keys, and what to do.
     """
     if config.sampler.untrainable:
         raise UserError(config.sampler.untrainable)
+    if not config.generator.normalises:
+        return
+    if config.engine.accumulation > 1:
+        raise UserError(
+            f"engine.accumulation={config.engine.accumulation} with generator.batch_norm=true would normalise each "
+            "micro-batch by its own statistics and so train something else; set engine.accumulation=1, and to save "
+            "memory lower glo.batch_size, use more workers or set generator.batch_norm=false"
+        )
+    if config.glo.batch_size == 1:
+        raise UserError(
+            "glo.batch_size=1 with generator.batch_norm=true would train no code: an image that is normalised by its "
+            "own statistics has no gradient; use at least 2, or set generator.batch_norm=false"
+        )
 
 
 def load_tree(path: Path) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class GeneratorConfig(Section):
     )
     batch_norm: bool = Field(True, description="BatchNorm in infogan (paper: off for CIFAR)")
 
+    @property
+    def normalises(self) -> bool:
+        """Whether the network contains BatchNorm."""
+        return self.kind == "infogan" and self.batch_norm
+
 
 class LossConfig(Section):
     """The reconstruction loss between G(z_i) and x_i, one number per image."""
@@ -125,7 +130,7 @@ class EngineConfig(Section):
     kind: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: plain PyTorch, one worker")
     zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights and optimiser in fp32")
-    accumulation: int = Field(1, ge=1, description="micro-batches per step")
+    accumulation: int = Field(1, ge=1, description="micro-batches per step; 1 with BatchNorm")
     clip_norm: float = Field(0.0, ge=0, description="global gradient norm to clip to; 0 is off")
     activation_checkpointing: bool = Field(False, description="recompute the generator's blocks in backward")
     compile: bool = Field(False, description="torch.compile the loss network and the generator")

@@ -5,7 +5,7 @@ Shapes: B batch of this worker, C channels, S spatial positions, W workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,27 +42,31 @@ class SharedBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
-        self.frozen_statistics = False
+        self.record: Callable[[SharedBatchNorm, Tensor, Tensor, Tensor], None] = SharedBatchNorm.track
 
     def forward(self, x: Tensor, weight_B: Tensor | None = None) -> Tensor:
         """Normalise `x` [B, C, ...]; `weight_B` is 1 for real rows and 0 for padding (None: all real)."""
         if not self.training:
             return _normalise(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         out, mean_C, var_C, count = _shared_batch_norm(x, weight_B, self.weight, self.bias, self.eps)
-        if not self.frozen_statistics:
-            self._track(mean_C, var_C, count)
+        self.record(self, mean_C, var_C, count)
         return out
 
-    @torch.no_grad()
     def fix_statistics(self, x: Tensor) -> None:
         """Set the running statistics to the mean and variance of `x` [B, C], which must be equal on all workers."""
         variance_C, mean_C = torch.var_mean(x.double(), dim=0)
-        for held, found in ((self.running_mean, mean_C), (self.running_var, variance_C)):
+        self.set_statistics(mean_C, variance_C)
+
+    @torch.no_grad()
+    def set_statistics(self, mean_C: Tensor, var_C: Tensor) -> None:
+        """Set the running mean and the (unbiased) running variance, which must be equal on all workers."""
+        for held, found in ((self.running_mean, mean_C), (self.running_var, var_C)):
             held.copy_(found)
             broadcast(held)  # machines may round differently
 
     @torch.no_grad()
-    def _track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
+    def track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
+        """Move the running statistics by the moments of a batch: mean, biased variance and number of values."""
         # No branch on `count`, which would synchronise the device. A global batch without rows has rate 0.
         rate = self.momentum * (count > 0).to(count.dtype)
         unbiased_C = var_C * (count / (count - 1).clamp(min=1))
@@ -77,15 +81,54 @@ class SharedBatchNorm(nn.Module):
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Do not update running statistics: activation checkpointing runs the forward pass twice."""
+    with _recording(module, lambda *moments: None):
+        yield
+
+
+@contextmanager
+def pending_statistics(module: nn.Module) -> Iterator[PendingMoments]:
+    """Keep the moments of batches inside the block from the running statistics until `commit`; without it, for ever."""
+    pending = PendingMoments()
+    with _recording(module, pending.add):
+        yield pending
+
+
+class PendingMoments:
+    """Moments of batches, equal on all workers, that have not moved the running statistics of their layers yet."""
+
+    def __init__(self) -> None:
+        self.moments: list[tuple[SharedBatchNorm, Tensor, Tensor, Tensor]] = []
+
+    def add(self, layer: SharedBatchNorm, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
+        self.moments.append((layer, mean_C, var_C, count))
+
+    def fault(self, device: torch.device) -> Tensor:
+        """0, or NaN if any of them would leave running statistics that are not finite; a float32 scalar."""
+        fault = torch.zeros((), device=device)
+        for layer, mean_C, var_C, _ in self.moments:
+            kept = torch.cat([mean_C, var_C]).to(layer.running_mean.dtype)
+            fault += torch.where(torch.isfinite(kept).all(), 0.0, torch.nan)
+        return fault
+
+    def commit(self) -> None:
+        """Move the running statistics, in the order of the calls."""
+        for layer, *moments in self.moments:
+            layer.track(*moments)
+        self.moments.clear()
+
+
+@contextmanager
+def _recording(module: nn.Module, record: Callable[[SharedBatchNorm, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `record` with a layer and its moments in place of `SharedBatchNorm.track`."""
     layers = [layer for layer in module.modules() if isinstance(layer, SharedBatchNorm)]
-    before = [layer.frozen_statistics for layer in layers]
+    before = [layer.record for layer in layers]
     for layer in layers:
-        layer.frozen_statistics = True
+        layer.record = record
     try:
         yield
     finally:
-        for layer, flag in zip(layers, before, strict=True):
-            layer.frozen_statistics = flag
+        for layer, kept in zip(layers, before, strict=True):
+            layer.record = kept
 
 
 def _normalise(x: Tensor, mean_C: Tensor, var_C: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
@@ -187,14 +230,20 @@ def _sum_over_workers(value: Tensor) -> Tensor:
 def _merge(count: Tensor, mean_C: Tensor, spread_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and row count over all workers' rows, equal bit for bit on all workers.
 
-    Moments are gathered rather than summed: E[x^2] - E[x]^2 would cancel, and an all-reduce may add in
-    another order on another rank.
+    Moments are gathered rather than summed: an all-reduce may add in another order on another rank.
     """
     partial = torch.cat([count.view(1), mean_C.double(), spread_C.double()])
-    channels = len(mean_C)
-    count_W1, mean_WC, spread_WC = gather(partial).split([1, channels, channels], dim=1)
-    total = count_W1.sum()
-    divisor = total.clamp(min=1)
-    mean_all_C = (count_W1 * mean_WC).sum(0) / divisor
-    var_C = (spread_WC + count_W1 * (mean_WC - mean_all_C).square()).sum(0) / divisor
-    return mean_all_C, var_C, total
+    total, mean_all_C, spread_all_C = merge_moments(gather(partial)).split([1, len(mean_C), len(mean_C)])
+    return mean_all_C, spread_all_C / total.clamp(min=1), total[0]
+
+
+def merge_moments(part_PM: Tensor) -> Tensor:
+    """Merge the moments of P parts of a batch, [P, 1 + 2C]: count, means, sums of squared deviations from these.
+
+    Not E[x^2] - E[x]^2, which would cancel. Source: Chan, Golub & LeVeque 1979.
+    """
+    channels = part_PM.shape[1] // 2
+    count_P1, mean_PC, spread_PC = part_PM.split([1, channels, channels], dim=1)
+    total = count_P1.sum()
+    mean_C = (count_P1 * mean_PC).sum(0) / total.clamp(min=1)
+    return torch.cat([total[None], mean_C, (spread_PC + count_P1 * (mean_PC - mean_C).square()).sum(0)])

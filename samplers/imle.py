@@ -25,6 +25,7 @@ from ..models.comm import all_sum, rank, world_size
 from ..models.cost import cost
 from ..models.mapping import Mapping, build_mapping
 from ..models.noise import noise
+from ..models.norm import pending_statistics
 from ..models.sphere import Constraint
 from .base import Codes, FitStep, Sampler, State
 
@@ -123,18 +124,22 @@ class Imle(Sampler):
 
         Returns:
             Sum of the squared distances over this worker's rows, whether the step was applied
-            (False if the gradient of a weight, or its square, was not finite), and the sum of all workers' piggybacks.
+            (False if the gradient of a weight, its square, or a moment was not finite), and the sum of all workers'
+            piggybacks.
         """
-        error_B = (self.network(e_BE) - z_BD).square().sum(1)
+        with pending_statistics(self.network) as statistics:
+            error_B = (self.network(e_BE) - z_BD).square().sum(1)
         self.optimizer.zero_grad()
         (error_B.sum() / batch_rows).backward()
         grads = [cast(Tensor, parameter.grad) for parameter in self.network.parameters()]
         flat = torch.cat([*(grad.flatten() for grad in grads), piggyback_K.to(self.device)])
         all_sum(flat)  # each worker has already divided by the size of the whole batch
         summed, piggyback_K = flat[: len(flat) - len(piggyback_K)], flat[len(flat) - len(piggyback_K) :]
-        fault, *carried = torch.cat([gradient_fault(summed[None])[None], piggyback_K]).tolist()
+        checked = gradient_fault(summed[None]) + statistics.fault(self.device)
+        fault, *carried = torch.cat([checked[None], piggyback_K]).tolist()
         applied = fault == 0.0
         if applied:
+            statistics.commit()
             for grad, part in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
             self.optimizer.param_groups[0]["lr"] = lr

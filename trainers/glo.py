@@ -9,24 +9,24 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..cluster.latents import LatentTable
-from ..cluster.placement import Share, epoch_plan, steps_left
+from ..cluster.placement import Share, epoch_plan, even_batch, rows_left
 from ..config.run import Config
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
-from ..models.comm import rank
+from ..models.comm import gather, rank
 from ..models.generators import generator_of
 from ..models.patches import patch_seeds
+from ..models.statistics import set_exact_statistics
 from .engine.build import build_engine
 from .engine.step import Engine, OptimizerConfig
 from .objective import build_objective
-from .plan.costs import training_costs
+from .plan.costs import model_flops, training_costs
 from .previews import Previews
-from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State
+from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
 
 GENERATOR = "generator"  # network name
 
@@ -66,14 +66,30 @@ class Glo(Stage):
         return {GENERATOR: self.engine.lazy_state()}
 
     def state(self) -> dict[str, State]:
-        return {GENERATOR: self.engine.state()}
+        state = self.engine.state()
+        if "ema" in state and self.context.config.generator.normalises:
+            state["ema"] |= self.averaged_statistics(state)
+        return {GENERATOR: state}
+
+    def averaged_statistics(self, state: State) -> dict[str, Tensor]:
+        """Buffers of the averaged generator: exact statistics of its BatchNorm over all codes. Collective.
+
+        The running ones are those of the raw weights. Nothing else of the state changes, so a run that is killed before
+        it is saved comes to the same numbers again.
+        """
+        config, device = self.context.config, self.context.device
+        network = generator_of(config)
+        network.load_state_dict(final_weights(state))
+        batch = Share(config.glo.batch_size, rank(), self.engine.world).size
+        set_exact_statistics(network.to(device), self.context.latents.codes().to(device), batch)
+        return {name: buffer.cpu() for name, buffer in network.named_buffers()}
 
     def previews(self) -> Pictures:
         weights = self.engine.weights()  # every worker holds a part
         return self.drawing.reconstructed(weights, self.context.latents) if rank() == 0 else {}
 
     def image_flops(self) -> int:
-        return sum(part.flops for part in training_costs(self.context.config))
+        return model_flops(self.context.config)
 
 
 def train_glo(
@@ -100,7 +116,7 @@ def train_glo(
     bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(latents.rows)), 0
     for epoch in range(start[0], config.glo.epochs):
         first_step = start[1] if epoch == start[0] else 0
-        plan = plan_epoch(config, epoch, first_step, latents, engine)
+        plan = plan_epoch(config, len(images), epoch, first_step, latents, engine)
         steps = first_step + len(plan)
         for planned in plan[:2]:
             latents.prefetch(planned.rows_B)
@@ -130,7 +146,8 @@ def train_glo(
                 latents.apply(epoch, batch.step, rows_B, grad_BD, latent_lr, unread_B, ahead_B)
             else:
                 latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
-            bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
+            if result.loss is not None:  # a batch without a readable image is no step
+                bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
             yield StageStep(
                 epoch,
                 batch.step,
@@ -138,7 +155,7 @@ def train_glo(
                 result.piggyback_K,
                 loss=result.loss,
                 rows_B=rows_B.tolist(),
-                applied=result.applied,
+                applied=result.applied or result.loss is None,
                 facts={"latent_lr": latent_lr},
                 ends_epoch=batch.step + 1 == steps,
             )
@@ -155,15 +172,15 @@ def diverged(steps: int, epoch: int, step: int, rows: list[int]) -> UserError:
     )
 
 
-def plan_epoch(config: Config, epoch: int, first_step: int, latents: LatentTable, engine: Engine) -> list[PlannedBatch]:
-    """The remaining batches of `epoch` for this worker, in as many steps as the worker with most rows needs."""
+def plan_epoch(
+    config: Config, rows: int, epoch: int, first_step: int, latents: LatentTable, engine: Engine
+) -> list[PlannedBatch]:
+    """The remaining batches of `epoch` for this worker; `rows` are those of all workers."""
     visited_n = latents.visits()
-    share = Share(config.glo.batch_size, rank(), engine.world, config.engine.accumulation)
-    steps = torch.tensor(steps_left(epoch, share, visited_n, first_step))
-    if engine.world > 1:
-        steps = steps.to(engine.device)
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-    return epoch_plan(config.seed, epoch, latents.rows, share, int(steps), visited_n, first_step)
+    batch = even_batch(rows, config.glo.batch_size)
+    share = Share(batch, rank(), engine.world, config.engine.accumulation)
+    left_W = gather(torch.tensor(rows_left(epoch, visited_n), device=engine.device)).cpu().numpy()
+    return epoch_plan(config.seed, epoch, latents.rows, share, left_W, visited_n, first_step)
 
 
 STAGE = Glo

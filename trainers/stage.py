@@ -64,9 +64,10 @@ class StageStep:
     """Result of one step.
 
     steps: number of steps in the epoch. piggyback_K: sum of the piggyback over workers. loss: mean over the real rows
-    of all workers, if already known. rows_B: this worker's real rows. applied: False if the step was not finite and so
-    changed nothing. facts: further numbers, of the whole epoch if the step ends one. resumable: whether a checkpoint
-    after this step can be resumed from.
+    of all workers, if there are any and it is already known. rows_B: this worker's real rows. applied: False if the
+    step was not finite and so changed nothing; one without real rows does not count among these. facts: further
+    numbers, of the whole epoch if the step ends one. resumable: whether a checkpoint after this step can be resumed
+    from.
     """
 
     epoch: int
@@ -117,14 +118,14 @@ class Stage(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, State]:
-        """The same states as copies on the CPU of every worker. Collective."""
+        """Their final states, as copies on the CPU of every worker, once the last step is done. Collective."""
 
     def previews(self) -> Pictures:
         """Preview pictures on rank 0, empty elsewhere. Collective."""
         return {}
 
     def image_flops(self) -> int:
-        """Operations per image and step, forward and backward; 0 if the stage visits no images."""
+        """Operations of the model per image, forward and backward, without recomputation; 0 if it visits no images."""
         return 0
 
 
@@ -144,5 +145,5 @@ def numbered(infos: Mapping[str, StageInfo], name: str) -> str:
 
 
 def final_weights(generator: State) -> dict[str, Tensor]:
-    """Weights for generating images: the moving average if there is one, and the buffers."""
+    """Weights and buffers for generating images: the moving average, where there is one and as far as it reaches."""
     return generator["weights"] | generator.get("ema", {})

@@ -39,9 +39,7 @@ def train(table, way: str, epochs=4) -> list[torch.Tensor]:
     before the last.
     """
     seen = []
-    share = Share(BATCH)
-    steps = share.steps(len(ROWS))
-    plan = [(e, p) for e in range(epochs) for p in epoch_plan(0, e, ROWS, share, steps)]
+    plan = [(e, p) for e in range(epochs) for p in epoch_plan(0, e, ROWS, Share(BATCH), [len(ROWS)])]
     for number, (epoch, planned) in enumerate(plan):
         z_BD = table.gather(planned.rows_B)
         if way == "ahead" and number + 1 < len(plan):

@@ -20,6 +20,7 @@ from ...cluster.checkpoints.pieces import LazyTensor
 from ...cluster.row_optimizers import gradient_fault
 from ...config.sections import EngineConfig
 from ...models.comm import all_sum, world_size
+from ...models.norm import pending_statistics
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,12 +41,13 @@ class OptimizerConfig:
 class StepResult:
     """Result of one global step.
 
-    loss: mean over the real rows of all workers.  grad_BD: gradient of each row's own loss with respect to its
-    input, without any averaging.  applied: False if the loss or a gradient was not finite, in which case no parameter
-    changed.  piggyback_K: sum over workers of the `piggyback_K` they passed in, float32 on the CPU; empty without one.
+    loss: mean over the real rows of all workers; None if there is none.  grad_BD: gradient of each row's own loss with
+    respect to its input, without any averaging.  applied: False if there was no real row, or if the loss, a gradient or
+    a batch's statistics were not finite; then nothing of the network or its optimiser changed.  piggyback_K: sum over
+    workers of the `piggyback_K` they passed in, float32 on the CPU; empty without one.
     """
 
-    loss: float
+    loss: float | None
     grad_BD: Tensor
     applied: bool
     piggyback_K: Tensor
@@ -177,22 +179,25 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         real_rows = float(all_sum(weight_B.sum()))
-        scale = self.world / max(real_rows, 1.0)  # gradients are averaged over workers
+        if not real_rows:
+            return self._no_step(z_BD, piggyback_K)
+        scale = self.world / real_rows  # gradients are averaged over workers
         micro = -(-len(z_BD) // self.accumulation)
         grads: list[Tensor] = []
         total = torch.zeros((), device=self.device)
-        for start in range(0, len(z_BD), micro):
-            part = slice(start, start + micro)
-            z_part_BD = z_BD[part].detach().requires_grad_()
-            fake_BCHW = self.forward(z_part_BD, weight_B[part])
-            # where() instead of a product: a padding row may be non-finite, and 0 x inf is NaN
-            loss_B = torch.where(weight_B[part] > 0, loss_of(fake_BCHW, part), 0.0)
-            last = start + micro >= len(z_BD)
-            self._backward(loss_B.sum() * scale, last)
-            grads.append(cast(Tensor, z_part_BD.grad) / scale)
-            total += loss_B.detach().sum()
+        with pending_statistics(self.network) as statistics:
+            for start in range(0, len(z_BD), micro):
+                part = slice(start, start + micro)
+                z_part_BD = z_BD[part].detach().requires_grad_()
+                fake_BCHW = self.forward(z_part_BD, weight_B[part])
+                # where() instead of a product: a padding row may be non-finite, and 0 x inf is NaN
+                loss_B = torch.where(weight_B[part] > 0, loss_of(fake_BCHW, part), 0.0)
+                last = start + micro >= len(z_BD)
+                self._backward(loss_B.sum() * scale, last)
+                grads.append(cast(Tensor, z_part_BD.grad) / scale)
+                total += loss_B.detach().sum()
         grad_BD = torch.cat(grads)
-        exchanged = torch.stack([total, gradient_fault(grad_BD)])
+        exchanged = torch.stack([total, gradient_fault(grad_BD) + statistics.fault(self.device)])
         if piggyback_K is not None:
             exchanged = torch.cat([exchanged, piggyback_K.to(self.device)])
         summed = all_sum(exchanged).cpu()
@@ -200,9 +205,16 @@ class Engine:
         # a NaN or infinity on one worker makes the sum non-finite on all, so all workers decide alike
         self.optimizer.withhold = not (is_finite(loss_sum) and is_finite(fault))
         applied = self._update()
-        if applied and self.ema:
-            self.ema.update(self.shards())
-        return StepResult(loss_sum / max(real_rows, 1.0), grad_BD, applied, summed[2:])
+        if applied:
+            statistics.commit()
+            if self.ema:
+                self.ema.update(self.shards())
+        return StepResult(loss_sum / real_rows, grad_BD, applied, summed[2:])
+
+    def _no_step(self, z_BD: Tensor, piggyback_K: Tensor | None) -> StepResult:
+        """The result of a global batch without a real row, which moves nothing, by momentum neither."""
+        carried_K = torch.empty(0) if piggyback_K is None else piggyback_K.to(self.device, copy=True)
+        return StepResult(None, torch.zeros_like(z_BD), False, all_sum(carried_K).cpu())
 
     def weights(self, averaged: bool = True) -> dict[str, Tensor]:
         """Whole fp32 weights and buffers by name, on the CPU; of the moving average if there is one. Collective."""

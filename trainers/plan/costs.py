@@ -12,10 +12,20 @@ from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
 
 
 def training_costs(config: Config) -> tuple[Cost, Cost]:
-    """Costs per image of the generator and the loss, forward and backward."""
+    """Costs per image of the generator and the loss, forward and backward, with what checkpointing recomputes."""
     generator, loss = build_networks(config, "meta")
     image = (config.data.channels, config.data.resolution, config.data.resolution)
     return cost(generator, (config.generator.latent_dim,)), cost(loss, image, image)
+
+
+def model_flops(config: Config) -> int:
+    """Operations per image that the model itself needs, forward and backward.
+
+    Utilisation (MFU) is measured by these: recomputed activations are work, but none that the model needs
+    (Chowdhery et al. 2022, Appendix B).
+    """
+    engine = config.engine.model_copy(update={"activation_checkpointing": False})
+    return sum(part.flops for part in training_costs(config.model_copy(update={"engine": engine})))
 
 
 def build_networks(config: Config, device: str) -> tuple[Generator, ReconstructionLoss]:

@@ -10,7 +10,7 @@ import torch
 from ...cluster.checkpoints import retention
 from ...cluster.checkpoints.lease import HeldLease, hold
 from ...cluster.nodes.ray import ray_cluster
-from ...config.run import Config
+from ...config.run import Config, require_trainable
 from ...datasets.index import Index
 from ...errors import UserError
 from ...metrics.features.extractor import build_extractor
@@ -55,6 +55,7 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
                 console.print(f"{config.run_dir} is finished already; nothing to do")
             return finish.summary_of(config)
         require_checkpoint(config)
+        require_trainable(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # find invalid taps or files before training starts
         build_extractor(config.evaluation.extractor)

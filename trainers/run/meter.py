@@ -10,7 +10,7 @@ class Meter:
     """Mean loss and throughput since construction; utilisation if the peak rate of the devices is known."""
 
     def __init__(self, flops: int = 0, peak: float | None = None) -> None:
-        """`flops`: per image, forward and backward. `peak`: FLOP/s of all workers' devices together."""
+        """`flops`: of the model per image, forward and backward. `peak`: FLOP/s of all workers' devices together."""
         self.flops, self.peak = flops, peak
         self.began, self.losses, self.steps, self.images = monotonic(), 0.0, 0, 0
 

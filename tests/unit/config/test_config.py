@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from glann.config.reference import describe_keys
-from glann.config.run import Config, find_recipe, known_keys, load, validate
+from glann.config.run import Config, find_recipe, known_keys, load, require_trainable, validate
 from glann.errors import UserError
 from pydantic import ValidationError
 
@@ -72,6 +72,8 @@ def test_what_cannot_be_is_refused_and_named(override: str, expected: str):
         (["generator.kind=resnet"], "use generator.kind=infogan"),
         (["cluster.workers={min: 1, max: 200}"], "use at least 200"),
         (["cluster.workers=50", "engine.accumulation=3"], "use at least 150"),
+        (["engine.accumulation=2"], "set engine.accumulation=1, and to save memory lower glo.batch_size"),
+        (["glo.batch_size=1", "cluster.workers=1"], "use at least 2, or set generator.batch_norm=false"),
         (["cluster.workers={min: 3, max: 2}"], "min must not be larger"),
         (["engine.kind=torch"], "set cluster.workers=1 and engine.zero=0"),
         (["sampler.batch_size=1", "sampler.statistics=batch"], "use at least 3, or set sampler.statistics=noise"),
@@ -81,6 +83,14 @@ def test_what_cannot_be_is_refused_and_named(override: str, expected: str):
 )
 def test_impossible_combinations_name_the_remedy(overrides: list[str], remedy: str):
     assert remedy in refusal(*overrides)
+
+
+def test_accumulation_is_refused_with_batchnorm_alone_and_a_run_that_has_both_can_still_be_read():
+    load("digits", ["engine.accumulation=2", "generator.batch_norm=false"])
+    load("celebahq-1024", ["engine.accumulation=2"])  # the resnet has none
+    both = validate(SMALL | {"engine": {"accumulation": 2}}, "config.yaml of a run of glann 0.1")
+    with pytest.raises(UserError, match=r"engine\.accumulation=2 with generator\.batch_norm=true"):
+        require_trainable(both)
 
 
 def test_workers_are_a_number_or_a_range():

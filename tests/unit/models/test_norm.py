@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from glann.models.norm import SharedBatchNorm, frozen_statistics
+from glann.models.norm import SharedBatchNorm, frozen_statistics, pending_statistics
 from torch import nn
 
 CHANNELS = 3
@@ -237,6 +237,41 @@ def test_a_batch_without_real_rows_leaves_the_statistics_alone():
     assert layer(torch.empty(0, CHANNELS)).shape == (0, CHANNELS)
     for name, value in layer.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_pending_moments_move_the_statistics_only_when_they_are_committed_and_then_as_batchnorm_does():
+    shared, plain = layer_and_reference(())
+    net = nn.Sequential(shared, nn.Tanh())
+    for committed in (False, True, False, True):
+        before = {name: value.clone() for name, value in shared.state_dict().items()}
+        x = torch.randn(7, CHANNELS, dtype=torch.float64)
+        with pending_statistics(net) as pending:
+            net(x)
+            with frozen_statistics(net):
+                net(x)  # a recomputation
+        assert all(torch.equal(value, before[name]) for name, value in shared.state_dict().items())
+        if committed:
+            plain(x)
+            pending.commit()
+            pending.commit()  # there is nothing left to commit
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(shared.state_dict()[name], value)
+    shared(x)  # as always after the block
+    assert shared.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_moments_that_would_ruin_the_statistics_are_found(value):
+    """1e30 is finite and its square is not: the output is finite, all of it, and so is the gradient."""
+    layer, device = SharedBatchNorm(CHANNELS), torch.device("cpu")
+    x = torch.randn(7, CHANNELS)
+    with pending_statistics(layer) as pending:
+        layer(x)
+        assert pending.fault(device) == 0
+        x[3, 1] = value
+        out = layer(x)
+        assert torch.isfinite(out).all() == (value == 1e30)
+        assert pending.fault(device).isnan()
 
 
 def test_a_single_row_has_no_spread_and_no_nan():

@@ -174,7 +174,7 @@ def test_resuming_at_an_epoch_is_bit_for_bit_the_same():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1e25])
-def test_a_step_that_is_not_finite_moves_nothing(bad):
+def test_a_target_that_is_not_finite_moves_nothing(bad):
     """Nor one whose gradient is finite but not its square, of which Adam keeps an average."""
     torch.manual_seed(0)
     trainer = sampler(config())
@@ -190,3 +190,23 @@ def test_a_step_that_is_not_finite_moves_nothing(bad):
         assert torch.equal(before["weights"][name], after["weights"][name])
         assert not after["exp_avg_sq"][name].any()
     assert trainer.update(torch.randn(5, 4), torch.randn(5, 3), 5, 1e-3, torch.zeros(0))[1]
+
+
+def test_a_step_that_is_not_finite_moves_nothing():
+    """Neither the weights nor the statistics, with a target, a noise or an activation that is not finite."""
+    torch.manual_seed(0)
+    trainer = sampler(config(statistics="batch"))
+    trainer.network.train()
+    e_BE, z_BD, piggyback_K = torch.randn(5, 4), torch.randn(5, 3), torch.tensor([2.0, 0.0])
+    trainer.update(e_BE, z_BD, 5, 1e-3, piggyback_K)
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    nan_BE, huge_BE = e_BE.clone(), e_BE.clone()
+    nan_BE[1, 2], huge_BE[1, 2] = float("nan"), 3e38  # the square of its activation overflows, nothing else does
+    for noise_BE, target_BD in ((e_BE, torch.full((5, 3), float("nan"))), (nan_BE, z_BD), (huge_BE, z_BD)):
+        _, applied, carried_K = trainer.update(noise_BE, target_BD, 5, 1e-3, piggyback_K)
+        assert not applied
+        assert carried_K.tolist() == [2.0, 0.0]
+        for name, tensor in trainer.network.state_dict().items():
+            assert torch.equal(before[name], tensor), name
+    assert trainer.update(e_BE, z_BD, 5, 1e-3, piggyback_K)[1]
+    assert trainer.network.norm1.num_batches_tracked == 2

@@ -1,11 +1,15 @@
-"""The plain engine: per-image gradients of the codes, padding, accumulation, the guard, resuming, what rides along.
+"""The plain engine: per-image gradients of the codes, padding, accumulation, the guard, resuming, what rides along;
+with BatchNorm, too.
 
-The reference is autograd in float64, written out here without the engine.
+The reference is autograd in float64, written out here without the engine, with torch's own BatchNorm.
 """
 
+import numpy as np
 import pytest
 import torch
-from glann.config.sections import EngineConfig
+from glann.config.sections import EngineConfig, GeneratorConfig
+from glann.models.generators import build_generator
+from glann.models.norm import SharedBatchNorm
 from glann.trainers.engine.build import build_engine
 from glann.trainers.engine.step import OptimizerConfig
 from torch import nn
@@ -20,6 +24,19 @@ class Net(nn.Module):
 
     def forward(self, z_BD, weight_B=None):
         return self.second(torch.tanh(self.first(z_BD))).view(-1, 3, 2, 2)
+
+
+class NormNet(Net):
+    """With BatchNorm on rows and on pixels; the reference takes torch's, which knows no padding."""
+
+    def __init__(self, norm_1d=SharedBatchNorm, norm_2d=SharedBatchNorm) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = norm_1d(17), norm_2d(3)
+
+    def forward(self, z_BD, weight_B=None):
+        weights = () if weight_B is None else (weight_B,)
+        h_BH = torch.tanh(self.norm1(self.first(z_BD), *weights))
+        return self.norm2(self.second(h_BH).view(-1, 3, 2, 2), *weights)
 
 
 def engine_of(network, state=None, **engine):
@@ -173,3 +190,79 @@ def test_the_plain_engine_refuses_a_group_whose_gradients_it_would_not_average(m
     monkeypatch.setattr("glann.trainers.engine.build.world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"trains on one worker, not 2; use engine\.kind=deepspeed"):
         engine_of(Net())
+
+
+def test_with_batchnorm_losses_gradients_and_statistics_are_those_of_the_real_rows_as_one_batch(seed):
+    net, reference = NormNet(), NormNet(nn.BatchNorm1d, nn.BatchNorm2d).double()
+    reference.load_state_dict(net.state_dict())
+    engine = engine_of(net)
+    z, x = torch.randn(3, 12, 5), torch.rand(3, 12, 3, 2, 2)
+    for step, real in enumerate((12, 7, 11)):
+        weight_B = (torch.arange(12) < real).float()
+        z[step, real:] = 50.0
+        result = engine.step(z[step], weight_B, l1_of(x[step]), 0.0)
+        z_BD = z[step, :real].double().requires_grad_()
+        loss_B = (reference(z_BD) - x[step, :real].double()).abs().mean((1, 2, 3))
+        loss_B.sum().backward()
+        assert result.loss == pytest.approx(loss_B.mean().item(), rel=1e-5)
+        np.testing.assert_allclose(result.grad_BD[:real], z_BD.grad, atol=2e-6, rtol=1e-4)
+    buffers = dict(engine.network.named_buffers())
+    for name, value in reference.named_buffers():
+        torch.testing.assert_close(buffers[name].double(), value.double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_step_that_is_not_applied_moves_no_statistics_and_the_next_step_counts_once(seed, recomputed):
+    generator = GeneratorConfig(kind="infogan", latent_dim=5, width=4)
+
+    def built():
+        network = build_generator(generator, 8, 3)
+        network.checkpoint_activations = recomputed
+        return network
+
+    engine, undisturbed = engine_of(built()), engine_of(built())
+    undisturbed.network.load_state_dict(engine.network.state_dict())
+    z, x, ones = torch.randn(2, 12, 5), torch.rand(12, 3, 8, 8), torch.ones(12)
+    one_bad = z[1].clone()
+    one_bad[3] = float("nan")  # reaches all rows, through the moments
+    huge = z[1].clone()
+    huge[5] = 3e37  # its square overflows, but loss and gradients are finite
+    bad_target = x.clone()
+    bad_target[2] = float("inf")
+    engine.step(z[0], ones, l1_of(x), 1e-2)
+    undisturbed.step(z[0], ones, l1_of(x), 1e-2)
+    before = engine.state()
+    for codes, target in ((one_bad, x), (huge, x), (z[1], bad_target)):
+        assert not engine.step(codes, ones, l1_of(target), 1e-2).applied
+        for name, value in engine.state()["weights"].items():
+            assert torch.equal(value, before["weights"][name]), name
+    assert engine.step(z[1], ones, l1_of(x), 1e-2).applied
+    undisturbed.step(z[1], ones, l1_of(x), 1e-2)
+    assert engine.network.norm3.num_batches_tracked == 2
+    for (name, value), other in zip(engine.network.named_buffers(), undisturbed.network.buffers(), strict=True):
+        assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize("network", [Net, NormNet])
+def test_a_batch_without_a_real_row_is_no_step(seed, network):
+    """Momentum alone would move the weights; and a loss of 0 would count in the mean of the epoch."""
+    engine = engine_of(network())
+    z, x = torch.randn(12, 5), torch.rand(12, 3, 2, 2)
+    engine.step(z, torch.ones(12), l1_of(x), 1e-2)
+    before, carried = engine.state(), torch.tensor([2.0, 5.0])
+    result = engine.step(z, torch.zeros(12), l1_of(x), 1e-2, carried)
+    assert (result.loss, result.applied) == (None, False)
+    assert result.piggyback_K.tolist() == [2.0, 5.0]
+    assert torch.equal(result.grad_BD, torch.zeros(12, 5))
+    assert engine.step(z, torch.zeros(12), l1_of(x), 1e-2).piggyback_K.shape == (0,)
+    after = engine.state()
+    assert after["updates"] == before["updates"] == 1
+    for key in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        assert all(torch.equal(before[key][name], after[key][name]) for name in before[key])
+
+
+def test_accumulation_with_batchnorm_is_refused(seed):
+    """The statistics of a micro-batch are not those of the batch: the gradients of codes would be others."""
+    with pytest.raises(ValueError, match=r"engine\.accumulation=2 would change what a network with BatchNorm learns"):
+        engine_of(NormNet(), accumulation=2)
+    assert engine_of(NormNet()).accumulation == 1
