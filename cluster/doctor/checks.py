@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -28,7 +27,8 @@ from ...errors import GlannError, UserError, redact
 from ...storage.base import MissingObject
 from ...storage.open import open_store
 from ..checkpoints.lease import enforces_conditions
-from ..nodes.ray import listens, ray_address
+from ..nodes.address import ray_address, require_head
+from ..nodes.ray import require_session_folder
 from . import security
 from .check import Check
 
@@ -129,11 +129,14 @@ def accelerators(config: Config | None) -> Check:
 def ray_cluster(config: Config | None) -> Check:
     """Check that the cluster answers, requires a token and has the resources that the run needs."""
     address = ray_address(config)
-    if address is None:
-        return Check("ray", True, "a local Ray will be started")
-    split = urlsplit(address if "://" in address else f"//{address}")
-    if split.hostname and split.port and not listens(split.hostname, split.port):
-        return Check("ray", False, f"nothing answers at {address}", "check cluster.address and the head's firewall")
+    try:
+        if address is None:
+            require_session_folder()
+            return Check("ray", True, "a local Ray will be started")
+        require_head(address)
+    except GlannError as error:
+        found, _, remedy = str(error).partition("; ")
+        return Check("ray", False, found, remedy)
     try:
         result = subprocess.run(
             [sys.executable, "-P", "-c", _RAY_PROBE, address], capture_output=True, text=True, timeout=RAY_TIMEOUT_S

@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from ...config.run import Config
 from ...errors import redact
-from ..nodes.ray import listens, ray_address
+from ..nodes.address import listens, ray_address
 from .check import Check
 
 TIMEOUT_S = 5.0

@@ -47,3 +47,20 @@ def test_a_cluster_that_takes_anyone_is_found_and_one_with_tokens_is_not(monkeyp
             check = doctor.ray_cluster(load("digits", [f"cluster.address={address}", "cluster.workers=1"]))
         assert check.ok == ok, check
         assert ("without a token" in check.found) != ok
+
+
+def test_a_wrong_token_is_refused_before_ray_is_joined(tmp_path):
+    """In processes of their own: Ray reads the token once. A head without tokens accepts any."""
+    code = "import sys; from glann.cluster.nodes.address import require_head; require_head(sys.argv[1])"
+    with real_head({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 40}) as address:
+        for env, said in (
+            ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 40}, ""),
+            ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 40}, "does not accept this process's token"),
+            ({"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}, "does not accept this process's token: there is none"),
+            ({"RAY_AUTH_MODE": "disabled"}, "does not accept this process's token"),
+        ):
+            command = [sys.executable, "-c", code, address]
+            kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+            done = subprocess.run(command, env=kept | env, capture_output=True, text=True, timeout=60)
+            assert (done.returncode == 0) == (not said), done.stderr
+            assert said in done.stderr

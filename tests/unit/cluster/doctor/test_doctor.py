@@ -99,6 +99,16 @@ def test_a_head_that_does_not_listen_is_bad_at_once():
     check = doctor.ray_cluster(load("digits", [f"cluster.address={UNREACHABLE}"]))
     assert not check.ok
     assert "nothing answers" in check.found
+    assert check.remedy == "correct the address, or start that cluster"
+
+
+def test_a_folder_in_which_a_local_ray_cannot_start_is_bad(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/" + "a" * 90)
+    check = doctor.ray_cluster(load("digits"))
+    assert not check.ok
+    assert check.remedy.startswith("`export RAY_TMPDIR=/tmp`")
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert doctor.ray_cluster(load("digits")).ok
 
 
 @pytest.mark.parametrize(
@@ -113,6 +123,7 @@ def test_a_head_that_does_not_listen_is_bad_at_once():
 def test_a_cluster_is_compared_with_what_the_recipe_asks_for(
     resources: dict[str, float], ok: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(doctor, "require_head", lambda address: None)
     answer = SimpleNamespace(returncode=0, stdout=f"noise\nRESOURCES {json.dumps(resources)}\n", stderr="")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: answer)
     check = doctor.ray_cluster(load("celebahq-1024", ["cluster.address=auto"]))
@@ -121,6 +132,7 @@ def test_a_cluster_is_compared_with_what_the_recipe_asks_for(
 
 
 def test_a_cluster_that_refuses_hangs_or_takes_anyone_is_bad(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "require_head", lambda address: None)
     config = load("digits", ["cluster.address=auto"])
     answer = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nConnectionError: InvalidAuthToken")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: answer)

@@ -1,50 +1,12 @@
-"""What a failed group of workers comes down to: tried again, or the user's, or a bug's, whatever its peers died of."""
+"""Signals between the driver and its workers, and what a run says of itself when it ends early."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from glann.errors import EnvironmentFault, UserError
 from glann.trainers.run.control import Control, Request, Signals
 from glann.trainers.run.events import Message, Phase
 from glann.trainers.run.mailbox import Mailbox
-from glann.trainers.run.recovery import classify_failure
-from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-
-RESET = RuntimeError("[gloo] Connection closed by peer")
-
-
-def group(*failures: Exception) -> WorkerGroupError:
-    return WorkerGroupError("text", dict(enumerate(failures)))
-
-
-def lost(text: str) -> WorkerHealthCheckFailedError:
-    return WorkerHealthCheckFailedError(text, failure=RayActorError())
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "said"),
-    [
-        (group(RESET, UserError("latents are not finite")), UserError, "latents are not finite"),
-        (group(RESET, TypeError("a bug")), TypeError, "a bug"),
-        (group(RESET, EnvironmentFault("the disk is full")), EnvironmentFault, "^the disk is full$"),
-        (group(RESET, lost("killed")), EnvironmentFault, "^worker 1 lost$"),
-        (group(lost("its node has died"), RESET, lost("gone")), EnvironmentFault, "^workers 0, 2 lost"),
-        (group(RESET), EnvironmentFault, "worker 0 failed .*Connection closed by peer"),
-        (
-            ControllerError(WorkerGroupStartupTimeoutError(2)),
-            EnvironmentFault,
-            r"^the workers did not start \(.*waiting for 2 workers\)$",
-        ),
-        (OSError(28, "No space left on device"), EnvironmentFault, "No space left"),
-        (ValueError("a bug in the driver"), ValueError, "a bug in the driver"),
-    ],
-)
-def test_the_most_telling_error_counts(error: Exception, kind: type[Exception], said: str):
-    with pytest.raises(kind, match=said):
-        raise classify_failure(error)
 
 
 @pytest.mark.parametrize("workers", [1, 7, 4096])
