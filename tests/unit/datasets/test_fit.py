@@ -38,7 +38,7 @@ def test_one_image_is_refused_with_where_it_comes_from(rows: int, max_rows: int 
 
 def test_fewer_images_than_workers_say_how_many_workers_there_may_be():
     with pytest.raises(
-        UserError, match="squares gives 3 images, fewer than cluster.workers=4; set cluster.workers=3 "
+        UserError, match=r"squares gives 3 images, fewer than cluster.workers=4; set cluster.workers=3 "
     ):
         fit(3, workers=4)
 
