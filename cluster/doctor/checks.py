@@ -28,7 +28,7 @@ from ...storage.base import MissingObject
 from ...storage.open import open_store
 from ..checkpoints.lease import enforces_conditions
 from ..nodes.address import ray_address, require_head
-from ..nodes.ray import require_session_folder
+from ..nodes.ray import require_home, require_session_folder
 from . import security
 from .check import Check
 
@@ -130,6 +130,7 @@ def ray_cluster(config: Config | None) -> Check:
     """Check that the cluster answers, requires a token and has the resources that the run needs."""
     address = ray_address(config)
     try:
+        require_home()
         if address is None:
             require_session_folder()
             return Check("ray", True, "a local Ray will be started")

@@ -42,7 +42,7 @@ def auth_mode(config: Config | None) -> Check:
         return Check("ray auth", False, f"RAY_AUTH_MODE={mode}", "use token")
     if os.environ.get("RAY_AUTH_TOKEN"):
         return Check("ray auth", True, "token")
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
     if not path.is_file():
         if local:
             return Check("ray auth", True, f"token; a local Ray makes one in {path}")

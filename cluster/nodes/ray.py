@@ -9,6 +9,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ...config.run import Config
@@ -76,8 +77,9 @@ def require_ray(config: Config) -> None:
     """Refuse a cluster that cannot be joined, and a local Ray that could not start; nothing is started here.
 
     Raises:
-        UserError, EnvironmentFault: see `require_head` and `require_session_folder`.
+        UserError, EnvironmentFault: see `require_home`, `require_head` and `require_session_folder`.
     """
+    require_home()
     address = ray_address(config)
     set_ray_env()
     if address is None:
@@ -90,6 +92,21 @@ def require_ray(config: Config) -> None:
         require_head(address)
     else:
         require_session_folder()
+
+
+def require_home() -> None:
+    """Refuse a user without a home folder, which Ray Train looks up when it is imported.
+
+    Raises:
+        UserError: HOME is not set, and /etc/passwd does not know the user, as in a container that runs as a number.
+    """
+    try:
+        Path.home()
+    except RuntimeError as error:
+        raise UserError(
+            f"Ray needs a home folder: HOME is not set, and user {os.getuid()} is not in /etc/passwd; `export HOME=` and "
+            "a folder that can be written"
+        ) from error
 
 
 def require_session_folder() -> None:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from glann.cluster.doctor.checks import ray_cluster as ray_check
 from glann.cluster.nodes.ray import hide_working_folder, no_ray, ray_cluster, require_ray
 from glann.config.run import load
-from glann.errors import EnvironmentFault
+from glann.errors import EnvironmentFault, UserError
 
 LONG = "/scratch/projects/face-generation/firstname.lastname/slurm_job.12345678.node0042.cluster/tmp"
 
@@ -87,3 +88,14 @@ def test_ray_reads_the_token_that_is_made_for_it(tmp_path: Path):
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_a_user_without_a_home_folder_is_refused_with_what_to_set(monkeypatch: pytest.MonkeyPatch):
+    """As in containers that run as a number: there Ray Train cannot even be imported."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(UserError, match=r"HOME is not set, and user 12345 is not in /etc/passwd; `export HOME=`"):
+        require_ray(load("digits"))
+    check = ray_check(load("digits"))
+    assert not check.ok
+    assert check.remedy == "`export HOME=` and a folder that can be written"
