@@ -104,8 +104,8 @@ def require_home() -> None:
         Path.home()
     except RuntimeError as error:
         raise UserError(
-            f"Ray needs a home folder: HOME is not set, and user {os.getuid()} is not in /etc/passwd; `export HOME=` and "
-            "a folder that can be written"
+            f"Ray needs a home folder: HOME is not set, and user {os.getuid()} is not in /etc/passwd; "
+            "`export HOME=` and a folder that can be written"
         ) from error
 
 
