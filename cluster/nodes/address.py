@@ -40,11 +40,11 @@ def require_head(address: str) -> None:
     host, port = host_and_port(head, where)
     if not listens(host, port):
         remedy = "unset RAY_ADDRESS" if given else "correct the address"
-        raise EnvironmentFault(f"no Ray cluster: nothing answers at {where}; {remedy}, or start that cluster")
+        raise EnvironmentFault(f"nothing answers at {where}, where a Ray head should; {remedy}, or start that cluster")
     if (refusal := head_refusal(head)) is None:
         return
     if not refusal.token:
-        raise EnvironmentFault(f"no Ray cluster: what answers at {where} is no Ray head ({refusal.reason}); {REMEDY}")
+        raise EnvironmentFault(f"what answers at {where} is no Ray head ({refusal.reason}); {REMEDY}")
     raise UserError(
         f"the Ray head at {where} does not accept this process's token: {refusal.reason}; copy the head's "
         "~/.ray/auth_token here and set RAY_AUTH_MODE=token"

@@ -61,13 +61,15 @@ def refused(where: str, kind: type[Exception]) -> str:
 
 
 def test_nothing_that_listens_is_refused_at_once(closed: str):
-    assert f"nothing answers at {closed}; correct the address" in refused(closed, EnvironmentFault)
+    assert f"nothing answers at {closed}, where a Ray head should; correct the address" in refused(
+        closed, EnvironmentFault
+    )
 
 
 def test_a_variable_that_is_left_over_from_another_cluster_is_named(closed: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_ADDRESS", closed)
     for where in (closed, "auto"):
-        assert f"{closed} (RAY_ADDRESS); unset RAY_ADDRESS" in refused(where, EnvironmentFault)
+        assert f"{closed} (RAY_ADDRESS), where a Ray head should; unset RAY_ADDRESS" in refused(where, EnvironmentFault)
 
 
 def test_a_server_that_is_no_head_is_refused_without_lines_of_ray(dashboard: str, capfd: pytest.CaptureFixture[str]):
