@@ -59,7 +59,7 @@ def host_and_port(address: str, where: str) -> tuple[str, int]:
             return split.hostname, split.port
     except ValueError:  # an invalid port, or brackets without a partner
         pass
-    hint = ", or auto; an address of the dashboard is for `glann submit --address`" if "://" in address else ", or auto"
+    hint = ", or auto (the dashboard's is for `glann submit --address`)" if "://" in address else ", or auto"
     raise UserError(f"{where} is no address of a Ray head; {REMEDY}{hint}")
 
 

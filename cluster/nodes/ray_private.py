@@ -142,7 +142,7 @@ def head_refusal(head: str) -> Refusal | None:
         return Refusal(token=True, reason="there is none")
     except grpc.RpcError as error:
         denied = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
-        return Refusal(token=denied, reason=" ".join(str(error.details()).split())[:160])
+        return Refusal(token=denied, reason=" ".join(str(error.details()).replace(";", ",").split())[:160])
     return None
 
 
