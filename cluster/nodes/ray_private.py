@@ -26,6 +26,7 @@ DRIVER_LOGGERS = {
     "ray._private.authentication.authentication_token_setup": logging.ERROR,
 }
 CALL_TIMEOUT_S = 10.0
+DIRECT = (("grpc.enable_http_proxy", 0),)  # as Ray's own calls, whatever http_proxy says
 HEAD_TIMEOUT_S = 30.0  # a head that is busy is not refused
 
 Client = TypeVar("Client", bound="JobSubmissionClient")
@@ -136,7 +137,7 @@ def head_refusal(head: str) -> Refusal | None:
     from ray.exceptions import AuthenticationError
 
     try:
-        with init_grpc_channel(head) as channel:
+        with init_grpc_channel(head, DIRECT) as channel:
             _call_head(channel, HEAD_TIMEOUT_S)
     except AuthenticationError:
         return Refusal(token=True, reason="there is none")
@@ -151,7 +152,7 @@ def answers_without_token(head: str) -> bool:
     import grpc
 
     try:
-        with grpc.insecure_channel(head) as channel:
+        with grpc.insecure_channel(head, DIRECT) as channel:
             _call_head(channel, CALL_TIMEOUT_S)
     except grpc.RpcError:
         return False
