@@ -77,6 +77,14 @@ def test_a_server_that_is_no_head_is_refused_without_lines_of_ray(dashboard: str
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_a_head_is_not_asked_through_a_proxy(name: str, dashboard: str, monkeypatch: pytest.MonkeyPatch):
+    """As Ray itself does: a proxy for the internet, or one that is gone, must not make a good cluster look dead."""
+    monkeypatch.setenv(name, "http://127.0.0.1:1")
+    said = refused(dashboard, EnvironmentFault)
+    assert dashboard in said.partition("no Ray head")[2], f"another address was called: {said}"
+
+
 @pytest.mark.parametrize(
     "where", ["", "10.0.0.1", "10.0.0.1:", "10.0.0.1:99999", "[::1", "a:b@c:6379", "10.0.0.1:6379/x"]
 )
