@@ -65,7 +65,8 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
                 run_and_report(study, base, tracked, console, mirror)
         finally:
             if opened:
-                mirror.close(console.print)
+                if trials(study.folder):
+                    mirror.close(console.print)
                 shutil.rmtree(study.folder / RAY, ignore_errors=True)
     except BaseException:
         if fresh and study.folder.exists() and not is_worked_on(study.folder) and not trials(study.folder):

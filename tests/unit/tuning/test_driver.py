@@ -43,6 +43,25 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StudyConf
     os.environ.update(before)
 
 
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is copied beside checkpoints in remote storage, from where a missing folder is restored."""
+    copied: list[str] = []
+
+    class Mirror:
+        def __init__(self, base: Any, *_: Any) -> None:
+            pass
+
+        def send_soon(self) -> None:
+            copied.append("soon")
+
+        def close(self, report: Any) -> None:
+            copied.append("closed")
+
+    monkeypatch.setattr(driver, "RunMirror", Mirror)
+    return copied
+
+
 def run(study: StudyConfig) -> None:
     driver.run_study(study, Console(quiet=True))
 
@@ -61,11 +80,12 @@ ENDS = (EnvironmentFault("no Ray"), RunStopped("stopped"), AttributeError("a bug
 
 
 @pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
-def test_a_study_without_a_trial_leaves_nothing(error: BaseException, study: StudyConfig, monkeypatch):
+def test_a_study_without_a_trial_leaves_nothing(error: BaseException, study: StudyConfig, copies, monkeypatch):
     ending(error, monkeypatch)
     with pytest.raises(type(error)):
         run(study)
     assert not Path(study.folder).exists()
+    assert copies == []
     Path("study.yaml").write_text(yaml.safe_dump(STUDY | {"metric": "l1"}))
     changed = load_study("study.yaml")
     with pytest.raises(type(error)):  # and not: holds another study
@@ -73,11 +93,12 @@ def test_a_study_without_a_trial_leaves_nothing(error: BaseException, study: Stu
 
 
 @pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
-def test_a_trial_is_kept(error: BaseException, study: StudyConfig, monkeypatch):
+def test_a_trial_is_kept(error: BaseException, study: StudyConfig, copies, monkeypatch):
     ending(error, monkeypatch, lambda ledger: ledger.start({}))
     with pytest.raises(type(error)):
         run(study)
     assert (study.folder / "study.yaml").exists()
+    assert copies == ["closed"]
 
 
 def test_a_cluster_that_is_gone_is_noticed_before_data_are_packed(study: StudyConfig, monkeypatch):
