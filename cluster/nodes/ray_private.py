@@ -61,7 +61,7 @@ def abandoned_reservations() -> list[PlacementGroup]:
 
     Ray keeps them until the job ends, and Ray Train removes those of a group of workers only if it has started.
     """
-    from ray import PlacementGroupID, get_runtime_context
+    from ray import ActorID, PlacementGroupID, get_runtime_context
     from ray._private.state import state
     from ray.core.generated import gcs_pb2
     from ray.util.placement_group import PlacementGroup
@@ -73,7 +73,8 @@ def abandoned_reservations() -> list[PlacementGroup]:
         PlacementGroup(PlacementGroupID(row.placement_group_id))
         for row in rows
         if row.creator_job_id == job
-        and row.creator_actor_dead
+        and row.creator_actor_dead  # Ray says so of the driver too, which is no actor
+        and row.creator_actor_id not in (b"", ActorID.nil().binary())
         and not row.is_detached
         and row.state != kind.PlacementGroupState.Value("REMOVED")
     ]
