@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from glann.cluster.doctor import checks as doctor
-from glann.config.run import load
 
 HEAD = """
 import ray
@@ -37,16 +35,25 @@ def real_head(env: dict[str, str]) -> Iterator[str]:
         process.stdout.close()
 
 
-def test_a_cluster_that_takes_anyone_is_found_and_one_with_tokens_is_not(monkeypatch: pytest.MonkeyPatch):
-    """Two real heads: the question is put to Ray itself, without a token."""
+DOCTOR = """
+import sys
+from glann.cluster.doctor.checks import ray_cluster
+from glann.config.run import load
+check = ray_cluster(load("digits", [f"cluster.address={sys.argv[1]}", "cluster.workers=1"]))
+print("CHECK", check.ok, check.found)
+"""
+
+
+def test_a_cluster_that_takes_anyone_is_found_and_one_with_tokens_is_not():
+    """Two real heads: the question is put to Ray itself, without a token. In a process of its own, as the command."""
     for mode, ok in (("disabled", False), ("token", True)):
-        env = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "t" * 40}
-        with real_head(env) as address:
-            monkeypatch.setenv("RAY_AUTH_MODE", "token")
-            monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 40)
-            check = doctor.ray_cluster(load("digits", [f"cluster.address={address}", "cluster.workers=1"]))
-        assert check.ok == ok, check
-        assert ("without a token" in check.found) != ok
+        with real_head({"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "t" * 40}) as address:
+            env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 40}
+            command = [sys.executable, "-c", DOCTOR, address]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        [check] = [line for line in done.stdout.splitlines() if line.startswith("CHECK ")]
+        assert check.startswith(f"CHECK {ok} "), check
+        assert ("without a token" in check) != ok
 
 
 def test_a_wrong_token_is_refused_before_ray_is_joined(tmp_path):
