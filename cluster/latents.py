@@ -208,6 +208,8 @@ class _InActor:
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except self._ray.exceptions.ActorDiedError as error:
+            if error.actor_init_failed:  # not lost: it never started, for a reason that the driver looks into
+                raise
             raise EnvironmentFault(
                 f"the process that holds latent rows {self._rows.start}..{self._rows.stop - 1} was lost; "
                 "the run can resume from its last checkpoint"

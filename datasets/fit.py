@@ -6,12 +6,14 @@ from ..config.sections import DataConfig
 from ..errors import UserError
 from .index import Index
 
+MIN_ROWS = 2  # with one image there is no covariance, so a run could be trained and never be measured
+
 
 def require_fit(index: Index, data: DataConfig, workers: int) -> int:
     """Check that a data set fits the configuration, and return the number of rows to train on.
 
     Raises:
-        UserError: other resolution or channels than configured, or fewer images than workers.
+        UserError: other resolution or channels than configured, fewer than two images, or fewer than workers.
     """
     for key, wanted, found in (
         ("resolution", data.resolution, index.resolution),
@@ -23,6 +25,13 @@ def require_fit(index: Index, data: DataConfig, workers: int) -> int:
                 f"again with `glann data pack ... --resolution {data.resolution} --channels {data.channels}`"
             )
     rows = min(index.rows, data.max_rows or index.rows)
+    if rows < MIN_ROWS:
+        limit = index.rows >= MIN_ROWS
+        given = f"data.max_rows={data.max_rows} leaves" if limit else f"{data.url} holds"
+        remedy = f"set data.max_rows={MIN_ROWS} or more" if limit else "pack more images with `glann data pack`"
+        raise UserError(f"{given} {rows} image; at least {MIN_ROWS} are needed to measure a Fréchet distance; {remedy}")
     if rows < workers:
-        raise UserError(f"{rows} images are fewer than cluster.workers={workers}; use fewer workers")
+        raise UserError(
+            f"{data.url} gives {rows} images, fewer than cluster.workers={workers}; set cluster.workers={rows} or less"
+        )
     return rows

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..cluster.nodes.ray import ray_cluster
+from ..cluster.nodes.ray import ray_cluster, require_ray
 from ..config.run import Config
 from ..errors import GlannError, UserError
 from ..metrics.features.extractor import build_extractor
@@ -21,10 +22,10 @@ from ..trainers.objective import build_objective
 from ..trainers.run.folder import take_back_tracking
 from ..trainers.run.lifecycle import open_run
 from ..trainers.run.mirror import RunMirror, take_back
-from ..trainers.run.preflight import open_data
+from ..trainers.run.preflight import is_worked_on, open_data
 from ..trainers.run.recovery import RunStopped, stop_on_signal
 from .folder import is_study, refuse_other_study
-from .ledger import Ledger
+from .ledger import Ledger, Trial, trials
 from .report.study import TABLE, write_report
 from .study import FILE, StudyConfig
 
@@ -36,8 +37,10 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
     """Run the remaining trials of a study; returns the path of its report.
 
     Raises:
-        UserError: invalid input; a study that had not started leaves no files.
+        UserError: invalid input. EnvironmentFault: no cluster, or storage or a server failed.
         RunStopped: SIGINT or SIGTERM; every trial is saved.
+
+    Whatever is raised, a new study without a trial leaves no files.
     """
     study, fresh = study.with_absolute_paths(), not study.folder.exists()
     if resume and not is_study(study.folder):
@@ -48,6 +51,8 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
             console.print(f"resuming with the copy of the study folder beside {base.checkpoint_url}")
         refuse_other_study(study, base)
         take_back_tracking(base)
+        if not is_done(study, trials(study.folder).values()):
+            require_ray(base)
         index = open_data(base, console)
         build_objective(base, torch.device("cpu"))  # downloads the weights once, before the trials need them
         build_extractor(base.evaluation.extractor)
@@ -55,18 +60,24 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
         mirror, opened = RunMirror(base, of_study), False
         try:
             with open_run(base, study.folder, "tune", tags) as tracked:
-                fresh, opened = False, True
+                opened = True
                 write_whole(study.folder / FILE, study.to_yaml())
                 run_and_report(study, base, tracked, console, mirror)
         finally:
             if opened:
-                mirror.close(console.print)
+                if trials(study.folder):
+                    mirror.close(console.print)
                 shutil.rmtree(study.folder / RAY, ignore_errors=True)
-    except UserError:
-        if fresh:
+    except BaseException:
+        if fresh and study.folder.exists() and not is_worked_on(study.folder) and not trials(study.folder):
             shutil.rmtree(study.folder, ignore_errors=True)
         raise
     return study.folder / REPORT
+
+
+def is_done(study: StudyConfig, found: Collection[Trial]) -> bool:
+    """Whether all trials of a study have ended."""
+    return len(found) >= study.trials_in_all and all(trial.ended for trial in found)
 
 
 def run_on_cluster(
@@ -94,11 +105,9 @@ def run_on_cluster(
 def run_and_report(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console, mirror: RunMirror) -> None:
     """Run the remaining trials, then write the report, also if they failed."""
     ledger = Ledger(study.folder)
-    wanted, trials = study.trials_in_all, ledger.trials
-    done = len(trials) >= wanted and all(trial.ended for trial in trials)
     try:
-        if done:
-            console.print(f"all {wanted} trials have ended; more with --trials")
+        if is_done(study, ledger.trials):
+            console.print(f"all {study.trials_in_all} trials have ended; more with --trials")
         else:
             run_on_cluster(study, base, ledger, tracked, console, mirror)
     finally:

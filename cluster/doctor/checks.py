@@ -32,7 +32,8 @@ from ...storage.open import local_folder, open_store
 from ...storage.proxy import proxy_of
 from ...storage.s3_address import endpoint_of
 from ..checkpoints.lease import enforces_conditions
-from ..nodes.ray import listens, ray_address
+from ..nodes.address import listens, ray_address, require_head
+from ..nodes.ray import require_home, require_session_folder
 from . import security
 from .check import Check
 
@@ -136,11 +137,15 @@ def accelerators(config: Config | None) -> Check:
 def ray_cluster(config: Config | None) -> Check:
     """Check that the cluster answers, requires a token and has the resources that the run needs."""
     address = ray_address(config)
-    if address is None:
-        return Check("ray", True, "a local Ray will be started")
-    split = urlsplit(address if "://" in address else f"//{address}")
-    if split.hostname and split.port and not listens(split.hostname, split.port):
-        return Check("ray", False, f"nothing answers at {address}", "check cluster.address and the head's firewall")
+    try:
+        require_home()
+        if address is None:
+            require_session_folder()
+            return Check("ray", True, "a local Ray will be started")
+        require_head(address)
+    except GlannError as error:
+        found, _, remedy = str(error).partition("; ")
+        return Check("ray", False, found, remedy)
     try:
         result = subprocess.run(
             [sys.executable, "-P", "-c", _RAY_PROBE, address], capture_output=True, text=True, timeout=RAY_TIMEOUT_S

@@ -23,7 +23,7 @@ from ...config.run import Config
 from ...errors import UserError, redact
 from ...storage.proxy import proxy_hint
 from ...storage.s3_address import endpoint_of
-from ..nodes.ray import listens, ray_address
+from ..nodes.address import listens, ray_address
 from .check import Check
 
 TIMEOUT_S = 5.0
@@ -45,7 +45,7 @@ def auth_mode(config: Config | None) -> Check:
         return Check("ray auth", False, f"RAY_AUTH_MODE={mode}", "use token")
     if os.environ.get("RAY_AUTH_TOKEN"):
         return Check("ray auth", True, "token")
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
     if not path.is_file():
         if local:
             return Check("ray auth", True, f"token; a local Ray makes one in {path}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .ray_private import draining_nodes
+from .ray_private import abandoned_reservations, draining_nodes
 
 
 class PlacementReservation:
@@ -43,6 +43,14 @@ class PlacementReservation:
         groups, self._groups = self._groups, []
         for group in groups:
             remove_placement_group(group)
+
+
+def release_abandoned() -> None:
+    """Give up the places that actors of this job have reserved and left behind when they ended."""
+    from ray.util import remove_placement_group
+
+    for group in abandoned_reservations():
+        remove_placement_group(group)
 
 
 def places_on(nodes: Iterable[Mapping[str, float]], resources: Mapping[str, float]) -> int:

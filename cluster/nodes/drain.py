@@ -16,10 +16,9 @@ import sys
 import time
 import urllib.request
 from datetime import datetime
-from urllib.parse import urlsplit
 
-from ...errors import EnvironmentFault, redact
-from .ray import listens, ray_address
+from ...errors import EnvironmentFault, GlannError, redact
+from .address import ray_address, require_head
 from .ray_private import COORDINATOR_ACTOR, actors_on_node, is_node_alive, request_drain
 
 POLL_S = 2.0
@@ -85,11 +84,12 @@ def this_machines_node() -> tuple[str, str]:
         EnvironmentFault: no Ray node runs here.
     """
     address = ray_address(None) or "auto"
-    split = urlsplit(f"//{address}")
-    if split.hostname and split.port and not listens(split.hostname, split.port):
-        raise EnvironmentFault(f"no Ray node runs on this machine: nothing answers at {address}; check RAY_ADDRESS")
     try:
-        command = [sys.executable, "-c", _WHERE, address]
+        require_head(address)
+    except GlannError as error:
+        raise EnvironmentFault(f"no Ray node runs on this machine: {error}") from error
+    try:
+        command = [sys.executable, "-P", "-c", _WHERE, address]
         done = subprocess.run(command, capture_output=True, text=True, timeout=JOIN_S)
     except subprocess.TimeoutExpired as error:
         raise EnvironmentFault(f"Ray does not answer on this machine within {JOIN_S:g} s") from error

@@ -6,18 +6,17 @@ import logging
 import math
 import os
 import secrets
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ...config.run import Config
 from ...config.sections import ClusterConfig
 from ...errors import EnvironmentFault, UserError, one_line, redact
-from .ray_private import hide_worker_output, set_process_title
-
-CONNECT_S = 5.0
+from .address import ray_address, require_head
+from .ray_private import hide_worker_output, isolated_job, session_folder, set_process_title
 
 # Read by Ray in the driver and in the processes that it starts. A variable that is set already is kept.
 RAY_ENV = {
@@ -26,6 +25,7 @@ RAY_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # the reservation was ready a moment before; the driver retries
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver has its own, which requests a checkpoint first
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES as it is where workers take no GPU
     # An unreachable node is declared dead after (5 + 1) s x 3; with the defaults, after a minute. For a cluster that
     # is joined, these belong in the environment of `ray start --head`.
     "RAY_health_check_period_ms": "1000",
@@ -39,27 +39,28 @@ def ray_cluster(config: Config) -> Iterator[None]:
     """Join the configured Ray cluster, or start one on this machine and shut it down afterwards.
 
     Raises:
-        EnvironmentFault: the cluster does not answer.
-        UserError: it can never have capacity for the workers.
+        EnvironmentFault: the cluster does not answer, or a local Ray does not start.
+        UserError: the address is none, or there can never be capacity for the workers.
     """
-    set_ray_env()
-    # keep CUDA_VISIBLE_DEVICES as it is where workers take no GPU
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address in (None, "local"):
-        address = None
-        protect_local_ray()
+    hide_working_folder()
+    require_ray(config)
     import ray
 
     hide_passwords()
-    joined = ray.is_initialized()
+    address, joined = ray_address(config), ray.is_initialized()
     if not joined:
         local: dict[str, Any] = {}
         if address is None:
             cpus = math.ceil(config.cluster.max_workers * config.cluster.cpus_per_worker)
             local = {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
         try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+            ray.init(
+                address=address or "local",
+                job_config=isolated_job(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **local,
+            )
         except Exception as error:  # Ray raises a plain Exception for a node that is slow to start
             raise no_ray(address, error) from error
     if not joined:
@@ -72,26 +73,66 @@ def ray_cluster(config: Config) -> Iterator[None]:
             ray.shutdown()
 
 
-def ray_address(config: Config | None) -> str | None:
-    """The address of the cluster that a run would join; None for a local Ray."""
-    address = (config.cluster.address if config else None) or os.environ.get("RAY_ADDRESS") or None
-    return None if address == "local" else address
+def require_ray(config: Config) -> None:
+    """Refuse a cluster that cannot be joined, and a local Ray that could not start; nothing is started here.
+
+    Raises:
+        UserError, EnvironmentFault: see `require_home`, `require_head` and `require_session_folder`.
+    """
+    require_home()
+    address = ray_address(config)
+    set_ray_env()
+    if address is None:
+        protect_local_ray()
+    import ray  # it reads these variables when it is imported, and not again
+
+    if ray.is_initialized():
+        return
+    if address is not None:
+        require_head(address)
+    else:
+        require_session_folder()
 
 
-def listens(host: str, port: int) -> bool:
-    """Whether a server accepts connections there."""
+def require_home() -> None:
+    """Refuse a user without a home folder, which Ray Train looks up when it is imported.
+
+    Raises:
+        UserError: HOME is not set, and /etc/passwd does not know the user, as in a container that runs as a number.
+    """
     try:
-        with socket.create_connection((host, port), CONNECT_S):
-            return True
-    except OSError:
-        return False
+        Path.home()
+    except RuntimeError as error:
+        raise UserError(
+            f"Ray needs a home folder: HOME is not set, and user {os.getuid()} is not in /etc/passwd; "
+            "`export HOME=` and a folder that can be written"
+        ) from error
+
+
+def require_session_folder() -> None:
+    """Refuse a folder for the files of a local Ray that cannot hold its sockets; batch systems set a long TMPDIR.
+
+    Raises:
+        EnvironmentFault: its path is relative, or too long for a socket.
+    """
+    folder, too_long = session_folder()
+    given = next((f"{name}={os.environ[name]}" for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), str(folder))
+    remedy = "`export RAY_TMPDIR=/tmp`, or another folder of this machine with a short absolute path"
+    if not folder.is_absolute():
+        raise EnvironmentFault(f"Ray cannot put its files into {given}: that is no absolute path; {remedy}")
+    if too_long:
+        raise EnvironmentFault(f"Ray cannot put its sockets into {given}: {too_long} characters too many; {remedy}")
 
 
 def no_ray(address: str | None, error: Exception) -> EnvironmentFault:
     """The error for a Ray that cannot be joined, or not started (`address` is None)."""
     reason = one_line(error)
     if address is None:
-        return EnvironmentFault(f"Ray did not start on this machine: {reason}; run the same command again")
+        folder, _ = session_folder()
+        return EnvironmentFault(
+            f"Ray did not start on this machine: {reason}; its logs are in {folder}/session_latest/logs; RAY_TMPDIR "
+            "chooses another folder"
+        )
     return EnvironmentFault(
         f"no Ray cluster at {address}: {reason}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE"
     )
@@ -101,6 +142,12 @@ def set_ray_env() -> None:
     """Set the variables of `RAY_ENV` that the environment does not set."""
     for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
+
+
+def hide_working_folder() -> None:
+    """Drop empty entries of PYTHONPATH, as `$PYTHONPATH:/more` leaves them: to Python they are the working folder."""
+    if given := os.environ.get("PYTHONPATH"):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, given.split(os.pathsep)))
 
 
 def protect_local_ray() -> None:
@@ -127,7 +174,7 @@ def quiet_raylet() -> None:
 
 def refuse_too_few_gpus(config: Config, resources: dict[str, float]) -> None:
     """Raise UserError where workers need a GPU and this machine has none; the run would wait for ever."""
-    if config.cluster.gpus_per_worker and not resources.get("GPU") and not config.cluster.address:
+    if config.cluster.gpus_per_worker and not resources.get("GPU") and ray_address(config) is None:
         raise UserError(
             f"cluster.gpus_per_worker={config.cluster.gpus_per_worker:g} but this machine has no GPU; join a cluster "
             "with cluster.address=..., or set cluster.gpus_per_worker=0"

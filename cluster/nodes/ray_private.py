@@ -7,11 +7,15 @@ of Ray that removes one fails there. Ray is imported inside the functions: `glan
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
+    from ray.job_config import JobConfig
     from ray.job_submission import JobSubmissionClient
+    from ray.util.placement_group import PlacementGroup
 
 # Actor that Ray Train keeps on the driver's node after the run; a node that has only this one never becomes idle.
 COORDINATOR_ACTOR = "_AutoscalingCoordinatorActor"
@@ -22,6 +26,8 @@ DRIVER_LOGGERS = {
     "ray._private.authentication.authentication_token_setup": logging.ERROR,
 }
 CALL_TIMEOUT_S = 10.0
+DIRECT = (("grpc.enable_http_proxy", 0),)  # as Ray's own calls, whatever http_proxy says
+HEAD_TIMEOUT_S = 30.0  # a head that is busy is not refused
 
 Client = TypeVar("Client", bound="JobSubmissionClient")
 
@@ -33,6 +39,13 @@ class ActorProcess(NamedTuple):
     pid: int
 
 
+class Refusal(NamedTuple):
+    """Why a call was refused; `token`: for the token that it carried, or for lack of one."""
+
+    token: bool
+    reason: str
+
+
 # Nodes ---------------------------------------------------------------------------------------
 
 
@@ -41,6 +54,30 @@ def draining_nodes() -> dict[str, int]:
     from ray._private.state import state
 
     return state.get_draining_nodes()
+
+
+def abandoned_reservations() -> list[PlacementGroup]:
+    """Placement groups of this job whose creator was an actor that has ended.
+
+    Ray keeps them until the job ends, and Ray Train removes those of a group of workers only if it has started.
+    """
+    from ray import ActorID, PlacementGroupID, get_runtime_context
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup
+
+    kind = cast(Any, gcs_pb2).PlacementGroupTableData
+    job = bytes.fromhex(get_runtime_context().get_job_id())
+    rows = [kind.FromString(row) for row in state._connect_and_get_accessor().get_placement_group_table()]
+    return [
+        PlacementGroup(PlacementGroupID(row.placement_group_id))
+        for row in rows
+        if row.creator_job_id == job
+        and row.creator_actor_dead  # Ray says so of the driver too, which is no actor
+        and row.creator_actor_id not in (b"", ActorID.nil().binary())
+        and not row.is_detached
+        and row.state != kind.PlacementGroupState.Value("REMOVED")
+    ]
 
 
 def request_drain(head: str, node: str, message: str, deadline_s: float) -> tuple[bool, str]:
@@ -84,21 +121,92 @@ def _gcs_client(head: str) -> Any:
     return cast(Any, _raylet).GcsClient(address=head)
 
 
+def find_head() -> str | None:
+    """Address of the head that `ray start` started or joined on this machine, running or not; None if there is none."""
+    from ray._private.services import get_ray_address_from_environment
+
+    try:
+        return get_ray_address_from_environment("auto", None)
+    except ConnectionError:
+        return None
+
+
+def head_refusal(head: str) -> Refusal | None:
+    """Why what listens at `host:port` does not answer as a Ray head does to this process; None if it does."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.exceptions import AuthenticationError
+
+    try:
+        with init_grpc_channel(head, DIRECT) as channel:
+            _call_head(channel, HEAD_TIMEOUT_S)
+    except AuthenticationError:
+        return Refusal(token=True, reason="there is none")
+    except grpc.RpcError as error:
+        denied = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+        return Refusal(token=denied, reason=" ".join(str(error.details()).replace(";", ",").split())[:160])
+    return None
+
+
 def answers_without_token(head: str) -> bool:
     """Whether the head at `host:port` answers a call that carries no token."""
     import grpc
-    from ray.core.generated import gcs_service_pb2 as messages
-    from ray.core.generated import gcs_service_pb2_grpc as services
 
-    stub = cast(Any, services).NodeInfoGcsServiceStub(grpc.insecure_channel(head))
     try:
-        stub.CheckAlive(cast(Any, messages).CheckAliveRequest(), timeout=CALL_TIMEOUT_S)
+        with grpc.insecure_channel(head, DIRECT) as channel:
+            _call_head(channel, CALL_TIMEOUT_S)
     except grpc.RpcError:
         return False
     return True
 
 
+def _call_head(channel: Any, timeout_s: float) -> None:
+    """Make the cheapest call that every head answers. Raises grpc.RpcError."""
+    from ray.core.generated import gcs_service_pb2 as messages
+    from ray.core.generated import gcs_service_pb2_grpc as services
+
+    stub = cast(Any, services).NodeInfoGcsServiceStub(channel)
+    stub.CheckAlive(cast(Any, messages).CheckAliveRequest(), timeout=timeout_s)
+
+
 # The driver's process ------------------------------------------------------------------------
+
+
+def isolated_job() -> JobConfig:
+    """Configuration for `ray.init` whose workers do not import from the folders of this process.
+
+    Otherwise Ray puts the working folder and the folder of the script in front of the standard library on the path of
+    every worker, so that a `profile.py` in them is imported instead of Python's.
+    """
+    from ray.job_config import JobConfig
+
+    class Isolated(JobConfig):
+        """Has Ray believe in a working folder of its own, for which it leaves the path as it is."""
+
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True
+
+    return Isolated()
+
+
+def session_folder() -> tuple[Path, int]:
+    """Where a local Ray of this process puts the folder of its session, and by how many characters that is too long.
+
+    The path of a socket has a limit, 107 bytes on Linux.
+    """
+    from ray._common.utils import get_default_ray_temp_dir
+    from ray._private.utils import validate_socket_filepath
+
+    folder = Path(get_default_ray_temp_dir())
+    socket = folder / f"session_2000-01-01_00-00-00_000000_{os.getpid()}" / "sockets" / "plasma_store"
+    too_long = 0
+    while True:
+        try:
+            validate_socket_filepath(str(socket)[too_long:])
+        except OSError:
+            too_long += 1
+        else:
+            return folder, too_long
 
 
 def set_process_title(title: str) -> None:

@@ -18,7 +18,7 @@ from glann.config.run import validate
 from glann.datasets.pack import pack
 from glann.storage.open import open_store
 from glann.errors import EnvironmentFault, UserError
-from glann.trainers.run import recovery
+from glann.trainers.run import recovery, worker
 from glann.trainers.run.events import CheckpointStarted, EpochDone, Training, WorkersLost
 
 ROWS, CPUS = 240, 4
@@ -173,6 +173,43 @@ def test_a_fault_of_the_input_ends_the_run_at_once_as_itself(local_ray, others, 
     with pytest.raises(UserError, match="not finite"):
         run(settings, events, lambda event: None)
     assert not any(isinstance(event, WorkersLost) for event in events)
+
+
+def failing_start(monkeypatch, error):
+    """Have the workers' function raise `error` where they unpickle it: after their places are reserved."""
+
+    class Trap:
+        def __reduce__(self):
+            return (exec, (f"raise {error}",))
+
+    trap = Trap()
+
+    def train(task):
+        return trap
+
+    train.__module__ = Trap.__module__ = "__main__"  # so that Ray sends it as it is, and not by name
+    monkeypatch.setattr(worker, "train_worker", train)
+
+
+@pytest.mark.timeout(300)
+def test_a_bug_in_the_start_of_a_group_ends_the_run_at_once_as_itself(local_ray, others, packed, tmp_path, monkeypatch):
+    failing_start(monkeypatch, "AttributeError('no attribute run')")
+    settings, events = config(packed, tmp_path, CPUS, epochs=2), []
+    (tmp_path / "run").mkdir()
+    with pytest.raises(AttributeError, match="no attribute run"):
+        run(settings, events, lambda event: None)
+    assert not any(isinstance(event, WorkersLost) for event in events)
+
+
+@pytest.mark.timeout(300)
+def test_a_start_that_failed_leaves_no_reservation(local_ray, others, packed, tmp_path, monkeypatch):
+    """The next group needs every place, also those that the failed one had reserved."""
+    failing_start(monkeypatch, "OSError(5, 'the disk did not answer')")
+    settings, events = config(packed, tmp_path, CPUS, epochs=2, max_failures=1, start_timeout_s=20), []
+    (tmp_path / "run").mkdir()
+    with pytest.raises(EnvironmentFault, match=r"the disk did not answer.*lost 2 times.*nothing was saved yet"):
+        run(settings, events, lambda event: None)
+    assert sum(isinstance(event, WorkersLost) for event in events) == 1
 
 
 @pytest.mark.timeout(300)

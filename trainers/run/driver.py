@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...cluster.checkpoints import retention
+from ...cluster.checkpoints.layout import survey
 from ...cluster.checkpoints.lease import HeldLease, hold
-from ...cluster.nodes.ray import ray_cluster
+from ...cluster.nodes.ray import ray_cluster, require_ray
 from ...config.run import Config, require_trainable
 from ...datasets.index import Index
-from ...errors import UserError
+from ...errors import GlannError
 from ...metrics.features.extractor import build_extractor
-from ...reports.run_folder import CHECKPOINTS, JOURNAL
+from ...reports.run_folder import JOURNAL
 from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import TrackedRun
@@ -26,7 +27,7 @@ from .hooks import NO_HOOKS, Hooks
 from .lifecycle import open_run
 from .log import RunLog
 from .mirror import RunMirror, take_back
-from .preflight import open_data
+from .preflight import is_worked_on, open_data
 from .recovery import RESUMES, RunStopped, run_workers
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
     """Train every stage, or resume an interrupted run; returns a summary of the result.
 
     Raises:
-        UserError: invalid input; a run that had not started leaves no files.
+        UserError: invalid input.
         EnvironmentFault: workers, storage or a server failed for longer than the configured patience.
-        RunStopped: SIGINT or SIGTERM, or `hooks.stop` returned a reason; the run is saved.
+        RunStopped: SIGINT or SIGTERM, or `hooks.stop` returned a reason; what was trained is saved.
+
+    Whatever is raised, a new run without an epoch or a checkpoint leaves no files.
     """
     fresh, opened = not config.run_dir.exists(), False
     try:
@@ -56,6 +59,7 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
             return finish.summary_of(config)
         require_checkpoint(config)
         require_trainable(config)
+        require_ray(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # find invalid taps or files before training starts
         build_extractor(config.evaluation.extractor)
@@ -72,17 +76,29 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         finally:
             if opened and has_begun(config):
                 mirror.close(console.print)
-    except UserError:
-        if fresh and not (opened and has_begun(config)):
-            shutil.rmtree(config.run_dir, ignore_errors=True)
+    except BaseException:
+        if fresh:
+            remove_unless_begun(config)
         raise
     return finish.summary_of(config)
 
 
+def remove_unless_begun(config: Config) -> None:
+    """Remove the folder of a run that holds no results, so that it does not keep its name for its configuration."""
+    if config.run_dir.exists() and not is_worked_on(config.run_dir) and not has_begun(config):
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+
+
 def has_begun(config: Config) -> bool:
-    """Whether the run folder holds results worth keeping: the numbers of an epoch, or a checkpoint."""
-    journal, saved = config.run_dir / JOURNAL, (config.run_dir / CHECKPOINTS).glob("step-*")
-    return any(saved) or (journal.exists() and any("epoch" in entry for entry in entries(journal)))
+    """Whether there are results worth keeping: the numbers of an epoch, or a checkpoint. True if that is unknown."""
+    journal = config.run_dir / JOURNAL
+    if journal.exists() and any("epoch" in entry for entry in entries(journal)):
+        return True
+    try:
+        found = survey(open_store(config.checkpoint_url, config.s3))
+    except GlannError:
+        return True
+    return bool(found.good or found.damaged)
 
 
 def run(

@@ -17,11 +17,11 @@ from typing import Any
 
 from ...cluster.checkpoints.lease import HeldLease
 from ...cluster.checkpoints.retention import latest
-from ...cluster.nodes.capacity import PlacementReservation, this_node
+from ...cluster.nodes.capacity import PlacementReservation, release_abandoned, this_node
 from ...cluster.nodes.ray import resources_of
 from ...cluster.nodes.ray_private import draining_nodes
 from ...config.run import Config
-from ...errors import EnvironmentFault, ExitStatus, GlannError, UserError
+from ...errors import EnvironmentFault, ExitStatus, GlannError
 from ...storage.open import open_store
 from ..stage import DONE
 from .control import Request
@@ -38,6 +38,7 @@ from .events import (
     Waiting,
     WorkersLost,
 )
+from .failures import CannotImport, classify_failure
 from .hooks import NO_HOOKS, Hooks
 from .launch import fit_workers
 from .mailbox import Mailbox
@@ -147,6 +148,7 @@ class Groups:
         """Wait for the capacity for a group; returns its number of workers."""
         cluster = self.config.cluster
         began = changed = monotonic()
+        cleared = began - WATCH_S  # a group that failed at its start may have left its places reserved
         ready, reported = -1, False
         with places(self.config, cluster.max_workers) as reservation:
             while True:
@@ -157,9 +159,12 @@ class Groups:
                     return ready
                 self.poll_stop()
                 if self.stopping:
-                    raise RunStopped(f"{self.stopping}; {RESUMES}")
+                    raise RunStopped(f"{self.stopping}; {self.resumes()}")
                 if now - began > cluster.start_timeout_s:
                     raise self.no_capacity(ready)
+                if now - cleared >= WATCH_S:
+                    cleared = now
+                    release_abandoned()
                 if not reported and now - began > SETTLE_S:
                     reported = True
                     self.on_event(Waiting(ready, cluster.min_workers))
@@ -172,9 +177,10 @@ class Groups:
             f"the cluster has room for {ready} of {cluster.min_workers} workers after "
             f"cluster.start_timeout_s={cluster.start_timeout_s:g}"
         )
-        if self.why:
+        if self.why and self.saved > 0:
             return RunStopped(f"{self.why}, and {found}: there is no other capacity; {RESUMES}")
-        return EnvironmentFault(f"{found}; add nodes, or lower cluster.workers or the resources of a worker")
+        before = f"{self.why}, and " if self.why else ""
+        return EnvironmentFault(f"{before}{found}; add nodes, or lower cluster.workers or the resources of a worker")
 
     # While a group runs ----------------------------------------------------------------------
 
@@ -261,20 +267,24 @@ class Groups:
     def after_loss(self, error: BaseException) -> None:
         """Count a loss, and raise an error if it ends the run."""
         cause = classify_failure(error)
-        if not isinstance(cause, EnvironmentFault):
-            raise cause
+        if not isinstance(cause, EnvironmentFault) or isinstance(cause, CannotImport):
+            raise cause from (error if cause is not error else None)
         if self.stopping:
-            raise RunStopped(f"{self.stopping}, but not saved ({cause}); {RESUMES}") from error
+            raise RunStopped(f"{self.stopping}, but not saved ({cause}); {self.resumes()}") from error
         self.failures = 1 if self.refresh_latest_checkpoint() else self.failures + 1
         limit = self.config.cluster.max_failures
         if 0 <= limit < self.failures:
             raise EnvironmentFault(
                 f"{cause}; lost {self.failures} times without a new checkpoint, which is more than "
-                f"cluster.max_failures={limit}; {RESUMES}"
+                f"cluster.max_failures={limit}; {self.resumes()}"
             ) from error
         self.why = str(cause)
         self.on_event(WorkersLost(self.why))
         sleep(PAUSES_S[min(self.failures, len(PAUSES_S)) - 1])
+
+    def resumes(self) -> str:
+        """What the same command will do."""
+        return RESUMES if self.saved > 0 else "nothing was saved yet: the same command starts from the beginning"
 
     def refresh_latest_checkpoint(self) -> bool:
         """Look up the newest checkpoint; True if it is newer than before. False if the store is unreachable."""
@@ -292,49 +302,6 @@ def places(config: Config, number: int) -> Iterator[PlacementReservation]:
         yield reservation
     finally:
         reservation.release()
-
-
-def classify_failure(error: BaseException) -> Exception:
-    """The cause of a failed group: an EnvironmentFault if a retry may help, else the error itself.
-
-    Peers of a lost worker fail as a consequence, so the most specific error counts, not the first.
-    """
-    failures: dict[int, Exception] = dict(getattr(error, "worker_failures", {}))
-    raised = list(failures.values())
-    if not failures:
-        cause: Any = getattr(error, "controller_failure", error)
-        return EnvironmentFault(f"the workers did not start ({last_line(cause)})") if is_transient(cause) else cause
-    for specific in (
-        next((one for one in raised if isinstance(one, UserError)), None),
-        next((one for one in raised if not is_transient(one)), None),
-        next((one for one in raised if isinstance(one, EnvironmentFault)), None),
-    ):
-        if specific is not None:
-            return specific
-    gone = sorted(rank for rank, one in failures.items() if of_ray(one))
-    if not gone:
-        return EnvironmentFault(f"worker {min(failures)} failed ({last_line(raised[0])})")
-    text = str(failures[gone[0]])
-    if "health check has been hanging" in text:
-        return EnvironmentFault(f"worker {gone[0]} does not answer")
-    with_node = " with its node" if "node has died" in text or "node died" in text else ""
-    return EnvironmentFault(f"worker{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))} lost{with_node}")
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether an error may come from the environment (lost peer, node, process, store or device) and not from a bug."""
-    return isinstance(error, EnvironmentFault | RuntimeError | OSError | MemoryError) or of_ray(error)
-
-
-def of_ray(error: BaseException) -> bool:
-    """Whether an error was raised by Ray itself."""
-    return type(error).__module__.split(".")[0] == "ray"
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of a remote traceback, which names the error; only its first sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].split(". ")[0][:300] if lines else type(error).__name__
 
 
 @contextmanager

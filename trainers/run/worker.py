@@ -36,7 +36,7 @@ def train_worker(task: dict[str, Any]) -> str | None:
     """Entry point of a Ray Train worker; `task` holds the configuration, the driver's mailbox and the group's number.
 
     Returns:
-        `STOPPED` if it stopped on request. Errors are classified by the driver (`recovery.classify_failure`).
+        `STOPPED` if it stopped on request. Errors are classified by the driver (`failures.classify_failure`).
     """
     import ray
     import ray.train

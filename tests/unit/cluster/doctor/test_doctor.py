@@ -101,6 +101,16 @@ def test_a_head_that_does_not_listen_is_bad_at_once():
     check = doctor.ray_cluster(load("digits", [f"cluster.address={UNREACHABLE}"]))
     assert not check.ok
     assert "nothing answers" in check.found
+    assert check.remedy == "correct the address, or start that cluster"
+
+
+def test_a_folder_in_which_a_local_ray_cannot_start_is_bad(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/" + "a" * 90)
+    check = doctor.ray_cluster(load("digits"))
+    assert not check.ok
+    assert check.remedy.startswith("`export RAY_TMPDIR=/tmp`")
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert doctor.ray_cluster(load("digits")).ok
 
 
 @pytest.mark.parametrize(
@@ -115,6 +125,7 @@ def test_a_head_that_does_not_listen_is_bad_at_once():
 def test_a_cluster_is_compared_with_what_the_recipe_asks_for(
     resources: dict[str, float], ok: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(doctor, "require_head", lambda address: None)
     answer = SimpleNamespace(returncode=0, stdout=f"noise\nRESOURCES {json.dumps(resources)}\n", stderr="")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: answer)
     check = doctor.ray_cluster(load("celebahq-1024", ["cluster.address=auto"]))
@@ -123,6 +134,7 @@ def test_a_cluster_is_compared_with_what_the_recipe_asks_for(
 
 
 def test_a_cluster_that_refuses_hangs_or_takes_anyone_is_bad(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "require_head", lambda address: None)
     config = load("digits", ["cluster.address=auto"])
     answer = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nConnectionError: InvalidAuthToken")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: answer)
@@ -296,3 +308,26 @@ def test_s3_without_an_answer_is_bad(monkeypatch: pytest.MonkeyPatch):
 def test_the_cache_is_looked_up_where_it_is(elsewhere: Path):
     found = [check.found for check in doctor.disk_checks(None)]
     assert any(str(elsewhere / "cache") in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "fault"),
+    [
+        (f"http://{UNREACHABLE}", "nothing answers there"),
+        (UNREACHABLE, "nothing answers there"),
+        ("http://[::1", "nothing answers there"),
+        ("http://127.0.0.1:0", "nothing answers there"),
+    ],
+)
+def test_a_proxy_that_does_not_answer_is_named_with_its_variable_and_the_way_around_it(
+    monkeypatch: pytest.MonkeyPatch, proxy: str, fault: str
+):
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    config = load("digits", ["tracking.uri=http://tracker.invalid:5000"])
+    [check] = doctor.proxies(config)
+    assert not check.ok
+    assert fault in check.found
+    assert "http_proxy" in check.remedy
+    assert "NO_PROXY=tracker.invalid" in check.remedy

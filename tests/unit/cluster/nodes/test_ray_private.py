@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from glann.cluster.nodes import ray_private
 
 # A head of its own, in a process of its own: it counts its nodes and actors, and one node is drained.
 CLUSTER = """
-import json, time, ray
+import json, sys, time, ray
 from glann.cluster.nodes import ray_private
 
 @ray.remote(num_cpus=0)
@@ -24,7 +25,16 @@ class Busy:
     def ready(self):
         return True
 
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+@ray.remote(num_cpus=0)
+class Reserving:
+    def reserve(self):
+        return ray.util.placement_group([{"CPU": 1}]).wait(30)
+
+    def path(self):
+        return sys.path
+
+options = {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+ray.init(address="local", job_config=ray_private.isolated_job(), **options)
 actor = Busy.remote()
 ray.get(actor.ready.remote())
 context = ray.get_runtime_context()
@@ -37,6 +47,20 @@ found = {
     "pids": [actor.pid for actor in ray_private.actors_on_node(head, node)],
     "elsewhere": ray_private.actors_on_node(head, "0" * 56),
 }
+reserving, ours = Reserving.remote(), ray.util.placement_group([{"CPU": 1}])
+found["path"], found["reserved"] = ray.get([reserving.path.remote(), reserving.reserve.remote()])
+found["refusal_of_head"] = ray_private.head_refusal(head)
+found["abandoned"] = [len(ray_private.abandoned_reservations())]
+ray.kill(reserving)
+for _ in range(100):
+    if abandoned := ray_private.abandoned_reservations():
+        break
+    time.sleep(0.1)
+found["abandoned"].append(len(abandoned))
+for group in abandoned:
+    ray.util.remove_placement_group(group)
+found["abandoned"].append(len(ray_private.abandoned_reservations()))
+found["free"] = ray.util.placement_group([{"CPU": 1}]).wait(30)
 deadline = time.time() + 600
 found["accepted"], found["refusal"] = ray_private.request_drain(head, node, "a test", deadline)
 found["left_ms"] = ray_private.draining_nodes().get(node, 0) - 1000 * deadline
@@ -44,9 +68,13 @@ print("FOUND " + json.dumps(found))
 """
 
 
-def test_nodes_and_actors_of_a_real_cluster():
+def test_nodes_actors_and_reservations_of_a_real_cluster(tmp_path: Path):
+    script = tmp_path / "scripts" / "driver.py"
+    script.parent.mkdir()
+    script.write_text(CLUSTER)
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 40}
-    done = subprocess.run([sys.executable, "-c", CLUSTER], env=env, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert lines, done.stderr
     found = json.loads(lines[0].removeprefix("FOUND "))
@@ -56,6 +84,11 @@ def test_nodes_and_actors_of_a_real_cluster():
     assert found["actors"] == ["Busy"]
     assert found["pids"][0] > 1
     assert found["elsewhere"] == []
+    assert not {str(tmp_path), str(script.parent), "", "."} & {*found["path"]}, "a folder of the driver"
+    assert found["refusal_of_head"] is None
+    assert found["reserved"] is True
+    assert found["abandoned"] == [0, 1, 0], "not while its creator lives, not what the driver reserved, not twice"
+    assert found["free"] is True
     assert (found["accepted"], found["refusal"]) == (True, "")
     assert abs(found["left_ms"]) < 2
 

@@ -1,50 +1,18 @@
-"""What a failed group of workers comes down to: tried again, or the user's, or a bug's, whatever its peers died of."""
+"""Signals between the driver and its workers, and what a run says of itself when it ends early."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from glann.errors import EnvironmentFault, UserError
+from glann.config.run import load
+from glann.errors import EnvironmentFault, ExitStatus
 from glann.trainers.run.control import Control, Request, Signals
 from glann.trainers.run.events import Message, Phase
+from glann.trainers.run.failures import CannotImport
 from glann.trainers.run.mailbox import Mailbox
-from glann.trainers.run.recovery import classify_failure
+from glann.trainers.run.recovery import Groups, RunStopped
 from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-
-RESET = RuntimeError("[gloo] Connection closed by peer")
-
-
-def group(*failures: Exception) -> WorkerGroupError:
-    return WorkerGroupError("text", dict(enumerate(failures)))
-
-
-def lost(text: str) -> WorkerHealthCheckFailedError:
-    return WorkerHealthCheckFailedError(text, failure=RayActorError())
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "said"),
-    [
-        (group(RESET, UserError("latents are not finite")), UserError, "latents are not finite"),
-        (group(RESET, TypeError("a bug")), TypeError, "a bug"),
-        (group(RESET, EnvironmentFault("the disk is full")), EnvironmentFault, "^the disk is full$"),
-        (group(RESET, lost("killed")), EnvironmentFault, "^worker 1 lost$"),
-        (group(lost("its node has died"), RESET, lost("gone")), EnvironmentFault, "^workers 0, 2 lost"),
-        (group(RESET), EnvironmentFault, "worker 0 failed .*Connection closed by peer"),
-        (
-            ControllerError(WorkerGroupStartupTimeoutError(2)),
-            EnvironmentFault,
-            r"^the workers did not start \(.*waiting for 2 workers\)$",
-        ),
-        (OSError(28, "No space left on device"), EnvironmentFault, "No space left"),
-        (ValueError("a bug in the driver"), ValueError, "a bug in the driver"),
-    ],
-)
-def test_the_most_telling_error_counts(error: Exception, kind: type[Exception], said: str):
-    with pytest.raises(kind, match=said):
-        raise classify_failure(error)
+from ray.train.v2.api.exceptions import ControllerError
 
 
 @pytest.mark.parametrize("workers", [1, 7, 4096])
@@ -76,3 +44,47 @@ def test_a_mailbox_that_was_started_again_learns_the_request_from_the_next_call_
     assert again.send(message) == Request.NOTHING
     assert again.drain(Request.STOP) == [message]
     assert again.send(message) == Request.STOP
+
+
+def groups_of(saved: int, why: str = "worker 0 lost") -> Groups:
+    """The groups of a run after a loss, without a cluster. saved: serial of the newest checkpoint, 0 for none."""
+    groups = Groups.__new__(Groups)
+    groups.config, groups.saved, groups.why, groups.failures, groups.stopping = load("digits"), saved, why, 0, ""
+    groups.refresh_latest_checkpoint = lambda: False  # type: ignore[method-assign]
+    return groups
+
+
+def test_no_capacity_after_a_loss_promises_a_checkpoint_only_where_there_is_one():
+    """Status 75 says that everything is saved."""
+    saved, unsaved, first = (groups_of(7), groups_of(0), groups_of(0, why=""))
+    stopped = saved.no_capacity(0)
+    assert stopped.exit_status == ExitStatus.STOPPED
+    assert str(stopped).endswith("the same command resumes from the last checkpoint")
+    for groups, said in (
+        (unsaved, "worker 0 lost, and the cluster has room for 0 of 2"),
+        (first, "the cluster has room"),
+    ):
+        failed = groups.no_capacity(0)
+        assert failed.exit_status == ExitStatus.ENVIRONMENT
+        assert str(failed).startswith(said)
+        assert "checkpoint" not in str(failed)
+
+
+@pytest.mark.parametrize(("saved", "said"), [(0, "nothing was saved yet"), (7, "resumes from the last checkpoint")])
+def test_a_run_that_ends_says_whether_there_is_a_checkpoint(saved: int, said: str):
+    groups = groups_of(saved)
+    groups.failures = groups.config.cluster.max_failures
+    with pytest.raises(EnvironmentFault, match=rf"lost 4 times .*{said}"):
+        groups.after_loss(RayActorError())
+    groups = groups_of(saved)
+    groups.stopping = "the run was stopped"
+    with pytest.raises(RunStopped, match=f"^the run was stopped, but not saved .*{said}"):
+        groups.after_loss(RayActorError())
+
+
+@pytest.mark.parametrize("error", [AttributeError("no attribute run"), ImportError("No module named 'deepspeed'")])
+def test_what_would_fail_again_is_not_started_again(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    groups = groups_of(0)
+    groups.on_event = lambda event: pytest.fail(f"started again: {event}")
+    with pytest.raises((AttributeError, CannotImport)):
+        groups.after_loss(ControllerError(error))
