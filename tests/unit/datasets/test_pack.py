@@ -184,7 +184,7 @@ def test_corrupt_images_are_left_out_when_that_is_asked_for(folder, tmp_path, ca
     good = pack(folder, str(tmp_path / "good" / "set"), **OPTIONS)
     with open(os.path.join(folder, "49.png"), "r+b") as file:
         file.truncate(100)
-    with pytest.raises(UserError, match="1 corrupt images"):
+    with pytest.raises(UserError, match="1 corrupt image: "):
         pack(folder, str(tmp_path / "set"), **OPTIONS)
     index = pack(folder, str(tmp_path / "set"), skip_corrupt=True, **OPTIONS)  # goes on with the finished shards
     assert index.rows == IMAGES - 1
@@ -195,7 +195,7 @@ def test_corrupt_images_are_left_out_when_that_is_asked_for(folder, tmp_path, ca
 def test_a_source_of_corrupt_images_only_makes_no_data_set(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"garbage")
-    with pytest.raises(UserError, match="none of 1 images can be read"):
+    with pytest.raises(UserError, match="none of 1 image can be read"):
         pack(str(tmp_path / "in"), str(tmp_path / "set"), skip_corrupt=True, **OPTIONS)
 
 
