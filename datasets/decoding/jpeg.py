@@ -29,7 +29,7 @@ def load(image: Image.Image, data: bytes) -> Image.Image:
         reason = str(error)
         if any(word in reason.lower() for word in _HARMFUL):
             raise BadImage(f"the JPEG is cut short or damaged ({reason})") from error
-        image.load()  # a harmless warning, or a form that only Pillow reads
+        image.load()  # a harmless warning, or a form that only Pillow reads, such as CMYK of two resolutions
         return image
     if not _is_refined(data):
         raise BadImage("the progressive JPEG is cut short: its last scans are missing")

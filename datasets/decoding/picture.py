@@ -6,6 +6,7 @@ A picture is complete or refused: nothing is guessed, and what is passed over is
 from __future__ import annotations
 
 import io
+import warnings
 from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -39,6 +40,9 @@ EXIF = "with a damaged EXIF block, not turned"
 FRAMES = "with several pictures inside, of which the first is taken"
 GAMMA = "with a gamma of its own, which is not applied"
 _SRGB_GAMMA = 0.45455
+
+# Pillow warns of damaged metadata on stderr, without the name of the file.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class Picture(NamedTuple):
