@@ -24,7 +24,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
             return None
         colours = image if image.mode == space else image.convert(space)
         converted = ImageCms.applyTransform(colours, transform) if transform else colours
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+    except Exception:  # Pillow and LittleCMS raise many kinds on damaged profiles
         return None
     return converted.convert("L") if is_grey and converted is not None else converted
 

@@ -184,6 +184,7 @@ WIDE = profile(
     | {n + b"TRC": curve(2.2) for n in PRIMARIES},
     b"RGB ",
 )
+STRANGE = WIDE.replace(b"acsp", b"xxxx"), WIDE.replace(b"RGB ", b"RG\0 ")  # the second was found by fuzzing
 LINEAR_GREY = profile({b"kTRC": curve(1.0)}, b"GRAY")
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -220,7 +221,10 @@ def test_srgb_profiles_change_no_pixel():
     np.testing.assert_array_equal(pixels(saved(gradient(), icc_profile=SRGB)), np.asarray(gradient()))
 
 
-@pytest.mark.parametrize("broken", [b"", b"garbage", WIDE[:200], LINEAR_GREY, WIDE.replace(b"acsp", b"xxxx")])
+@pytest.mark.parametrize(
+    "broken",
+    [b"", b"garbage", WIDE[:200], LINEAR_GREY, WIDE.replace(b"acsp", b"xxxx"), WIDE.replace(b"RGB ", b"RG\0 ")],
+)
 def test_a_picture_with_a_broken_or_strange_profile_is_taken_and_counted(broken):
     for data in (saved(gradient(), icc_profile=broken or b"x"), saved(gradient(), "TIFF", icc_profile=broken or b"x")):
         out = decode_any(data)
