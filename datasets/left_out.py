@@ -62,6 +62,7 @@ class Tally:
 
     def add(self, reason: str, place: str = "", count: int = 1) -> None:
         """Count files. `place`: the folder or an example to show."""
+        reason, place = printable(reason)[:MAX_TEXT], printable(place)[:MAX_TEXT]
         if reason not in self._counts and len(self._counts) >= _MAX_COUNTED:
             reason, place = OTHER_EXTENSION, ""
         self._counts[reason] += count
@@ -84,11 +85,7 @@ class Tally:
             order = [*(reason for reason in order[:MAX_REASONS] if reason != OTHER_EXTENSION), OTHER_EXTENSION]
         order.sort(key=lambda reason: (-self._counts[reason], reason))
         return tuple(
-            LeftOut(
-                reason=printable(reason)[:MAX_TEXT],
-                count=self._counts[reason],
-                places=tuple(printable(place)[:MAX_TEXT] for place in self._places.get(reason, ())),
-            )
+            LeftOut(reason=reason, count=self._counts[reason], places=tuple(self._places.get(reason, ())))
             for reason in order
         )
 

@@ -52,7 +52,7 @@ def member_name(where: str, name: str) -> str:
     """
     parts = name.replace("\\", "/").split("/")
     inside = [part for part in parts if part not in ("", ".")]
-    absolute = not parts[0] or re.fullmatch(r"[A-Za-z]:.*", parts[0], re.DOTALL)
+    absolute = not parts[0] or re.fullmatch(r"[A-Za-z]:", parts[0])
     if absolute or not inside or ".." in inside or "\0" in name:
         raise UserError(f"{where} holds the hostile member name {name[:200]!r}; it is refused")
     return "/".join(inside)

@@ -93,7 +93,7 @@ def names(draw: st.DrawFn) -> str:
     """A file name of a folder, an archive or a bucket; never one that leads out."""
     parts = [part for part in draw(folders) if part not in ("", ".", "..") and ":" not in part]
     last = draw(words) + draw(endings)
-    last = "x" + last if last in (".", "..") or ":" in last else last
+    last = "xx" + last if last in (".", "..") or ":" in last else last
     return "/".join([*parts, last]).removesuffix(".tar").removesuffix(".zip")
 
 
