@@ -36,7 +36,8 @@ def pack(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="folder, zip, idx, npz, parquet, or an asset: digits, mnist, fashion-mnist, orl-faces"
+            metavar="SRC",
+            help="folder, zip, tar, idx, npz, parquet, or an asset: digits, mnist, fashion-mnist, orl-faces",
         ),
     ],
     destination: Annotated[str, typer.Argument(metavar="DST", help="a folder or s3://bucket/prefix")],
@@ -53,6 +54,15 @@ def pack(
     skip_corrupt: Annotated[
         bool, typer.Option("--skip-corrupt", help="leave out unreadable images; each is logged")
     ] = False,
+    levels: Annotated[
+        int | None, typer.Option(min=255, max=65535, help="largest value of 16-bit pictures, such as 4095 for 12 bits")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="take files of such names whatever the rules say")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="leave out files of such names, say 'masks/*'")
+    ] = None,
     endpoint: Endpoint = None,
     unsigned: Unsigned = False,
 ) -> None:
@@ -62,8 +72,12 @@ def pack(
     glann data pack digits data/digits-28 --resolution 28 --channels 1
     glann data pack ~/CelebA-HQ s3://bucket/celebahq-1024 --resolution 1024 --workers 16
     """
+    from ..datasets.fit import not_trainable
     from ..datasets.pack import pack as run
+    from ..datasets.pack import summary
 
+    if words := not_trainable(resolution):
+        typer.echo(f"note: {words}", err=True)
     with _progress("packing") as progress:
         index = run(
             source,
@@ -77,10 +91,13 @@ def pack(
             workers=workers,
             name=name,
             skip_corrupt=skip_corrupt,
+            levels=levels,
+            include=include or (),
+            exclude=exclude or (),
             s3=s3_at(endpoint, unsigned),
             progress=progress,
         )
-    typer.echo(f"{index.rows} images of {index.resolution} px in {len(index.shards)} shards: {destination}")
+    typer.echo(summary(index, destination))
 
 
 @data_app.command()

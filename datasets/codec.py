@@ -1,4 +1,4 @@
-"""Image bytes <-> uint8 arrays: decoding user images, fitting them to a square, encoding.
+"""Pictures -> square uint8 arrays <-> the bytes of packed images.
 
 Legend: H height, W width, C channels (1 grey, 3 RGB).
 """
@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import first_line
 
@@ -19,48 +19,9 @@ ImageFormat = Literal["jpeg", "png", "webp"]
 CROPS: tuple[str, ...] = get_args(Crop)
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # as webdataset's decoders know them
 
-# Formats that Pillow decodes itself; others use external programs (EPS) or stubs.
-_READABLE = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-MAX_PIXELS = 80_000_000  # a larger image is rejected before it is decompressed
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-
 
 class BadImage(ValueError):
     """Bytes that are not a usable image; the message has the reason."""
-
-
-def decode_any(data: bytes) -> Image.Image:
-    """Decode `data` to an RGB or L (grey) image, rotated by its EXIF orientation.
-
-    16-bit grey keeps its upper 8 bits, transparent images are composited on white.
-    Raises:
-        BadImage: not a complete JPEG, PNG, WebP, BMP, PPM/PGM, TIFF or GIF of at most MAX_PIXELS.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=_READABLE)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
-        image.load()
-        return _plain(ImageOps.exif_transpose(image))
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:  # its own message shows an object in memory
-        raise BadImage("not a JPEG, PNG, WebP, BMP, PPM, TIFF or GIF, or damaged at its beginning") from error
-    except Exception as error:  # decoders raise all kinds of errors on damaged files
-        raise BadImage(f"not a readable image ({first_line(error)})") from error
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGB", "L"):
-        return image
-    if image.mode in _SIXTEEN_BIT:
-        return Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise BadImage(f"pixels of mode {image.mode} have no known range; convert the image to 8 bits")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def fit(image: Image.Image, resolution: int, channels: int, crop: str) -> np.ndarray:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from ..config.sections import DataConfig
 from ..errors import UserError
 from .index import Index
 
 MIN_ROWS = 2  # with one image there is no covariance, so a run could be trained and never be measured
+TRAINABLE: tuple[int, ...] = get_args(DataConfig.model_fields["resolution"].annotation)
+
+
+def not_trainable(resolution: int) -> str:
+    """Words on a resolution that no recipe can have; empty for others."""
+    if resolution in TRAINABLE:
+        return ""
+    return f"images of {resolution} px cannot be trained on; {', '.join(map(str, TRAINABLE))} px can"
 
 
 def require_fit(index: Index, data: DataConfig, workers: int) -> int:
@@ -20,8 +30,10 @@ def require_fit(index: Index, data: DataConfig, workers: int) -> int:
         ("channels", data.channels, index.channels),
     ):
         if wanted != found:
+            why = not_trainable(found) if key == "resolution" else ""
+            change = f"{why}: pack" if why else f"set data.{key}={found}, or pack"
             raise UserError(
-                f"data.{key} is {wanted} but {data.url} holds images of {found}; set data.{key}={found}, or pack it "
+                f"data.{key} is {wanted} but {data.url} holds images of {found}; {change} it "
                 f"again with `glann data pack ... --resolution {data.resolution} --channels {data.channels}`"
             )
     rows = min(index.rows, data.max_rows or index.rows)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -22,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..config.parse import reason
 from ..config.sections import S3Config
 from ..errors import UserError, redact
-from ..storage.base import MissingObject
+from ..storage.base import MissingObject, Store
 from ..storage.open import open_store
 from .codec import EXTENSIONS
+from .left_out import MAX_REASONS, LeftOut, Text
 
 INDEX_FILE = "index.json"
 IMAGES_FILE = "images.bin"
@@ -60,6 +62,8 @@ class Header(BaseModel):
     rows: int = Field(ge=1, le=1 << 40)
     shards: tuple[Shard, ...] = Field(min_length=1)
     images_sha256: Sha256
+    left_out: tuple[LeftOut, ...] = Field((), max_length=MAX_REASONS + 1)  # files of the source that are not in it
+    remarks: dict[Text, Annotated[int, Field(ge=1)]] = Field({}, max_length=20)  # images taken in part, by reason
     recipe: Sha256  # hash of the source's contents and the packing options; equal hashes give equal bytes
     fingerprint: Sha256
 
@@ -116,7 +120,12 @@ class Index:
         Raises:
             UserError: there is none, or it is truncated, inconsistent or malicious; in one line.
         """
-        store = open_store(url, s3)
+        return Index.load_from(open_store(url, s3))
+
+    @staticmethod
+    def load_from(store: Store) -> Index:
+        """Read and check the index in a store. Raises UserError as `load` does."""
+        url = store.url
         try:
             _refuse_large(url, store.size(INDEX_FILE))
             header_bytes = store.read(INDEX_FILE)
@@ -144,10 +153,25 @@ def image_key(row: int, image_format: str) -> str:
     return f"{row:09d}.{EXTENSIONS[image_format]}"
 
 
+_NOT_DATA = ("fingerprint", "left_out", "remarks")  # what is said of the source is no part of the data
+
+
 def build(
-    *, name: str, resolution: int, channels: int, image_format: str, shards: list[Shard], records: bytes, recipe: str
+    *,
+    name: str,
+    resolution: int,
+    channels: int,
+    image_format: str,
+    shards: list[Shard],
+    records: bytes,
+    recipe: str,
+    left_out: tuple[LeftOut, ...] = (),
+    remarks: Mapping[str, int] | None = None,
 ) -> tuple[bytes, bytes]:
-    """The bytes of `index.json` and `images.bin`."""
+    """The bytes of `index.json` and `images.bin`.
+
+    `left_out` and `remarks` are written only where there are any: glann 0.1 does not read an index with them.
+    """
     tree = {
         "format": FORMAT,
         "version": VERSION,
@@ -161,11 +185,15 @@ def build(
         "recipe": recipe,
     }
     tree["fingerprint"] = _fingerprint(tree)
+    if left_out:
+        tree["left_out"] = [group.model_dump() for group in left_out]
+    if remarks:
+        tree["remarks"] = dict(sorted(remarks.items()))
     return (json.dumps(tree, indent=1) + "\n").encode(), records
 
 
 def _fingerprint(tree: dict) -> str:
-    contents = {key: value for key, value in tree.items() if key != "fingerprint"}
+    contents = {key: value for key, value in tree.items() if key not in _NOT_DATA}
     return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ import logging
 import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,16 +27,22 @@ from ..errors import UserError
 from ..storage.base import Store
 from ..storage.files import os_fault
 from ..storage.open import open_store
-from .codec import CROPS, EXTENSIONS, BadImage, decode_any, encode, fit
+from .codec import CROPS, EXTENSIONS, BadImage, encode, fit
+from .decoding.depth import WHOLE, UnknownRange
+from .decoding.picture import Picture, decode_any
 from .index import INDEX_FILE, PACKING_FILE, Index, parse
+from .left_out import UNREADABLE, LeftOut, Tally, counted, in_words, remarks_in_words
 from .shards import Packing, ShardWriter
 from .sources.base import Item, Source, identity
+from .sources.names import rules
 from .sources.open import open_source
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # images done, images in all
+Encoded = tuple[bytes, tuple[str, ...]]  # an image's bytes, and remarks on its source
 MAX_NAMED_FAULTS = 20
+READER = 2  # changes when pictures are read in another way; 1: without colour profiles and ranges of 16 bits
 LOSSLESS_UP_TO = 64  # px; up to this side PNG files are small and JPEG artefacts large
 
 
@@ -51,9 +57,12 @@ class Options:
     image_format: str
     quality: int
     shard_bytes: int
+    levels: int | None = None  # the largest value of 16-bit pictures, if it is not all of their range
 
-    def recipe(self, source: Source) -> str:
-        return identity(source.identity, [vars(self)])
+    def recipe(self, source: Source, reader: int = READER) -> str:
+        """The hash of all that determines the bytes. 65,535 levels are what a picture is read with by default."""
+        options = {key: value for key, value in vars(self).items() if key != "levels" or value not in (None, WHOLE)}
+        return identity(source.identity, [options, reader] if reader > 1 else [options])
 
 
 def pack(
@@ -69,6 +78,9 @@ def pack(
     workers: int = 2,
     name: str | None = None,
     skip_corrupt: bool = False,
+    levels: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     s3: S3Config | None = None,
     progress: Progress | None = None,
 ) -> Index:
@@ -86,18 +98,23 @@ def pack(
         workers: encoding threads.
         name: prefix of the shard files; empty means the last name of the destination.
         skip_corrupt: leave out images that cannot be read (each is logged) instead of raising.
+        levels: the largest value of 16-bit pictures that do not state it, such as 4095; see `decoding.depth`.
+        include: patterns of file names that are taken although a rule of `sources.names` leaves them out.
+        exclude: patterns of file names that are left out. Patterns are `fnmatch`'s, of the path below the source.
         progress: called from this thread with images done and images in all.
     Raises:
         UserError: invalid options or source, or corrupt images, which are named; in one line.
     """
-    options = _options(destination, resolution, channels, crop, image_format, quality, shard_size_mb, name)
+    options = _options(destination, resolution, channels, crop, image_format, quality, shard_size_mb, name, levels)
     if workers < 1:
         raise UserError(f"workers={workers} is not possible: at least one is needed")
     store = open_store(destination, s3)
-    images = open_source(source, s3)
+    images = open_source(source, s3, rules(include, exclude))
     recipe = options.recipe(images)
     if store.exists(INDEX_FILE):
-        return _same_data_set(Index.load(destination, s3), recipe, destination)
+        return _same_data_set(Index.load(destination, s3), {recipe, options.recipe(images, 1)}, destination)
+    for doubt in images.doubts:
+        log.warning("%s", doubt)
     packing = _begin(store, recipe, destination)
     report = progress or (lambda done, total: None)
     try:
@@ -105,15 +122,33 @@ def pack(
             writer = ShardWriter(store, packing, Path(folder), options.name, options.image_format, options.shard_bytes)
             with closing(writer):
                 _encode_all(images, options, writer, workers, skip_corrupt, report)
-                if not writer.position:
-                    raise UserError(f"{source}: none of {images.count} images can be read")
+                if not writer.rows:
+                    raise UserError(f"{source}: none of {counted(images.count, 'image')} can be read")
                 header = {key: getattr(options, key) for key in ("name", "resolution", "channels", "image_format")}
-                return parse(*writer.finish(**header), destination)
+                left_out = _left_out(images, images.count - writer.rows)
+                return parse(*writer.finish(left_out=left_out, **header), destination)
     except OSError as error:  # of the temporary folder; the store raises its own errors
         raise os_fault(error, error.filename or tempfile.gettempdir()) from error
 
 
-def _options(destination, resolution, channels, crop, image_format, quality, shard_size_mb, name) -> Options:
+def summary(index: Index, destination: str) -> str:
+    """What was packed and what was left out, in one line."""
+    shards = counted(len(index.shards), "shard")
+    text = f"{counted(index.rows, 'image')} of {index.resolution} px in {shards}: {destination}"
+    if index.header.left_out:
+        text += f"; left out: {in_words(index.header.left_out)}"
+    return text + (f"; {remarks_in_words(index.header.remarks)}" if index.header.remarks else "")
+
+
+def _left_out(source: Source, unreadable: int) -> tuple[LeftOut, ...]:
+    tally = Tally()
+    tally.add_all(source.left_out)
+    if unreadable:
+        tally.add(UNREADABLE, count=unreadable)
+    return tally.groups()
+
+
+def _options(destination, resolution, channels, crop, image_format, quality, shard_size_mb, name, levels) -> Options:
     image_format = image_format or ("png" if resolution <= LOSSLESS_UP_TO else "jpeg")
     name = name or re.sub(r"[^A-Za-z0-9._-]", "-", destination.rstrip("/").rsplit("/", 1)[-1]).lstrip(".-") or "images"
     checks = (
@@ -123,18 +158,21 @@ def _options(destination, resolution, channels, crop, image_format, quality, sha
         (image_format in EXTENSIONS, f"format={image_format}", "one of " + ", ".join(EXTENSIONS)),
         (1 <= quality <= 100, f"quality={quality}", "1 to 100"),
         (0 < shard_size_mb <= 1 << 20, f"shard size {shard_size_mb} MB", "more than 0 MB, at most 1 TB"),
+        (levels is None or 255 <= levels <= WHOLE, f"levels={levels}", f"255 to {WHOLE}"),
         (re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,150}", name), f"name={name}", "letters, digits and . _ -"),
     )
     for possible, given, allowed in checks:
         if not possible:
             raise UserError(f"{given} is not possible; use {allowed}")
-    return Options(name, resolution, channels, crop, image_format, quality, int(shard_size_mb * 1_000_000))
+    return Options(name, resolution, channels, crop, image_format, quality, int(shard_size_mb * 1_000_000), levels)
 
 
-def _same_data_set(index: Index, recipe: str, destination: str) -> Index:
-    if index.header.recipe != recipe:
+def _same_data_set(index: Index, recipes: set[str], destination: str) -> Index:
+    """The finished data set, if it was made from the same source with the same options, by any version."""
+    if index.header.recipe not in recipes:
         raise UserError(
-            f"{destination} already holds the data set {index.name} ({index.rows} images, {index.resolution} px), "
+            f"{destination} already holds the data set {index.name} "
+            f"({counted(index.rows, 'image')}, {index.resolution} px), "
             "made from another source or with other options; choose another destination or delete it"
         )
     return index
@@ -157,7 +195,7 @@ def _begin(store: Store, recipe: str, destination: str) -> Packing:
         ) from error
     if packing.recipe != recipe:
         raise UserError(
-            f"{destination} holds an unfinished pack of another source or with other options; "
+            f"{destination} holds an unfinished pack of another source, with other options or of another version; "
             "run that command again, choose another destination or delete it"
         )
     return packing
@@ -174,7 +212,9 @@ def _encode_all(
             for item, future in _ahead(pool, source.items(position), options, 4 * workers):
                 position += 1
                 try:
-                    data = future.result()
+                    data, remarks = future.result()
+                except UnknownRange as error:  # all pictures of its kind would be lost
+                    raise UserError(f"{item.name}: {error}") from error
                 except BadImage as error:
                     faults.append(f"{item.name}: {error}")
                     log.warning("corrupt image %s", faults[-1])
@@ -182,7 +222,7 @@ def _encode_all(
                         break
                 else:
                     if skip_corrupt or not faults:  # after a fault the rest is only checked, to name all faults
-                        writer.add(data, position)
+                        writer.add(data, position, remarks)
                 progress(position, source.count)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -190,13 +230,14 @@ def _encode_all(
         named = "; ".join(faults[:MAX_NAMED_FAULTS])
         more = " (and perhaps more)" if len(faults) >= MAX_NAMED_FAULTS else ""
         raise UserError(
-            f"{len(faults)} corrupt images{more}: {named}; repair or remove them, or pack with --skip-corrupt"
+            f"{counted(len(faults), 'corrupt image')}{more}: {named}; "
+            "repair or remove them, or pack with --skip-corrupt"
         )
 
 
 def _ahead(
     pool: ThreadPoolExecutor, items: Iterator[Item], options: Options, depth: int
-) -> Iterator[tuple[Item, Future[bytes]]]:
+) -> Iterator[tuple[Item, Future[Encoded]]]:
     """Yield every item with its future encoding, `depth` of them ahead of the consumer."""
     pending = deque((item, pool.submit(_encode_one, item, options)) for item in islice(items, depth))
     while pending:
@@ -204,10 +245,11 @@ def _ahead(
         pending.extend((item, pool.submit(_encode_one, item, options)) for item in islice(items, 1))
 
 
-def _encode_one(item: Item, options: Options) -> bytes:
+def _encode_one(item: Item, options: Options) -> Encoded:
     data = item.read()
     if isinstance(data, np.ndarray):
-        image = Image.fromarray(data[:, :, 0] if data.ndim == 3 and data.shape[2] == 1 else data)
+        picture = Picture(Image.fromarray(data[:, :, 0] if data.ndim == 3 and data.shape[2] == 1 else data))
     else:
-        image = decode_any(data)
-    return encode(fit(image, options.resolution, options.channels, options.crop), options.image_format, options.quality)
+        picture = decode_any(data, options.levels)
+    img_HWC = fit(picture.image, options.resolution, options.channels, options.crop)
+    return encode(img_HWC, options.image_format, options.quality), picture.remarks

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import tarfile
+from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,17 +19,19 @@ from ..storage.base import Store
 from ..storage.files import read_at
 from ..storage.local import LocalStore
 from .index import IMAGES_FILE, INDEX_FILE, PACKING_FILE, RECORD, Sha256, Shard, build, image_key
+from .left_out import Text
 from .sources.archives import MAX_MEMBER_BYTES, tar_members
 
 log = logging.getLogger(__name__)
 
 
 class FinishedShard(BaseModel):
-    """A finished shard, and the position in the source after its last image."""
+    """A finished shard, the position in the source after its last image, and the remarks on images up to there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     shard: Shard
     position: int = Field(ge=1)
+    remarks: dict[Text, Annotated[int, Field(ge=1)]] = Field({}, max_length=20)
 
 
 class Packing(BaseModel):
@@ -52,13 +56,14 @@ class ShardWriter:
         self._row = sum(finished.shard.rows for finished in packing.finished)
         self._number = len(packing.finished)
         self.position = packing.finished[-1].position if packing.finished else 0
+        self._remarks = Counter(packing.finished[-1].remarks if packing.finished else {})
         self._uploader = ThreadPoolExecutor(1, thread_name_prefix="glann-shard")
         self._upload: Future[None] | None = None
         self._file: IO[bytes] | None = None
         self._tar: Any = None
         self._filled = 0
 
-    def add(self, data: bytes, position: int) -> None:
+    def add(self, data: bytes, position: int, remarks: Iterable[str] = ()) -> None:
         """Append one image; `position` is the position in the source after it."""
         if self._file is not None and self._filled + _member_bytes(data) > self._shard_bytes:
             self._close_shard()
@@ -73,14 +78,24 @@ class ShardWriter:
         self._filled += _member_bytes(data)
         self._row += 1
         self.position = position
+        self._remarks.update(remarks)
 
     def finish(self, **header: Any) -> tuple[bytes, bytes]:
-        """Store the last shard, then `images.bin`, then `index.json`; return the bytes of both files."""
+        """Store the last shard, then `images.bin`, then `index.json`; return the bytes of both files.
+
+        `header`: the other arguments of `index.build`.
+        """
         if self._file is not None:
             self._close_shard()
         self._await_upload()
         shards = [finished.shard for finished in self._packing.finished]
-        index, images = build(shards=shards, records=b"".join(self._records), recipe=self._packing.recipe, **header)
+        index, images = build(
+            shards=shards,
+            records=b"".join(self._records),
+            recipe=self._packing.recipe,
+            remarks=self._remarks,
+            **header,
+        )
         self._store.write(IMAGES_FILE, images)
         self._store.write(INDEX_FILE, index)
         self._store.delete(PACKING_FILE)
@@ -103,7 +118,8 @@ class ShardWriter:
     def _close_shard(self) -> None:
         self._close_files()
         self._await_upload()
-        self._upload = self._uploader.submit(self._store_shard, self._path(self._number), self.position)
+        path, remarks = self._path(self._number), dict(self._remarks)
+        self._upload = self._uploader.submit(self._store_shard, path, self.position, remarks)
         self._number += 1
 
     def _await_upload(self) -> None:
@@ -111,14 +127,19 @@ class ShardWriter:
             self._upload.result()
             self._upload = None
 
-    def _store_shard(self, path: Path, position: int) -> None:
+    def _store_shard(self, path: Path, position: int, remarks: dict[str, int]) -> None:
         shard, records = scan(path, path.name)
         self._store.write(path.name, path)
         path.unlink()
         self._records.append(records)
-        finished = (*self._packing.finished, FinishedShard(shard=shard, position=position))
+        finished = (*self._packing.finished, FinishedShard(shard=shard, position=position, remarks=remarks))
         self._packing = Packing(recipe=self._packing.recipe, finished=finished)
         self._store.write(PACKING_FILE, self._packing.model_dump_json().encode())
+
+    @property
+    def rows(self) -> int:
+        """The number of images so far, with those of earlier runs."""
+        return self._row
 
 
 def _member_bytes(data: bytes) -> int:

@@ -20,6 +20,7 @@ from ..storage.local import LocalStore
 from ..storage.open import open_store
 from .codec import BadImage, decode_packed
 from .index import Index, Shard
+from .left_out import in_words, remarks_in_words
 from .sources.archives import tar_members
 
 Progress = Callable[[int, int], None]  # images checked, images in all
@@ -41,6 +42,10 @@ def describe(url: str, s3: S3Config | None = None) -> dict[str, Any]:
     """The facts of the index at `url`, as JSON-compatible values. Only the index is read."""
     index = Index.load(url, s3)
     length_N = index.records_N["length"]
+    besides = {
+        "left_out": in_words(index.header.left_out),
+        "remarks": remarks_in_words(index.header.remarks),
+    }
     return {
         "name": index.name,
         "url": url,
@@ -54,7 +59,7 @@ def describe(url: str, s3: S3Config | None = None) -> dict[str, Any]:
         "image_bytes_mean": float(length_N.mean(dtype=np.float64)),
         "image_bytes_max": int(length_N.max()),
         "fingerprint": index.fingerprint,
-    }
+    } | {key: words for key, words in besides.items() if words}
 
 
 def verify(url: str, s3: S3Config | None = None, progress: Progress | None = None) -> list[Fault]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..config.address import S3, address_fault, local_path
 from ..errors import EnvironmentFault, UserError
@@ -29,8 +29,19 @@ class ObjectExists(UserError):
     """`write(..., only_if_absent=True)` found an existing object, which is unchanged."""
 
 
+class Entry(NamedTuple):
+    """An object in a listing: its key, its size in bytes, and why it cannot be read, if so."""
+
+    key: str
+    size: int
+    fault: str = ""
+
+
 class Store(Protocol):
-    """Objects below one URL. Keys are relative paths with forward slashes that stay below the URL."""
+    """Objects below one URL. Keys are relative paths with forward slashes that stay below the URL.
+
+    What is written follows `check_key`; what others have named is read by whatever name it has in a listing.
+    """
 
     url: str
 
@@ -53,6 +64,13 @@ class Store(Protocol):
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Size in bytes of every object whose key starts with `prefix`, sorted by key."""
 
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        """Everything whose key starts with `prefix`, in one pass and in no order, also what cannot be read.
+
+        Such are links to nothing, and on local disks pipes, sockets and devices, which have a key that looks like
+        a file's. All other listings leave out pipes, sockets and devices, and raise UserError for a link to nothing.
+        """
+
     def list(self, prefix: str = "") -> list[str]:
         """Sorted keys that start with `prefix`; empty if there are none."""
 
@@ -70,11 +88,21 @@ class Store(Protocol):
 
 
 def check_key(key: str) -> str:
-    """Return the key if it is relative and stays inside its store, else raise UserError."""
-    parts = key.split("/")
-    if not key or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
-        raise UserError(f"{key!r} is not a usable file name: it must be relative and stay inside its folder")
+    """Return the key if an object may be written by it on any system, else raise UserError."""
+    if "\\" in key:
+        raise _unusable(key)
+    return check_inside(key)
+
+
+def check_inside(key: str) -> str:
+    """Return the key if the local file that others named so lies inside its folder, else raise UserError."""
+    if not key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise _unusable(key)
     return key
+
+
+def _unusable(key: str) -> UserError:
+    return UserError(f"{key!r} is not a usable file name: it must be relative and stay inside its folder")
 
 
 def split_url(url: str) -> tuple[str, str]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
+from .base import Data, Entry, MissingObject, ObjectExists, TruncatedObject, check_inside, check_key
 from .files import TEMPORARY, fill, os_fault, read_at, replacing, sweep, sync_folder, temporary_beside
+
+LINK = "a link to"
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class LocalStore:
@@ -21,11 +31,12 @@ class LocalStore:
         self._swept: set[Path] = set()
 
     def path(self, key: str) -> Path:
-        return self.root / check_key(key)
+        """The path of a key for reading."""
+        return self.root / check_inside(key)
 
     def _own(self, key: str) -> Path:
         """The path of a key for writing; raises UserError if a link inside the folder leads out of it."""
-        path = self.path(key)
+        path = self.path(check_key(key))
         if not path.parent.resolve().is_relative_to(self.root.resolve()):
             raise UserError(f"{path.parent} is a link that leads out of {self.root}; remove it")
         return path
@@ -61,16 +72,29 @@ class LocalStore:
         with self._faults(key), replacing(path) as file:
             fill(file, self.path(key))
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file, not a folder")
         above = prefix.rpartition("/")[0]
         folder = self.path(above) if above else self.root
         if not folder.is_dir():
-            return {}
-        with self._faults(prefix):
-            found = {os.path.relpath(path, self.root).replace(os.sep, "/"): size for path, size in _walk(str(folder))}
-        return {key: found[key] for key in sorted(found) if key.startswith(prefix)}
+            return
+        try:
+            for path, size, fault in _walk(str(folder)):
+                key = os.path.relpath(path, self.root)
+                if key.startswith(prefix):
+                    yield Entry(key, size, fault)
+        except OSError as error:
+            raise os_fault(error, error.filename or folder) from error
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        found = {}
+        for key, size, fault in self.entries(prefix):
+            if fault.startswith(LINK):
+                raise UserError(f"{self.root / key} is {fault}")
+            if not fault:
+                found[key] = size
+        return dict(sorted(found.items()))
 
     def list(self, prefix: str = "") -> list[str]:
         return list(self.sizes(prefix))
@@ -118,10 +142,10 @@ def _link(temporary: str, target: Path) -> None:
         raise ObjectExists(f"{target} exists already") from error
 
 
-def _walk(root: str) -> Iterator[tuple[str, int]]:
-    """Path and size of every finished file below `root`; each folder once, however many links lead to it.
+def _walk(root: str) -> Iterator[tuple[str, int, str]]:
+    """Path, size and fault of every finished file below `root`; each folder once, however many links lead to it.
 
-    Files and folders that another process removes meanwhile are left out. A dangling link is an error.
+    Files and folders that another process removes meanwhile are left out.
     """
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unless_gone):
@@ -133,8 +157,23 @@ def _walk(root: str) -> Iterator[tuple[str, int]]:
         subfolders.sort()
         for name in names:
             path = os.path.join(folder, name)
-            if not name.startswith(TEMPORARY) and (found := _stat(path)):
-                yield path, found.st_size
+            if not name.startswith(TEMPORARY) and (found := _size_and_fault(path)):
+                yield path, *found
+
+
+def _size_and_fault(path: str) -> tuple[int, str] | None:
+    """The size of a file, and why it cannot be read; None if it was removed meanwhile."""
+    try:
+        found = _stat(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) or not os.path.islink(path):
+            raise
+        why = "round in a circle" if error.errno == errno.ELOOP else "where nothing is"
+        return 0, f"{LINK} {os.readlink(path)}, {why}"
+    if found is None:
+        return None
+    kind = stat.S_IFMT(found.st_mode)
+    return found.st_size, "" if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
 
 
 def _stat(path: str) -> os.stat_result | None:

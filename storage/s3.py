@@ -38,7 +38,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from ..config.sections import S3Config
 from ..errors import EnvironmentFault, GlannError, UserError, first_line
-from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
+from .base import Data, Entry, MissingObject, ObjectExists, TruncatedObject, check_key
 from .files import os_fault, replacing
 from .proxy import proxy_hint
 from .s3_address import endpoint_of, split_s3
@@ -92,7 +92,7 @@ class S3Store:
         return self._body(key, (offset, length)) if length else b""
 
     def write(self, key: str, data: Data, *, only_if_absent: bool = False) -> None:
-        place = self._place(key)
+        place = self._own(key)
         with self._faults(key):
             if isinstance(data, Iterator):
                 if only_if_absent:
@@ -127,15 +127,16 @@ class S3Store:
 
             self._again(once)
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        found: dict[str, int] = {}
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
         with self._faults(prefix):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
                 for entry in page.get("Contents", ()):
                     if not entry["Key"].endswith("/"):  # S3 consoles create such empty objects for "folders"
-                        found[entry["Key"][len(self._prefix) :]] = entry["Size"]
-        return dict(sorted(found.items()))
+                        yield Entry(entry["Key"][len(self._prefix) :], entry["Size"])
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        return dict(sorted((entry.key, entry.size) for entry in self.entries(prefix)))
 
     def list(self, prefix: str = "") -> list[str]:
         return list(self.sizes(prefix))
@@ -158,7 +159,7 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         with self._faults(key):
-            self._client.delete_object(**self._place(key))
+            self._client.delete_object(**self._own(key))
 
     def sweep(self, prefix: str = "") -> None:
         """Abort incomplete multipart uploads; servers that cannot list uploads are left as they are."""
@@ -186,7 +187,14 @@ class S3Store:
         self._bucket_exists = True
 
     def _place(self, key: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
+        """Where an object is that is read. Every key is possible on S3 but that HTTP resolves `.` and `..` in paths."""
+        if not key or any(part in (".", "..") for part in key.split("/")):
+            raise UserError(f"{self.url}/{key} is not a usable file name: copy the object to a key without . and ..")
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+    def _own(self, key: str) -> dict[str, str]:
+        """Where an object is that is written."""
+        return self._place(check_key(key))
 
     def _body(self, key: str, extent: tuple[int, int] | None) -> bytes:
         """Read an object or a range of it, of exactly the announced length."""

@@ -26,6 +26,7 @@ from packaging.specifiers import SpecifierSet
 from ...config.run import Config
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
+from ...datasets.left_out import counted
 from ...errors import GlannError, UserError
 from ...storage.base import MissingObject
 from ...storage.open import local_folder, open_store
@@ -267,7 +268,9 @@ def _read_data(config: Config) -> str:
         if hashlib.sha256(image).digest() != record["sha256"].tobytes():
             verify = shlex.join(["glann", "data", "verify", data.url])
             raise UserError(f"{shard.file} in {data.url} is damaged at {index.key(row)}; run `{verify}`")
-    return f"{data.url}: {index.rows} images of {index.resolution} px in {len(index.shards)} shards"
+    return (
+        f"{data.url}: {counted(index.rows, 'image')} of {index.resolution} px in {counted(len(index.shards), 'shard')}"
+    )
 
 
 def checkpoints(config: Config) -> Check:

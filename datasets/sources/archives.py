@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import stat
 import struct
 import tarfile
 import zipfile
@@ -14,7 +16,11 @@ from ...errors import UserError, one_line
 from ...storage.base import Store
 from ...storage.seekable import open_file
 from ..codec import BadImage
-from .base import Item, Source, identity, is_image, natural, safe_members
+from ..left_out import MAX_PLACES, Tally
+from .base import Item, Source, identity, member_name, natural
+from .names import NoImages, Rules, Selection, extension
+
+log = logging.getLogger(__name__)
 
 MAX_MEMBER_BYTES = 1 << 30  # larger members are decompression bombs, not images
 MAX_FILE_BYTES = 1 << 50
@@ -22,45 +28,96 @@ MAX_HEADER_BYTES = 1 << 20  # of a tar header: a long name or a list of attribut
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
-def open_zip(store: Store, key: str) -> Source:
+def open_zip(store: Store, key: str, rules: Rules) -> Source:
     """The images of a zip file (StyleGAN's zips with `dataset.json` too; its labels are not used)."""
     where = f"{store.url}/{key}"
     try:
         with open_file(store, key) as file, zipfile.ZipFile(file) as archive:
-            members = [m for m in archive.infolist() if not m.filename.endswith("/")]
+            members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise UserError(f"{where} is not a complete zip file ({error})") from error
-    safe_members(where, [member.filename for member in members])
-    images = sorted((m for m in members if is_image(m.filename)), key=lambda m: natural(m.filename))
-    for member in images:
-        _check_member(f"{where}: {member.filename}", member)
+    names, selection, images = Names(where), Selection(rules), []
+    for member in members:
+        if member.filename.endswith(("/", "\\")):
+            continue  # a folder
+        name = names.checked(member.filename)
+        if selection.takes(name, "a link" if stat.S_ISLNK(member.external_attr >> 16) else ""):
+            _check_member(f"{where}: {name}", member)
+            images.append((name, member))
+    images.sort(key=lambda image: natural(image[0]))
 
     def items(start: int) -> Iterator[Item]:
-        for member in images[start:]:
-            yield Item(f"{where}: {member.filename}", partial(_read_member, store, key, member))
+        for name, member in images[start:]:
+            yield Item(f"{where}: {name}", partial(_read_member, store, key, member))
 
-    contents = [(member.filename, member.file_size, member.CRC) for member in images]
-    return _source(where, key, identity("zip", contents), len(images), items)
+    contents = [(name, member.file_size, member.CRC) for name, member in images]
+    return _source(where, key, identity("zip", contents), selection, items)
 
 
-def open_tar(store: Store, key: str) -> Source:
+def open_tar(store: Store, key: str, rules: Rules) -> Source:
     """The images of an uncompressed tar file."""
     where = f"{store.url}/{key}"
+    names, selection, images = Names(where), Selection(rules), []
     with open_file(store, key) as file:
-        members = list(tar_members(file, where))
-    safe_members(where, [member.name for member in members if not member.isdir()])
-    images = sorted((m for m in members if m.isreg() and is_image(m.name)), key=lambda m: natural(m.name))
-    for member in images:
-        if member.sparse is not None or member.size > MAX_MEMBER_BYTES:
-            raise UserError(f"{where}: {member.name} is sparse or larger than an image may be; it is refused")
+        for member in tar_members(file, where):
+            if member.isdir():
+                continue
+            name = names.checked(member.name)
+            if selection.takes(name, "" if member.isreg() else "not a regular file"):
+                if member.sparse is not None or member.size > MAX_MEMBER_BYTES:
+                    raise UserError(f"{where}: {name} is sparse or larger than an image may be; it is refused")
+                images.append((name, member.size, member.offset_data))
+    images.sort(key=lambda image: natural(image[0]))
 
     def items(start: int) -> Iterator[Item]:
-        for member in images[start:]:
-            place, size = member.offset_data, member.size
-            yield Item(f"{where}: {member.name}", partial(store.read_range, key, place, size))
+        for name, size, place in images[start:]:
+            yield Item(f"{where}: {name}", partial(store.read_range, key, place, size))
 
-    contents = [(member.name, member.size, member.offset_data) for member in images]
-    return _source(where, key, identity("tar", [store.size(key), contents]), len(images), items)
+    return _source(where, key, identity("tar", [store.size(key), images]), selection, items)
+
+
+def open_archives(store: Store, keys: list[str], name: str, rules: Rules) -> Source:
+    """The images of several zip and tar files, one file after the other in natural order: shards of a data set.
+
+    Files without images are counted as left out.
+    """
+    sources, tally = [], Tally()
+    for key in sorted(keys, key=natural):
+        try:
+            found = (open_zip if key.lower().endswith(".zip") else open_tar)(store, key, rules)
+        except NoImages as error:
+            tally.add_all(error.left_out)
+            tally.add(extension(key))
+            continue
+        sources.append(found)
+        tally.add_all(found.left_out)
+    if not sources:
+        raise NoImages(store.url, tally.groups())
+    log.info("%d archives: %s ... %s", len(sources), sources[0].name, sources[-1].name)
+
+    def items(start: int) -> Iterator[Item]:
+        for source in sources:
+            yield from source.items(min(start, source.count))
+            start = max(0, start - source.count)
+
+    hashed = identity("archives", [source.identity for source in sources])
+    doubts = tuple(f"{source.name}: {doubt}" for source in sources for doubt in source.doubts)[:MAX_PLACES]
+    return Source(name, sum(source.count for source in sources), hashed, items, tally.groups(), doubts)
+
+
+class Names:
+    """The member names of one archive: none leads out of it, none occurs twice."""
+
+    def __init__(self, where: str) -> None:
+        self._where, self._seen = where, set[str]()
+
+    def checked(self, name: str) -> str:
+        """The name as a path below the archive. Raises UserError."""
+        inside = member_name(self._where, name)
+        if inside in self._seen:
+            raise UserError(f"{self._where} holds {inside!r} twice; it is refused")
+        self._seen.add(inside)
+        return inside
 
 
 def tar_members(file: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
@@ -98,10 +155,11 @@ class _Headers:
         return self._file.read(size)
 
 
-def _source(where: str, key: str, hashed: str, count: int, items) -> Source:
-    if not count:
-        raise UserError(f"{where} holds no images")
-    return Source(key.rsplit(".", 1)[0], count, hashed, items)
+def _source(where: str, key: str, hashed: str, selection: Selection, items) -> Source:
+    if not selection.taken:
+        raise NoImages(where, selection.left_out())
+    name = key.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    return Source(name, selection.taken, hashed, items, selection.left_out(), selection.doubts())
 
 
 def _check_member(where: str, member: zipfile.ZipInfo) -> None:

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import UserError
-from ...storage.base import check_key
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".gif")
+from ..left_out import LeftOut
 
 
 @dataclass(frozen=True)
@@ -33,36 +31,39 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """An ordered list of `count` images. `identity` is a hash of the content of the source, not of its location."""
+    """An ordered list of `count` images, and what the source holds besides.
+
+    `identity` is a hash of the images, not of their location nor of what is left out.
+    """
 
     name: str
     count: int
     identity: str
     items: Callable[[int], Iterator[Item]]  # the images from this position on
+    left_out: tuple[LeftOut, ...] = ()
+    doubts: tuple[str, ...] = ()  # warnings: what is perhaps no picture, and how to leave it out
 
 
-def is_image(key: str) -> bool:
-    """Whether a file name is that of an image; hidden files and macOS resource forks are not."""
-    name = key.rsplit("/", 1)[-1]
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not key.startswith("__MACOSX/")
+def member_name(where: str, name: str) -> str:
+    """The name of an archive's member as a path below the archive, with forward slashes.
 
-
-def safe_members(where: str, names: list[str]) -> None:
-    """Raise UserError for member names that lead out of the archive's folder, or occur twice."""
-    seen: set[str] = set()
-    for name in names:
-        try:
-            check_key(name.removeprefix("./"))
-        except UserError as error:
-            raise UserError(f"{where} holds the hostile member name {name!r}; it is refused") from error
-        if name in seen:
-            raise UserError(f"{where} holds {name!r} twice; it is refused")
-        seen.add(name)
+    Windows programs separate by backslashes. Nothing is extracted, and still a name that leads out of the
+    archive's folder is hostile. Raises UserError.
+    """
+    parts = name.replace("\\", "/").split("/")
+    inside = [part for part in parts if part not in ("", ".")]
+    absolute = not parts[0] or re.fullmatch(r"[A-Za-z]:", parts[0])
+    if absolute or not inside or ".." in inside or "\0" in name:
+        raise UserError(f"{where} holds the hostile member name {name[:200]!r}; it is refused")
+    return "/".join(inside)
 
 
 def natural(key: str) -> tuple:
-    """Sort key with numbers in names by value; ties by the name itself."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", key)], key
+    """Sort key with the decimal numbers in names by value; ties by the name itself."""
+    parts = re.split(r"([0-9]+)", key)  # texts and numbers in turn
+    numbers = [part.lstrip("0") for part in parts[1::2]]
+    parts[1::2] = numbers
+    return [(0, len(part), part) if at % 2 else (1, 0, part) for at, part in enumerate(parts)], key
 
 
 def identity(kind: str, contents: list) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import UserError, first_line
 from ...storage.base import Store
 from ...storage.seekable import open_file
 from ..codec import BadImage
+from ..decoding.picture import is_picture
+from ..left_out import LeftOut
 from .base import Item, Source, identity, natural
 
 log = logging.getLogger(__name__)
@@ -18,25 +21,64 @@ log = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 32  # rows in memory at a time; images may be full-size photographs
 
 
-def open_parquet(store: Store, sizes: dict[str, int], name: str) -> Source:
+class Inspected(NamedTuple):
+    """Parquet files by what is in them."""
+
+    columns: dict[str, tuple[str, int]]  # of those with images: the column and the number of rows
+    without: dict[str, UserError]  # of the others: why they have none
+
+
+def open_parquet(store: Store, key: str) -> Source:
+    """The images of one parquet file."""
+    found = Inspected({key: _inspect(store, key)}, {})
+    return parquet_source(store, key.removesuffix(".parquet"), {key: store.size(key)}, found, ())
+
+
+def inspected(store: Store, keys: Iterable[str]) -> Inspected:
+    """Which of these files have a column of images, by their schema and by a look at one image of each column."""
+    found = Inspected({}, {})
+    looks: dict[str, bool] = {}
+    for key in sorted(keys, key=natural):
+        try:
+            column, rows = _inspect(store, key)
+            if column not in looks:
+                looks[column] = _shows_images(store, key, column)
+            if not looks[column]:
+                raise UserError(f"{store.url}/{key}: its column {column} holds no pictures (perhaps only their paths)")
+            found.columns[key] = column, rows
+        except UserError as error:
+            found.without[key] = error
+    return found
+
+
+def _shows_images(store: Store, key: str, column: str) -> bool:
+    """Whether the first value of a column is a picture."""
+    for item in _rows(store, key, column, 0):
+        with contextlib.suppress(BadImage):  # an empty row
+            return is_picture(bytes(item.read()))
+    return False
+
+
+def parquet_source(
+    store: Store, name: str, sizes: dict[str, int], found: Inspected, left_out: tuple[LeftOut, ...]
+) -> Source:
     """The images of these parquet files (key -> bytes), in natural order of the keys, split after split."""
     keys = sorted(sizes, key=natural)
-    columns, counts = {}, {}
-    for key in keys:
-        columns[key], counts[key] = _inspect(store, key)
     if len(keys) > 1:
         log.info("%d parquet files: %s ... %s", len(keys), keys[0], keys[-1])
 
     def items(start: int) -> Iterator[Item]:
         for key in keys:
-            if start >= counts[key]:
-                start -= counts[key]
+            column, rows = found.columns[key]
+            if start >= rows:
+                start -= rows
                 continue
-            yield from _rows(store, key, columns[key], start)
+            yield from _rows(store, key, column, start)
             start = 0
 
-    contents = [(key, sizes[key], counts[key]) for key in keys]
-    return Source(name.removesuffix(".parquet"), sum(counts.values()), identity("parquet", contents), items)
+    contents = [(key, sizes[key], found.columns[key][1]) for key in keys]
+    count = sum(found.columns[key][1] for key in keys)
+    return Source(name, count, identity("parquet", contents), items, left_out)
 
 
 def _open(store: Store, key: str) -> Any:

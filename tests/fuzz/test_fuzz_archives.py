@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from glann.datasets.codec import BadImage, decode_any, decode_packed
+from glann.datasets.codec import BadImage, decode_packed
+from glann.datasets.decoding.picture import decode_any
 from glann.datasets.shards import scan
 from glann.datasets.sources.open import open_source
 from glann.storage.base import TruncatedObject

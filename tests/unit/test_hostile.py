@@ -26,7 +26,8 @@ from glann.cluster.checkpoints import reader, retention
 from glann.cluster.checkpoints.writer import CheckpointWriter
 from glann.config import run as configuration
 from glann.config.run import Config
-from glann.datasets.codec import BadImage, decode_any
+from glann.datasets.codec import BadImage
+from glann.datasets.decoding.picture import decode_any
 from glann.datasets.index import Index
 from glann.datasets.shards import scan
 from glann.datasets.sources.open import open_source

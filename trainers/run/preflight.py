@@ -28,10 +28,10 @@ def open_data(config: Config, console: Console) -> Index:
     """
     data = config.data
     if data.source and not is_packed(config):
-        from ...datasets.pack import pack
+        from ...datasets.pack import pack, summary
 
         console.print(f"packing {data.source} into {data.url}", markup=False)
-        pack(
+        index = pack(
             data.source,
             data.url,
             resolution=data.resolution,
@@ -39,6 +39,7 @@ def open_data(config: Config, console: Console) -> Index:
             workers=data.threads,
             s3=config.s3,
         )
+        console.print(summary(index, data.url), markup=False)
     index = Index.load(data.url, config.s3)
     require_fit(index, data, config.cluster.max_workers)
     return index

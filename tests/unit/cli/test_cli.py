@@ -397,7 +397,7 @@ def test_a_data_set_is_packed_described_and_verified(elsewhere: Path, capsys: py
         pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
         Image.fromarray(pixels).save(elsewhere / "pictures" / f"{number}.png")
     status, out, _ = run(capsys, "data", "pack", "pictures", "packed", "--resolution", "32")
-    assert (status, out) == (0, "5 images of 32 px in 1 shards: packed\n")
+    assert (status, out) == (0, "5 images of 32 px in 1 shard: packed\n")
     assert "resolution     32" in run(capsys, "data", "info", "packed")[1]
     assert run(capsys, "data", "verify", "packed")[:2] == (0, "packed is intact\n")
 

@@ -5,8 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from glann.datasets import codec
-from glann.datasets.codec import BadImage, decode_any, decode_packed, encode, fit
+from glann.datasets.codec import BadImage, decode_packed, encode, fit
+from glann.datasets.decoding import picture
+from glann.datasets.decoding.picture import decode_any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,7 +33,7 @@ def smooth(side):
 @pytest.mark.parametrize("crop", ["center", "pad", "none"])
 def test_an_image_of_the_right_size_keeps_every_pixel(crop):
     img_HWC = noise(32, 32, 3)
-    np.testing.assert_array_equal(fit(decode_any(saved(Image.fromarray(img_HWC))), 32, 3, crop), img_HWC)
+    np.testing.assert_array_equal(fit(decode_any(saved(Image.fromarray(img_HWC))).image, 32, 3, crop), img_HWC)
 
 
 def test_center_cuts_the_middle():
@@ -74,31 +75,31 @@ def test_exif_orientation_is_applied():
     image = Image.fromarray(noise(6, 8, 3))
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = decode_any(saved(image, exif=exif))
+    turned = decode_any(saved(image, exif=exif)).image
     np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
 
 
 def test_transparent_pixels_are_white():
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[0, 0] = (10, 20, 30, 255)
-    out = np.asarray(decode_any(saved(Image.fromarray(rgba))))
+    out = np.asarray(decode_any(saved(Image.fromarray(rgba))).image)
     assert tuple(out[0, 0]) == (10, 20, 30)
     assert (out[1:] == 255).all()
 
 
 def test_sixteen_bit_grey_keeps_its_upper_bits():
     wide = np.random.default_rng(0).integers(0, 65536, (5, 7)).astype(np.uint16)
-    np.testing.assert_array_equal(np.asarray(decode_any(saved(Image.fromarray(wide)))), wide >> 8)
+    np.testing.assert_array_equal(np.asarray(decode_any(saved(Image.fromarray(wide))).image), wide >> 8)
 
 
 @pytest.mark.parametrize("mode", ["P", "1", "CMYK", "LA"])
 def test_other_modes_become_plain(mode):
     image = Image.fromarray(noise(8, 8, 3)).convert(mode)
-    assert decode_any(saved(image, "TIFF" if mode == "CMYK" else "PNG")).mode in ("RGB", "L")
+    assert decode_any(saved(image, "TIFF" if mode == "CMYK" else "PNG")).image.mode in ("RGB", "L")
 
 
 def test_a_bomb_is_refused_before_it_is_decompressed(monkeypatch):
-    monkeypatch.setattr(codec, "MAX_PIXELS", 99)
+    monkeypatch.setattr(picture, "MAX_PIXELS", 99)
     with pytest.raises(BadImage, match="pixels; the limit is"):
         decode_any(saved(Image.fromarray(noise(10, 10))))
 

@@ -1,4 +1,4 @@
-"""What could be trained and then never be measured is refused before anything is trained."""
+"""Data that do not fit a recipe are refused before training; what one command advises, the next one takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 from glann.config.sections import DataConfig
-from glann.datasets.fit import require_fit
+from glann.datasets.fit import TRAINABLE, not_trainable, require_fit
 from glann.datasets.index import Index
 from glann.errors import UserError
 
@@ -64,3 +64,24 @@ def test_a_run_of_one_image_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="one holds 1 image"):
         train(load("digits", settings), Console(quiet=True))
     assert not Path("runs").exists()
+
+
+def advice(held, resolution=64):
+    data = DataConfig(url="set", resolution=resolution, channels=3)
+    with pytest.raises(UserError) as error:
+        require_fit(SimpleNamespace(resolution=held, channels=3, rows=9), data, 1)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("held", [held for held in TRAINABLE if held != 64])
+def test_a_resolution_is_advised_if_it_can_be_configured(held):
+    assert f"set data.resolution={held}, or pack it again" in advice(held)
+    DataConfig(url="set", resolution=held)
+    assert not not_trainable(held)
+
+
+def test_a_resolution_that_no_recipe_can_have_is_never_advised():
+    message = advice(96)
+    assert "set data.resolution" not in message
+    assert "images of 96 px cannot be trained on; 28, 32, 64, 128, 256, 512, 1024 px can: pack it again" in message
+    assert "--resolution 64" in message

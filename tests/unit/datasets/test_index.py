@@ -92,6 +92,10 @@ def test_hostile_file_names_are_refused(name):
         ({"shards": []}, "shards"),
         ({"surprise": 1}, "surprise"),
         ({"image_format": "exe"}, "image_format"),
+        ({"left_out": [{"reason": "mask", "count": 0}]}, "left_out"),
+        ({"left_out": [{"reason": "mask", "count": 1, "places": ["x" * 1000]}]}, "left_out"),
+        ({"left_out": [{"reason": f".{n}", "count": 1} for n in range(1000)]}, "left_out"),
+        ({"remarks": {"x": -1}}, "remarks"),
     ],
 )
 def test_impossible_headers_are_refused(changes, match):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,13 @@ import threading
 import numpy as np
 import pytest
 import webdataset
-from glann.datasets.index import Index
-from glann.datasets.pack import pack
+from glann.datasets import pack as packing
+from glann.datasets.decoding.picture import PROFILE
+from glann.datasets.index import Index, _fingerprint
+from glann.datasets.left_out import in_words
+from glann.datasets.pack import pack, summary
 from glann.datasets.reader import ImageRows
+from glann.datasets.sources.open import open_source
 from glann.datasets.verify import describe, verify
 from glann.errors import EnvironmentFault, UserError
 from glann.storage import local as storage
@@ -184,7 +189,7 @@ def test_corrupt_images_are_left_out_when_that_is_asked_for(folder, tmp_path, ca
     good = pack(folder, str(tmp_path / "good" / "set"), **OPTIONS)
     with open(os.path.join(folder, "49.png"), "r+b") as file:
         file.truncate(100)
-    with pytest.raises(UserError, match="1 corrupt images"):
+    with pytest.raises(UserError, match="1 corrupt image: "):
         pack(folder, str(tmp_path / "set"), **OPTIONS)
     index = pack(folder, str(tmp_path / "set"), skip_corrupt=True, **OPTIONS)  # goes on with the finished shards
     assert index.rows == IMAGES - 1
@@ -195,7 +200,7 @@ def test_corrupt_images_are_left_out_when_that_is_asked_for(folder, tmp_path, ca
 def test_a_source_of_corrupt_images_only_makes_no_data_set(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"garbage")
-    with pytest.raises(UserError, match="none of 1 images can be read"):
+    with pytest.raises(UserError, match="none of 1 image can be read"):
         pack(str(tmp_path / "in"), str(tmp_path / "set"), skip_corrupt=True, **OPTIONS)
 
 
@@ -228,6 +233,8 @@ def test_a_full_disk_is_said_so_and_packing_goes_on_afterwards(folder, tmp_path,
         ({"shard_size_mb": float("nan")}, "shard size nan"),
         ({"name": "../up"}, r"name=\.\./up"),
         ({"workers": 0}, "workers=0"),
+        ({"levels": 100}, "levels=100 is not possible; use 255 to 65535"),
+        ({"exclude": [""]}, "an empty pattern"),
     ],
 )
 def test_impossible_options_are_refused_and_leave_nothing(folder, tmp_path, change, match):
@@ -294,3 +301,120 @@ def test_verify_refuses_a_shard_with_a_name_that_escapes(packed):
     shard.write_bytes(bytes(header) + data[512:])
     faults = [str(fault) for fault in verify(str(place))]
     assert f"{shard.name}: ../../evil.png: a member that is not in the index" in faults
+
+
+# the account of what is not packed ---------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(folder):
+    """The folder with things that are no pictures, in several ways, and with one link to nothing."""
+    for name in (".git/a.png", "CelebAMask-HQ-mask-anno/0_hair.png", "IMG_7.HEIC", "notes.txt"):
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(b"x")
+    os.symlink("/mnt/lost/7.png", os.path.join(folder, "zz.png"))
+    return folder
+
+
+ACCOUNT = "1 .heic, 1 .txt, 1 in hidden folders (.git/), 1 mask (CelebAMask-HQ-mask-anno/), 1 unreadable image"
+
+
+def test_every_file_is_packed_or_accounted_for(mixed, tmp_path):
+    index = pack(mixed, str(tmp_path / "set"), skip_corrupt=True, **OPTIONS)
+    assert in_words(index.header.left_out) == ACCOUNT
+    files_seen = sum(len(names) for _, _, names in os.walk(mixed))
+    assert index.rows + sum(group.count for group in index.header.left_out) == files_seen
+    again = pack(mixed, str(tmp_path / "set"), skip_corrupt=True, **OPTIONS)
+    shards = len(index.shards)
+    for known in (index, again, Index.load(str(tmp_path / "set"))):
+        assert summary(known, "set") == f"50 images of 16 px in {shards} shards: set; left out: {ACCOUNT}"
+    assert describe(str(tmp_path / "set"))["left_out"] == ACCOUNT
+
+
+def test_a_link_to_nothing_is_named_with_its_target(mixed, tmp_path):
+    with pytest.raises(
+        UserError, match=r"^1 corrupt image: .*/in/zz\.png: a link to /mnt/lost/7\.png, where nothing is"
+    ):
+        pack(mixed, str(tmp_path / "set"), **OPTIONS)
+
+
+def test_an_interruption_does_not_change_the_account(mixed, tmp_path):
+    for number in (3, 20):
+        with Image.open(os.path.join(mixed, f"{number}.png")) as image:
+            image.save(os.path.join(mixed, f"{number}.png"), icc_profile=b"no profile")
+    os.remove(os.path.join(mixed, "5.png"))
+    os.symlink("/mnt/lost/5.png", os.path.join(mixed, "5.png"))
+    whole = pack(mixed, str(tmp_path / "whole" / "set"), skip_corrupt=True, **OPTIONS)
+    assert whole.header.remarks == {PROFILE: 2}
+    assert "2 unreadable images" in summary(whole, "set")
+    assert summary(whole, "set").endswith("; 2 with an unusable colour profile, taken as sRGB")
+
+    def interrupt(done, total):
+        if done == 35:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(mixed, str(tmp_path / "set"), skip_corrupt=True, progress=interrupt, **OPTIONS)
+    pack(mixed, str(tmp_path / "set"), skip_corrupt=True, **OPTIONS)
+    assert files(tmp_path / "set") == files(tmp_path / "whole" / "set")
+
+
+def test_what_is_left_out_changes_neither_the_data_nor_its_fingerprint(folder, tmp_path):
+    first = pack(folder, str(tmp_path / "a" / "set"), **OPTIONS)
+    with open(os.path.join(folder, "notes.txt"), "wb") as file:
+        file.write(b"x")
+    second = pack(folder, str(tmp_path / "b" / "set"), **OPTIONS)
+    assert (first.header.left_out, in_words(second.header.left_out)) == ((), "1 .txt")
+    assert (first.fingerprint, first.header.recipe) == (second.fingerprint, second.header.recipe)
+    assert "left_out" not in (tmp_path / "a" / "set" / "index.json").read_text()  # as glann 0.1 wrote and reads it
+    assert verify(str(tmp_path / "b" / "set")) == []
+
+
+def test_a_data_set_of_an_earlier_version_is_finished(folder, tmp_path):
+    """It was read without colour profiles; the same command keeps it."""
+    pack(folder, str(tmp_path / "set"), **OPTIONS)
+    index = json.loads((tmp_path / "set" / "index.json").read_text())
+    options = packing.Options("set", 16, 3, "center", "png", 95, 10_000)
+    assert index["recipe"] == options.recipe(open_source(folder))
+    index["recipe"] = options.recipe(open_source(folder), 1)
+    index["fingerprint"] = _fingerprint(index)
+    (tmp_path / "set" / "index.json").write_text(json.dumps(index))
+    assert pack(folder, str(tmp_path / "set"), **OPTIONS).fingerprint == index["fingerprint"]
+
+
+def test_an_unknown_range_stops_a_pack_also_when_corrupt_images_are_skipped(folder, tmp_path):
+    """Otherwise all pictures of a microscope would be lost as corrupt."""
+    ramp = np.linspace(0, 4095, 400).reshape(20, 20).astype(np.uint16)
+    Image.fromarray(ramp).save(os.path.join(folder, "scan.png"))
+    with pytest.raises(UserError, match=r"/in/scan\.png: .* --levels 4095"):
+        pack(folder, str(tmp_path / "set"), skip_corrupt=True, **OPTIONS)
+    pack(folder, str(tmp_path / "set"), levels=65535, **OPTIONS)  # what is default otherwise: the shards are kept
+    with pytest.raises(UserError, match="with other options"):
+        pack(folder, str(tmp_path / "set"), levels=4095, **OPTIONS)
+
+
+def test_files_beside_a_packed_data_set_are_accounted_for(folder, tmp_path):
+    pack(folder, str(tmp_path / "set"), **OPTIONS)
+    (tmp_path / "set" / "preview.png").write_bytes(b"x")
+    assert in_words(open_source(str(tmp_path / "set")).left_out) == "1 beside the packed data set"
+
+
+def test_an_unfinished_pack_is_no_source(folder, tmp_path):
+    interrupted(folder, tmp_path / "set")
+    with pytest.raises(UserError, match="is an unfinished pack"):
+        open_source(str(tmp_path / "set"))
+
+
+def test_a_folder_of_packed_data_sets_is_no_source(folder, tmp_path):
+    """Their shards would be mixed without their indices."""
+    for name in ("a", "b"):
+        pack(folder, str(tmp_path / "sets" / name), **OPTIONS)
+    with pytest.raises(UserError, match=r"holds packed data sets \(a, b\); name one of them"):
+        open_source(str(tmp_path / "sets"))
+
+
+def test_one_image_is_counted_in_good_english(folder, tmp_path):
+    for number in range(1, IMAGES):
+        os.remove(os.path.join(folder, f"{number}.png"))
+    assert summary(pack(folder, str(tmp_path / "set"), **OPTIONS), "set") == "1 image of 16 px in 1 shard: set"

@@ -1,6 +1,7 @@
 """S3 through an in-process server: what is stored comes back whole, every failure is one line without keys."""
 
 import http.server
+import io
 import pickle
 import tarfile
 import threading
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from glann.config.sections import S3Config
 from glann.datasets.index import Index
+from glann.datasets.left_out import in_words
 from glann.datasets.loader import BadRows, PlannedBatch, batches
 from glann.datasets.pack import pack
 from glann.datasets.reader import CorruptImage, ImageRows
@@ -468,3 +470,25 @@ def test_an_interrupted_pack_to_s3_goes_on(s3, tmp_path):
     index = pack(str(tmp_path / "source.npz"), "s3://images/set", **options)
     other = pack(str(tmp_path / "source.npz"), str(tmp_path / "set"), **(options | {"s3": None}))
     assert index.fingerprint == other.fingerprint
+
+
+def test_keys_that_others_named_are_read_as_they_are(s3, tmp_path):
+    """A program that joins `prefix/` and `/key` leaves `faces//1.png`; a Windows program leaves backslashes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "teal").save(buffer, "PNG")
+    client = s3_module._client(s3, s3.endpoint_url)
+    for key in ("faces//1.png", "faces//a//2.png", "faces/b\\3.png", "faces/4.png", "faces//.git/5.png"):
+        client.put_object(Bucket="images", Key=key, Body=buffer.getvalue())
+    index = pack("s3://images/faces", str(tmp_path / "set"), resolution=16, s3=s3)
+    assert (index.rows, in_words(index.header.left_out)) == (4, "1 in hidden folders (/.git/)")
+    store = open_store("s3://images/faces", s3)
+    assert store.read("/1.png") == buffer.getvalue()
+    for attempt in (store.delete, lambda key: store.write(key, b"")):
+        for key in ("/1.png", "b\\3.png"):
+            with pytest.raises(UserError, match="not a usable file name"):
+                attempt(key)
+
+
+def test_a_key_that_http_would_change_is_named_with_the_way_out(s3):
+    with pytest.raises(UserError, match=r"s3://images/a/\.\./b is not a usable .* copy the object to a key without"):
+        open_store("s3://images", s3).read("a/../b")

@@ -289,5 +289,5 @@ def test_a_damaged_file_of_any_kind_is_refused_or_read_but_never_a_traceback(who
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(UserError, match="but no image"):
+    with pytest.raises(UserError, match="holds no images"):
         open_source(write(tmp_path, {"a.txt": b""}))
