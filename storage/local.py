@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..config.paths import expand
 from ..errors import UserError
 from .base import Data, MissingObject, ObjectExists, TruncatedObject, check_key
 from .files import TEMPORARY, fill, os_fault, read_at, replacing, sweep, sync_folder, temporary_beside
@@ -16,7 +17,7 @@ class LocalStore:
     """Files in a folder. A write goes to a temporary file beside the target, is synced, then renamed."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).expanduser()
+        self.root = expand(root)
         self.url = str(self.root)
         self._swept: set[Path] = set()
 

@@ -6,8 +6,8 @@ import hashlib
 import re
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
+from ...config.paths import expand
 from ...config.sections import S3Config
 from ...errors import UserError
 from ...storage.base import Store, split_url
@@ -44,12 +44,12 @@ def open_source(source: str, s3: S3Config | None = None) -> Source:
 
 
 def _is_file(source: str) -> bool:
-    return "://" not in source and Path(source).expanduser().is_file()
+    return "://" not in source and expand(source).is_file()
 
 
 def _suffix(source: str) -> str:
     """The suffix of a file by its name, or "" for a folder."""
-    if "://" not in source and Path(source).expanduser().is_dir():
+    if "://" not in source and expand(source).is_dir():
         return ""
     name = source.rstrip("/").rsplit("/", 1)[-1].lower()
     for suffix in (".zip", ".npz", ".tar", ".parquet"):

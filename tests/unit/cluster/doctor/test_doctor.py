@@ -296,3 +296,18 @@ def test_s3_without_an_answer_is_bad(monkeypatch: pytest.MonkeyPatch):
 def test_the_cache_is_looked_up_where_it_is(elsewhere: Path):
     found = [check.found for check in doctor.disk_checks(None)]
     assert any(str(elsewhere / "cache") in line for line in found)
+
+
+def test_no_home_folder_is_one_bad_check(monkeypatch: pytest.MonkeyPatch):
+    """A container that runs as a number: no HOME, and no line in /etc/passwd."""
+
+    def unknown(*_: object) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("GLANN_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    good, bad = doctor.disk_checks(None)
+    assert good.found.startswith("run folder")
+    assert not bad.ok
+    assert bad.remedy == "set HOME, or GLANN_CACHE to a folder that can be written"
