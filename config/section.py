@@ -28,8 +28,10 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _without_nul(cls, value: Any) -> Any:
-        """YAML can write a NUL character, and no file, address or variable can have one."""
+    def _can_be_written(cls, value: Any) -> Any:
+        """YAML can write text, and a command line bytes, that no file, address or variable can hold."""
         if isinstance(value, str) and "\0" in value:
             raise ValueError("no text may hold a NUL character")
+        if isinstance(value, str) and not value.isascii() and value != value.encode("utf-8", "replace").decode():
+            raise ValueError("it is not UTF-8")
         return value

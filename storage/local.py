@@ -27,7 +27,10 @@ class LocalStore:
     def _own(self, key: str) -> Path:
         """The path of a key for writing; raises UserError if a link inside the folder leads out of it."""
         path = self.path(key)
-        if not path.parent.resolve().is_relative_to(self.root.resolve()):
+        folder, root = (
+            Path(os.path.realpath(place)) for place in (path.parent, self.root)
+        )  # resolve() raises at loops
+        if not folder.is_relative_to(root):
             raise UserError(f"{path.parent} is a link that leads out of {self.root}; remove it")
         return path
 

@@ -1,27 +1,28 @@
 """No odd value and no odd environment makes a command fail as if it had a bug: status 70, a traceback, or a hang.
 
 Commands, parameters and configuration keys are those that there are, so a new one is swept by itself. A share of the
-cases runs by default, the same ones every time; with GLANN_FUZZ_CASES all of them do, also on a model registry.
+cases runs by default, the same ones every time; with GLANN_FUZZ_CASES as many as that, at most all.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
 import torch
 import typer
 from command_zygote import CommandZygote, Outcome, can_change_user
-from conftest import CASES, RAN
 from glann.cli.main import app
 from glann.config.run import Config, known_keys
 from glann.datasets.index import Index
@@ -32,7 +33,8 @@ from glann.models.mapping import build_mapping
 from odd_values import FEW_VALUES, VALUES, make_odd_files
 from registered_runs import track
 
-SHARE = 1 if CASES else 25  # one case of so many runs
+T = TypeVar("T")
+WHOLE, FEW = 10_000, 50  # GLANN_FUZZ_CASES with which every case runs; the share of these that runs without it
 ORDINARY_USER = 12345  # one without a line in /etc/passwd
 BUG_WORDS = ("Traceback (most recent call last)", "this is a bug", "Exception ignored", "Fatal Python error")
 TINY: dict[str, Any] = {
@@ -47,6 +49,7 @@ TINY: dict[str, Any] = {
     "evaluation": {"samples": 4},
     "tracking": {"enabled": False},
 }
+REMOTE = TINY | {"name": "far", "data": TINY["data"] | {"url": "s3://b/data"}, "checkpoint": {"url": "s3://b/runs"}}
 STUDY = {
     "name": "tiny-study",
     "recipe": "recipe.yaml",
@@ -58,18 +61,20 @@ ROWS = 6
 # Good values, by parameter, or by command and parameter where one name has several meanings.
 GOOD = {
     "config": "recipe.yaml",
+    "submit config": "remote.yaml",
     "overrides": "name=another",
     "study": "study.yaml",
     "source": "runs/tiny",
     "data pack source": "pictures",
     "run": "runs/tiny",
+    "evaluate run": "models:/tiny/1",  # its codes are not needed
     "folder": "runs/tiny",
     "url": "squares",
     "destination": "packed",
     "resolution": "28",
     "name": "tiny",
 }
-TAKE_OVERRIDES = ("train", "train --dry-run", "doctor", "submit")
+TAKE_OVERRIDES = ("train", "doctor", "submit")
 
 
 class Case(NamedTuple):
@@ -121,10 +126,10 @@ def odd_overrides() -> Iterator[Case]:
     """Every configuration key with every odd value; keys of text also where a run would use them."""
     for key, section in known_keys().items():
         text = "str" in str(section.annotation)
-        for value in VALUES:
+        for value in VALUES if text else FEW_VALUES:
             yield Case(("config", "recipe.yaml", f"{key}={value}"))
             for command in TAKE_OVERRIDES if text else ():
-                yield Case((*command.split(), "recipe.yaml", f"{key}={value}"))
+                yield Case((command, good_arguments(command)["config"][0], f"{key}={value}"))
             if text and key.startswith("tracking."):
                 yield Case(("train", "recipe.yaml", "tracking.enabled=true", f"{key}={value}"))
 
@@ -165,12 +170,19 @@ ODD_ENVIRONMENTS: dict[str, dict[str, str]] = {
 class Place:
     """Copies of a folder with a recipe, a study, pictures, packed images, a finished run and odd files, one a case."""
 
-    def __init__(self, workshop: Path, zygote: CommandZygote, around: Path) -> None:
-        self.workshop, self.zygote, self.around = workshop, zygote, around
+    def __init__(self, workshop: Path, zygote: CommandZygote, around: Path, asked: int, ran: Counter[str]) -> None:
+        self.workshop, self.zygote, self.around, self.asked, self.ran = workshop, zygote, around, asked, ran
+
+    def share(self, cases: Iterable[T]) -> list[T]:
+        """The cases that run this time: the same few every time, or others every time."""
+        cases = list(cases)
+        return random.Random(None if self.asked else 0).sample(
+            cases, math.ceil(min(1.0, (self.asked or FEW) / WHOLE) * len(cases))
+        )
 
     def run(self, case: Case) -> tuple[Outcome, str | None]:
         """How the command ended, and what is wrong with that; None where nothing is."""
-        RAN[case.arguments[0]] += 1
+        self.ran["commands"] += 1
         root = self.around / "case"
         root.mkdir()
         try:
@@ -204,7 +216,6 @@ def environment(root: Path) -> dict[str, str]:
         "GLANN_CACHE": str(root / "cache"),
         "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1",
         "RAY_ADDRESS": "127.0.0.1:1",
-        "RAY_AUTH_MODE": "token",
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "x",
         "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
@@ -242,11 +253,6 @@ def verdict(outcome: Outcome, before: set[str], after: set[str]) -> str | None:
     return None
 
 
-def share(cases: Sequence[Case]) -> list[Case]:
-    """The cases that run this time: all, or the same few every time."""
-    return list(cases) if SHARE == 1 else random.Random(SHARE).sample(cases, -(-len(cases) // SHARE))
-
-
 def make_tiny_run() -> Config:
     """The run folder runs/tiny, finished, with random networks."""
     config = Config.model_validate(TINY)
@@ -269,7 +275,7 @@ def make_tiny_run() -> Config:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, cases: int, ran: Counter[str]) -> Iterator[Place]:
     from PIL import Image
 
     root = tmp_path_factory.mktemp("commands")
@@ -281,17 +287,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         Image.fromarray(np.full((28, 28), 40 * number, np.uint8)).save(f"pictures/{number}.png")
     pack("pictures", "squares", resolution=28, channels=1)
     Path("recipe.yaml").write_text(json.dumps(TINY | {"name": "other"}))
+    Path("remote.yaml").write_text(json.dumps(REMOTE))
     Path("study.yaml").write_text(json.dumps(STUDY))
     config = make_tiny_run()
-    if CASES:
-        track(config, "sqlite:///mlflow.db", register_as="tiny")
+    track(config, "sqlite:///mlflow.db", register_as="tiny")
     os.chdir(before)
     zygote = CommandZygote(environment(root), ORDINARY_USER if can_change_user() else None)
-    yield Place(workshop, zygote, root / "around")
+    yield Place(workshop, zygote, root / "around", cases, ran)
     zygote.close()
 
 
-def sweep(place: Place, cases: Sequence[Case]) -> None:
+def sweep(place: Place, every: Iterable[Case]) -> None:
+    cases = place.share(every)
     wrong = [(case, found) for case in cases if (found := place.run(case)[1])]
     assert not wrong, "\n".join([f"{len(wrong)} of {len(cases)}", *(f"{case}\n    {found}" for case, found in wrong)])
 
@@ -313,15 +320,15 @@ def test_a_good_command_is_not_refused(place, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_odd_arguments(place, name):
-    sweep(place, share(list(odd_arguments(name))))
+    sweep(place, odd_arguments(name))
 
 
 def test_odd_overrides(place):
-    sweep(place, share(list(odd_overrides())))
+    sweep(place, odd_overrides())
 
 
 def test_odd_environments(place):
-    sweep(place, share(list(odd_environments())))
+    sweep(place, odd_environments())
 
 
 # Read by Python before any code of ours, so they take a process each: seconds.
@@ -342,8 +349,8 @@ def odd_shells() -> Iterator[str]:
 
 def test_odd_streams_and_encodings(place, tmp_path):
     wrong = []
-    for command in share(list(odd_shells())):
-        RAN["shell"] += 1
+    for command in place.share(odd_shells()):
+        place.ran["commands"] += 1
         done = subprocess.run(
             ["bash", "-c", command], cwd=place.workshop, env=environment(tmp_path), capture_output=True, timeout=120
         )

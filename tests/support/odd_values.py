@@ -19,7 +19,25 @@ VALUES = (
     *("{", "[1,", "a=b=c", "=", "[1, 2]", "{a: b}", "&a [*a]", "*a", "!!python/object/apply:os.system [x]", "%YAML 9"),
     *('"\\0"', '"\\ud800"', '"x\\ny"', "'", "cuda", "cuda:7", "gpu", "meta", "cpu:9", "127.0.0.1:1", "[::1]:1", "h:x"),
 )
-FEW_VALUES = ("", "x", "1e999", "nan", "-1", "0", "9" * 30, "\udcff", "1.5", "on")  # where a number or word is wanted
+FEW_VALUES = (
+    "",
+    "x",
+    "1e999",
+    "nan",
+    "-1",
+    "0",
+    "9" * 30,
+    "\udcff",
+    "1.5",
+    "on",
+    "12:30",
+    "[1,",
+    "{a: b}",
+    "&a [*a]",
+    "2024-11-25",
+    "!!python/name:os.system",
+    '"\\0"',
+)  # where a number or word is wanted
 
 
 def make_odd_files(folder: Path) -> None:

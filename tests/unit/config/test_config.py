@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -235,10 +236,17 @@ def test_dates_and_leading_zeros_of_a_file_stay_text(tmp_path: Path):
         load(recipe)
 
 
-def test_text_without_an_end_is_refused():
-    """A file or an address with a NUL character cannot exist: YAML writes it as \\0."""
-    with pytest.raises(UserError, match=r"data.url='x\\x00' is not possible: no text may hold a NUL character"):
-        load("digits", ['data.url="x\\0"'])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('"x\\0"', r"'x\\x00' is not possible: no text may hold a NUL"),
+        ('"\\ud800"', "not UTF-8"),
+        ("\udcff", "not UTF-8"),
+    ],
+)
+def test_text_that_no_file_or_address_can_hold_is_refused(text: str, reason: str):
+    """YAML writes a NUL character as \\0, half a character as \\ud800; the shell gives bytes as they are."""
+    assert re.search(f"data.url=.*{reason}", refusal(f"data.url={text}"))
 
 
 @pytest.mark.parametrize(
