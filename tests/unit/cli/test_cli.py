@@ -177,6 +177,11 @@ def test_a_folder_that_may_not_be_written_to_is_named_before_anything_is_drawn(
         (["data", "info", "nothing"], "error: no data set at nothing"),
         (["data", "verify", "nothing"], "error: no data set at nothing"),
         (["data", "pack", "nothing", "out", "--resolution", "28"], "error: "),
+        (
+            ["data", "info", "x", "--endpoint-url", "\udcff"],
+            "error: --endpoint-url '\\udcff' is not possible: it is not",
+        ),
+        (["data", "info", "~nemo/x"], "error: ~nemo/x: there is no user nemo here"),
         (["data", "info", "ftp://host/x"], "error: ftp:// addresses are not supported"),
         (["data", "info", "s3:/faces/x"], "error: s3:/faces/x is not a complete address; did you mean s3://faces/x?"),
         (["data", "pack", "s3:/faces/x.zip", "out", "--resolution", "28"], "error: s3:/faces/x.zip is not a complete"),
