@@ -74,7 +74,6 @@ GOOD = {
     "resolution": "28",
     "name": "tiny",
 }
-TAKE_OVERRIDES = ("train", "doctor", "submit")
 
 
 class Case(NamedTuple):
@@ -122,16 +121,16 @@ def odd_arguments(name: str) -> Iterator[Case]:
             yield Case((*name.split(), *options, *words))
 
 
-def odd_overrides() -> Iterator[Case]:
+def odd_overrides(command: str) -> Iterator[Case]:
     """Every configuration key with every odd value; keys of text also where a run would use them."""
+    recipe = good_arguments(command)["config"][0]
     for key, section in known_keys().items():
         text = "str" in str(section.annotation)
+        if not text and command != "config":
+            continue
+        on = ("tracking.enabled=true",) if key.startswith("tracking.") and command == "train" else ()
         for value in VALUES if text else FEW_VALUES:
-            yield Case(("config", "recipe.yaml", f"{key}={value}"))
-            for command in TAKE_OVERRIDES if text else ():
-                yield Case((command, good_arguments(command)["config"][0], f"{key}={value}"))
-            if text and key.startswith("tracking."):
-                yield Case(("train", "recipe.yaml", "tracking.enabled=true", f"{key}={value}"))
+            yield Case((command, recipe, *on, f"{key}={value}"))
 
 
 ODD_ENVIRONMENTS: dict[str, dict[str, str]] = {
@@ -323,8 +322,9 @@ def test_odd_arguments(place, name):
     sweep(place, odd_arguments(name))
 
 
-def test_odd_overrides(place):
-    sweep(place, odd_overrides())
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "overrides" in good_arguments(name)])
+def test_odd_overrides(place, name):
+    sweep(place, odd_overrides(name))
 
 
 def test_odd_environments(place):
