@@ -191,7 +191,7 @@ class Place:
             make_odd_files(root / "cwd")
             before = look(root)
             outcome = self._outcome(case, root)
-            return outcome, verdict(outcome, before, look(root))
+            return outcome, verdict(outcome, before, look(root), "umask" in case.env)
         finally:
             subprocess.run(["chmod", "-R", "u+rwx", root], check=True)
             shutil.rmtree(root)
@@ -231,8 +231,8 @@ def look(root: Path) -> set[str]:
     return {path for path in found if "mlflow.db" not in path}
 
 
-def verdict(outcome: Outcome, before: set[str], after: set[str]) -> str | None:
-    """What is wrong with an outcome; None where nothing is."""
+def verdict(outcome: Outcome, before: set[str], after: set[str], unseen: bool = False) -> str | None:
+    """What is wrong with an outcome; None where nothing is. `unseen`: it cannot look into a folder that it has made."""
     text = outcome.out + outcome.err
     if outcome.status is None:
         return "it hangs"
@@ -245,7 +245,7 @@ def verdict(outcome: Outcome, before: set[str], after: set[str]) -> str | None:
     if missing := before - after:
         return f"it removed {sorted(missing)}"
     made = after - before
-    if outcome.status == 2 and made:
+    if outcome.status == 2 and made and not unseen:
         return f"it refused and left {sorted(made)}: {outcome.err[-300:]}"
     if left := sorted(path for path in made if path.split("/")[0] not in ("cwd", "home", "cache")):
         return f"it left {left}"
