@@ -61,7 +61,7 @@ test-faults: SYSTEM_TEST_PACKAGES := postgresql
 test-faults: $(VENV)/.installed-test system-test-packages  ## faults, drains, changes of size, jobs, secrets, MLflow on PostgreSQL
 	@$(BIN)/python -m pytest tests/dist tests/e2e -m matrix -s $(PYTEST_ARGS)
 
-fuzz: $(VENV)/.installed-test  ## 10,000 tampered files, new ones every time; none may do harm
+fuzz: $(VENV)/.installed-test  ## 10,000 tampered files, new ones every time, and every command with odd values and environments
 	@GLANN_FUZZ_CASES=10000 $(BIN)/python -m pytest tests/fuzz --timeout 3600 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style

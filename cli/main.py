@@ -17,6 +17,7 @@ from .evaluate import evaluate, report
 from .jobs import jobs_app, submit
 from .registry import registry_app
 from .sample import interpolate, sample
+from .streams import discard_unwritten, open_streams, print_error
 from .train import doctor, recipes, show_config, train
 from .tune import tune
 
@@ -81,23 +82,28 @@ app.command(hidden=True)(leave)
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit; errors are printed to stderr in one line."""
+    open_streams()
     given = sys.argv[1:] if arguments is None else arguments
     show = "--traceback" in given  # at any position: it is often added to the end of a failed command
     given = [argument for argument in given if argument != "--traceback"]
+    status: object = ExitStatus.OK
     try:
-        app(args=given, prog_name="glann")
-    except SystemExit as exit:
-        if exit.code == ExitStatus.INTERRUPTED:
-            _print_error("interrupted" + ("; the same command resumes the run" if given[:1] == ["train"] else ""))
-        raise
+        try:
+            app(args=given, prog_name="glann")
+        except SystemExit as exit:
+            status = exit.code
+            if status == ExitStatus.INTERRUPTED:
+                print_error("interrupted" + ("; the same command resumes the run" if given[:1] == ["train"] else ""))
+        sys.stdout.flush()
     except Exception as error:
         if show:
             sys.excepthook = _traceback  # Python's own traceback, without passwords
             raise
         message, status = explain(error)
-        _print_error(message)
-        sys.exit(status)
-    sys.exit(ExitStatus.OK)
+        if not isinstance(error, BrokenPipeError):  # `glann recipes | head -1` is no error
+            print_error(message)
+        discard_unwritten()
+    sys.exit(status)  # type: ignore[arg-type]
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -113,8 +119,4 @@ def explain(error: Exception) -> tuple[str, int]:
 def _traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
     import traceback
 
-    _print_error(redact("".join(traceback.format_exception(kind, error, at))))
-
-
-def _print_error(line: str) -> None:
-    print(line, file=sys.stderr)
+    print_error(redact("".join(traceback.format_exception(kind, error, at))))

@@ -39,6 +39,14 @@ Unsigned = Annotated[bool, typer.Option("--no-sign-request", help="send no keys,
 
 def s3_at(endpoint: str | None, unsigned: bool = False) -> S3Config:
     """The default S3 configuration, with another endpoint if one is given; `unsigned` sends no keys."""
-    from ..config.sections import S3Config
+    from pydantic import ValidationError
 
-    return S3Config(endpoint_url=endpoint, anonymous=unsigned)
+    from ..config.parse import reason, shown
+    from ..config.sections import S3Config
+    from ..errors import UserError
+
+    try:
+        return S3Config(endpoint_url=endpoint, anonymous=unsigned)
+    except ValidationError as error:
+        why = reason(error.errors(include_url=False)[0])
+        raise UserError(f"--endpoint-url {shown(endpoint)} is not possible: {why}") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -15,8 +17,27 @@ MAX_YAML, MAX_NESTING = 1 << 20, 100  # characters and open brackets of a recipe
 MAX_SHOWN = 300  # characters of a value that a message quotes
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without YAML 1.1's dates, base 8 and base 60: `0012` and `12:30:45` stay as typed."""
+
+
+_DROPPED = {f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _DROPPED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.nan$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+)
+
+
 def plain_data(text: str) -> Any:
-    """Parse YAML to plain data.
+    """Parse YAML to plain data. Of scalars, only `null`, booleans and decimal or 0x numbers are no text.
 
     Raises:
         ValueError: not valid YAML, too large, or not plain data; in one line.
@@ -29,9 +50,42 @@ def plain_data(text: str) -> Any:
         if depth > MAX_NESTING:
             raise ValueError(f"more than {MAX_NESTING} brackets are open")
     try:
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
     except Exception as error:  # besides its own errors PyYAML raises those of dates, numbers and deep nesting
         raise ValueError(one_line(error, 500)) from error
+
+
+def read_value(text: str, annotation: Any) -> Any:
+    """The value of an override, as typed where the key takes text, and else as YAML reads it.
+
+    Args:
+        annotation: the type of the key; None if there is no such key.
+    Raises:
+        ValueError: not valid YAML.
+    """
+    typed = text.strip()
+    if typed[:1] not in ("'", '"') and _takes_text(annotation):
+        empty = typed == "" or (typed in ("~", "null", "Null", "NULL") and NoneType in get_args(annotation))
+        return None if empty else typed
+    value = plain_data(text) if typed else None
+    return typed if isinstance(value, bool) and bool not in _members(annotation) else value  # `on` is not 1
+
+
+def _takes_text(annotation: Any) -> bool:
+    """Whether every value of a type is text: strings, or the words of a Literal. It may be empty, too."""
+    return all(
+        all(isinstance(word, str) for word in get_args(member)) if get_origin(member) is Literal else member is str
+        for member in _members(annotation)
+    )
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that a type is a union of, but None."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [] if annotation is NoneType else [annotation]
 
 
 def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) -> str:
@@ -63,6 +117,8 @@ def reason(fault: Any) -> str:
     """Pydantic's message without the names of our classes."""
     if fault["type"] in ("model_type", "model_attributes_type", "dataclass_type"):
         return "keys with values are needed" + (f", not {kind_of(fault['input'])}" if "input" in fault else "")
+    if fault["type"] == "string_type":
+        return "a value is needed" if fault["input"] is None else "input should be text; put quotes around it"
     allowed = str(fault["msg"]).removeprefix("Value error, ")
     return f"{allowed[0].lower()}{allowed[1:]}"
 

@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from ..errors import UserError, redact
 from .address import LocalPath
 from .methods import METHODS
-from .parse import explain, kind_of, plain_data, shown, suggest
+from .parse import explain, kind_of, plain_data, read_value, shown, suggest
+from .paths import absolute
 from .samplers import TAGS, AnySampler, ImleConfig
 from .section import Section, Trait
 from .sections import (
@@ -131,25 +132,13 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def absolute(url: str) -> str:
-    """Make a local path absolute; an address such as s3://bucket/prefix is returned as it is.
-
-    Raises:
-        UserError: `~` cannot be expanded.
-    """
-    try:
-        return url if "://" in url else str(Path(url).expanduser().absolute())
-    except RuntimeError as error:
-        raise UserError(f"{url}: there is no such home folder; write the whole path") from error
-
-
 def load(
     recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), changes: Mapping[str, Any] = MappingProxyType({})
 ) -> Config:
     """Load the configuration of `recipe`, a YAML file or the name of a recipe that ships with glann.
 
     Args:
-        overrides: `dotted.key=value` strings; the value is parsed as YAML.
+        overrides: `dotted.key=value` strings; the value is as typed where the key takes text, and YAML elsewhere.
         changes: overrides as plain data, by dotted key.
     Raises:
         UserError: one line per error.
@@ -236,7 +225,8 @@ def _read_override(override: str) -> tuple[str, Any]:
     if not separator or not key.strip():
         raise UserError(f"cannot read override {shown(override)}: write section.key=value, e.g. glo.epochs=100")
     try:
-        return key.strip(), plain_data(text) if text else None
+        field = known_keys().get(canonical(key.strip()))
+        return key.strip(), read_value(text, field and field.annotation)
     except ValueError as error:
         raise UserError(f"cannot read the value of override {shown(override)} as YAML") from error
 

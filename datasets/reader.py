@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config.paths import expand
 from ..config.sections import S3Config
 from ..errors import EnvironmentFault, UserError
 from ..storage.base import MissingObject, TruncatedObject
@@ -119,7 +120,7 @@ class ImageRows:
 
 def _cache_folder(cache_dir: str | None) -> Path:
     if cache_dir:
-        return Path(cache_dir).expanduser()
+        return expand(cache_dir)
     from .assets.catalogue import cache_dir as default  # imported only if needed
 
     return default() / "shards"

@@ -29,7 +29,8 @@ glann config --keys                          # this page in the terminal
 glann config --schema                        # JSON schema, for editors
 ```
 
-An override is `section.key=value`, its value read as YAML: `loss.taps='[relu1_2, relu2_2]'`, `data.max_rows=null`.
+An override is `section.key=value`: the text as typed where the key takes text (`name=2024-11-25`), and YAML
+elsewhere: `loss.taps='[relu1_2, relu2_2]'`, `data.max_rows=null`.
 Unknown keys and impossible values are refused before anything starts, with the closest known key.
 Nothing here is ever a password: S3 keys come from the usual AWS chain (environment, `~/.aws`, instance role).
 

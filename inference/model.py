@@ -8,6 +8,7 @@ Legend: B batch, N images, P pairs, S steps, D latent dimension, E noise dimensi
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..config.parse import shown
 from ..errors import UserError
 from ..models.mapping import NoiseToCode
 from ..models.noise import Stream, noise, stream_of
@@ -24,6 +26,27 @@ from ..models.noise import Stream, noise, stream_of
 Images = NDArray[np.uint8]
 DEFAULT_BATCH = 64
 OLD_NAMES = {"glo": "gaussian"}  # kinds by their names in `method`
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device to compute on: `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UserError: another device, or one that this machine, or this torch, does not have.
+    """
+    match = re.fullmatch(r"(?:cpu|cuda(?::([0-9]{1,4}))?)", str(device))
+    if match is None:
+        raise UserError(f"--device {shown(str(device))} is not possible; use cpu, cuda, or cuda:1 for the second GPU")
+    if str(device) == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UserError(
+            f"--device {device}: this machine has no CUDA device (torch {torch.__version__}); use --device cpu"
+        )
+    if int(match[1] or 0) >= count:
+        raise UserError(f"--device {device}: this machine has {count} CUDA devices; the last is cuda:{count - 1}")
+    return torch.device(device)
 
 
 @dataclass(eq=False)

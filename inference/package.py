@@ -40,7 +40,7 @@ from ..samplers.gaussian import gaussian
 from ..storage.base import MissingObject
 from ..storage.files import os_fault, read_document, replacing_folder, write_whole
 from ..storage.open import local_folder, open_store
-from .model import SamplingModel
+from .model import SamplingModel, usable_device
 
 FORMAT = 2
 MANIFEST, GENERATOR = "model.json", "generator.safetensors"
@@ -179,7 +179,7 @@ def open_model(
     source: str | Path, *, s3: S3Config | None = None, device: torch.device | str = "cpu"
 ) -> tuple[ModelManifest, SamplingModel]:
     """Load a model as `load_model` does, together with its model.json."""
-    source = str(source)
+    source, device = str(source), usable_device(device)
     folder = local_folder(source)
     if folder is not None:
         return open_folder(find_folder(folder), source, device)

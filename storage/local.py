@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..config.paths import expand
 from ..errors import UserError
 from .base import Data, Entry, MissingObject, ObjectExists, TruncatedObject, check_inside, check_key
 from .files import TEMPORARY, fill, os_fault, read_at, replacing, sweep, sync_folder, temporary_beside
@@ -26,7 +27,7 @@ class LocalStore:
     """Files in a folder. A write goes to a temporary file beside the target, is synced, then renamed."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).expanduser()
+        self.root = expand(root)
         self.url = str(self.root)
         self._swept: set[Path] = set()
 
@@ -37,7 +38,9 @@ class LocalStore:
     def _own(self, key: str) -> Path:
         """The path of a key for writing; raises UserError if a link inside the folder leads out of it."""
         path = self.path(check_key(key))
-        if not path.parent.resolve().is_relative_to(self.root.resolve()):
+        # resolve() raises at a loop of links
+        folder, root = (Path(os.path.realpath(place)) for place in (path.parent, self.root))
+        if not folder.is_relative_to(root):
             raise UserError(f"{path.parent} is a link that leads out of {self.root}; remove it")
         return path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.address import S3, address_fault, folder_fault, local_path
+from ..config.paths import expand
 from ..config.sections import S3Config
 from ..errors import UserError
 from .base import Store
@@ -37,11 +38,7 @@ def local_folder(url: str) -> Path | None:
         raise UserError(fault)
     if url.startswith(S3):
         return None
-    path = local_path(url)
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{url}: there is no home folder of {path.parts[0]}; write the whole path") from error
+    return expand(local_path(url))
 
 
 def require_local(path: Path | str, what: str) -> None:

@@ -9,6 +9,7 @@ Training never waits for the server.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -66,9 +67,9 @@ class OutboxState(Section):
             state = cls.model_validate(journal.strict_json(read_document(path)))
         except (ValidationError, ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path} is damaged; remove it (the run will appear once more in MLflow)") from error
-        home = run_dir.resolve()
+        home = Path(os.path.realpath(run_dir))  # resolve() raises at a loop of links
         for parcel in state.parcels:  # a run folder from elsewhere must not cause other local files to be sent
-            if "\0" in parcel.path or not (home / parcel.path).resolve().is_relative_to(home):
+            if "\0" in parcel.path or not Path(os.path.realpath(home / parcel.path)).is_relative_to(home):
                 raise UserError(f"{path} lists {parcel.path[:200]!r}, which is outside this run; remove {path}")
         return state
 

@@ -11,7 +11,7 @@ from ..config.run import Config
 from ..config.sections import S3Config
 from ..errors import UserError
 from ..inference import package
-from ..inference.model import SamplingModel
+from ..inference.model import SamplingModel, usable_device
 from ..inference.package import MANIFEST, ModelManifest
 from ..reports.run_folder import read_config
 from .registry.client import download
@@ -37,6 +37,7 @@ def open_model(
     """Load a model as `load_model` does, together with its model.json."""
     if not is_registered(source):
         return package.open_model(source, s3=s3, device=device)
+    device = usable_device(device)
     with tempfile.TemporaryDirectory(prefix="glann-model-") as scratch:
         found = sorted(download(str(source), Path(scratch)).rglob(MANIFEST))
         if len(found) != 1:

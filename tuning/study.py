@@ -22,10 +22,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ..config.address import LocalPath
 from ..config.parse import explain, kind_of, plain_data, shown, suggest
+from ..config.paths import absolute
 from ..config.run import (
     RECIPES,
     Config,
-    absolute,
     canonical,
     find_recipe,
     has_trait,

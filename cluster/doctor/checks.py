@@ -23,7 +23,9 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from ...config.paths import expand
 from ...config.run import Config
+from ...datasets.assets.catalogue import cache_dir
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
 from ...datasets.left_out import counted
@@ -182,10 +184,14 @@ def _enough(address: str, resources: dict[str, float], config: Config | None) ->
 
 def disk_checks(config: Config | None) -> Iterator[Check]:
     """Check the free space of the run folder and of the asset cache."""
-    cache = Path(os.environ.get("GLANN_CACHE") or Path.home() / ".cache" / "glann")
-    places = {"run folder": Path(config.runs_dir) if config else Path.cwd(), "cache": cache}
-    for name, place in places.items():
-        folder = _nearest_existing(place)
+    places = {"run folder": lambda: Path(config.runs_dir if config else ".").absolute(), "cache": cache_dir}
+    for name, find in places.items():
+        try:
+            place = find()
+            folder = _nearest_existing(place)
+        except GlannError as error:
+            yield Check("disk", False, *str(error).split("; ", 1))
+            continue
         free = shutil.disk_usage(folder).free
         need = MIN_DISK_GIB * GIB
         if name == "cache" and config and config.data.url.startswith("s3://") and config.data.cache_dir is None:
@@ -202,7 +208,7 @@ def disk_checks(config: Config | None) -> Iterator[Check]:
 
 
 def _nearest_existing(path: Path) -> Path:
-    path = path.expanduser().absolute()
+    path = expand(path).absolute()
     while not path.exists():
         path = path.parent
     return path

@@ -16,9 +16,9 @@ import stat
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from ...config.paths import expand
 from ...config.run import Config
 from ...errors import UserError, redact
 from ...storage.proxy import proxy_hint
@@ -45,7 +45,10 @@ def auth_mode(config: Config | None) -> Check:
         return Check("ray auth", False, f"RAY_AUTH_MODE={mode}", "use token")
     if os.environ.get("RAY_AUTH_TOKEN"):
         return Check("ray auth", True, "token")
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
+    try:
+        path = expand(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")
+    except UserError:
+        return Check("ray auth", False, "no home folder for ~/.ray/auth_token", "set HOME, or RAY_AUTH_TOKEN_PATH")
     if not path.is_file():
         if local:
             return Check("ray auth", True, f"token; a local Ray makes one in {path}")

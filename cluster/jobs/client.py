@@ -85,10 +85,10 @@ def connect(address: str) -> JobSubmissionClient:
             return super().submit_job(**given)
 
     quiet_job_client()
-    enable_token_auth()
     given = {key: os.environ.pop(key) for key in (ADDRESS_VARIABLE, "RAY_ADDRESS") if key in os.environ}
     try:
         with one_line_errors(address):
+            enable_token_auth()
             return with_timeout(Client, CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S)(address)
     finally:
         os.environ.update(given)
@@ -112,6 +112,11 @@ def one_line_errors(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
+        if any(words in str(error) for words in ("cannot be opened", "couldn't find")):  # nothing was sent
+            raise UserError(
+                f"no token to send to {address}: RAY_AUTH_MODE or RAY_AUTH_TOKEN_PATH is set, and the token's file "
+                "(~/.ray/auth_token) cannot be read; copy the head's there"
+            ) from error
         kind = (
             "none was sent" if "required" in str(error).split("\n", 1)[0].lower() else "the one that was sent is wrong"
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
+from ...config.paths import expand
 from ...errors import EnvironmentFault, UserError
 from ...storage.files import sync_folder, sync_tree
 from ...storage.open import require_local
@@ -213,11 +214,21 @@ PERCEPTUAL: dict[str, list[str]] = {
 
 
 def cache_dir() -> Path:
-    """The folder of assets: $GLANN_CACHE, or ~/.cache/glann. Raises UserError if it is set to an address."""
-    configured = os.environ.get("GLANN_CACHE")
-    if configured:
+    """The folder of assets: $GLANN_CACHE, or ~/.cache/glann.
+
+    Raises:
+        UserError: neither is known, or it is set to an address.
+    """
+    if configured := os.environ.get("GLANN_CACHE"):
         require_local(configured, "GLANN_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "glann"
+        return expand(configured)
+    try:
+        return expand("~/.cache/glann")
+    except UserError as error:
+        raise UserError(
+            "no folder for what is fetched: this user has no home folder (HOME is not set); "
+            "set HOME, or GLANN_CACHE to a folder that can be written"
+        ) from error
 
 
 def fetch(name: str) -> Path:
@@ -268,7 +279,7 @@ def load_weights(name_or_path: str | Path) -> tuple[dict[str, Tensor], str]:
             raise UserError(f"asset {name} holds images, not weights")
         path = fetch(name)
     else:
-        path = Path(name).expanduser()
+        path = expand(name)
     if not path.is_file():
         known = ", ".join(key for key, asset in ASSETS.items() if asset.kind == "weights")
         raise UserError(f"no such weights: {name}; give a .safetensors file or one of {known}")

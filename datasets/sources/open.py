@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import NoReturn
 
+from ...config.paths import expand
 from ...config.sections import S3Config
 from ...errors import UserError
 from ...storage.base import Store, split_url
@@ -46,12 +46,12 @@ def open_source(source: str, s3: S3Config | None = None, rules: Rules | None = N
 
 
 def _is_file(source: str) -> bool:
-    return "://" not in source and Path(source).expanduser().is_file()
+    return "://" not in source and expand(source).is_file()
 
 
 def _suffix(source: str) -> str:
     """The suffix of a file by its name, or "" for a folder."""
-    if "://" not in source and Path(source).expanduser().is_dir():
+    if "://" not in source and expand(source).is_dir():
         return ""
     name = source.rstrip("/").rsplit("/", 1)[-1].lower()
     for suffix in (".zip", ".npz", ".tar", ".parquet"):

@@ -119,6 +119,18 @@ def jail(_jail: Jail, request: pytest.FixtureRequest) -> Jail:
     return _jail
 
 
+@pytest.fixture(scope="module")
+def cases() -> int:
+    """How many cases are asked for; 0: a few."""
+    return CASES
+
+
+@pytest.fixture(scope="module")
+def ran() -> Counter[str]:
+    """The cases that ran, by name."""
+    return RAN
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if RAN:
         told = ", ".join(f"{name.removeprefix('test_')} {count}" for name, count in sorted(RAN.items()))

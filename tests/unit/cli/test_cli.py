@@ -177,6 +177,11 @@ def test_a_folder_that_may_not_be_written_to_is_named_before_anything_is_drawn(
         (["data", "info", "nothing"], "error: no data set at nothing"),
         (["data", "verify", "nothing"], "error: no data set at nothing"),
         (["data", "pack", "nothing", "out", "--resolution", "28"], "error: "),
+        (
+            ["data", "info", "x", "--endpoint-url", "\udcff"],
+            "error: --endpoint-url '\\udcff' is not possible: it is not",
+        ),
+        (["data", "info", "~nemo/x"], "error: ~nemo/x: there is no user nemo here"),
         (["data", "info", "ftp://host/x"], "error: ftp:// addresses are not supported"),
         (["data", "info", "s3:/faces/x"], "error: s3:/faces/x is not a complete address; did you mean s3://faces/x?"),
         (["data", "pack", "s3:/faces/x.zip", "out", "--resolution", "28"], "error: s3:/faces/x.zip is not a complete"),
@@ -303,6 +308,15 @@ def test_a_doctor_with_bad_news_has_status_1(monkeypatch: pytest.MonkeyPatch, ca
     assert "BAD   ray            nothing answers at 127.0.0.1:1" in out
     assert "do: export RAY_AUTH_MODE=token" in out
     assert err == "2 of the checks are bad\n"
+
+
+@pytest.mark.parametrize("variables", [{"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_TOKEN_PATH": "missing"}])
+def test_a_token_that_cannot_be_read_is_named(variables: dict[str, str], elsewhere: Path):
+    """In a process of its own: Ray keeps what it has read of these variables."""
+    environment = os.environ | {"HOME": str(elsewhere)} | variables
+    done = in_a_process("jobs", "list", "--address", "http://127.0.0.1:1", env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no token to send to http://127.0.0.1:1: RAY_AUTH_MODE or RAY_AUTH_TOKEN_PATH")
 
 
 class Model:

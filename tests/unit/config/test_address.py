@@ -98,5 +98,5 @@ def test_a_study_is_not_kept_in_a_folder_named_like_an_address(tmp_path: Path):
 
 
 def test_a_home_folder_that_is_not_there_is_one_line():
-    with pytest.raises(UserError, match="no such home folder"):
+    with pytest.raises(UserError, match="there is no user no-such-user-here"):
         absolute("~no-such-user-here/x")

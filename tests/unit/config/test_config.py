@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from glann.config.paths import absolute
 from glann.config.reference import describe_keys
 from glann.config.run import Config, find_recipe, known_keys, load, require_trainable, validate
 from glann.errors import UserError
@@ -185,3 +187,78 @@ def test_every_key_is_described_and_accepted():
 
 def test_the_schema_refuses_unknown_keys():
     assert Config.model_json_schema()["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("name=2024-11-25", "2024-11-25"),
+        ("name=0012", "0012"),
+        ("name=on", "on"),
+        ("name=7", "7"),
+        ("name='7'", "7"),
+        ("data.url=12:30:45", "12:30:45"),
+        ("data.url=a b #c", "a b #c"),
+        ("data.url=[x", "[x"),
+        ("tracking.experiment=2024-11-25", "2024-11-25"),
+        ("tracking.experiment=null", "null"),
+        ("checkpoint.url=null", None),
+        ("checkpoint.url=", None),
+        ("glo.epochs=0012", 12),
+        ("glo.latent_lr=1e-3", 0.001),
+        ("generator.batch_norm=off", False),
+        ("loss.taps=[relu1_2]", ("relu1_2",)),
+        ("cluster.workers=2", 2),
+    ],
+)
+def test_an_override_is_what_was_typed_where_its_key_takes_text(override: str, value: object):
+    """YAML makes a date of 2024-11-25, 10 of 0012, 45045 of 12:30:45 and a truth of `on`."""
+    found: object = load("digits", [override])
+    for part in override.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize("text", ["1e2", "on", "12:30", "2024-11-25"])
+def test_a_value_that_is_no_number_is_shown_as_typed(text: str):
+    with pytest.raises(UserError, match=f"glo.epochs='{text}' is not possible"):
+        load("digits", [f"glo.epochs={text}"])
+
+
+def test_dates_and_leading_zeros_of_a_file_stay_text(tmp_path: Path):
+    recipe = tmp_path / "x.yaml"
+    changes = SMALL | {"tracking": {"experiment": "EXPERIMENT"}, "name": "NAME"}
+    recipe.write_text(yaml.safe_dump(changes).replace("NAME", "2024-11-25").replace("EXPERIMENT", "0012"))
+    config = load(recipe)
+    assert (config.name, config.tracking.experiment) == ("2024-11-25", "0012")
+    recipe.write_text(yaml.safe_dump(changes).replace("NAME", "12"))
+    with pytest.raises(UserError, match="name=12 is not possible: input should be text; put quotes around it"):
+        load(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('"x\\0"', r"'x\\x00' is not possible: no text may hold a NUL"),
+        ('"\\ud800"', "not UTF-8"),
+        ("\udcff", "not UTF-8"),
+    ],
+)
+def test_text_that_no_file_or_address_can_hold_is_refused(text: str, reason: str):
+    """YAML writes a NUL character as \\0, half a character as \\ud800; the shell gives bytes as they are."""
+    assert re.search(f"data.url=.*{reason}", refusal(f"data.url={text}"))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [("~/data", "~/data: this user has no home folder; set HOME"), ("~nemo/data", "~nemo/data: there is no user nemo")],
+)
+def test_a_home_folder_that_is_not_known_is_named(given: str, reason: str, monkeypatch: pytest.MonkeyPatch):
+    def unknown(*_: object) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("pwd.getpwnam", unknown)
+    with pytest.raises(UserError, match=reason):
+        absolute(given)

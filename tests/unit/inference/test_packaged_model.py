@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import mlflow
@@ -386,3 +387,27 @@ def test_a_model_is_loaded_from_s3_and_only_what_it_names_is_fetched(bucket, fol
     client.delete_object(Bucket="models", Key=f"runs/tiny/model/{GAUSSIAN}")
     with pytest.raises(UserError, match=r"incomplete: sampler-gaussian\.safetensors is missing"):
         load_model("s3://models/runs/tiny", s3=s3)
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("cuda", rf"--device cuda: this machine has no CUDA device \(torch {re.escape(torch.__version__)}\)"),
+        ("cuda:7", "--device cuda:7: this machine has no CUDA device"),
+        ("gpu", "--device 'gpu' is not possible; use cpu, cuda, or cuda:1"),
+        ("meta", "--device 'meta' is not possible"),
+        ("", "--device '' is not possible"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_in_one_line(device, reason, folder, monkeypatch):
+    """Before a file is read; torch raises an AssertionError or a RuntimeError."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=reason):
+        load_model(folder, device=device)
+
+
+def test_a_gpu_beyond_the_last_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--device cuda:2: this machine has 2 CUDA devices; the last is cuda:1"):
+        load_model(folder, device="cuda:2")

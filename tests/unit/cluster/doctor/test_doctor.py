@@ -331,3 +331,18 @@ def test_a_proxy_that_does_not_answer_is_named_with_its_variable_and_the_way_aro
     assert fault in check.found
     assert "http_proxy" in check.remedy
     assert "NO_PROXY=tracker.invalid" in check.remedy
+
+
+def test_no_home_folder_is_one_bad_check(monkeypatch: pytest.MonkeyPatch):
+    """A container that runs as a number: no HOME, and no line in /etc/passwd."""
+
+    def unknown(*_: object) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("GLANN_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    good, bad = doctor.disk_checks(None)
+    assert good.found.startswith("run folder")
+    assert not bad.ok
+    assert bad.remedy == "set HOME, or GLANN_CACHE to a folder that can be written"
