@@ -72,14 +72,13 @@ def pack(
     glann data pack digits data/digits-28 --resolution 28 --channels 1
     glann data pack ~/CelebA-HQ s3://bucket/celebahq-1024 --resolution 1024 --workers 16
     """
+    from ..datasets import pack as packing
     from ..datasets.fit import not_trainable
-    from ..datasets.pack import pack as run
-    from ..datasets.pack import summary
 
     if words := not_trainable(resolution):
         typer.echo(f"note: {words}", err=True)
     with _progress("packing") as progress:
-        index = run(
+        index = packing.pack(
             source,
             destination,
             resolution=resolution,
@@ -97,7 +96,7 @@ def pack(
             s3=s3_at(endpoint, unsigned),
             progress=progress,
         )
-    typer.echo(summary(index, destination))
+    typer.echo(packing.summary(index, destination))
 
 
 @data_app.command()

@@ -29,6 +29,8 @@ _USE = "use a folder or s3://bucket/prefix"
 
 def address_fault(address: str) -> str:
     """The reason why `address` is neither a local path nor a complete address, with the remedy; "" if it is one."""
+    if "\0" in address:
+        return "no text may hold a NUL character"
     if _unusable(address):
         return f"{shown(address)!r} is not a place for files; give a folder or s3://bucket/prefix"
     found = _SCHEME.fullmatch(address) or _NO_COLON.fullmatch(address)

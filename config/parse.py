@@ -118,7 +118,7 @@ def reason(fault: Any) -> str:
     if fault["type"] in ("model_type", "model_attributes_type", "dataclass_type"):
         return "keys with values are needed" + (f", not {kind_of(fault['input'])}" if "input" in fault else "")
     if fault["type"] == "string_type":
-        return "a value is needed" if fault["input"] is None else "input should be text; put quotes around it"
+        return "a value is needed" if fault.get("input", "") is None else "input should be text; put quotes around it"
     allowed = str(fault["msg"]).removeprefix("Value error, ")
     return f"{allowed[0].lower()}{allowed[1:]}"
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pydantic import ValidationError
 
 from ..config.sections import S3Config
 from ..errors import UserError
@@ -115,7 +114,7 @@ def pack(
         return _same_data_set(Index.load(destination, s3), {recipe, options.recipe(images, 1)}, destination)
     for doubt in images.doubts:
         log.warning("%s", doubt)
-    packing = _begin(store, recipe, destination)
+    packing = _begin(store, recipe, destination, images.count)
     report = progress or (lambda done, total: None)
     try:
         with tempfile.TemporaryDirectory(prefix="glann-pack-") as folder:
@@ -178,7 +177,7 @@ def _same_data_set(index: Index, recipes: set[str], destination: str) -> Index:
     return index
 
 
-def _begin(store: Store, recipe: str, destination: str) -> Packing:
+def _begin(store: Store, recipe: str, destination: str, images: int) -> Packing:
     """Read the state of the unfinished pack at the destination, or create a new one."""
     present = store.list()
     if PACKING_FILE not in present:
@@ -189,7 +188,9 @@ def _begin(store: Store, recipe: str, destination: str) -> Packing:
         return packing
     try:
         packing = Packing.model_validate_json(store.read(PACKING_FILE))
-    except ValidationError as error:
+        if packing.finished and packing.finished[-1].position > images:
+            raise ValueError("it is ahead of the source")
+    except ValueError as error:
         raise UserError(
             f"{destination}/{PACKING_FILE} cannot be read; delete the destination and pack again"
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import UserError
 from ..storage.base import Store
@@ -40,6 +40,17 @@ class Packing(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     recipe: Sha256
     finished: tuple[FinishedShard, ...] = ()
+
+    @model_validator(mode="after")
+    def _counted(self) -> Packing:
+        """A shard's images lie between the position behind the one before and its own."""
+        rows = before = 0
+        for shard in self.finished:
+            rows += shard.shard.rows
+            if shard.position < rows or shard.position <= before:
+                raise ValueError("the positions of the shards do not fit their images")
+            before = shard.position
+        return self
 
 
 class ShardWriter:

@@ -311,7 +311,7 @@ def exit_status(client: JobSubmissionClient, job: Job) -> int:
         for line in client.get_job_logs(job.id).splitlines()
         if line.startswith(shipping.STATUS_LINE)
     ]
-    status = int(reported[-1]) if reported and reported[-1].isdigit() else ExitStatus.ENVIRONMENT
+    status = int(reported[-1]) if reported and reported[-1].isdecimal() else ExitStatus.ENVIRONMENT
     return status or ExitStatus.ENVIRONMENT if job.state == "failed" else status
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from glann.cli.options import s3_at
 from glann.cluster.jobs import client as jobs
 from glann.config import run as configuration
 from glann.config.address import address_fault, folder_fault
@@ -147,8 +148,9 @@ def test_faults(jail, url):
 
 @given(url=addresses())
 def test_endpoint(jail, url):
-    jail.read(lambda: one_line(lambda: endpoint_of(S3Config(endpoint_url=url))))
-    jail.read(lambda: one_line(lambda: open_store("s3://bucket/x", S3Config(endpoint_url=url))))
+    """An endpoint as the command line takes it."""
+    jail.read(lambda: one_line(lambda: endpoint_of(s3_at(url, False))))
+    jail.read(lambda: one_line(lambda: open_store("s3://bucket/x", s3_at(url, False))))
 
 
 @given(uri=addresses())

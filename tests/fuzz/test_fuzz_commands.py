@@ -49,7 +49,11 @@ TINY: dict[str, Any] = {
     "evaluation": {"samples": 4},
     "tracking": {"enabled": False},
 }
-REMOTE = TINY | {"name": "far", "data": TINY["data"] | {"url": "s3://b/data"}, "checkpoint": {"url": "s3://b/runs"}}
+REMOTE = TINY | {
+    "name": "far",
+    "data": TINY["data"] | {"url": "s3://bucket/data"},
+    "checkpoint": {"url": "s3://bucket/runs"},
+}
 STUDY = {
     "name": "tiny-study",
     "recipe": "recipe.yaml",
@@ -289,7 +293,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, cases: int, ran: Counter[str
     Path("remote.yaml").write_text(json.dumps(REMOTE))
     Path("study.yaml").write_text(json.dumps(STUDY))
     config = make_tiny_run()
-    track(config, "sqlite:///mlflow.db", register_as="tiny")
+    track(config, f"sqlite:///{workshop}/mlflow.db", register_as="tiny")  # MLflow keeps stores by address
     os.chdir(before)
     zygote = CommandZygote(environment(root), ORDINARY_USER if can_change_user() else None)
     yield Place(workshop, zygote, root / "around", cases, ran)

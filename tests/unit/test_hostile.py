@@ -331,9 +331,16 @@ def test_networks_that_cannot_be_are_refused(model, section, key, value):
     one_line(refusal)
 
 
-@pytest.mark.parametrize("source", ["http://me:hunter2@127.0.0.1:1/model", "file:///etc/passwd", "ftp://x"])
-def test_a_model_is_not_fetched_from_just_anywhere(source):
-    with pytest.raises(UserError, match="cannot be opened") as refusal:
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("http://me:hunter2@127.0.0.1:1/model", "http:// addresses are not supported"),
+        ("ftp://x", "ftp:// addresses are not supported"),
+        ("file:///etc/passwd", "/etc/passwd holds no packaged model"),
+    ],
+)
+def test_a_model_is_not_fetched_from_just_anywhere(source, said):
+    with pytest.raises(UserError, match=f"^{said}") as refusal:
         load_model(source)
     assert "hunter2" not in str(refusal.value)
 
@@ -545,8 +552,6 @@ def test_yaml_that_would_take_hours_is_refused_at_once(tmp_path, value):
         "!!int x",
         "!!float x",
         "!!binary x",
-        "2001-99-99",
-        "2001-01-01 99:99:99",
         "[" * 3000,
         "1" * 6000,
         "&a [*a]",
@@ -639,7 +644,7 @@ def test_a_summary_of_another_form_is_refused(tmp_path, text):
     one_line(refusal)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "link", "images/../../secret", "x\0y"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "link", "images/../../secret"])
 def test_a_run_folder_cannot_have_other_files_sent_to_the_tracking_server(tmp_path, path):
     run = tmp_path / "run"
     run.mkdir()

@@ -142,7 +142,7 @@ class PackedAt:
     [
         (PackedAt(64, 1, 100), "data.resolution is 28"),
         (PackedAt(28, 3, 100), "data.channels is 1"),
-        (PackedAt(28, 1, 1), "cluster.workers=2"),
+        (PackedAt(28, 1, 1), "holds 1 image"),
     ],
 )
 def test_data_that_does_not_fit_is_refused_by_the_plan(index: PackedAt, message: str, monkeypatch: pytest.MonkeyPatch):

@@ -26,7 +26,7 @@ RUNS_CODE = {
     ),
 }
 PICKLES = ("pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "jsonpickle", "ray.cloudpickle")
-YAML = {"yaml.safe_load", "yaml.safe_dump", "yaml.YAMLError"}
+YAML = {"yaml.safe_load", "yaml.safe_dump", "yaml.SafeLoader", "yaml.YAMLError"}
 UNPACKS = ("extractall", "unpack_archive")
 # The one reader of a pickle: of published weights, by their SHA-256, whose names are held against a list.
 ONE_READER = {"datasets/assets/converters.py": {"pickle.Unpickler", "pickle.UnpicklingError"}}

@@ -164,6 +164,18 @@ def test_an_interrupted_pack_of_something_else_is_refused(folder, tmp_path):
     assert files(tmp_path / "set") == before
 
 
+@pytest.mark.parametrize("position", [1, IMAGES + 1])
+def test_a_position_that_does_not_fit_the_images_is_refused(folder, tmp_path, position):
+    """Behind the images of the shards, images would be packed twice; ahead of the source, left out without a word."""
+    interrupted(folder, tmp_path / "set")
+    state = tmp_path / "set" / "packing.json"
+    tree = json.loads(state.read_text())
+    tree["finished"][-1]["position"] = position
+    state.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"packing\.json cannot be read; delete the destination"):
+        pack(folder, str(tmp_path / "set"), **OPTIONS)
+
+
 def test_a_finished_shard_that_was_damaged_is_never_kept(folder, tmp_path):
     interrupted(folder, tmp_path / "set")
     shard = tmp_path / "set" / "set-000000.tar"

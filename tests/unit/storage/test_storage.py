@@ -325,7 +325,7 @@ def test_the_file_of_a_file_url_is_found(tmp_path):
 
 
 def test_a_home_folder_that_is_not_there_is_one_line():
-    with pytest.raises(UserError, match="no home folder of ~no-such-user-here"):
+    with pytest.raises(UserError, match="there is no user no-such-user-here here; write the whole path"):
         open_store("~no-such-user-here/x")
 
 

@@ -268,7 +268,8 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: bytes, expecte
 
 
 @pytest.mark.parametrize(
-    "choices", [BOMB, "- 2020-01-01\n- 1\n", "- !!binary aGk=\n- 1\n", "- &a [*a]\n- 1\n", f"- 0x{'f' * 9000}\n- 1\n"]
+    "choices",
+    [BOMB, "- !!timestamp 2020-01-01\n- 1\n", "- !!binary aGk=\n- 1\n", "- &a [*a]\n- 1\n", f"- 0x{'f' * 9000}\n- 1\n"],
 )
 @pytest.mark.timeout(60)
 def test_choices_that_no_ledger_can_hold_are_refused_at_once(tmp_path: Path, choices: str):
