@@ -34,12 +34,38 @@ def describe_keys(section: type[BaseModel] = Config) -> list[Key]:
     for name, field in known_keys(section).items():
         if _is_section(field.annotation):
             continue
-        bounds = [
-            f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in BOUNDS if hasattr(rule, key)
-        ]
-        kind = " | ".join(SAMPLERS) if name == "sampler.kind" else " ".join([_kind(field.annotation), *bounds])
-        described.append(Key(name, kind, _default(field), field.description or ""))
+        if name == "sampler.kind":
+            described.append(Key(name, " | ".join(SAMPLERS), _default(field), field.description or ""))
+        elif section is Config and name.startswith("sampler."):
+            described.append(_of_samplers(name))
+        else:
+            described.append(Key(name, _values(field), _default(field), field.description or ""))
     return described
+
+
+def _of_samplers(name: str) -> Key:
+    """A key that some kinds of samplers have, each with its own default and meaning."""
+    fields = {kind: known_keys(model, "sampler.").get(name) for kind, model in SAMPLERS.items()}
+    having = {kind: field for kind, field in fields.items() if field is not None}
+    defaults = _by_value({kind: _default(field) for kind, field in having.items()})
+    meanings = _by_value({kind: field.description or "" for kind, field in having.items()})
+    default = next(iter(defaults)) if len(defaults) == 1 else "; ".join(f"{d} ({k})" for d, k in defaults.items())
+    meaning = "; ".join(f"{kinds}: {words}" for words, kinds in meanings.items())
+    return Key(name, _values(next(iter(having.values()))), default, meaning)
+
+
+def _by_value(of_kind: dict[str, str]) -> dict[str, str]:
+    """Each distinct value with the kinds that have it."""
+    grouped: dict[str, list[str]] = {}
+    for kind, value in of_kind.items():
+        grouped.setdefault(value, []).append(kind)
+    return {value: ", ".join(kinds) for value, kinds in grouped.items()}
+
+
+def _values(field: Any) -> str:
+    """Type and bounds of a field."""
+    bounds = [f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in BOUNDS if hasattr(rule, key)]
+    return " ".join([_kind(field.annotation), *bounds])
 
 
 def summary(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,6 +30,12 @@ class NeighbourSearchConfig(Section):
     kind: Literal["exact", "ivf"] = Field("exact", description="ivf: approximate, for tens of millions of rows")
     cells: int | None = Field(None, ge=1, description="ivf: cells of the inverted file; empty takes 4 sqrt(M)")
     probes: int = Field(16, ge=1, description="ivf: cells searched per code; higher recall, slower")
+
+
+class CosineScheduleConfig(ScheduleConfig):
+    """Cosine by default. A separate class, so that setting one key keeps the other defaults."""
+
+    kind: Literal["constant", "halving", "cosine"] = Field("cosine", description="shape of the factor over epochs")
 
 
 class ImleConfig(SamplerConfig):
@@ -62,14 +69,119 @@ class ImleConfig(SamplerConfig):
         )
 
 
+class TrainedConfig(SamplerConfig):
+    """Keys of the samplers whose network is trained with Adam on batches of codes."""
+
+    epochs: Annotated[int, Trait.IN_REGISTRY] = Field(100, ge=1, description="passes over the codes")
+    batch_size: int = Field(256, ge=1, description="global batch, over all workers")
+    hidden_dim: Annotated[int, Trait.IN_REGISTRY] = Field(256, ge=1, description="width of the hidden layers")
+    depth: Annotated[int, Trait.IN_REGISTRY] = Field(3, ge=1, le=32, description="hidden layers")
+    lr: Annotated[Positive, Trait.SCHEDULABLE] = Field(1e-3, description="learning rate (Adam)")
+    weight_decay: Annotated[float, Trait.SCHEDULABLE] = Field(0.0, ge=0, description="weight decay")
+    schedule: CosineScheduleConfig = CosineScheduleConfig()
+    max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
+
+
 class GaussianConfig(SamplerConfig):
     """A Gaussian fitted to the codes in closed form: the sampling of GLO, and the baseline."""
 
     kind: Literal["gaussian"] = "gaussian"
 
 
+class GmmConfig(SamplerConfig):
+    """A mixture of Gaussians with full covariances, fitted by expectation maximisation."""
+
+    kind: Literal["gmm"] = "gmm"
+    epochs: Annotated[int, Trait.IN_REGISTRY] = Field(30, ge=1, description="rounds of expectation maximisation")
+    components: Annotated[int, Trait.IN_REGISTRY] = Field(50, ge=1, description="Gaussians of the mixture")
+    floor: Positive = Field(1e-3, description="added to every variance, as a share of the mean variance of the codes")
+
+
+class HeightsConfig(Section):
+    """Semi-discrete optimal transport before the training of a flow, by keys as those of sampler.kind=ot."""
+
+    steps: int = Field(400, ge=1, description="semidiscrete: steps on the heights")
+    samples: Positive = Field(2.0, description="semidiscrete: fresh points of N(0, I) per row and step")
+    lr: Positive = Field(0.1, description="semidiscrete: learning rate of the heights, in units of the codes' spread")
+
+
+class OtConfig(SamplerConfig):
+    """Semi-discrete optimal transport from N(0, I) to the codes (the AE-OT map)."""
+
+    kind: Literal["ot"] = "ot"
+    epochs: Annotated[int, Trait.IN_REGISTRY] = Field(20, ge=1, description="rounds of steps on the heights")
+    steps: int = Field(20, ge=1, description="steps per epoch")
+    samples: Positive = Field(2.0, description="fresh points of N(0, I) per row and step")
+    lr: Annotated[Positive, Trait.SCHEDULABLE] = Field(
+        0.1, description="learning rate of the heights (Adam), in units of the codes' spread"
+    )
+    schedule: CosineScheduleConfig = CosineScheduleConfig()
+    extension: Annotated[Literal["none", "simplex", "pair"], Trait.IN_REGISTRY] = Field(
+        "pair",
+        description="none: draws are training codes; simplex: barycentric mixtures; pair: mixtures with a neighbour",
+    )
+    neighbours: int = Field(20, ge=2, description="pair: cells nearest to a draw that are looked at, its own included")
+    angle: float = Field(
+        0.7, ge=0, le=math.pi, description="pair: largest angle between two cells' normals that are mixed"
+    )
+    share: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="pair: share of the neighbour")
+
+
+class FlowConfig(TrainedConfig):
+    """A velocity field from noise to codes (flow matching)."""
+
+    kind: Literal["flow"] = "flow"
+    coupling: Annotated[Literal["independent", "minibatch", "semidiscrete"], Trait.IN_REGISTRY] = Field(
+        "independent",
+        description="noise of a code: any; by exact assignment in a batch; by optimal transport to all codes",
+    )
+    velocity: Annotated[Literal["instant", "mean"], Trait.IN_REGISTRY] = Field(
+        "instant", description="mean: the mean velocity between two times is trained, for samples in one or few steps"
+    )
+    steps: int = Field(20, ge=1, description="steps of a sample; 1 to 4 are enough for velocity=mean")
+    heights: HeightsConfig = HeightsConfig()
+
+
+class DriftConfig(TrainedConfig):
+    """One-step generator moved along a drift: towards the codes and away from its own samples."""
+
+    kind: Literal["drift"] = "drift"
+    noise_dim: Annotated[int, Trait.IN_REGISTRY] = Field(32, ge=1, description="dimension of the noise e")
+    temperatures: tuple[Positive, ...] = Field(
+        (0.02, 0.05, 0.2), min_length=1, description="scales of the kernel, as shares of the mean distance of a batch"
+    )
+
+
+class CouplingConfig(TrainedConfig):
+    """An invertible network of couplings (RealNVP), with exact likelihood."""
+
+    kind: Literal["coupling"] = "coupling"
+    layers: Annotated[int, Trait.IN_REGISTRY] = Field(8, ge=2, description="couplings, one after the other")
+    components: Annotated[int, Trait.IN_REGISTRY] = Field(
+        1,
+        ge=1,
+        description="Gaussians of an axis: in coupling, 1 is affine (RealNVP), more are mixtures (as in Flow++)",
+    )
+    blur: float = Field(
+        0.1, ge=0, description="standard deviation of noise added to codes in training, in units of that of the codes"
+    )
+
+
+class ArConfig(TrainedConfig):
+    """An autoregressive density: a mixture for each axis given those before, with exact likelihood."""
+
+    kind: Literal["ar"] = "ar"
+    components: Annotated[int, Trait.IN_REGISTRY] = Field(10, ge=1, description="Gaussians of an axis")
+    blur: float = Field(
+        0.1, ge=0, description="standard deviation of noise added to codes in training, in units of that of the codes"
+    )
+
+
 # One entry per kind.
-SAMPLERS: dict[str, type[SamplerConfig]] = {"imle": ImleConfig, "gaussian": GaussianConfig}
+SAMPLERS: dict[str, type[SamplerConfig]] = {
+    section.model_fields["kind"].default: section
+    for section in (ImleConfig, GaussianConfig, GmmConfig, OtConfig, FlowConfig, DriftConfig, CouplingConfig, ArConfig)
+}
 
 
 def _tag(value: Any) -> str | None:

@@ -24,6 +24,33 @@ class NoiseToCode(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward")
 
 
+class Standardised(NoiseToCode):
+    """Base of the networks that work on codes less their mean, in units of their standard deviation (over all axes)."""
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, noise_dim: int, latent_dim: int, constraint: Constraint) -> None:
+        super().__init__()
+        self.noise_dim, self.latent_dim, self.constraint = noise_dim, latent_dim, constraint
+        self.register_buffer("centre", torch.zeros(latent_dim))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def standardise(self, mean_D: Tensor, root_DD: Tensor) -> None:
+        """Take centre and scale from the mean and a root of the covariance of the codes."""
+        self.centre.copy_(mean_D)
+        self.scale.copy_((root_DD.square().sum() / self.latent_dim).sqrt().clamp(min=1e-12))
+
+    def standard(self, z_BD: Tensor) -> Tensor:
+        """Codes in the network's units."""
+        return (z_BD - self.centre) / self.scale
+
+    def codes_of(self, x_BD: Tensor) -> Tensor:
+        """Codes z_BD of points in the network's units, projected."""
+        return project(self.centre + self.scale * x_BD, self.constraint)
+
+
 class Mapping(NoiseToCode):
     """T: e -> z with two hidden layers, Linear without bias, BatchNorm and ReLU (Hoshen et al. 2019, Sec. 4.1).
 

@@ -99,6 +99,11 @@ def noise(
     return e_BE
 
 
+def uniform(e_B: Tensor) -> Tensor:
+    """Quantiles of normal noise in (0, 1), float64: the distribution function of N(0, 1)."""
+    return torch.special.ndtr(e_B.double()).clamp(2.0**-60, 1 - 2.0**-53)
+
+
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a 32 x 32 bit product.
 

@@ -75,6 +75,7 @@ class Sampler(ABC):
         state: State | None = None,
     ) -> None:
         self.config, self.seed, self.device = config, seed, device
+        self.epochs = getattr(config, "epochs", self.epochs)
         self.network = self.build(config, latent_dim, constraint).to(device)
         if state is not None:
             self.network.load_state_dict(state["weights"])
