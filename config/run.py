@@ -54,6 +54,9 @@ class Config(Section):
         "runs", description="folder of the run folders"
     )
     method: str = Field("glann", description="the stages of the run: " + ", ".join(METHODS))
+    stage_one: Annotated[str | None, Trait.NOT_SEARCHABLE] = Field(
+        None, description="folder of a run whose codes and generator this one takes over, to train its sampler only"
+    )
     data: DataConfig
     s3: S3Config = S3Config()
     generator: GeneratorConfig
@@ -234,7 +237,9 @@ def _read_override(override: str) -> tuple[str, Any]:
 def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key of the tree, in place."""
     first = key.split(".")[0]
-    if first in SHORTHANDS:
+    if first == SHORT_STAGE_ONE:
+        key = canonical(key)
+    elif first in SHORTHANDS:
         section, discriminator = SHORTHANDS[first]
         node = tree.get(section)
         kind = node.get(discriminator, first) if isinstance(node, dict) else first
@@ -254,12 +259,15 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
+SHORT_STAGE_ONE = "from"  # `from=RUN` stands for `stage_one=RUN`
 SHORTHANDS = {"imle": ("sampler", "kind")}  # `imle.epochs` stands for `sampler.epochs` with `sampler.kind=imle`
 
 
 def canonical(key: str) -> str:
-    """Expand a shorthand key: `imle.epochs` is short for `sampler.epochs`."""
+    """Expand a shorthand key: `imle.epochs` is short for `sampler.epochs`, `from` for `stage_one`."""
     first, dot, rest = key.partition(".")
+    if first == SHORT_STAGE_ONE:
+        return "stage_one" + dot + rest
     return SHORTHANDS[first][0] + dot + rest if first in SHORTHANDS else key
 
 
@@ -270,6 +278,10 @@ def with_shorthands(tree: dict[str, Any]) -> dict[str, Any]:
         ValueError: keys of one kind together with a section of another kind.
     """
     tree = dict(tree)
+    if SHORT_STAGE_ONE in tree:
+        if "stage_one" in tree:
+            raise ValueError("from and stage_one are the same key; give one of them")
+        tree["stage_one"] = tree.pop(SHORT_STAGE_ONE)
     for kind, (section, discriminator) in SHORTHANDS.items():
         if kind not in tree:
             continue

@@ -106,6 +106,8 @@ def make_plan(config: Config) -> Plan:
     largest = len(ranges(rows.count, config.cluster.min_workers)[0])
     infos = stage_infos(config)
     costs = {name: kind.cost(config, rows.count) for name, kind in zip(infos, stages_of(config), strict=True)}
+    if config.stage_one is not None:
+        costs[next(iter(costs))] = StageCost(0, 0.0)  # taken over from another run
     total_flops = sum(stage.flops for stage in costs.values())
     return Plan(
         config=config,

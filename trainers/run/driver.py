@@ -9,7 +9,7 @@ import torch
 
 from ...cluster.checkpoints import retention
 from ...cluster.checkpoints.layout import survey
-from ...cluster.checkpoints.lease import HeldLease, hold
+from ...cluster.checkpoints.lease import HeldLease, hold, require
 from ...cluster.nodes.ray import ray_cluster, require_ray
 from ...config.run import Config, require_trainable
 from ...datasets.index import Index
@@ -20,7 +20,7 @@ from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import TrackedRun
 from ..objective import build_objective
-from . import finish
+from . import finish, stage_one
 from .events import CheckpointStarted, Event
 from .folder import is_finished, refuse_other_configuration, require_checkpoint, take_back_tracking
 from .hooks import NO_HOOKS, Hooks
@@ -60,6 +60,8 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         require_checkpoint(config)
         require_trainable(config)
         require_ray(config)
+        if config.stage_one is not None:
+            stage_one.require_same_stage_one(config)
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # find invalid taps or files before training starts
         build_extractor(config.evaluation.extractor)
@@ -118,7 +120,11 @@ def run(
             mirror.send_soon()
         hooks.notify(event)
 
-    retention.remove_torn(open_store(config.checkpoint_url, config.s3))
+    store = open_store(config.checkpoint_url, config.s3)
+    retention.remove_torn(store)
+    if config.stage_one is not None and retention.latest(store) is None:
+        console.print(f"starting from the codes and the generator of {config.stage_one}")
+        stage_one.start_from(config, index, store, lambda: require(store, lease.ticket))
     with ray_cluster(config), RunLog(config, tracked, console) as log:
         run_workers(config, on_event, lease, hooks)
     if why := hooks.stop():
