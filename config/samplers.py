@@ -38,21 +38,31 @@ class CosineScheduleConfig(ScheduleConfig):
     kind: Literal["constant", "halving", "cosine"] = Field("cosine", description="shape of the factor over epochs")
 
 
-class ImleConfig(SamplerConfig):
-    """Stage 2 (IMLE): the mapping T: noise -> latent code."""
+class ImleKeys(SamplerConfig):
+    """Keys of IMLE and its relatives: the mapping T: noise -> latent code."""
 
-    kind: Literal["imle"] = Field("imle", description="how noise becomes a code; every kind has its own further keys")
     epochs: Annotated[int, Trait.IN_REGISTRY] = Field(50, ge=1, description="rounds of fresh candidates and matches")
     batch_size: int = Field(128, ge=1, description="global batch, over all workers")
     noise_dim: Annotated[int, Trait.IN_REGISTRY] = Field(32, ge=1, description="dimension of the noise e")
-    hidden_dim: Annotated[int, Trait.IN_REGISTRY] = Field(128, ge=1, description="width of both hidden layers")
+    hidden_dim: Annotated[int, Trait.IN_REGISTRY] = Field(128, ge=1, description="width of the hidden layers")
+    depth: Annotated[int, Trait.IN_REGISTRY] = Field(2, ge=1, le=32, description="hidden layers")
+    activation: Annotated[Literal["relu", "silu", "leaky-relu"], Trait.IN_REGISTRY] = Field(
+        "relu", description="after each hidden layer (published: relu)"
+    )
+    normalisation: Annotated[Literal["batch", "layer", "none"], Trait.IN_REGISTRY] = Field(
+        "batch", description="of each hidden layer, before its activation (published: batch)"
+    )
     statistics: Annotated[Literal["noise", "batch"], Trait.IN_REGISTRY] = Field(
         "noise",
         description="BatchNorm statistics of T: fixed, from fresh noise; or of each batch of matches (as published)",
     )
+    constraint: Annotated[Literal["none", "sphere"] | None, Trait.IN_REGISTRY] = Field(
+        None, description="projection of T's output; empty: that of the codes (published: none)"
+    )
     lr: Annotated[Positive, Trait.SCHEDULABLE] = Field(1e-3, description="learning rate of the mapping (Adam)")
     weight_decay: Annotated[float, Trait.SCHEDULABLE] = Field(1e-5, ge=0, description="weight decay of the mapping")
     candidates: Positive = Field(2.0, description="fresh candidates per row and epoch (M = candidates x N)")
+    noise_on_match: float = Field(0.0, ge=0, description="standard deviation of new noise on each matched e, per epoch")
     search: NeighbourSearchConfig = NeighbourSearchConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
@@ -60,13 +70,38 @@ class ImleConfig(SamplerConfig):
     @property
     def untrainable(self) -> str | None:
         """Batches of a single row under batch statistics; those of two rows leave one over if their number is odd."""
-        if self.statistics == "noise" or self.batch_size > 2:
+        if self.normalisation != "batch" or self.statistics == "noise" or self.batch_size > 2:
             return None
         return (
             f"sampler.batch_size={self.batch_size} with sampler.statistics=batch would train on batches of one row, "
             "which normalised by its own statistics is zero: T would be the same for every noise, and the loss exactly "
             "1; use at least 3, or set sampler.statistics=noise"
         )
+
+
+class ImleConfig(ImleKeys):
+    """Stage 2 (IMLE): the mapping T: noise -> latent code."""
+
+    kind: Literal["imle"] = Field("imle", description="how noise becomes a code; every kind has its own further keys")
+    staleness: int = Field(1, ge=1, description="epochs that a match is kept for (published: 1)")
+
+
+class RsImleConfig(ImleKeys):
+    """IMLE without the candidates that lie near a code already (RS-IMLE)."""
+
+    kind: Literal["rs-imle"] = "rs-imle"
+    epsilon: Annotated[Positive, Trait.IN_REGISTRY] = Field(
+        0.1, description="candidates nearer than this to any code are dropped"
+    )
+
+
+class AdaptiveImleConfig(ImleKeys):
+    """IMLE that keeps the match of a code until T has come closer by a share of the distance (Adaptive IMLE)."""
+
+    kind: Literal["adaptive-imle"] = "adaptive-imle"
+    change: Annotated[float, Field(gt=0, lt=1), Trait.IN_REGISTRY] = Field(
+        0.1, description="a code is matched anew when its distance is below (1 - change) of that at its last match"
+    )
 
 
 class TrainedConfig(SamplerConfig):
@@ -180,7 +215,18 @@ class ArConfig(TrainedConfig):
 # One entry per kind.
 SAMPLERS: dict[str, type[SamplerConfig]] = {
     section.model_fields["kind"].default: section
-    for section in (ImleConfig, GaussianConfig, GmmConfig, OtConfig, FlowConfig, DriftConfig, CouplingConfig, ArConfig)
+    for section in (
+        ImleConfig,
+        GaussianConfig,
+        GmmConfig,
+        RsImleConfig,
+        AdaptiveImleConfig,
+        OtConfig,
+        FlowConfig,
+        DriftConfig,
+        CouplingConfig,
+        ArConfig,
+    )
 }
 
 

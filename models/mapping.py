@@ -5,11 +5,14 @@ Shapes: B batch, E noise dimension, H hidden width, D latent dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config.samplers import ImleConfig
+from ..config.samplers import ImleKeys
 from .norm import SharedBatchNorm
 from .sphere import Constraint, project
 
@@ -51,42 +54,88 @@ class Standardised(NoiseToCode):
         return project(self.centre + self.scale * x_BD, self.constraint)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "leaky-relu": partial(F.leaky_relu, negative_slope=0.2),
+}
+
+
 class Mapping(NoiseToCode):
-    """T: e -> z with two hidden layers, Linear without bias, BatchNorm and ReLU (Hoshen et al. 2019, Sec. 4.1).
+    """T: e -> z. Published: two hidden layers, Linear without bias, BatchNorm and ReLU (Hoshen et al. 2019, Sec. 4.1).
 
     The published T is not normalised.  Its targets z_i lie on the unit sphere (or in the unit ball), so
-    T(e) is projected here too: nothing is lost, and the norms of codes are those that G was trained on.
+    T(e) is projected here too (unless `constraint` is None): nothing is lost, and the norms of codes are those that G
+    was trained on.
 
     In training, the published T normalises by the statistics of each batch.  A batch consists of matched noise,
     which is not distributed like noise, so T in training differs from T for candidates and samples.  After
     `fix_statistics` both are the same function: train it in eval mode.
     """
 
-    def __init__(self, noise_dim: int, hidden_dim: int, latent_dim: int, constraint: Constraint = "sphere") -> None:
+    def __init__(
+        self,
+        noise_dim: int,
+        hidden_dim: int,
+        latent_dim: int,
+        constraint: Constraint | None = "sphere",
+        depth: int = 2,
+        activation: str = "relu",
+        normalisation: str = "batch",
+    ) -> None:
         super().__init__()
-        self.constraint = constraint
+        self.constraint, self.depth, self.normalisation = constraint, depth, normalisation
         self.noise_dim, self.hidden_dim, self.latent_dim = noise_dim, hidden_dim, latent_dim
-        self.fc1 = nn.Linear(noise_dim, hidden_dim, bias=False)
-        self.norm1 = SharedBatchNorm(hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.norm2 = SharedBatchNorm(hidden_dim)
-        self.fc3 = nn.Linear(hidden_dim, latent_dim, bias=False)
+        self.activation = ACTIVATIONS[activation]
+        for layer in range(1, depth + 1):
+            inputs = noise_dim if layer == 1 else hidden_dim
+            self.add_module(f"fc{layer}", nn.Linear(inputs, hidden_dim, bias=normalisation == "none"))
+            if normalisation == "batch":
+                self.add_module(f"norm{layer}", SharedBatchNorm(hidden_dim))
+            elif normalisation == "layer":
+                self.add_module(f"norm{layer}", nn.LayerNorm(hidden_dim))
+        self.add_module(f"fc{depth + 1}", nn.Linear(hidden_dim, latent_dim, bias=False))
 
     def forward(self, e_BE: Tensor, weight_B: Tensor | None = None) -> Tensor:
-        """Codes z_BD on the sphere or in the ball; `weight_B` is 0 for padding, which BatchNorm ignores."""
-        h_BH = F.relu(self.norm1(self.fc1(e_BE), weight_B))
-        h_BH = F.relu(self.norm2(self.fc2(h_BH), weight_B))
-        return project(self.fc3(h_BH), self.constraint)
+        """Codes z_BD, projected; `weight_B` is 0 for padding, which BatchNorm ignores."""
+        h_BH = e_BE
+        for layer in range(1, self.depth + 1):
+            h_BH = self.get_submodule(f"fc{layer}")(h_BH)
+            if self.normalisation == "batch":
+                h_BH = self.get_submodule(f"norm{layer}")(h_BH, weight_B)
+            elif self.normalisation == "layer":
+                h_BH = self.get_submodule(f"norm{layer}")(h_BH)
+            h_BH = self.activation(h_BH)
+        z_BD = self.get_submodule(f"fc{self.depth + 1}")(h_BH)
+        return z_BD if self.constraint is None else project(z_BD, self.constraint)
 
     @torch.no_grad()
     def fix_statistics(self, e_BE: Tensor) -> None:
-        """Set the running statistics of both BatchNorm layers to those of this noise under the current weights."""
+        """Set the running statistics of every BatchNorm layer to those of this noise under the current weights."""
         self.eval()
-        h_BH = self.fc1(e_BE)
-        self.norm1.fix_statistics(h_BH)
-        self.norm2.fix_statistics(self.fc2(F.relu(self.norm1(h_BH))))
+        h_BH = e_BE
+        for layer in range(1, self.depth + 1):
+            h_BH = self.get_submodule(f"fc{layer}")(h_BH)
+            norm = self.get_submodule(f"norm{layer}")
+            norm.fix_statistics(h_BH)  # type: ignore[operator]
+            h_BH = self.activation(norm(h_BH))
 
 
-def build_mapping(config: ImleConfig, latent_dim: int, constraint: Constraint = "sphere") -> Mapping:
-    """Build T: noise [B, config.noise_dim] -> codes [B, latent_dim]."""
-    return Mapping(config.noise_dim, config.hidden_dim, latent_dim, constraint)
+def build_mapping(config: ImleKeys, latent_dim: int, constraint: Constraint = "sphere") -> Mapping:
+    """Build T: noise [B, config.noise_dim] -> codes [B, latent_dim].
+
+    Args:
+        constraint: that of the codes; `config.constraint` has priority.
+    """
+    projected: Constraint | None = constraint
+    if config.constraint is not None:
+        projected = None if config.constraint == "none" else config.constraint
+    return Mapping(
+        config.noise_dim,
+        config.hidden_dim,
+        latent_dim,
+        projected,
+        config.depth,
+        config.activation,
+        config.normalisation,
+    )

@@ -29,6 +29,7 @@ class Stream(IntEnum):
     LATENTS = 0
     CANDIDATES = 1
     SAMPLES = 2
+    TRAINING = 3  # random numbers of a step of training, beside the candidates
 
 
 # The numbers that these kinds had before streams were named; changing them would change the images of every seed.

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ..cluster.placement import global_batches
+from ..cluster.row_optimizers import gradient_fault
 from ..config.samplers import SamplerConfig, TrainedConfig
 from ..errors import UserError
 from ..models.comm import all_sum
 from ..models.mapping import Standardised
+from ..models.norm import PendingMoments
 from ..models.sphere import Constraint
 from .base import Codes, FitStep, Sampler, State, build_network
 from .gaussian import gaussian
@@ -150,15 +152,21 @@ class AdamSampler(Sampler):
 
 
 def reduced_step(
-    network: torch.nn.Module, optimizer: torch.optim.Adam, loss: Tensor, lr: float, piggyback_K: Tensor
+    network: torch.nn.Module,
+    optimizer: torch.optim.Adam,
+    loss: Tensor,
+    lr: float,
+    piggyback_K: Tensor,
+    statistics: PendingMoments | None = None,
 ) -> tuple[bool, Tensor]:
     """One step of Adam on the loss summed over workers. Collective.
 
     Args:
         loss: this worker's part of the loss; the sum over workers is the loss of the global batch.
+        statistics: moments of the batch, which enter the running statistics if the step is applied.
     Returns:
-        Whether the step was applied (False if any worker had a non-finite gradient), and the sum of all workers'
-        piggybacks.
+        Whether the step was applied (False if the gradient of a weight, its square, or a moment was not finite), and the
+        sum of all workers' piggybacks.
     """
     optimizer.zero_grad()
     loss.backward()
@@ -166,9 +174,14 @@ def reduced_step(
     flat = torch.cat([*(grad.flatten() for grad in grads), piggyback_K.to(grads[0].device)])
     all_sum(flat)
     summed, piggyback_K = flat[: len(flat) - len(piggyback_K)], flat[len(flat) - len(piggyback_K) :]
-    finite, *carried = torch.cat([summed.sum()[None], piggyback_K]).tolist()
-    applied = math.isfinite(finite)
+    checked = gradient_fault(summed[None])
+    if statistics is not None:
+        checked = checked + statistics.fault(summed.device)
+    fault, *carried = torch.cat([checked[None], piggyback_K]).tolist()
+    applied = fault == 0.0
     if applied:
+        if statistics is not None:
+            statistics.commit()
         for grad, part in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
         optimizer.param_groups[0]["lr"] = lr

@@ -23,6 +23,13 @@ def gather_rows(codes: Codes, rows_S: np.ndarray, device: torch.device) -> Tenso
     return all_sum(z_SD)
 
 
+def gather_array(own_n: Tensor, codes: Codes) -> Tensor:
+    """Collective: one number of every row [N], from those of each worker's rows."""
+    all_N = torch.zeros(codes.total, dtype=own_n.dtype, device=own_n.device)
+    all_N[codes.rows.start : codes.rows.stop] = own_n
+    return all_sum(all_N)
+
+
 def shuffled_rows(seed: int, total: int) -> np.ndarray:
     """All rows in an order that depends on the seed only."""
     return global_batches(seed, 0, total, total)[0]

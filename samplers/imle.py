@@ -18,29 +18,31 @@ from torch import Tensor
 from ..cluster.inverted_file import ivf_nearest
 from ..cluster.neighbours import ring_nearest
 from ..cluster.placement import global_batches, ranges
-from ..cluster.row_optimizers import gradient_fault
-from ..config.samplers import ImleConfig, SamplerConfig
+from ..config.samplers import ImleConfig, ImleKeys, SamplerConfig
 from ..errors import UserError
 from ..models.comm import all_sum, rank, world_size
 from ..models.cost import cost
 from ..models.mapping import Mapping, build_mapping
-from ..models.noise import noise
+from ..models.noise import Stream, noise
 from ..models.norm import pending_statistics
 from ..models.sphere import Constraint
+from .adam import reduced_step, restore_moments, saved_moments
 from .base import Codes, FitStep, Sampler, State
+from .gathering import gather_array
 
 CHUNK = 16384  # candidates mapped at once; also the noise rows that fix T's statistics
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Matches:
     """Index of each own code's nearest candidate, and its squared distance (float64).
 
-    recall: share of codes matched with their true nearest candidate; 1 for the exact search.
+    epoch_n: epoch of the candidates it was found among, whose noise is the match's. recall: share of codes matched with
+    their true nearest candidate; 1 for the exact search.
     """
 
     index_n: Tensor
+    epoch_n: Tensor
     distance_n: Tensor
     recall: float
     seconds: float
@@ -51,7 +53,7 @@ class Imle(Sampler):
 
     title = "IMLE"
     network: Mapping
-    config: ImleConfig
+    config: ImleKeys
 
     def __init__(
         self,
@@ -64,20 +66,21 @@ class Imle(Sampler):
         state: State | None = None,
     ) -> None:
         super().__init__(config, latent_dim, constraint, seed=seed, device=device, state=state)
-        self.epochs = self.config.epochs
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay
         )
         if state is not None:
-            self._restore_moments(state)
-        elif self.config.statistics == "noise":
+            restore_moments(self.network, self.optimizer, state)
+        elif self.config.normalisation == "batch" and self.config.statistics == "noise":
             # noise of the epoch after the last, which no candidate uses
             index_B = torch.arange(CHUNK)
             self.network.fix_statistics(noise(seed, self.epochs, index_B, self.config.noise_dim, device))
 
+        self.held = (state or {}).get("matches", {})  # of all rows, where they outlast an epoch
+
     @staticmethod
     def build(config: SamplerConfig, latent_dim: int, constraint: Constraint) -> Mapping:
-        return build_mapping(cast(ImleConfig, config), latent_dim, constraint)
+        return build_mapping(cast(ImleKeys, config), latent_dim, constraint)
 
     def fit(
         self,
@@ -97,8 +100,8 @@ class Imle(Sampler):
         bad_in_a_row = 0
         for epoch in range(first_epoch, self.epochs):
             enter("search")
-            matches = self.match(epoch, z_nD, codes.total)
-            enter("imle")
+            matches = self.matches(epoch, z_nD, codes)
+            enter(self.config.kind)
             lr = self.config.lr * self.config.schedule.factor(epoch, self.epochs)
             loss = torch.zeros((), device=self.device)
             self.network.train(self.config.statistics == "batch")
@@ -106,7 +109,11 @@ class Imle(Sampler):
             for step, batch in enumerate(batches):
                 mine = (batch >= codes.rows.start) & (batch < codes.rows.stop)
                 own = torch.as_tensor(batch[mine] - codes.rows.start)
-                e_BE = noise(self.seed, epoch, matches.index_n[own], self.config.noise_dim, self.device)
+                e_BE = self.noise_of(matches.epoch_n[own], matches.index_n[own])
+                if self.config.noise_on_match:
+                    rows_B = torch.as_tensor(batch[mine])
+                    more_BE = noise(self.seed, epoch, rows_B, self.config.noise_dim, self.device, Stream.TRAINING)
+                    e_BE = e_BE + self.config.noise_on_match * more_BE
                 error, applied, piggyback_K = self.update(e_BE, z_nD[own.to(self.device)], len(batch), lr, piggyback())
                 loss += error
                 bad_in_a_row = 0 if applied else bad_in_a_row + 1
@@ -129,22 +136,39 @@ class Imle(Sampler):
         """
         with pending_statistics(self.network) as statistics:
             error_B = (self.network(e_BE) - z_BD).square().sum(1)
-        self.optimizer.zero_grad()
-        (error_B.sum() / batch_rows).backward()
-        grads = [cast(Tensor, parameter.grad) for parameter in self.network.parameters()]
-        flat = torch.cat([*(grad.flatten() for grad in grads), piggyback_K.to(self.device)])
-        all_sum(flat)  # each worker has already divided by the size of the whole batch
-        summed, piggyback_K = flat[: len(flat) - len(piggyback_K)], flat[len(flat) - len(piggyback_K) :]
-        checked = gradient_fault(summed[None]) + statistics.fault(self.device)
-        fault, *carried = torch.cat([checked[None], piggyback_K]).tolist()
-        applied = fault == 0.0
-        if applied:
-            statistics.commit()
-            for grad, part in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
-            self.optimizer.param_groups[0]["lr"] = lr
-            self.optimizer.step()
-        return error_B.detach().sum(), applied, torch.tensor(carried)
+        loss = error_B.sum() / batch_rows
+        applied, carried_K = reduced_step(self.network, self.optimizer, loss, lr, piggyback_K, statistics)
+        return error_B.detach().sum(), applied, carried_K
+
+    def matches(self, epoch: int, z_nD: Tensor, codes: Codes) -> Matches:
+        """The matches to train on in an epoch: new ones, or those of an epoch before. Collective."""
+        every = cast(ImleConfig, self.config).staleness
+        if every == 1:
+            return self.match(epoch, z_nD, codes.total)
+        if epoch % every == 0 or not self.held:
+            fresh = self.match(epoch, z_nD, codes.total)
+            self.held = self.gathered(fresh, codes)
+            return fresh
+        return self.own_matches(self.held, codes)
+
+    def gathered(self, matches: Matches, codes: Codes) -> dict[str, Tensor]:
+        """The matches of all rows, for the state. Collective."""
+        own = {"index": matches.index_n, "epoch": matches.epoch_n, "distance": matches.distance_n}
+        return {name: gather_array(array_n.to(self.device), codes).cpu() for name, array_n in own.items()}
+
+    def own_matches(self, held: dict[str, Tensor], codes: Codes) -> Matches:
+        """This worker's share of matches of all rows."""
+        own = slice(codes.rows.start, codes.rows.stop)
+        return Matches(held["index"][own], held["epoch"][own], held["distance"][own].to(self.device), 1.0, 0.0)
+
+    def noise_of(self, epoch_B: Tensor, index_B: Tensor) -> Tensor:
+        """The noise e_BE of candidates of any epochs."""
+        e_BE = torch.empty(len(index_B), self.config.noise_dim, device=self.device)
+        for epoch in epoch_B.unique().tolist():
+            of_epoch_B = epoch_B == epoch
+            e_CE = noise(self.seed, epoch, index_B[of_epoch_B], self.config.noise_dim, self.device)
+            e_BE[of_epoch_B.to(self.device)] = e_CE
+        return e_BE
 
     @torch.no_grad()
     def match(self, epoch: int, z_nD: Tensor, total_rows: int) -> Matches:
@@ -153,13 +177,7 @@ class Imle(Sampler):
         T is in eval mode, so that a candidate does not depend on its batch mates.
         """
         began = perf_counter()
-        self.network.eval()
-        mine = ranges(candidates(self.config, total_rows), world_size())[rank()]
-        block_mD = torch.empty(len(mine), z_nD.shape[1], device=z_nD.device)
-        for start in range(0, len(mine), CHUNK):
-            index_B = torch.arange(mine.start + start, min(mine.start + start + CHUNK, mine.stop))
-            e_BE = noise(self.seed, epoch, index_B, self.config.noise_dim, z_nD.device)
-            block_mD[start : start + CHUNK] = self.network(e_BE)
+        block_mD, number_M = self.candidate_codes(epoch, z_nD, total_rows)
         search = self.config.search
         if search.kind == "ivf":
             index_n, distance_n, recall = ivf_nearest(z_nD, block_mD, search.cells, search.probes)
@@ -167,22 +185,29 @@ class Imle(Sampler):
             (index_n, distance_n), recall = ring_nearest(z_nD, block_mD), 1.0
         if unmatched := int((~distance_n.isfinite()).sum()):
             raise RuntimeError(f"the {search.kind} search left {unmatched} of {len(z_nD)} codes without a candidate")
-        return Matches(index_n.cpu(), distance_n, recall, perf_counter() - began)
+        index_n = index_n.cpu() if number_M is None else number_M[index_n.cpu()]
+        return Matches(index_n, torch.full_like(index_n, epoch), distance_n, recall, perf_counter() - began)
+
+    def candidate_codes(self, epoch: int, z_nD: Tensor, total_rows: int) -> tuple[Tensor, Tensor | None]:
+        """T(e_m) of this worker's candidates, and the numbers m of all workers' candidates (None: all of them)."""
+        self.network.eval()
+        mine = ranges(candidates(self.config, total_rows), world_size())[rank()]
+        block_mD = torch.empty(len(mine), z_nD.shape[1], device=z_nD.device)
+        for start in range(0, len(mine), CHUNK):
+            index_B = torch.arange(mine.start + start, min(mine.start + start + CHUNK, mine.stop))
+            e_BE = noise(self.seed, epoch, index_B, self.config.noise_dim, z_nD.device)
+            block_mD[start : start + CHUNK] = self.network(e_BE)
+        return block_mD, None
 
     def state(self) -> State:
-        """Weights, Adam's moments by parameter name and the number of updates, on the CPU."""
-        state = super().state() | {"exp_avg": {}, "exp_avg_sq": {}}
-        for name, parameter in self.network.named_parameters():
-            slot = self.optimizer.state.get(parameter)
-            for key in MOMENTS:
-                state[key][name] = slot[key].cpu().clone() if slot else torch.zeros_like(parameter, device="cpu")
-            state["updates"] = float(slot["step"]) if slot else 0.0
-        return state
+        """Weights, Adam's moments, and matches that outlast an epoch; on the CPU."""
+        matches = {"matches": {name: array_N.clone() for name, array_N in self.held.items()}} if self.held else {}
+        return super().state() | saved_moments(self.network, self.optimizer) | matches
 
     @classmethod
     def flops(cls, config: SamplerConfig, latent_dim: int, rows: int) -> float:
         """Per epoch: map M candidates, compare N rows with each of them (2 N M D), train on N matches."""
-        imle = cast(ImleConfig, config)
+        imle = cast(ImleKeys, config)
         with torch.device("meta"):
             mapping = cost(build_mapping(imle, latent_dim), (imle.noise_dim,))
         number = imle.candidates * rows
@@ -191,7 +216,7 @@ class Imle(Sampler):
 
     @classmethod
     def steps(cls, config: SamplerConfig, rows: int) -> int:
-        imle = cast(ImleConfig, config)
+        imle = cast(ImleKeys, config)
         return imle.epochs * math.ceil(rows / imle.batch_size)
 
     def _end_of_epoch(
@@ -208,16 +233,8 @@ class Imle(Sampler):
         }
         return FitStep(epoch, steps, steps, torch.tensor(sums[2:], dtype=torch.float32), True, facts)
 
-    def _restore_moments(self, state: State) -> None:
-        for name, parameter in self.network.named_parameters():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["updates"])),
-                "exp_avg": state["exp_avg"][name].to(self.device),
-                "exp_avg_sq": state["exp_avg_sq"][name].to(self.device),
-            }
 
-
-def candidates(config: ImleConfig, total_rows: int) -> int:
+def candidates(config: ImleKeys, total_rows: int) -> int:
     """M, the number of candidates per epoch."""
     return max(1, round(config.candidates * total_rows))
 

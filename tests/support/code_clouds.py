@@ -50,11 +50,11 @@ def covered(sampler: Sampler, name: str) -> tuple[int, float]:
     return len(set(mode_B[good_B].tolist())), float(good_B.float().mean())
 
 
-def build(kind: str, dim: int, constraint: str = "ball", seed: int = 3, state: Any = None, **keys: Any) -> Sampler:
+def build(kind: str, dim: int, codes_on: str = "ball", seed: int = 3, state: Any = None, **keys: Any) -> Sampler:
     """A sampler of a kind with these keys, its weights drawn from the same random numbers every time."""
     torch.manual_seed(1)
     config = SAMPLERS[kind].model_validate({"kind": kind} | keys)
-    return build_sampler(config, dim, constraint, seed=seed, device=CPU, state=state)  # type: ignore[arg-type]
+    return build_sampler(config, dim, codes_on, seed=seed, device=CPU, state=state)  # type: ignore[arg-type]
 
 
 def steps(sampler: Sampler, z_ND: Tensor, first_epoch: int = 0, until: int | None = None) -> list[FitStep]:

@@ -17,6 +17,18 @@ DIM = 6
 # The smallest fits; a kind with several ways has an entry for each.
 SMALL: dict[str, dict[str, Any]] = {
     "imle": {"epochs": 4, "noise_dim": 5, "hidden_dim": 16, "batch_size": 50},
+    "imle stale": {"epochs": 6, "noise_dim": 5, "hidden_dim": 16, "staleness": 4, "noise_on_match": 0.1},
+    "imle deep": {
+        "epochs": 4,
+        "noise_dim": 5,
+        "hidden_dim": 16,
+        "depth": 4,
+        "activation": "silu",
+        "normalisation": "none",
+        "constraint": "sphere",
+    },
+    "rs-imle": {"epochs": 4, "noise_dim": 5, "hidden_dim": 16, "batch_size": 50, "epsilon": 0.2, "candidates": 5},
+    "adaptive-imle": {"epochs": 5, "noise_dim": 5, "hidden_dim": 16, "batch_size": 50, "change": 0.05, "lr": 0.01},
     "gaussian": {},
     "gmm": {"epochs": 4, "components": 5},
     "ot": {"epochs": 4, "steps": 3},
@@ -42,7 +54,7 @@ CASES = pytest.mark.parametrize("case", SMALL)
 
 
 def small(case: str, **more: Any):
-    return build(case.split()[0], DIM, constraint="sphere", **SMALL[case], **more)
+    return build(case.split()[0], DIM, codes_on="sphere", **SMALL[case], **more)
 
 
 def codes(rows: int = 120) -> torch.Tensor:
@@ -176,7 +188,7 @@ def test_resuming_at_an_epoch_is_bit_for_bit_the_same(case):
 def test_another_seed_is_another_fit_and_the_same_seed_the_same(case):
     weights = []
     for seed in (3, 3, 4):
-        sampler = build(case.split()[0], DIM, constraint="sphere", seed=seed, **SMALL[case])
+        sampler = build(case.split()[0], DIM, codes_on="sphere", seed=seed, **SMALL[case])
         steps(sampler, codes())
         weights.append(sampler.state()["weights"])
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

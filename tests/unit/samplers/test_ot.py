@@ -74,7 +74,7 @@ def test_boundaries_of_cells_on_a_line_are_the_quantiles():
 def test_without_an_extension_a_draw_is_a_training_code():
     torch.manual_seed(0)
     z_ND = torch.nn.functional.normalize(torch.randn(50, 6), dim=1)
-    drawn_BD = fitted("ot", z_ND, constraint="sphere", extension="none", epochs=4).codes(torch.randn(500, 6))
+    drawn_BD = fitted("ot", z_ND, codes_on="sphere", extension="none", epochs=4).codes(torch.randn(500, 6))
     distance_B = nearest(drawn_BD, z_ND)[1]
     assert float(distance_B.max()) < 1e-10
 
