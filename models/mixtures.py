@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .noise import normal_share
+
 SMALLEST = 1e-3  # standard deviation of a Gaussian
 HALVINGS = 60
 REACH = 40.0  # standard deviations around the means in which a quantile is looked for
@@ -46,8 +48,8 @@ def mixture_normal(x_BA: Tensor, log_weight_BAK: Tensor, mean_BAK: Tensor, devia
     """
     weight_BAK = log_weight_BAK.double().exp()
     at_BAK = (x_BA.double()[:, :, None] - mean_BAK.double()) / deviation_BAK.double()
-    below_BA = (weight_BAK * torch.special.ndtr(at_BAK)).sum(2)
-    above_BA = (weight_BAK * torch.special.ndtr(-at_BAK)).sum(2)
+    below_BA = (weight_BAK * normal_share(at_BAK)).sum(2)
+    above_BA = (weight_BAK * normal_share(-at_BAK)).sum(2)
     tail_BA = torch.special.ndtri(torch.minimum(below_BA, above_BA).clamp(min=TINY))
     return torch.where(below_BA < above_BA, tail_BA, -tail_BA).to(x_BA.dtype)
 
@@ -60,7 +62,7 @@ def mixture_quantile(u_BA: Tensor, log_weight_BAK: Tensor, mean_BAK: Tensor, dev
     high_BA = (mean_BAK + REACH * deviation_BAK).amax(2)
     for _ in range(HALVINGS):
         middle_BA = 0.5 * (low_BA + high_BA)
-        mass_BA = (weight_BAK * torch.special.ndtr((middle_BA[:, :, None] - mean_BAK) / deviation_BAK)).sum(2)
+        mass_BA = (weight_BAK * normal_share((middle_BA[:, :, None] - mean_BAK) / deviation_BAK)).sum(2)
         below_BA = mass_BA < u_BA
         low_BA, high_BA = torch.where(below_BA, middle_BA, low_BA), torch.where(below_BA, high_BA, middle_BA)
     return (0.5 * (low_BA + high_BA)).float()
