@@ -1,0 +1,63 @@
+"""Every sampler covers all modes of 8 Gaussians on a ring and of 25 on a grid, as few draws as possible in between.
+
+A mode is covered if one of 2,500 draws is within 3 standard deviations of it. The shares of such draws: a Gaussian of
+the size of the clouds has 0.001 on the ring and 0.06 on the grid. Kinds that pull or move a continuous map (IMLE, flow,
+drift) need more steps than a test may take to leave little between the modes; docs/quality.md has their shares.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from code_clouds import cloud, covered, fitted
+
+T: dict[str, Any] = {
+    "epochs": 300,
+    "noise_dim": 2,
+    "depth": 3,
+    "activation": "relu",
+    "normalisation": "none",
+    "candidates": 1,
+    "lr": 3e-3,
+    "batch_size": 100,
+    "schedule": {"kind": "cosine"},
+}
+FLOW: dict[str, Any] = {"hidden_dim": 128, "lr": 3e-3, "batch_size": 250}
+# Rows, keys, and the least share of good draws on the ring and on the grid.
+CASES: dict[str, tuple[int, dict[str, Any], float, float]] = {
+    "gmm": (1000, {"components": 25, "floor": 1e-6, "epochs": 20}, 0.9, 0.9),
+    "ot": (500, {"extension": "pair", "angle": 0.03, "epochs": 10}, 0.9, 0.9),
+    "ot simplex": (500, {"extension": "simplex", "epochs": 10}, 0.9, 0.9),
+    "ot none": (500, {"extension": "none", "epochs": 10}, 0.9, 0.9),
+    "ar": (2000, {"epochs": 150, "blur": 0.0, "lr": 3e-3}, 0.9, 0.9),
+    "coupling": (
+        2000,
+        {
+            "epochs": 150,
+            "blur": 0.0,
+            "layers": 2,
+            "components": 10,
+            "depth": 2,
+            "hidden_dim": 64,
+            "lr": 3e-3,
+        },
+        0.9,
+        0.9,
+    ),
+    "imle": (400, T, 0.01, 0.08),
+    "rs-imle": (400, T | {"epsilon": 0.003}, 0.01, 0.08),
+    "adaptive-imle": (400, T, 0.01, 0.08),
+    "flow": (1000, FLOW | {"epochs": 200, "coupling": "semidiscrete", "heights": {"steps": 100}}, 0.05, 0.05),
+    "drift": (1000, FLOW | {"epochs": 120, "noise_dim": 2, "temperatures": [0.005, 0.02, 0.1]}, 0.03, 0.03),
+}
+
+
+@pytest.mark.parametrize("name", ["ring", "grid"])
+@pytest.mark.parametrize("case", CASES)
+def test_all_modes_are_covered(case, name):
+    rows, keys, ring_share, grid_share = CASES[case]
+    modes, share = covered(fitted(case.split()[0], cloud(name, rows), **keys), name)
+    print(f"{case}: {modes} modes, {share:.3f} of the draws are good")
+    assert modes == {"ring": 8, "grid": 25}[name]
+    assert share >= {"ring": ring_share, "grid": grid_share}[name]
