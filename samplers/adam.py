@@ -165,8 +165,8 @@ def reduced_step(
         loss: this worker's part of the loss; the sum over workers is the loss of the global batch.
         statistics: moments of the batch, which enter the running statistics if the step is applied.
     Returns:
-        Whether the step was applied (False if the gradient of a weight, its square, or a moment was not finite), and the
-        sum of all workers' piggybacks.
+        Whether the step was applied (False if the gradient of a weight, its square, or a moment was not finite), and
+        the sum of all workers' piggybacks.
     """
     optimizer.zero_grad()
     loss.backward()

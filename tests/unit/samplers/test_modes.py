@@ -23,7 +23,7 @@ T: dict[str, Any] = {
     "batch_size": 100,
     "schedule": {"kind": "cosine"},
 }
-FLOW: dict[str, Any] = {"hidden_dim": 128, "lr": 3e-3, "batch_size": 250}
+DRIFT: dict[str, Any] = {"hidden_dim": 128, "lr": 3e-3, "batch_size": 250, "noise_dim": 2, "epochs": 120}
 # Rows, keys, and the least share of good draws on the ring and on the grid.
 CASES: dict[str, tuple[int, dict[str, Any], float, float]] = {
     "gmm": (1000, {"components": 25, "floor": 1e-6, "epochs": 20}, 0.9, 0.9),
@@ -48,8 +48,13 @@ CASES: dict[str, tuple[int, dict[str, Any], float, float]] = {
     "imle": (400, T, 0.01, 0.08),
     "rs-imle": (400, T | {"epsilon": 0.003}, 0.01, 0.08),
     "adaptive-imle": (400, T, 0.01, 0.08),
-    "flow": (1000, FLOW | {"epochs": 200, "coupling": "semidiscrete", "heights": {"steps": 100}}, 0.05, 0.05),
-    "drift": (1000, FLOW | {"epochs": 120, "noise_dim": 2, "temperatures": [0.005, 0.02, 0.1]}, 0.03, 0.03),
+    "flow": (
+        1000,
+        {"hidden_dim": 256, "lr": 3e-3, "batch_size": 500, "epochs": 600, "coupling": "semidiscrete"},
+        0.5,
+        0.12,
+    ),
+    "drift": (1000, DRIFT | {"temperatures": [0.005, 0.02, 0.1]}, 0.05, 0.06),
 }
 
 
