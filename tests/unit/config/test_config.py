@@ -180,7 +180,9 @@ def test_every_key_is_described_and_accepted():
     assert {key.name for key in keys} < set(known_keys())
     defaults = {key.name: key.default for key in keys}
     assert defaults["glo.schedule.kind"] == "halving"
-    assert defaults["sampler.schedule.kind"] == "constant (imle); cosine (ot, flow, drift, coupling, ar)"
+    assert defaults["sampler.schedule.kind"] == (
+        "constant (imle, rs-imle, adaptive-imle); cosine (ot, flow, drift, coupling, ar)"
+    )
     assert defaults["sampler.candidates"] == "2.0"
     assert defaults["glo.epochs"] == "required"
     assert defaults["data.max_rows"] == "empty"
