@@ -55,7 +55,7 @@ class FeatureMoments:
         centred_BF = features_BF - mean_F
         return cls(count, mean_F, centred_BF.T @ centred_BF)
 
-    def update(self, features_BF: Tensor, /) -> FeatureMoments:
+    def update(self, features_BF: Tensor, index_B: Tensor, /) -> FeatureMoments:
         """Add one batch of features."""
         return self.merge(FeatureMoments.of(features_BF))
 

@@ -24,6 +24,7 @@ from registered_runs import DIM, ROWS, make_config, make_run
 from torch import Tensor, nn
 
 SEED = 4
+ALWAYS = ("fd_squeezenet", "precision_squeezenet", "recall_squeezenet")  # of samples
 
 
 class Pixels(nn.Module):
@@ -44,7 +45,7 @@ class Brightness:
     count: int = 0
     total: float = 0.0
 
-    def update(self, seen: Tensor, /) -> Brightness:
+    def update(self, seen: Tensor, index_B: Tensor, /) -> Brightness:
         return self.merge(Brightness(seen.numel(), float(seen.double().sum())))
 
     def merge(self, other: Brightness, /) -> Brightness:
@@ -124,10 +125,14 @@ def test_results_name_metric_and_sampler(world):
     assert [(result.metric, result.sampler) for result in results] == [
         ("l1", None),
         ("psnr", None),
-        ("fd_squeezenet", "imle"),
-        ("fd_squeezenet", "gaussian"),
+        ("fd_squeezenet", "reconstruction"),
+        *((name, sampler) for sampler in ("own", "gaussian") for name in ALWAYS),
     ]
-    assert list(by_key(results)) == ["l1", "psnr", "fd_squeezenet", "gaussian/fd_squeezenet"]
+    assert {result.reference for result in results} == {None}
+    assert list(by_key(results)) == [
+        *("l1", "psnr", "reconstruction/fd_squeezenet"),
+        *(*ALWAYS, *(f"gaussian/{name}" for name in ALWAYS)),
+    ]
 
 
 def test_values_are_those_of_the_images_as_users_draw_them(world):
@@ -152,7 +157,7 @@ def test_a_metric_more_is_one_entry_of_the_table_and_costs_no_pass(world, monkey
         monkeypatch.setitem(METRICS, toy.name, toy)
     results = evaluated(world)
     values = by_key(results)
-    assert world.seen == cost == {"read": 2 * ROWS, "drawn": [200, 200], "features": ROWS + 2 * 200}
+    assert world.seen == cost == {"read": 2 * ROWS, "drawn": [200, 200], "features": ROWS + 3 * 200}
     assert before.items() <= values.items()
     names = ["toy", "gaussian/toy", "fd_toy", "gaussian/fd_toy", "blot"]
     assert set(values) == set(before) | set(names)
@@ -184,7 +189,9 @@ def test_a_metric_of_another_extractor_is_not_measured(world, monkeypatch):
 
 def test_without_the_codes_only_samples_are_measured(world):
     results = evaluation.evaluate(world.config, world.manifest, world.model, with_codes=False)
-    assert {result.metric for result in results} == {"fd_squeezenet"}
+    assert {(result.metric, result.sampler) for result in results} == {
+        (name, sampler) for name in ALWAYS for sampler in ("own", "gaussian")
+    }
 
 
 def test_tallies_of_workers_merge(world):
