@@ -72,12 +72,13 @@ def metrics() -> str:
     rows = ["| metric | meaning | samples | extractors | group |", "|---|---|---|---|---|"]
     for name, family in metric_families().items():
         one = family[0]
-        meaning = one.explained().replace(one.extractor, "the extractor's") if len(family) > 1 else one.explained()
+        meaning = one.explained()
+        if one.extractor and len(family) > 1:
+            meaning = meaning.replace(one.extractor, "the extractor's")
         extractors = ", ".join(m.extractor for m in family if m.extractor) or "-"
         samples = "yes" if one.of_samples else "-"
-        rows.append(
-            f"| `{name}` | {escape(meaning)} | {samples} | {extractors} | {one.group or 'always'}{', with held-out images' if one.held_out else ''} |"
-        )
+        group = (one.group or "always") + (", with held-out images" if one.held_out else "")
+        rows.append(f"| `{name}` | {escape(meaning)} | {samples} | {extractors} | {group} |")
     return "\n".join(rows) + "\n"
 
 
