@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError, redact
 from .options import Device, Seed
+
+PAIRS = 16  # of a sample and its nearest training image, in a picture
 
 
 def evaluate(
@@ -24,6 +27,9 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(metavar="URL", help="packed images to compare with; empty: the training images")
     ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="picture of the samples that are most like a training image")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -31,7 +37,7 @@ def evaluate(
 
     \b
     glann evaluate runs/digits --extractor lite0-96 --samples 5000 --metrics kid --metrics codes
-    glann evaluate runs/digits --data data/held-out-28
+    glann evaluate runs/digits --data data/held-out-28 --pairs pairs.png
     glann evaluate models:/digits@champion --data data/digits-28
 
     `gaussian/...` is the same metric for codes drawn from a Gaussian, without stage 2; `reconstruction/...` for
@@ -56,6 +62,16 @@ def evaluate(
         typer.echo("copying is not measured: the training images are not at their address any more", err=True)
     for name, value in by_key(results).items():
         typer.echo(f"{name:32} {value:.6g}")
+    if pairs is not None:
+        from ..metrics.evaluate import closest_pairs, training_set
+        from ..reports import pictures
+
+        images = training_set(config, manifest)
+        if images is None:
+            raise UserError(f"the training images are not at {redact(config.data.url)} any more; --pairs needs them")
+        samples_NHWC, training_NHWC = closest_pairs(config, model, images, PAIRS, seed, device)
+        pictures.save(pictures.nearest(samples_NHWC, training_NHWC), pairs)
+        typer.echo(f"{pairs}: the {PAIRS} samples most like a training image, nearest first")
 
 
 def report(

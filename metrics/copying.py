@@ -85,15 +85,16 @@ class Copying:
             )
         return float(np.average(scores, weights=weights))
 
-    def nearest_pairs(self, count: int) -> tuple[Int64, Int64]:
-        """(indices of samples, rows of their nearest training images) of the `count` nearest pairs, nearest first."""
-        distance_N, row_N = self._nearest
-        closest = distance_N.argsort(kind="stable")[:count]
-        return self.drawn.index_N[closest], self.train.index_N[row_N[closest]]
-
     @cached_property
     def _nearest(self) -> tuple[Float64, Int64]:
         return _nearest_of(self.train, self.drawn.features_NF)
+
+
+def nearest_pairs(train: KeptFeatures, drawn: KeptFeatures, count: int) -> tuple[Int64, Int64]:
+    """(indices of samples, rows of their nearest training images) of the `count` nearest pairs, nearest first."""
+    distance_N, row_N = _nearest_of(train, drawn.features_NF)
+    closest = distance_N.argsort(kind="stable")[:count]
+    return drawn.index_N[closest], train.index_N[row_N[closest]]
 
 
 def copying_of_codes(train: KeptFeatures, drawn: KeptFeatures) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ from ..errors import UserError
 from ..inference.model import SamplingModel
 from ..inference.package import ModelManifest
 from ..storage.open import open_store
+from .copying import nearest_pairs
 from .features.extractor import build_extractor
 from .panel import Panel, Tallied, build_panel, code_panel, held_out_metrics
 from .result import BASELINE, HELD_OUT, OWN, RECONSTRUCTION, Result
-from .spec import METRICS, Metric, Reconstructions, measured_with
+from .spec import METRICS, Metric, Reconstructions, Samples, measured_with
 from .tally import KeptFeatures, Mean
 
 BATCH = 100
@@ -192,6 +194,28 @@ def measure_codes(
         drawn = panel.tally(draw_codes(model, samples, seed, sampler))
         results += panel.compare(real, drawn, OWN if sampler == model.own else sampler)
     return results
+
+
+def closest_pairs(
+    config: Config, model: SamplingModel, images: ImageRows, count: int, seed: int = 0, device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The samples that are nearest to a training image by `evaluation.extractor`, and those images, nearest first.
+
+    Args:
+        images: the training images, of which at most `KEPT` are searched.
+        count: pairs.
+    Returns:
+        uint8 [N, H, W, C], twice.
+    """
+    extractor = config.evaluation.extractor
+    panel = Panel(
+        {"kept": Samples(KeptFeatures, nearest_pairs, extractor)}, {extractor: build_extractor(extractor, device)}
+    )
+    train = tally_images(panel, images, config).by_metric["kept"]
+    drawn = panel.tally(draw(model, config.evaluation.samples, seed)).by_metric["kept"]
+    index_N, row_N = nearest_pairs(cast(KeptFeatures, train), cast(KeptFeatures, drawn), count)
+    z_ND = model.codes(model.noise(torch.from_numpy(index_N), seed))
+    return model.decode(z_ND), np.stack([images.decode(row).transpose(1, 2, 0) for row in row_N.tolist()])
 
 
 def samplers_of(model: SamplingModel) -> list[str]:

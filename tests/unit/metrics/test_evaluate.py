@@ -194,6 +194,81 @@ def test_without_the_codes_only_samples_are_measured(world):
     }
 
 
+def test_the_closest_pairs_are_those_of_all_samples_and_rows(world):
+    """Image by image: no sample is nearer to a training image than those that are shown."""
+    images = evaluation.open_images(world.config)
+    samples, training = evaluation.closest_pairs(world.config, world.model, images, 3, SEED)
+    assert samples.shape == training.shape == (3, 28, 28, 1)
+    look = extractor.build_extractor("squeezenet")
+    drawn_NHWC = world.model.sample(200, SEED)
+    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    drawn = torch.from_numpy(drawn_NHWC).permute(0, 3, 1, 2)
+    distance_NR = torch.cdist(look(drawn).double(), look(real).double(), compute_mode="donot_use_mm_for_euclid_dist")
+    order_N = distance_NR.min(1).values.argsort()[:3]
+    assert (samples == drawn_NHWC[order_N]).all()
+    assert (training == real[distance_NR[order_N].argmin(1)].permute(0, 2, 3, 1).numpy()).all()
+
+
+def test_held_out_images_are_named_and_copying_is_measured_against_them(world, tmp_path):
+    """The training images themselves, in another order, in place of held-out ones: no preference but for ties."""
+    import numpy as np
+    from glann.datasets.pack import pack
+
+    images = evaluation.open_images(world.config)
+    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    other = real.flip(0)[:150].permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "other.npz", images=other)
+    pack(str(tmp_path / "other.npz"), str(tmp_path / "other"), resolution=28, channels=1)
+    results = evaluation.evaluate(world.config, world.manifest, world.model, seed=SEED, data=str(tmp_path / "other"))
+    values = by_key(results)
+    assert {result.reference for result in results} == {"held-out"}
+    copying = ("copying_squeezenet",)
+    assert list(values) == [
+        "reconstruction/fd_squeezenet:held-out",
+        *(f"{name}:held-out" for name in (*ALWAYS, *copying)),
+        *(f"gaussian/{name}:held-out" for name in (*ALWAYS, *copying)),
+    ]
+    assert 0 < values["copying_squeezenet:held-out"] < 1
+    without = evaluation.evaluate(
+        world.config, world.manifest, world.model, seed=SEED, data=str(tmp_path / "other"), with_codes=False
+    )
+    assert not {result.metric for result in without} & set(copying)
+
+
+def test_codes_are_compared_without_decoding(world, monkeypatch):
+    world.config = world.config.model_copy(
+        update={"evaluation": world.config.evaluation.model_copy(update={"metrics": ("codes",)})}
+    )
+    values = by_key(evaluated(world))
+    names = [f"{name}_codes" for name in ("precision", "recall", "density", "coverage", "copying")]
+    assert [key for key in values if key.endswith("_codes")] == [*names, *(f"gaussian/{name}" for name in names)]
+    panel = evaluation.code_panel(METRICS[name] for name in names)
+    decoded = []
+    monkeypatch.setattr(SamplingModel, "decode", lambda *_: decoded.append(1))
+    results = evaluation.measure_codes(panel, world.model, [torch.from_numpy(world.z_ND)], 200, SEED)
+    assert not decoded
+    assert by_key(results) == {key: value for key, value in values.items() if key.endswith("_codes")}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_features_kept_by_workers_give_the_same_results_to_the_last_bit(workers: int, world):
+    """A worker has a range of the set, and numbers its images as they are in the whole."""
+    images = torch.randint(0, 256, (47, 1, 28, 28), dtype=torch.uint8)
+    names = [f"{name}_squeezenet" for name in ("precision", "recall", "density", "coverage", "kid", "modes")]
+    panel = evaluation.build_panel(METRICS[name] for name in names)
+    panel = replace(panel, extractors={"squeezenet": lambda img: img.flatten(1).float()})
+    parts, at = [], 0
+    for part in images.tensor_split(workers):
+        parts.append(panel.tally(part.split(5), first=at))
+        at += len(part)
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    whole, other = panel.tally(images.split(9)), panel.tally([images.flip(3)[:31]])
+    assert merged.count == 47
+    assert panel.compare(whole, other, "own") == panel.compare(merged, other, "own")
+
+
 def test_tallies_of_workers_merge(world):
     """What two workers have seen is what one sees, up to rounding."""
     images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)

@@ -9,7 +9,7 @@ import torch
 from glann.errors import UserError
 from glann.metrics import copying, distances, kernel
 from glann.metrics.classes import ClassShares, inception_score, of_probabilities
-from glann.metrics.copying import Copying, copying_of_codes, rank_statistic
+from glann.metrics.copying import Copying, copying_of_codes, nearest_pairs, rank_statistic
 from glann.metrics.distances import distance_blocks, nearest, neighbour_distances
 from glann.metrics.kernel import kernel_distance
 from glann.metrics.manifold import compare_manifolds, manifold
@@ -285,7 +285,7 @@ def test_the_share_counts_nearest_images_among_equally_many(rng):
 def test_the_nearest_pairs_are_named_by_sample_and_training_row(rng):
     train_TF, drawn_NF = rng.normal(size=(80, 3)), rng.normal(size=(60, 3)) + 20
     drawn_NF[[40, 7]] = train_TF[[13, 77]] + [[1e-3], [1e-2]]
-    samples, rows = Copying(kept(train_TF), kept(train_TF), kept(drawn_NF)).nearest_pairs(2)
+    samples, rows = nearest_pairs(kept(train_TF), kept(drawn_NF), 2)
     assert samples.tolist() == [40, 7]
     assert rows.tolist() == [13, 77]
 
