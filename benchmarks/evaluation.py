@@ -75,7 +75,7 @@ def measure(extractor: str, group: str | None, features: list[Tensor]) -> tuple[
     """Seconds and values of the metrics of a group, against features of as many images that are somewhat different."""
     chosen = [m for m in measured_with(extractor, [group] if group else []) if m.group == group and m.extractor]
     needs = {m.name: m.needs for m in chosen if isinstance(m.needs, Samples)}
-    panel = Panel(needs, {extractor: lambda seen: seen})  # type: ignore[dict-item]
+    panel = Panel(needs, {extractor: lambda seen: seen})
     others = [seen + 0.3 * seen.std() * torch.randn_like(seen) for seen in features]
     real = panel.tally(others)  # of real images: read once for all samplers, not counted
 

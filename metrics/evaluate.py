@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..errors import UserError
 from ..inference.model import SamplingModel
 from ..inference.package import ModelManifest
 from ..storage.open import open_store
+from . import cache
 from .copying import nearest_pairs
 from .features.extractor import build_extractor
 from .panel import Panel, Tallied, build_panel, code_panel, held_out_metrics
@@ -99,8 +101,23 @@ def build_judge(
 
 
 def tally_images(panel: Panel, images: ImageRows, config: Config) -> Tallied:
-    """The tallies of all images of a data set."""
-    return panel.tally(training_images(images, len(images), config))
+    """The tallies of all images of a data set. Their features are computed once, and kept (`cache.py`)."""
+    rows, paths = len(images), {}
+    for name, extract in panel.extractors.items():
+        paths[name] = cache.path_of(images.index.fingerprint, rows, extract)
+    kept = {
+        name: features_NF
+        for name, path in paths.items()
+        if path is not None and (features_NF := cache.load(path, rows, panel.extractors[name].dim)) is not None
+    }
+    if kept and kept.keys() == panel.extractors.keys() and all(need.extractor for need in panel.metrics.values()):
+        replay = replace(panel, extractors={name: features_NF.__getitem__ for name, features_NF in kept.items()})
+        return replay.tally(torch.arange(rows).split(BATCH))
+    recorders = {name: cache.Recorder(extract) for name, extract in panel.extractors.items() if paths[name]}
+    tallied = replace(panel, extractors={**panel.extractors, **recorders}).tally(training_images(images, rows, config))
+    for name, recorder in recorders.items():
+        cache.save(cast(Path, paths[name]), torch.cat(recorder.seen))
+    return tallied
 
 
 def draw(model: SamplingModel, count: int, seed: int, sampler: str | None = None) -> Iterator[Tensor]:

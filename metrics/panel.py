@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features.extractor import Extractor, build_extractor
+from .features.extractor import build_extractor
 from .result import Result
 from .spec import Metric, Samples
 from .tally import Tally
@@ -43,7 +43,7 @@ class Panel:
     """Metrics of samples by name, with the extractors that they need."""
 
     metrics: dict[str, Samples]
-    extractors: dict[str, Extractor]
+    extractors: Mapping[str, Any]  # `Extractor`, or another function from images or their indices to features
 
     def tally(self, batches: Iterable[Tensor], first: int = 0) -> Tallied:
         """Tally consecutive images of a set, uint8 [B, C, H, W], or codes [B, D], batch by batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from glann.config.run import find_recipe
 from glann.inference.model import SamplingModel
 from glann.inference.package import open_model
+from glann.metrics import cache
 from glann.metrics import evaluate as evaluation
 from glann.metrics.features import extractor
 from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
@@ -267,6 +269,59 @@ def test_features_kept_by_workers_give_the_same_results_to_the_last_bit(workers:
     whole, other = panel.tally(images.split(9)), panel.tally([images.flip(3)[:31]])
     assert merged.count == 47
     assert panel.compare(whole, other, "own") == panel.compare(merged, other, "own")
+
+
+@pytest.fixture
+def kept_features(tmp_path, monkeypatch):
+    """A cache folder, and the toy extractor as one of a known asset."""
+    monkeypatch.setenv("GLANN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(EXTRACTORS, "squeezenet", replace(EXTRACTORS["squeezenet"], weights="squeezenet-caffe"))
+    return tmp_path / "cache" / "features"
+
+
+def test_features_of_real_images_are_computed_once(world, kept_features):
+    """The second evaluation reads and extracts no real image for the samples' metrics, and ends in the same bits."""
+    first, cost = by_key(evaluated(world)), world.seen["features"]
+    assert cost == ROWS + 3 * 200
+    again = by_key(evaluated(world))
+    assert world.seen["features"] - cost == 3 * 200
+    assert again == first
+    [file] = kept_features.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    cost = world.seen["features"]
+    assert by_key(evaluated(world)) == first, "a damaged file is made again"
+    assert world.seen["features"] - cost == ROWS + 3 * 200
+
+
+def test_kept_features_are_those_of_the_same_images_and_extractor(world, kept_features):
+    look = extractor.build_extractor("squeezenet")
+    path = cache.path_of("a", 5, look)
+    assert path == cache.path_of("a", 5, look)
+    others = [
+        cache.path_of("b", 5, look),
+        cache.path_of("a", 6, look),
+        cache.path_of("a", 5, replace(look, name="vgg16")),
+    ]
+    assert len({path, *others}) == 4
+    assert cache.path_of("a", 10**9, look) is None
+    assert cache.load(path, 5, 48) is None
+    cache.save(path, torch.full((5, 48), torch.nan))
+    assert cache.load(path, 5, 48) is None
+    cache.save(path, torch.ones(5, 48))
+    assert torch.equal(cache.load(path, 5, 48), torch.ones(5, 48))
+    assert cache.load(path, 6, 48) is None
+
+
+def test_the_cache_of_features_stays_small_and_a_read_only_one_is_reported(kept_features, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "LARGEST_FOLDER", 3000)
+    for number in range(4):
+        cache.save(kept_features / f"{number}.safetensors", torch.ones(25, 10))
+        os.utime(kept_features / f"{number}.safetensors", (number, number))
+    cache.save(kept_features / "9.safetensors", torch.ones(25, 10))
+    assert sorted(file.name for file in kept_features.glob("*.safetensors")) == ["3.safetensors", "9.safetensors"]
+    (kept_features.parent / "file").write_text("")
+    cache.save(kept_features.parent / "file" / "x.safetensors", torch.ones(2, 2))
+    assert "are not kept" in caplog.text
 
 
 def test_tallies_of_workers_merge(world):
