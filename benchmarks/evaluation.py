@@ -14,13 +14,17 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
+from glann.config.samplers import ImleConfig
+from glann.inference.model import SamplingModel
+from glann.metrics import evaluate as evaluation
 from glann.metrics.features.extractor import Extractor, build_extractor
 from glann.metrics.panel import Panel, Tallied
 from glann.metrics.spec import GROUPS, Samples, measured_with
 from glann.models.generators import InfoGanGenerator
+from glann.models.mapping import build_mapping
 from torch import Tensor
 
-SIDE, LATENT, WIDTH, BATCH = 28, 64, 32, 64
+SIDE, LATENT, WIDTH = 28, 64, 32
 
 T = TypeVar("T")
 
@@ -57,12 +61,10 @@ def main() -> None:
 
 
 def draw(count: int) -> Iterator[Tensor]:
-    """Images of a random generator, uint8 [B, 1, H, W]."""
-    generator = InfoGanGenerator(LATENT, SIDE, 1, width=WIDTH, resize=False, batch_norm=True).eval()
-    for start in range(0, count, BATCH):
-        z_BD = torch.nn.functional.normalize(torch.randn(min(BATCH, count - start), LATENT), dim=1)
-        with torch.inference_mode():
-            yield (generator(z_BD).clamp(0, 1) * 255).round().to(torch.uint8)
+    """Images of a random model as an evaluation draws them, uint8 [B, 1, H, W]."""
+    generator = InfoGanGenerator(LATENT, SIDE, 1, width=WIDTH, resize=False, batch_norm=True)
+    mapping = build_mapping(ImleConfig(noise_dim=16), LATENT)
+    return evaluation.draw(SamplingModel(generator, {"imle": mapping}), count, seed=0)
 
 
 @torch.inference_mode()

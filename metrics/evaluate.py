@@ -23,13 +23,14 @@ from ..datasets.fit import require_fit
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
-from ..inference.model import SamplingModel
+from ..inference.model import DEFAULT_BATCH, SamplingModel
 from ..inference.package import ModelManifest
 from ..storage.open import open_store
 from . import cache
 from .copying import nearest_pairs
 from .features.extractor import build_extractor
 from .panel import Panel, Tallied, build_panel, code_panel, held_out_metrics
+from .parallel import on_one_core_each
 from .result import BASELINE, HELD_OUT, OWN, RECONSTRUCTION, Result
 from .spec import METRICS, Metric, Reconstructions, Samples, measured_with
 from .tally import KeptFeatures, Mean
@@ -122,8 +123,12 @@ def tally_images(panel: Panel, images: ImageRows, config: Config) -> Tallied:
 
 def draw(model: SamplingModel, count: int, seed: int, sampler: str | None = None) -> Iterator[Tensor]:
     """The first images of a seed, uint8 [B, C, H, W]."""
-    for part_NHWC in model.stream(count, seed, sampler=sampler):
-        yield _channels_first(part_NHWC)
+
+    def images(index_B: Tensor) -> Tensor:
+        return _channels_first(model.decode(model.codes(model.noise(index_B, seed, sampler), sampler)))
+
+    parts = torch.arange(count).split(DEFAULT_BATCH)
+    yield from on_one_core_each(images, parts) if model.device.type == "cpu" else map(images, parts)
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..errors import UserError
@@ -99,7 +100,8 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
         a.merge(b)  # raises the error
     covariance_a_FF, covariance_b_FF = a.covariance_FF(), b.covariance_FF()
     shift_F = a.mean_F - b.mean_F
-    cross = scipy.linalg.svdvals(_root(covariance_a_FF).T @ _root(covariance_b_FF)).sum()
+    with threadpool_limits(1):  # LAPACK's many small steps: on a busy machine two threads take five times as long
+        cross = scipy.linalg.svdvals(_root(covariance_a_FF).T @ _root(covariance_b_FF)).sum()
     distance = shift_F @ shift_F + np.trace(covariance_a_FF) + np.trace(covariance_b_FF) - 2.0 * cross
     return max(float(distance), 0.0)
 

@@ -95,7 +95,7 @@ def world(home, monkeypatch):
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1).numpy()
     monkeypatch.setattr(evaluation.retention, "latest", lambda store: 1)
     monkeypatch.setattr(evaluation.reader, "load_rows", lambda store, step, rows: {"z": z_ND[rows.start : rows.stop]})
-    decode, stream = evaluation.training_images, SamplingModel.stream
+    decode, draw = evaluation.training_images, evaluation.draw
     features = extractor.Extractor.__call__
 
     def read(*args):
@@ -103,16 +103,16 @@ def world(home, monkeypatch):
             seen["read"] += len(batch)
             yield batch
 
-    def drawn(self, n, *args, **how):
+    def drawn(model, n, *args, **how):
         seen["drawn"].append(n)
-        return stream(self, n, *args, **how)
+        return draw(model, n, *args, **how)
 
     def looked(self, img_BCHW):
         seen["features"] += len(img_BCHW)
         return features(self, img_BCHW)
 
     monkeypatch.setattr(evaluation, "training_images", read)
-    monkeypatch.setattr(SamplingModel, "stream", drawn)
+    monkeypatch.setattr(evaluation, "draw", drawn)
     monkeypatch.setattr(extractor.Extractor, "__call__", looked)
     manifest, model = open_model(home.config.run_dir, s3=home.config.s3)
     return SimpleNamespace(config=home.config, manifest=manifest, model=model, seen=seen, z_ND=z_ND)
@@ -137,7 +137,16 @@ def test_results_name_metric_and_sampler(world):
     ]
 
 
-def test_values_are_those_of_the_images_as_users_draw_them(world):
+@pytest.fixture
+def one_thread():
+    """Batches are drawn by one thread each; with more, a grey value may be rounded the other way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_values_are_those_of_the_images_as_users_draw_them(world, one_thread):
     images = evaluation.open_images(world.config)
     real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
     look = extractor.build_extractor("squeezenet")
@@ -207,7 +216,7 @@ def test_the_closest_pairs_are_those_of_all_samples_and_rows(world):
     drawn = torch.from_numpy(drawn_NHWC).permute(0, 3, 1, 2)
     distance_NR = torch.cdist(look(drawn).double(), look(real).double(), compute_mode="donot_use_mm_for_euclid_dist")
     order_N = distance_NR.min(1).values.argsort()[:3]
-    assert (samples == drawn_NHWC[order_N]).all()
+    assert abs(samples.astype(int) - drawn_NHWC[order_N]).max() <= 1, "but for the rounding of a grey value"
     assert (training == real[distance_NR[order_N].argmin(1)].permute(0, 2, 3, 1).numpy()).all()
 
 
