@@ -7,28 +7,41 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError, redact
 from .options import Device, Seed
+
+PAIRS = 16  # of a sample and its nearest training image, in a picture
 
 
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, such as runs/digits, or models:/name@alias")],
     extractor: Annotated[
-        str | None, typer.Option(help="squeezenet, lite0, vgg16 or inception; empty: as configured in the run")
+        str | None,
+        typer.Option(help="squeezenet, lite0, lite0-96, vgg16 or inception; empty: as configured in the run"),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="a group of more metrics: kid, prd, coverage, modes, copying, codes, is, perceptual, or all"),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="images to draw; empty: as configured in the run")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="URL", help="packed images to compare with; empty: the training images")
     ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="picture of the samples that are most like a training image")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Evaluate a finished run: reconstruction error, and Frechet distance with a named extractor.
+    """Evaluate a finished run: reconstruction error, Frechet distance, precision and recall of a named extractor.
 
     \b
-    glann evaluate runs/digits --extractor lite0 --samples 5000
+    glann evaluate runs/digits --extractor lite0-96 --samples 5000 --metrics kid --metrics codes
+    glann evaluate runs/digits --data data/held-out-28 --pairs pairs.png
     glann evaluate models:/digits@champion --data data/digits-28
 
-    `gaussian/...` is the same metric for codes drawn from a Gaussian, without stage 2.
+    `gaussian/...` is the same metric for codes drawn from a Gaussian, without stage 2; `reconstruction/...` for
+    reconstructions. `...:held-out` is against other images than the training images; copying is then measured, too.
     """
     from ..config.run import validate
     from ..metrics.evaluate import evaluate as measure
@@ -38,15 +51,27 @@ def evaluate(
 
     config = run_config(run)
     tree = config.model_dump(mode="json")
-    given = {"extractor": extractor, "samples": samples}
+    given = {"extractor": extractor, "samples": samples, "metrics": metrics or None}
     tree["evaluation"] |= {key: value for key, value in given.items() if value is not None}
     config = config.model_copy(update={"evaluation": validate(tree, "the options given").evaluation})
     manifest, model = open_model(run, s3=config.s3, device=device)
     results = measure(config, manifest, model, seed=seed, device=device, data=data, with_codes=not is_registered(run))
     if all(METRICS[result.metric].of_samples for result in results):
         typer.echo("reconstruction is not measured: it needs a run folder with its codes, and their images", err=True)
-    for name, value in by_key(results, model.own).items():
+    elif any(result.reference for result in results) and not any(METRICS[r.metric].held_out for r in results):
+        typer.echo("copying is not measured: the training images are not at their address any more", err=True)
+    for name, value in by_key(results).items():
         typer.echo(f"{name:32} {value:.6g}")
+    if pairs is not None:
+        from ..metrics.evaluate import closest_pairs, training_set
+        from ..reports import pictures
+
+        images = training_set(config, manifest)
+        if images is None:
+            raise UserError(f"the training images are not at {redact(config.data.url)} any more; --pairs needs them")
+        samples_NHWC, training_NHWC = closest_pairs(config, model, images, PAIRS, seed, device)
+        pictures.save(pictures.nearest(samples_NHWC, training_NHWC), pairs)
+        typer.echo(f"{pairs}: the {PAIRS} samples most like a training image, nearest first")
 
 
 def report(

@@ -173,5 +173,5 @@ def _metrics(version: Version) -> str:
     """The first few metrics, without the baseline's."""
     from ..metrics.result import OWN, from_key
 
-    shown = [(name, value) for name, value in sorted(version.metrics.items()) if from_key(name)[1] in (None, OWN)]
+    shown = [(name, value) for name, value in sorted(version.metrics.items()) if from_key(name).sampler in (None, OWN)]
     return ", ".join(f"{name} {float(value):.4g}" for name, value in shown[:METRICS_SHOWN]) or "-"

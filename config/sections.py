@@ -218,10 +218,14 @@ class EvaluationConfig(Section):
         Trait.NOT_SEARCHABLE,
     )
 
-    extractor: Literal["squeezenet", "lite0", "vgg16", "inception"] = Field(
-        "squeezenet", description="feature extractor of the Frechet distance; part of the metric's name"
+    extractor: Literal["squeezenet", "lite0", "lite0-96", "vgg16", "inception"] = Field(
+        "squeezenet",
+        description="feature extractor of the metrics, part of their names; lite0-96 suits images of up to 64 px",
     )
-    samples: int = Field(2000, ge=2, description="images drawn for the Frechet distance")
+    metrics: tuple[Literal["codes", "copying", "coverage", "is", "kid", "modes", "perceptual", "prd", "all"], ...] = (
+        Field((), description="groups of metrics that are measured besides those of every run")
+    )
+    samples: int = Field(2000, ge=2, description="images drawn from each sampler")
 
 
 class TrackingConfig(Section):

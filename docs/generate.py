@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from glann.config.reference import Key, describe_keys, summary
-from glann.metrics.spec import METRICS
+from glann.metrics.spec import metric_families
 from glann.tuning.space import Dimension
 from glann.tuning.study import StudyConfig
 
@@ -70,11 +70,16 @@ def studies_page(text: str) -> str:
 
 def metrics() -> str:
     """A Markdown table of the metrics."""
-    rows = ["| metric | meaning | samples | extractor |", "|---|---|---|---|"]
-    rows += [
-        f"| `{m.name}` | {escape(m.explained())} | {'yes' if m.of_samples else '-'} | {m.extractor or '-'} |"
-        for m in METRICS.values()
-    ]
+    rows = ["| metric | meaning | samples | extractors | group |", "|---|---|---|---|---|"]
+    for name, family in metric_families().items():
+        one = family[0]
+        meaning = one.explained()
+        if one.extractor and len(family) > 1:
+            meaning = meaning.replace(one.extractor, "the extractor's")
+        extractors = ", ".join(m.extractor for m in family if m.extractor) or "-"
+        samples = "yes" if one.of_samples else "-"
+        group = (one.group or "always") + (", with held-out images" if one.held_out else "")
+        rows.append(f"| `{name}` | {escape(meaning)} | {samples} | {extractors} | {group} |")
     return "\n".join(rows) + "\n"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..errors import UserError
@@ -55,7 +56,7 @@ class FeatureMoments:
         centred_BF = features_BF - mean_F
         return cls(count, mean_F, centred_BF.T @ centred_BF)
 
-    def update(self, features_BF: Tensor, /) -> FeatureMoments:
+    def update(self, features_BF: Tensor, index_B: Tensor, /) -> FeatureMoments:
         """Add one batch of features."""
         return self.merge(FeatureMoments.of(features_BF))
 
@@ -99,7 +100,8 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
         a.merge(b)  # raises the error
     covariance_a_FF, covariance_b_FF = a.covariance_FF(), b.covariance_FF()
     shift_F = a.mean_F - b.mean_F
-    cross = scipy.linalg.svdvals(_root(covariance_a_FF).T @ _root(covariance_b_FF)).sum()
+    with threadpool_limits(1):  # LAPACK's many small steps: on a busy machine two threads take five times as long
+        cross = scipy.linalg.svdvals(_root(covariance_a_FF).T @ _root(covariance_b_FF)).sum()
     distance = shift_F @ shift_F + np.trace(covariance_a_FF) + np.trace(covariance_b_FF) - 2.0 * cross
     return max(float(distance), 0.0)
 

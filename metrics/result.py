@@ -1,8 +1,9 @@
 """Results of metrics, and their keys.
 
-Where values are stored by name (MLflow, summary.json, ledgers, tags), a result has a key: the metric for the
-run's own sampler or for none (`fd_lite0`, `l1`), prefixed with the sampler otherwise (`gaussian/fd_lite0`). Only
-`to_key` and `from_key` depend on this format.
+Where values are stored by name (MLflow, summary.json, ledgers, tags), a result has a key,
+`[SAMPLER/]METRIC[:REFERENCE]`: the metric alone for the run's own sampler or for none (`fd_lite0`, `l1`), the sampler
+in front otherwise (`gaussian/fd_lite0`), and behind it the reference set, unless that is the training images
+(`fd_lite0:held-out`). Only `to_key` and `from_key` depend on this format.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import NamedTuple, TypeVar
 
 from .spec import METRICS
 
-OWN = "imle"  # the default sampler of a run
-OLD_SUFFIX, OLD_SAMPLER = "_glo", "gaussian"  # the baseline in keys of the former format
-_SAMPLER = re.compile(r"[a-z0-9][a-z0-9-]*")
+OWN = "own"  # the run's own sampler, of whatever kind
+BASELINE = "gaussian"  # measured beside the run's own sampler
+RECONSTRUCTION = "reconstruction"  # the training codes themselves, in place of a sampler's
+HELD_OUT = "held-out"  # reference set of images that the model was not trained on
+OLD_SUFFIX = "_glo"  # of the baseline, in keys of the former format
+_WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 Value = TypeVar("Value")
 
@@ -29,36 +33,57 @@ class SamplerLabel(NamedTuple):
 
 
 SAMPLER_LABELS = {
-    "imle": SamplerLabel("IMLE", "samples drawn by IMLE"),
-    "gaussian": SamplerLabel(
-        "Gaussian (GLO baseline)", "samples drawn from a Gaussian over the codes, without stage 2"
-    ),
+    BASELINE: SamplerLabel("Gaussian (GLO baseline)", "samples drawn from a Gaussian over the codes, without stage 2"),
+    RECONSTRUCTION: SamplerLabel("reconstructions", "of reconstructions: samples of this stage 1 get hardly better"),
 }
+
+
+def sampler_label(sampler: str) -> SamplerLabel:
+    """The display text of a sampler of any kind."""
+    return SAMPLER_LABELS.get(sampler, SamplerLabel(sampler, f"samples drawn by {sampler}"))
+
+
+class Key(NamedTuple):
+    """The parts of a key."""
+
+    metric: str
+    sampler: str | None = None
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """A value of a metric. sampler: kind of the sampler of the images; None for reconstructions."""
+    """A value of a metric.
+
+    sampler: `OWN`, or the kind of the sampler of the images, or `RECONSTRUCTION`; None for metrics without samples.
+    reference: name of the set of images that it was measured against; None is the training images.
+    """
 
     metric: str
     value: float
     sampler: str | None = None
+    reference: str | None = None
 
 
-def to_key(metric: str, sampler: str | None, own: str = OWN) -> str:
-    """The key of a result; `own` is the run's own sampler."""
-    return metric if sampler in (None, own) else f"{sampler}/{metric}"
+def to_key(metric: str, sampler: str | None = None, reference: str | None = None) -> str:
+    """The key of a result."""
+    named = metric if sampler in (None, OWN) else f"{sampler}/{metric}"
+    return f"{named}:{reference}" if reference else named
 
 
-def from_key(key: str, own: str = OWN) -> tuple[str, str | None]:
-    """(metric, sampler) of a key; for a key without a known metric, the key itself and None."""
+def from_key(key: str) -> Key:
+    """The parts of a key; for a key without a known metric, the key itself as metric."""
     old = key.removesuffix(OLD_SUFFIX)
     if old != key and _of_samples(old):
-        return old, OLD_SAMPLER
-    sampler, _, metric = key.rpartition("/")
-    if _of_samples(metric) and _SAMPLER.fullmatch(sampler):
-        return metric, sampler
-    return key, own if _of_samples(key) else None
+        return Key(old, BASELINE)
+    named, _, reference = key.partition(":")
+    sampler, _, metric = named.rpartition("/")
+    whole = _of_samples(metric) and bool(_WORD.fullmatch(reference)) == (":" in key)
+    if whole and sampler and _WORD.fullmatch(sampler):
+        return Key(metric, sampler, reference or None)
+    if whole and named == metric:
+        return Key(metric, OWN, reference or None)
+    return Key(key)
 
 
 def canonical_keys(stored: Mapping[str, Value]) -> dict[str, Value]:
@@ -66,15 +91,16 @@ def canonical_keys(stored: Mapping[str, Value]) -> dict[str, Value]:
     return {to_key(*from_key(key)): value for key, value in stored.items()}
 
 
-def by_key(results: Iterable[Result], own: str = OWN) -> dict[str, float]:
+def by_key(results: Iterable[Result]) -> dict[str, float]:
     """Results by key, as they are stored."""
-    return {to_key(result.metric, result.sampler, own): result.value for result in results}
+    return {to_key(result.metric, result.sampler, result.reference): result.value for result in results}
 
 
 def known_results() -> list[str]:
-    """Every possible key of a result."""
-    others = [sampler for sampler in SAMPLER_LABELS if sampler != OWN]
-    return [*METRICS, *(to_key(name, sampler) for sampler in others for name in METRICS if _of_samples(name))]
+    """Every possible key of a result against the training images."""
+    of_baseline = [to_key(name, BASELINE) for name, metric in METRICS.items() if metric.of_samples]
+    of_codes = [to_key(name, RECONSTRUCTION) for name, metric in METRICS.items() if metric.bounded]
+    return [*METRICS, *of_baseline, *of_codes]
 
 
 def _of_samples(metric: str) -> bool:

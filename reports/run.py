@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..config.run import redacted_config
-from ..metrics.result import OWN, SAMPLER_LABELS, from_key
+from ..metrics.result import OWN, from_key, sampler_label
 from ..metrics.spec import METRICS
 from .charts import line_chart
 from .facts import RunFacts, series
@@ -84,14 +84,16 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
     for key, value in metrics.items():
         if not isinstance(value, int | float):
             continue
-        name, sampler = from_key(key)
+        name, sampler, reference = from_key(key)
         if (metric := METRICS.get(name)) is None:
             rows.append((key.replace("_", " "), number(value), ""))
             continue
         title, meaning = metric.title, metric.explained()
         if sampler not in (None, OWN):
-            words, drawn = SAMPLER_LABELS.get(sampler, (sampler, f"samples drawn by {sampler}"))
+            words, drawn = sampler_label(sampler)
             title, meaning = f"{title}, {words}", f"{meaning}; {drawn}"
+        if reference is not None:
+            title, meaning = f"{title}, {reference} images", f"{meaning}; against {reference} images"
         rows.append((title, metric.format.format(value), meaning))
     return rows
 

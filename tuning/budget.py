@@ -57,8 +57,8 @@ class Budget(NotPickled, tune.Callback):
         self.entry += 1
         best = best_of(self.ledger.trials, self.study.minimize)
         numbers = {"seconds": self.seconds, "gpu_seconds": self.gpu_seconds, "running": running, "ended": self.ended}
-        metric, sampler = from_key(self.study.metric)
-        best_value = {} if best is None else {to_key(f"best_{metric}", sampler): best.value}
+        metric, *others = from_key(self.study.metric)
+        best_value = {} if best is None else {to_key(f"best_{metric}", *others): best.value}
         self.tracked.log_metrics({"stage": "study"} | numbers | best_value, self.entry)
         self.notify()
 

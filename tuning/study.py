@@ -37,7 +37,7 @@ from ..config.run import (
 from ..config.section import Section, Trait
 from ..errors import UserError
 from ..metrics.result import OWN, from_key, known_results, to_key
-from ..metrics.spec import METRICS, Metric
+from ..metrics.spec import METRICS, Metric, metric_families
 from ..reports.run_folder import CONFIG, read_config
 from ..trainers.run.preflight import may_change
 from .ledger import BASELINE
@@ -92,7 +92,7 @@ class StudyConfig(Section):
     overrides: dict[str, Any] = Field({}, description="dotted keys of the recipe that all trials share")
     space: dict[str, Dimension] = Field(min_length=1, description="dotted keys of the recipe and what they range over")
     metric: str = Field(
-        description=f"compared: {', '.join(METRICS)}; gaussian/NAME: the same with codes drawn from a Gaussian"
+        description=f"compared: {', '.join(metric_families())}; gaussian/NAME: the same of the Gaussian baseline"
     )
     direction: Literal["minimize", "maximize"] | None = Field(
         None, description="empty: the better direction of the metric"
@@ -115,7 +115,8 @@ class StudyConfig(Section):
     def _known_metric(cls, metric: str) -> str:
         key, known = to_key(*from_key(metric)), known_results()
         if key not in known:
-            raise ValueError(f"no such metric{suggest(metric, known)}; there are {', '.join(known)}")
+            names = [*metric_families(), "gaussian/NAME", "reconstruction/NAME"]
+            raise ValueError(f"no such metric{suggest(metric, known)}; there are {', '.join(names)}")
         return key
 
     @model_validator(mode="after")
@@ -132,7 +133,7 @@ class StudyConfig(Section):
             raise ValueError(
                 f"metric={self.metric} is measured by {needed}, not by evaluation.extractor={shown(given)}"
             )
-        if self.second_stage_only and from_key(self.metric)[1] != OWN:
+        if self.second_stage_only and from_key(self.metric).sampler != OWN:
             raise ValueError(
                 f"metric={self.metric} measures stage 1, which sampler.* does not change; use one such as fd_lite0"
             )
@@ -187,7 +188,7 @@ class StudyConfig(Section):
     @property
     def measured(self) -> Metric:
         """The metric that trials are compared by, without its sampler."""
-        return METRICS[from_key(self.metric)[0]]
+        return METRICS[from_key(self.metric).metric]
 
     @property
     def trials_in_all(self) -> int:
@@ -233,6 +234,9 @@ class StudyConfig(Section):
             _set_key(tree, key, value)
         if self.extractor_needed:
             _set_key(tree, "evaluation.extractor", self.extractor_needed)
+        if self.measured.group:
+            groups = (tree.get("evaluation") or {}).get("metrics") or []
+            _set_key(tree, "evaluation.metrics", [*dict.fromkeys([*groups, self.measured.group])])
         tree |= {"name": name, "runs_dir": runs_dir}
         if self.search.kind == "population" and "checkpoint.every_epochs" not in self.overrides:
             _set_key(tree, "checkpoint.every_epochs", self.search.interval)  # for other members to continue from

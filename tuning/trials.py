@@ -84,7 +84,7 @@ def run_trials(context: StudyContext) -> None:
     if study.second_stage_only:
         run_dir = shared_stage_one(context)
         budget.count(running=1)
-        train = partial(train_second_stage, shared=load_stage_one(run_dir, base.evaluation.extractor))
+        train = partial(train_second_stage, shared=load_stage_one(run_dir, base.evaluation))
         own = on_this_node(resources_of(base.cluster))
         slots, budget.gpus = partial(processes_here, own), own.get("GPU", 0.0)
     if context.interrupted.is_set():
@@ -163,7 +163,7 @@ def shared_stage_one(context: StudyContext) -> Path:
         if study.stage_one:
             config = read_config(run_dir).model_copy(update={"evaluation": context.base.evaluation})
             manifest, model = open_model(run_dir, s3=config.s3)
-            metrics = by_key(evaluate(config, manifest, model), model.own)
+            metrics = by_key(evaluate(config, manifest, model))
         else:
             config = context.for_trials(train_both_stages).config(BASELINE, {})
             tags = {"glann.study": study.name, "glann.trial": str(BASELINE)}

@@ -5,9 +5,12 @@ Legend: B batch, F = 1280 features.
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # (repeats, kernel, stride of the first, expansion, output channels) of each stage: Tan & Le, Table 1.
 STAGES = (
@@ -30,11 +33,15 @@ class SameConv2d(nn.Conv2d):
         super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        pads: list[int] = []
-        for size, kernel, stride in zip(reversed(x_BCHW.shape[2:]), self.kernel_size, self.stride, strict=True):
-            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-            pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(x_BCHW, pads))
+        height, width = (
+            max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            for size, kernel, stride in zip(x_BCHW.shape[2:], self.kernel_size, self.stride, strict=True)
+        )
+        if height % 2 or width % 2:
+            x_BCHW = F.pad(x_BCHW, (width // 2, width - width // 2, height // 2, height - height // 2))
+            height = width = 0
+        padding = (height // 2, width // 2)  # by the convolution itself where it can: it needs no copy
+        return F.conv2d(x_BCHW, self.weight, self.bias, self.stride, padding, groups=self.groups)
 
 
 def _unit(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
@@ -77,10 +84,16 @@ class EfficientNetLite0(nn.Module):
         self.head = _unit(inputs, HEAD, 1)
 
     def forward(self, img_B3HW: Tensor) -> Tensor:
-        x_BCHW = self.stem(img_B3HW)
-        for block in self.blocks:
-            x_BCHW = block(x_BCHW)
-        return self.head(x_BCHW).mean((2, 3))
+        return self.head(self.maps(img_B3HW)[-1]).mean((2, 3))
+
+    def maps(self, img_B3HW: Tensor) -> list[Tensor]:
+        """The last map of each stage, [B, C, H, W]."""
+        x_BCHW, maps, blocks = self.stem(img_B3HW), [], iter(self.blocks)
+        for repeats, *_ in STAGES:
+            for block in islice(blocks, repeats):
+                x_BCHW = block(x_BCHW)
+            maps.append(x_BCHW)
+        return maps
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,8 +123,17 @@ _BLOCK_LAYERS = {
 
 
 def build(weights: dict[str, Tensor]) -> EfficientNetLite0:
-    """Build the network with the published weights, frozen and in eval mode."""
+    """Build the network with the published weights, frozen and in eval mode.
+
+    Each BatchNorm is folded into the convolution before it: on a CPU it would take as long as that.
+    """
     with torch.device("meta"):
         network = EfficientNetLite0()
     network.load_state_dict(rename(weights), assign=True)
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+    for unit in list(network.modules()):
+        match list(unit.children()):
+            case [SameConv2d() as convolution, nn.BatchNorm2d() as norm, *_]:
+                unit[0] = fuse_conv_bn_eval(convolution, norm)  # type: ignore[operator]
+                unit[1] = nn.Identity()  # type: ignore[operator]
+    return network.requires_grad_(False)

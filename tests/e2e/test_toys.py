@@ -88,7 +88,11 @@ def test_the_stage_sampler_metric_and_extractor_of_the_page_are_trained_resumed_
     card = (run_dir / "MODEL_CARD.md").read_text()
     assert "| sampler | mean |" in card
     measured = json.loads((run_dir / "summary.json").read_text())["metrics"]
-    assert list(measured) == ["l1", "psnr", "worst", "fd_shallow", "gaussian/fd_shallow"]
+    of_samples = ["fd_shallow", "precision_shallow", "recall_shallow"]
+    assert list(measured) == [
+        *("l1", "psnr", "worst", "reconstruction/fd_shallow"),
+        *(*of_samples, *(f"gaussian/{name}" for name in of_samples)),
+    ]
     assert measured["l1"] < measured["worst"] <= 1
     assert f"| Worst pixel | {measured['worst']:.3f} | largest difference of a pixel; lower is better |" in card
     assert "Worst pixel" in report

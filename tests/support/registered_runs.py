@@ -104,7 +104,7 @@ def measured(source: str, extractor: str, samples: int, seed: int = 0) -> dict[s
     chosen = config.evaluation.model_copy(update={"extractor": extractor, "samples": samples})
     config = config.model_copy(update={"evaluation": chosen})
     manifest, model = open_model(source, s3=config.s3)
-    return by_key(evaluate(config, manifest, model, seed=seed, with_codes=not is_registered(source)), model.own)
+    return by_key(evaluate(config, manifest, model, seed=seed, with_codes=not is_registered(source)))
 
 
 def _pack(config: Config) -> None:

@@ -56,7 +56,7 @@ def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, 
     package(config, index, len(images))
     manifest, model = open_model(config.run_dir)
     drawn = drawn_from(model, config.preview.images) | {"nearest": beside_nearest(model, images)}
-    metrics = by_key(evaluate(config, manifest, model), model.own)
+    metrics = by_key(evaluate(config, manifest, model))
     conclude(config, tracked, drawn, metrics, timings | {"finish_s": monotonic() - began}, index, len(images))
 
 

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ...cluster.checkpoints import reader, retention
 from ...config.run import Config
+from ...config.sections import EvaluationConfig
 from ...datasets.index import Index
 from ...errors import UserError
 from ...inference.model import SamplingModel
 from ...inference.package import export_model, load_model
-from ...metrics.evaluate import Judge, Tallied, build_panel, open_images, reconstruction, training_images
-from ...metrics.result import by_key
+from ...metrics.evaluate import Judge, measure_codes, open_images, reconstruction, tally_images
+from ...metrics.panel import Tallied, build_panel, code_panel
+from ...metrics.result import Result, by_key
 from ...metrics.spec import measured_with
 from ...reports.run_folder import MODEL, read_config
 from ...samplers.base import Codes, build_sampler
@@ -55,13 +57,13 @@ class StageOne:
     real: Tallied
 
 
-def load_stage_one(run_dir: Path, extractor: str) -> StageOne:
-    """Load stage 1 from the newest checkpoint of a run.
+def load_stage_one(run_dir: Path, evaluation: EvaluationConfig) -> StageOne:
+    """Load stage 1 from the newest checkpoint of a run, measured as `evaluation` says.
 
     Raises:
         UserError: the run has not completed stage 1.
     """
-    config = read_config(run_dir)
+    config = read_config(run_dir).model_copy(update={"evaluation": evaluation})
     store = open_store(config.checkpoint_url, config.s3)
     index, images = Index.load(config.data.url, config.s3), open_images(config)
     step = retention.latest(store)
@@ -72,8 +74,12 @@ def load_stage_one(run_dir: Path, extractor: str) -> StageOne:
         )
     z_ND = torch.from_numpy(reader.load_rows(store, step, range(len(images)))["z"])
     model = load_model(run_dir, s3=config.s3)
-    real = build_panel(measured_with(extractor)).tally(training_images(images, len(images), config))
-    metrics = by_key(reconstruction(config, model, images))
+    measured = measured_with(evaluation.extractor, evaluation.metrics)
+    panel = build_panel(measured)
+    real = tally_images(panel, images, config)
+    results = reconstruction(config, model, images, measured)
+    results += Judge(panel, real, evaluation.samples, seed=0).measure_reconstructions(model, [z_ND])
+    metrics = by_key(results)
     return StageOne(final_weights(saved.networks[GENERATOR]), z_ND, index, metrics, real)
 
 
@@ -103,7 +109,7 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, hooks: Hooks) 
     fingerprint = shared.index.fingerprint
     export_model(config.run_dir / MODEL, config, shared.generator, weights, shared.z_ND, fingerprint)
     model = load_model(config.run_dir)
-    metrics = shared.metrics | distances(config, model, shared.real)
+    metrics = shared.metrics | by_key(measure_samples(config, model, shared))
     timings = {"train_s": trained_s, "finish_s": monotonic() - began - trained_s}
     drawn = finish.drawn_from(model, config.preview.images)
     finish.conclude(config, tracked, drawn, metrics, timings, shared.index, rows)
@@ -132,7 +138,9 @@ def fit_sampler(config: Config, z_ND: Tensor, tracked: TrackedRun, hooks: Hooks)
     return sampler.state()["weights"]
 
 
-def distances(config: Config, model: SamplingModel, real: Tallied) -> dict[str, float]:
-    """The metrics of the model's samples, by key."""
-    panel = build_panel(measured_with(config.evaluation.extractor))
-    return by_key(Judge(panel, real, config.evaluation.samples, seed=0).measure(model), model.own)
+def measure_samples(config: Config, model: SamplingModel, shared: StageOne) -> list[Result]:
+    """The metrics of the model's samples and of its codes."""
+    evaluation = config.evaluation
+    measured = measured_with(evaluation.extractor, evaluation.metrics)
+    results = Judge(build_panel(measured), shared.real, evaluation.samples, seed=0).measure(model)
+    return results + measure_codes(code_panel(measured), model, [shared.z_ND], evaluation.samples)

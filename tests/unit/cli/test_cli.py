@@ -389,7 +389,7 @@ def test_a_run_is_evaluated_as_asked(
 
     def measure(config, *opened: object, **how: object) -> list[Result]:
         asked.arguments = (config.evaluation.extractor, config.evaluation.samples, *opened, how)
-        return [Result("fd_vgg16", 12.5, "imle"), Result("fd_vgg16", 13.5, "gaussian")]
+        return [Result("fd_vgg16", 12.5, "own"), Result("fd_vgg16", 13.5, "gaussian")]
 
     monkeypatch.setattr(evaluation, "evaluate", measure)
     monkeypatch.setattr(source, "open_model", lambda run, s3, device: ("manifest", SimpleNamespace(own="imle")))

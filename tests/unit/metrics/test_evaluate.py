@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from glann.config.run import find_recipe
 from glann.inference.model import SamplingModel
 from glann.inference.package import open_model
+from glann.metrics import cache
 from glann.metrics import evaluate as evaluation
 from glann.metrics.features import extractor
 from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
@@ -24,6 +26,7 @@ from registered_runs import DIM, ROWS, make_config, make_run
 from torch import Tensor, nn
 
 SEED = 4
+ALWAYS = ("fd_squeezenet", "precision_squeezenet", "recall_squeezenet")  # of samples
 
 
 class Pixels(nn.Module):
@@ -44,7 +47,7 @@ class Brightness:
     count: int = 0
     total: float = 0.0
 
-    def update(self, seen: Tensor, /) -> Brightness:
+    def update(self, seen: Tensor, index_B: Tensor, /) -> Brightness:
         return self.merge(Brightness(seen.numel(), float(seen.double().sum())))
 
     def merge(self, other: Brightness, /) -> Brightness:
@@ -92,7 +95,7 @@ def world(home, monkeypatch):
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1).numpy()
     monkeypatch.setattr(evaluation.retention, "latest", lambda store: 1)
     monkeypatch.setattr(evaluation.reader, "load_rows", lambda store, step, rows: {"z": z_ND[rows.start : rows.stop]})
-    decode, stream = evaluation.training_images, SamplingModel.stream
+    decode, draw = evaluation.training_images, evaluation.draw
     features = extractor.Extractor.__call__
 
     def read(*args):
@@ -100,16 +103,16 @@ def world(home, monkeypatch):
             seen["read"] += len(batch)
             yield batch
 
-    def drawn(self, n, *args, **how):
+    def drawn(model, n, *args, **how):
         seen["drawn"].append(n)
-        return stream(self, n, *args, **how)
+        return draw(model, n, *args, **how)
 
     def looked(self, img_BCHW):
         seen["features"] += len(img_BCHW)
         return features(self, img_BCHW)
 
     monkeypatch.setattr(evaluation, "training_images", read)
-    monkeypatch.setattr(SamplingModel, "stream", drawn)
+    monkeypatch.setattr(evaluation, "draw", drawn)
     monkeypatch.setattr(extractor.Extractor, "__call__", looked)
     manifest, model = open_model(home.config.run_dir, s3=home.config.s3)
     return SimpleNamespace(config=home.config, manifest=manifest, model=model, seen=seen, z_ND=z_ND)
@@ -124,13 +127,26 @@ def test_results_name_metric_and_sampler(world):
     assert [(result.metric, result.sampler) for result in results] == [
         ("l1", None),
         ("psnr", None),
-        ("fd_squeezenet", "imle"),
-        ("fd_squeezenet", "gaussian"),
+        ("fd_squeezenet", "reconstruction"),
+        *((name, sampler) for sampler in ("own", "gaussian") for name in ALWAYS),
     ]
-    assert list(by_key(results)) == ["l1", "psnr", "fd_squeezenet", "gaussian/fd_squeezenet"]
+    assert {result.reference for result in results} == {None}
+    assert list(by_key(results)) == [
+        *("l1", "psnr", "reconstruction/fd_squeezenet"),
+        *(*ALWAYS, *(f"gaussian/{name}" for name in ALWAYS)),
+    ]
 
 
-def test_values_are_those_of_the_images_as_users_draw_them(world):
+@pytest.fixture
+def one_thread():
+    """Batches are drawn by one thread each; with more, a grey value may be rounded the other way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_values_are_those_of_the_images_as_users_draw_them(world, one_thread):
     images = evaluation.open_images(world.config)
     real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
     look = extractor.build_extractor("squeezenet")
@@ -152,7 +168,7 @@ def test_a_metric_more_is_one_entry_of_the_table_and_costs_no_pass(world, monkey
         monkeypatch.setitem(METRICS, toy.name, toy)
     results = evaluated(world)
     values = by_key(results)
-    assert world.seen == cost == {"read": 2 * ROWS, "drawn": [200, 200], "features": ROWS + 2 * 200}
+    assert world.seen == cost == {"read": 2 * ROWS, "drawn": [200, 200], "features": ROWS + 3 * 200}
     assert before.items() <= values.items()
     names = ["toy", "gaussian/toy", "fd_toy", "gaussian/fd_toy", "blot"]
     assert set(values) == set(before) | set(names)
@@ -184,7 +200,137 @@ def test_a_metric_of_another_extractor_is_not_measured(world, monkeypatch):
 
 def test_without_the_codes_only_samples_are_measured(world):
     results = evaluation.evaluate(world.config, world.manifest, world.model, with_codes=False)
-    assert {result.metric for result in results} == {"fd_squeezenet"}
+    assert {(result.metric, result.sampler) for result in results} == {
+        (name, sampler) for name in ALWAYS for sampler in ("own", "gaussian")
+    }
+
+
+def test_the_closest_pairs_are_those_of_all_samples_and_rows(world):
+    """Image by image: no sample is nearer to a training image than those that are shown."""
+    images = evaluation.open_images(world.config)
+    samples, training = evaluation.closest_pairs(world.config, world.model, images, 3, SEED)
+    assert samples.shape == training.shape == (3, 28, 28, 1)
+    look = extractor.build_extractor("squeezenet")
+    drawn_NHWC = world.model.sample(200, SEED)
+    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    drawn = torch.from_numpy(drawn_NHWC).permute(0, 3, 1, 2)
+    distance_NR = torch.cdist(look(drawn).double(), look(real).double(), compute_mode="donot_use_mm_for_euclid_dist")
+    order_N = distance_NR.min(1).values.argsort()[:3]
+    assert abs(samples.astype(int) - drawn_NHWC[order_N]).max() <= 1, "but for the rounding of a grey value"
+    assert (training == real[distance_NR[order_N].argmin(1)].permute(0, 2, 3, 1).numpy()).all()
+
+
+def test_held_out_images_are_named_and_copying_is_measured_against_them(world, tmp_path):
+    """The training images themselves, in another order, in place of held-out ones: no preference but for ties."""
+    import numpy as np
+    from glann.datasets.pack import pack
+
+    images = evaluation.open_images(world.config)
+    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    other = real.flip(0)[:150].permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "other.npz", images=other)
+    pack(str(tmp_path / "other.npz"), str(tmp_path / "other"), resolution=28, channels=1)
+    results = evaluation.evaluate(world.config, world.manifest, world.model, seed=SEED, data=str(tmp_path / "other"))
+    values = by_key(results)
+    assert {result.reference for result in results} == {"held-out"}
+    copying = ("copying_squeezenet",)
+    assert list(values) == [
+        "reconstruction/fd_squeezenet:held-out",
+        *(f"{name}:held-out" for name in (*ALWAYS, *copying)),
+        *(f"gaussian/{name}:held-out" for name in (*ALWAYS, *copying)),
+    ]
+    assert 0 < values["copying_squeezenet:held-out"] < 1
+    without = evaluation.evaluate(
+        world.config, world.manifest, world.model, seed=SEED, data=str(tmp_path / "other"), with_codes=False
+    )
+    assert not {result.metric for result in without} & set(copying)
+
+
+def test_codes_are_compared_without_decoding(world, monkeypatch):
+    world.config = world.config.model_copy(
+        update={"evaluation": world.config.evaluation.model_copy(update={"metrics": ("codes",)})}
+    )
+    values = by_key(evaluated(world))
+    names = [f"{name}_codes" for name in ("precision", "recall", "density", "coverage", "copying")]
+    assert [key for key in values if key.endswith("_codes")] == [*names, *(f"gaussian/{name}" for name in names)]
+    panel = evaluation.code_panel(METRICS[name] for name in names)
+    decoded = []
+    monkeypatch.setattr(SamplingModel, "decode", lambda *_: decoded.append(1))
+    results = evaluation.measure_codes(panel, world.model, [torch.from_numpy(world.z_ND)], 200, SEED)
+    assert not decoded
+    assert by_key(results) == {key: value for key, value in values.items() if key.endswith("_codes")}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_features_kept_by_workers_give_the_same_results_to_the_last_bit(workers: int, world):
+    """A worker has a range of the set, and numbers its images as they are in the whole."""
+    images = torch.randint(0, 256, (47, 1, 28, 28), dtype=torch.uint8)
+    names = [f"{name}_squeezenet" for name in ("precision", "recall", "density", "coverage", "kid", "modes")]
+    panel = evaluation.build_panel(METRICS[name] for name in names)
+    panel = replace(panel, extractors={"squeezenet": lambda img: img.flatten(1).float()})
+    parts, at = [], 0
+    for part in images.tensor_split(workers):
+        parts.append(panel.tally(part.split(5), first=at))
+        at += len(part)
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    whole, other = panel.tally(images.split(9)), panel.tally([images.flip(3)[:31]])
+    assert merged.count == 47
+    assert panel.compare(whole, other, "own") == panel.compare(merged, other, "own")
+
+
+@pytest.fixture
+def kept_features(tmp_path, monkeypatch):
+    """A cache folder, and the toy extractor as one of a known asset."""
+    monkeypatch.setenv("GLANN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(EXTRACTORS, "squeezenet", replace(EXTRACTORS["squeezenet"], weights="squeezenet-caffe"))
+    return tmp_path / "cache" / "features"
+
+
+def test_features_of_real_images_are_computed_once(world, kept_features):
+    """The second evaluation reads and extracts no real image for the samples' metrics, and ends in the same bits."""
+    first, cost = by_key(evaluated(world)), world.seen["features"]
+    assert cost == ROWS + 3 * 200
+    again = by_key(evaluated(world))
+    assert world.seen["features"] - cost == 3 * 200
+    assert again == first
+    [file] = kept_features.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    cost = world.seen["features"]
+    assert by_key(evaluated(world)) == first, "a damaged file is made again"
+    assert world.seen["features"] - cost == ROWS + 3 * 200
+
+
+def test_kept_features_are_those_of_the_same_images_and_extractor(world, kept_features):
+    look = extractor.build_extractor("squeezenet")
+    path = cache.path_of("a", 5, look)
+    assert path == cache.path_of("a", 5, look)
+    others = [
+        cache.path_of("b", 5, look),
+        cache.path_of("a", 6, look),
+        cache.path_of("a", 5, replace(look, name="vgg16")),
+    ]
+    assert len({path, *others}) == 4
+    assert cache.path_of("a", 10**9, look) is None
+    assert cache.load(path, 5, 48) is None
+    cache.save(path, torch.full((5, 48), torch.nan))
+    assert cache.load(path, 5, 48) is None
+    cache.save(path, torch.ones(5, 48))
+    assert torch.equal(cache.load(path, 5, 48), torch.ones(5, 48))
+    assert cache.load(path, 6, 48) is None
+
+
+def test_the_cache_of_features_stays_small_and_a_read_only_one_is_reported(kept_features, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "LARGEST_FOLDER", 3000)
+    for number in range(4):
+        cache.save(kept_features / f"{number}.safetensors", torch.ones(25, 10))
+        os.utime(kept_features / f"{number}.safetensors", (number, number))
+    cache.save(kept_features / "9.safetensors", torch.ones(25, 10))
+    assert sorted(file.name for file in kept_features.glob("*.safetensors")) == ["3.safetensors", "9.safetensors"]
+    (kept_features.parent / "file").write_text("")
+    cache.save(kept_features.parent / "file" / "x.safetensors", torch.ones(2, 2))
+    assert "are not kept" in caplog.text
 
 
 def test_tallies_of_workers_merge(world):

@@ -68,7 +68,7 @@ def test_streaming_and_merging_equal_one_pass(rng):
     x = gaussian_features(rng, 237, 11) + 1e4
     workers = [FeatureMoments.empty(11), FeatureMoments.empty(11)]
     for number, batch in enumerate(np.split(x, [1, 2, 50, 50, 113, 230])):
-        workers[number % 2] = workers[number % 2].update(batch)
+        workers[number % 2] = workers[number % 2].update(batch, torch.arange(len(batch)))
     merged = workers[0].merge(workers[1])
     assert merged.count == 237
     np.testing.assert_allclose(merged.mean_F, x.mean(0), rtol=1e-12)

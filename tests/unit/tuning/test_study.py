@@ -77,7 +77,7 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"space": {}}, "space={} is not possible"),
         ({"recipe": None}, "give one of: recipe (both stages), or stage_one"),
         ({"stage_one": "runs/x"}, "give one of: recipe (both stages), or stage_one"),
-        ({"metric": "flow/fd_lite0"}, "; there are l1, psnr, fd_squeezenet, fd_vgg16, fd_lite0, fid, gaussian/fd_sq"),
+        ({"metric": "flow/fd_lite0"}, "; there are l1, psnr, fd_EXTRACTOR, fid, precision_EXTRACTOR, "),
         (SECOND | {"metric": "l1"}, "metric=l1 measures stage 1, which sampler.* does not change"),
         (SECOND | {"metric": "fd_lite0_glo"}, "metric=gaussian/fd_lite0 measures stage 1"),
         ({"metric": "fd_lite0", "overrides": {"evaluation.extractor": "vgg16"}}, "is measured by lite0, not by"),

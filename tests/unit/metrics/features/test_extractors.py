@@ -4,13 +4,16 @@ import importlib.util
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from glann.errors import UserError
 from glann.metrics.features import efficientnet_lite, extractor, inception
-from glann.metrics.features.extractor import build_extractor
+from glann.metrics.features.extractor import EXTRACTORS, build_extractor, classifier_head
+from glann.metrics.parallel import on_one_core_each
+from glann.metrics.perceptual import perceptual_distance
 from torch.nn import functional as F
 
 
@@ -143,3 +146,87 @@ def test_lite0_equals_the_reference_package(tmp_path):
     finally:
         del sys.modules["efficientnet_lite_pytorch"]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+# Speed, maps and classes ---------------------------------------------------------------------------
+
+
+def test_folded_batch_norm_and_padding_change_no_feature():
+    """The network as published, convolution then BatchNorm, in float64; sides that need even and odd padding."""
+    weights = random_lite0()
+    plain = efficientnet_lite.EfficientNetLite0()
+    plain.load_state_dict(efficientnet_lite.rename(weights))
+    plain.double().eval()
+    folded = efficientnet_lite.build(weights)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules())
+    for side in (32, 45):
+        img = torch.randn(2, 3, side, side)
+        with torch.inference_mode():
+            torch.testing.assert_close(folded(img).double(), plain(img.double()), rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was(lite0):
+    """Each batch is worked on by one thread, whatever there are; so other parts of the program keep theirs."""
+    lite0, img = replace(lite0, _prepare=extractor._resized(48, 127.0, 128.0)), images(37, 1, 28)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(lite0(img))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_parallel_work_keeps_its_order_and_raises_what_it_met():
+    done = list(on_one_core_each(lambda n: (n, torch.get_num_threads()), range(23)))
+    assert done == [(n, 1) for n in range(23)]
+    with pytest.raises(ZeroDivisionError):
+        list(on_one_core_each(lambda n: 1 // (5 - n), range(9)))
+
+
+def test_lite0_96_is_lite0_at_96_pixels(lite0, monkeypatch):
+    weights = random_lite0()
+    monkeypatch.setattr(extractor, "load_weights", lambda name: (weights, "lite"))
+    small, img = build_extractor("lite0-96"), images(4, 3, 96)
+    assert (small.dim, EXTRACTORS["lite0-96"].weights) == (lite0.dim, EXTRACTORS["lite0"].weights)
+    network = efficientnet_lite.build(weights)
+    torch.testing.assert_close(small(img), network((img.float() - 127) / 128), rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_of_a_classifier_is_read_from_the_weights(monkeypatch):
+    weights = {"_fc.weight": torch.randn(1000, 1280), "_fc.bias": torch.randn(1000)}
+    monkeypatch.setattr(extractor, "load_weights", lambda name: (weights, "lite"))
+    weight, bias = classifier_head("lite0-96")
+    assert torch.equal(weight, weights["_fc.weight"])
+    assert torch.equal(bias, weights["_fc.bias"])
+    monkeypatch.setattr(extractor, "load_weights", lambda name: ({"fc.weight": torch.ones(1008, 2048)}, "fid"))
+    weight, bias = classifier_head("inception")
+    assert (weight.shape, bias.abs().sum()) == ((1008, 2048), 0)
+    with pytest.raises(UserError, match="has no classifier"):
+        classifier_head("squeezenet")
+    with pytest.raises(UserError, match=r"do not fit the classifier of lite0: _fc\.weight is missing"):
+        classifier_head("lite0")
+
+
+def test_the_perceptual_distance_is_that_of_features_in_unit_length(lite0):
+    """Zhang et al. 2018, Eq. 1, position by position in float64; 0 for the same images."""
+    lite0 = replace(lite0, _prepare=extractor._resized(32, 127.0, 128.0))
+    real, fake = images(19, 1, 28, seed=1), images(19, 1, 28, seed=2)
+    got = perceptual_distance(fake, real, lite0)
+    assert got.dtype == torch.float64
+    assert perceptual_distance(real, real, lite0).tolist() == [0] * 19
+    expected = torch.zeros(19, dtype=torch.float64)
+    for u, v in zip(lite0.maps(fake), lite0.maps(real), strict=True):
+        u, v = u.double(), v.double()
+        unit = u / u.norm(dim=1, keepdim=True) - v / v.norm(dim=1, keepdim=True)
+        for row in range(u.shape[2]):
+            for column in range(u.shape[3]):
+                expected += (unit[:, :, row, column] ** 2).sum(1) / (u.shape[2] * u.shape[3])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert len(lite0.maps(real[:2])) == 7
+    with pytest.raises(UserError, match="has no feature maps"):
+        replace(lite0, _maps=None).maps(real[:2])

@@ -522,7 +522,8 @@ def test_registered_models_are_sampled_interpolated_and_evaluated(home, name, ca
         np.testing.assert_array_equal(a, b)
     status, out, err = run(capsys, "evaluate", uri, "--samples", 50)
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["fd_squeezenet", "gaussian/fd_squeezenet"]
+    names = ["fd_squeezenet", "precision_squeezenet", "recall_squeezenet"]
+    assert [line.split()[0] for line in out.splitlines()] == [*names, *(f"gaussian/{name}" for name in names)]
     assert err == "reconstruction is not measured: it needs a run folder with its codes, and their images\n"
     status, _, err = run(capsys, "evaluate", uri, "--data", "data-32")
     assert (status, "data.resolution is 28 but data-32 holds images of 32" in err) == (2, True)

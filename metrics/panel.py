@@ -1,0 +1,123 @@
+"""Metrics measured together: one pass over the images, one through each extractor, one tally for metrics that share it.
+
+Shapes: B batch, C, H, W channels, height, width, D latent dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .features.extractor import build_extractor
+from .result import Result
+from .spec import Metric, Samples
+from .tally import Tally
+
+
+@dataclass(frozen=True)
+class Tallied:
+    """The tallies of a set of `count` images, by name of the metric; metrics may share one."""
+
+    count: int
+    by_metric: dict[str, Tally]
+
+    def merge(self, other: Tallied) -> Tallied:
+        """The tallies of both sets together, such as those of two workers."""
+        merged: dict[tuple[int, int], Tally] = {}
+        for name, tally in self.by_metric.items():
+            pair = id(tally), id(other.by_metric[name])
+            if pair not in merged:
+                merged[pair] = tally.merge(other.by_metric[name])
+        return Tallied(
+            self.count + other.count,
+            {name: merged[id(tally), id(other.by_metric[name])] for name, tally in self.by_metric.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Metrics of samples by name, with the extractors that they need."""
+
+    metrics: dict[str, Samples]
+    extractors: Mapping[str, Any]  # `Extractor`, or another function from images or their indices to features
+
+    def tally(self, batches: Iterable[Tensor], first: int = 0) -> Tallied:
+        """Tally consecutive images of a set, uint8 [B, C, H, W], or codes [B, D], batch by batch.
+
+        Args:
+            first: index in the set of the first of them, for a worker that has a part of the set.
+        """
+        tallies = {_shared(needs): needs.tally() for needs in self.metrics.values()}
+        at = first
+        for seen in batches:
+            index_B = torch.arange(at, at + len(seen))
+            features = {name: extract(seen) for name, extract in self.extractors.items()}
+            for key, tally in tallies.items():
+                extractor, _ = key
+                tallies[key] = tally.update(seen if extractor is None else features[extractor], index_B)
+            at += len(seen)
+        return Tallied(at - first, {name: tallies[_shared(needs)] for name, needs in self.metrics.items()})
+
+    def compare(
+        self,
+        reference: Tallied,
+        drawn: Tallied,
+        sampler: str | None,
+        *,
+        named: str | None = None,
+        training: Tallied | None = None,
+    ) -> list[Result]:
+        """The values of the metrics for samples `drawn` by `sampler`.
+
+        Args:
+            named: name of the reference set; None is the training images.
+            training: tallies of the training images, if the reference set is held out. Metrics that need both are left
+                out without them.
+        """
+        comparisons: dict[tuple[Any, ...], Any] = {}
+        results = []
+        for name, needs in self.metrics.items():
+            if needs.held_out and training is None:
+                continue
+            key = (*_shared(needs), needs.compare)
+            if key not in comparisons:
+                before = [training.by_metric[name]] if needs.held_out and training else []
+                comparisons[key] = needs.compare(*before, reference.by_metric[name], drawn.by_metric[name])
+            results.append(Result(name, needs.value(comparisons[key]), sampler, named))
+        return results
+
+    def only(self, names: Iterable[str]) -> Panel:
+        """The same panel with some of its metrics."""
+        metrics = {name: self.metrics[name] for name in names}
+        needed = {needs.extractor for needs in metrics.values()}
+        return Panel(metrics, {name: extract for name, extract in self.extractors.items() if name in needed})
+
+
+def build_panel(metrics: Iterable[Metric], device: str = "cpu") -> Panel:
+    """A panel of those of `metrics` that look at images of samples, with their extractors.
+
+    Raises:
+        UserError: the weights of an extractor are invalid. EnvironmentFault: they cannot be fetched.
+    """
+    chosen = {m.name: m.needs for m in metrics if isinstance(m.needs, Samples) and not m.needs.codes}
+    names = dict.fromkeys(needs.extractor for needs in chosen.values() if needs.extractor)
+    return Panel(chosen, {name: build_extractor(name, device) for name in names})
+
+
+def code_panel(metrics: Iterable[Metric]) -> Panel:
+    """A panel of those of `metrics` that look at codes."""
+    return Panel({m.name: m.needs for m in metrics if isinstance(m.needs, Samples) and m.needs.codes}, {})
+
+
+def _shared(needs: Samples) -> tuple[str | None, Any]:
+    """What metrics that share a tally have in common."""
+    return needs.extractor, needs.tally
+
+
+def held_out_metrics(metrics: Mapping[str, Samples]) -> list[str]:
+    """The names of those that need the training images beside a held-out reference set."""
+    return [name for name, needs in metrics.items() if needs.held_out]
