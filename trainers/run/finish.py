@@ -121,6 +121,7 @@ def summary_of(config: Config) -> Group:
     metrics, timings = summary["metrics"], summary["timings"]
     cluster = config.cluster
     workers = "-".join(str(count) for count in sorted({cluster.min_workers, cluster.max_workers}))
+    workers += " worker" if cluster.max_workers == 1 else " workers"
     epochs = " + ".join(str(info.epochs) for info in stage_infos(config).values())
     trained = (
         f"{summary['rows']:,} images of {config.data.resolution} px, {config.generator.kind}, "
