@@ -1,8 +1,9 @@
-"""Every kind of sampler but adaptive-imle, which takes minutes to, covers all modes of 8 Gaussians on a ring and of 25 on a grid, as few draws as possible in between.
+"""Samplers cover all modes of 8 Gaussians on a ring and of 25 on a grid, with as few draws as possible in between.
 
 A mode is covered if one of 2,500 draws is within 3 standard deviations of it. The shares of such draws: a Gaussian of
 the size of the clouds has 0.001 on the ring and 0.06 on the grid. Kinds that pull or move a continuous map (IMLE, flow,
 drift) need more steps than a test may take to leave little between the modes; docs/quality.md has their shares.
+adaptive-imle is left out: it takes minutes.
 """
 
 from __future__ import annotations
