@@ -45,12 +45,14 @@ class PlacementReservation:
             remove_placement_group(group)
 
 
-def release_abandoned() -> None:
-    """Give up the places that actors of this job have reserved and left behind when they ended."""
+def release_abandoned() -> int:
+    """Give up the places that actors of this job have reserved and left behind when they ended; returns how many."""
     from ray.util import remove_placement_group
 
-    for group in abandoned_reservations():
+    groups = abandoned_reservations()
+    for group in groups:
         remove_placement_group(group)
+    return len(groups)
 
 
 def places_on(nodes: Iterable[Mapping[str, float]], resources: Mapping[str, float]) -> int:

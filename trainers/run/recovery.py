@@ -46,6 +46,7 @@ from .state import Position
 
 POLL_S = 0.2
 WATCH_S = 2.0  # between checks for draining and new nodes
+RELEASE_S = 5.0  # in which Ray notices that the controller of a group has ended
 SETTLE_S = 3.0  # an elastic run starts once capacity has not grown for so long; Ray retries placement every second
 PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)  # before a retry, by the number of failures in a row without progress
 ANSWER_S = 10.0
@@ -68,9 +69,23 @@ def run_workers(config: Config, on_event: Callable[[Event], None], lease: HeldLe
             no other capacity.
     """
     groups = Groups(config, on_event, lease, hooks.stop)
-    with stop_on_signal(groups.stop):
-        while not groups.run_one():
-            pass
+    try:
+        with stop_on_signal(groups.stop):
+            while not groups.run_one():
+                pass
+    except Exception:
+        if groups.fit is not None and not groups.training:
+            release_after_failed_start()
+        raise
+
+
+def release_after_failed_start() -> None:
+    """Give up what a group reserved that ended before it trained, as soon as Ray has noticed its end."""
+    import ray
+
+    deadline = monotonic() + RELEASE_S
+    while ray.is_initialized() and not release_abandoned() and monotonic() < deadline:
+        sleep(POLL_S)
 
 
 class Groups:
