@@ -23,6 +23,7 @@ from ..errors import EnvironmentFault, GlannError, UserError, one_line
 from ..reports.run_folder import JOURNAL, TRACKING
 from ..storage import journal
 from ..storage.files import read_document, write_whole
+from ..storage.proxy import proxy_hint
 from .registry.models import PublishedModel, publish
 
 if TYPE_CHECKING:
@@ -193,10 +194,11 @@ class Outbox:
             self._failing_since = time.monotonic()
             detail = one_line(error)
             wrong = f"the MLflow server {self._state.uri} does not accept metrics"
+            hint = proxy_hint(self._state.uri, reads_all_proxy=True)
             if isinstance(error, Unnoted):
-                wrong = "metrics are not sent to MLflow, because what was sent cannot be recorded"
+                wrong, hint = "metrics are not sent to MLflow, because what was sent cannot be recorded", ""
             kept = self._run_dir / JOURNAL
-            log.warning("%s (%s); training continues, they are kept in %s and sent later", wrong, detail, kept)
+            log.warning("%s (%s); training continues, they are kept in %s and sent later%s", wrong, detail, kept, hint)
 
     def _say_working(self) -> None:
         if self._failing_since is not None:

@@ -32,6 +32,7 @@ from ..config.run import (
     keys_with,
     known_keys,
     load_tree,
+    require_trainable,
     validate,
 )
 from ..config.section import Section, Trait
@@ -219,9 +220,11 @@ class StudyConfig(Section):
         """The configuration of a trial.
 
         Raises:
-            UserError: the combination of values is invalid.
+            UserError: the combination of values is invalid, or would train something else than configured.
         """
-        return self._config(trial_name(self.name, number), str(self.folder / "trials"), params)
+        config = self._config(trial_name(self.name, number), str(self.folder / "trials"), params)
+        require_trainable(config)
+        return config
 
     def _config(self, name: str, runs_dir: str, params: dict[str, Any]) -> Config:
         if self.stage_one:

@@ -232,6 +232,19 @@ def test_a_server_that_hangs_is_left_behind_in_bounded_time(tmp_path, server, mo
     assert time.monotonic() - started < 10
 
 
+def test_a_proxy_on_the_way_is_named_when_metrics_cannot_be_sent(tmp_path, server, caplog, monkeypatch):
+    run = TrackedRun.open(make_config(server), tmp_path)
+    wait_until(lambda: not run._outbox.waiting())
+    monkeypatch.setattr(outbox, "proxy_hint", lambda uri, **_: f"; {uri} is reached through a proxy")
+    monkeypatch.setattr(
+        run._outbox._client, "log_batch", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("gone"))
+    )
+    with caplog.at_level(logging.WARNING, "glann.tracking"):
+        run.log_metrics({"stage": "glo", "loss": 1.0}, 1)
+        wait_until(lambda: "is reached through a proxy" in caplog.text)
+        run.finish(timeout_s=5)
+
+
 def test_a_full_disk_is_not_laid_at_the_servers_door_nor_waited_for(tmp_path, server, caplog, monkeypatch):
     run = TrackedRun.open(make_config(server), tmp_path)
     wait_until(lambda: not run._outbox.waiting())

@@ -181,6 +181,13 @@ def test_what_is_no_property_of_a_model_is_not_searched(tmp_path: Path, key: str
     assert f"space.{key} is not a property of a model" in refusal(tmp_path, {"space": {key: {"choice": [1, 2]}}})
 
 
+def test_a_trial_that_would_train_something_else_is_refused(tmp_path: Path):
+    """The recipe keeps batch statistics, under which batches of one row have no gradient."""
+    study = load_study(written(tmp_path, {"recipe": "digits"}))
+    with pytest.raises(UserError, match=r"sampler\.batch_size=1 with sampler\.statistics=batch"):
+        study.trial(1, {"sampler.batch_size": 1})
+
+
 @pytest.mark.parametrize("count", [100_001, 10**12])
 def test_a_grid_that_is_too_large_is_refused_at_once(tmp_path: Path, count: int):
     grid = {"search": {"kind": "grid"}} | space(noise_dim={"integer": [1, count]})
