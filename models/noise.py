@@ -62,7 +62,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 def noise(
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     index_B: Tensor | np.ndarray,
     dim: int,
     device: str | torch.device = "cpu",
@@ -71,7 +71,7 @@ def noise(
     """Standard normal noise e_BE, float32, one row per index.
 
     Args:
-        seed, epoch: in [0, 2**32).
+        seed, epoch: in [0, 2**32); the epoch is one for all rows, or an int64 [B] of them.
         index_B: row indices, any order, repeats allowed, in [0, 2**63).
         dim: E.
         stream: the use of the noise.
@@ -82,7 +82,8 @@ def noise(
         ValueError: an argument is out of range.
     """
     index_B = torch.as_tensor(index_B, dtype=torch.int64, device=device)
-    if not 0 <= seed <= _MASK or not 0 <= epoch <= _MASK:
+    epoch_B = torch.as_tensor(epoch, dtype=torch.int64, device=index_B.device).expand(len(index_B))
+    if not 0 <= seed <= _MASK or (len(epoch_B) and not 0 <= int(epoch_B.min()) <= int(epoch_B.max()) <= _MASK):
         raise ValueError(f"seed {seed} and epoch {epoch} must be in [0, 2**32)")
     if index_B.numel() and int(index_B.min()) < 0:
         raise ValueError("indices of noise rows must not be negative")
@@ -93,7 +94,8 @@ def noise(
     rows = max(1, (_CHUNK_BLOCKS if index_B.device.type == "cpu" else 64 * _CHUNK_BLOCKS) // blocks)
     for at in range(0, len(index_B), rows):
         index_C1 = index_B[at : at + rows, None].expand(-1, blocks)
-        counter = (index_C1 & _MASK, index_C1 >> 32, block_K.expand_as(index_C1), torch.full_like(index_C1, epoch))
+        epoch_C1 = epoch_B[at : at + rows, None].expand(-1, blocks)
+        counter = (index_C1 & _MASK, index_C1 >> 32, block_K.expand_as(index_C1), epoch_C1)
         words = philox4x32(counter, (seed, int(stream)))
         normal_CE = torch.stack([*_box_muller(*words[:2]), *_box_muller(*words[2:])], dim=2).flatten(1)
         e_BE[at : at + rows] = normal_CE[:, :dim]

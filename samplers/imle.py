@@ -163,12 +163,7 @@ class Imle(Sampler):
 
     def noise_of(self, epoch_B: Tensor, index_B: Tensor) -> Tensor:
         """The noise e_BE of candidates of any epochs."""
-        e_BE = torch.empty(len(index_B), self.config.noise_dim, device=self.device)
-        for epoch in epoch_B.unique().tolist():
-            of_epoch_B = epoch_B == epoch
-            e_CE = noise(self.seed, epoch, index_B[of_epoch_B], self.config.noise_dim, self.device)
-            e_BE[of_epoch_B.to(self.device)] = e_CE
-        return e_BE
+        return noise(self.seed, epoch_B, index_B, self.config.noise_dim, self.device)
 
     @torch.no_grad()
     def match(self, epoch: int, z_nD: Tensor, total_rows: int) -> Matches:

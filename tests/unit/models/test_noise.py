@@ -35,6 +35,13 @@ def test_any_subset_in_any_order_gives_the_same_rows():
     assert noise(11, 4, torch.arange(0), 37).shape == (0, 37)
 
 
+def test_rows_of_several_epochs_are_those_of_each_epoch():
+    epoch_B, index_B = torch.randint(2**32, (333,)), torch.randint(2**40, (333,))
+    together_BE = noise(7, epoch_B, index_B, 9)
+    for e_E, epoch, row in zip(together_BE, epoch_B.tolist(), index_B, strict=True):
+        assert torch.equal(e_E, noise(7, epoch, row[None], 9)[0])
+
+
 def test_a_wider_row_begins_with_the_narrower_one():
     assert torch.equal(noise(0, 0, torch.arange(9), 7), noise(0, 0, torch.arange(9), 30)[:, :7])
 
@@ -83,3 +90,5 @@ def test_numbers_out_of_range_are_refused():
     for seed, epoch, row in ((-1, 0, 0), (2**32, 0, 0), (0, -1, 0), (0, 0, -1)):
         with pytest.raises(ValueError, match="must"):
             noise(seed, epoch, torch.tensor([row]), 4)
+    with pytest.raises(ValueError, match="must"):
+        noise(0, torch.tensor([3, 2**32]), torch.tensor([1, 1]), 4)
