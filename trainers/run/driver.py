@@ -42,7 +42,8 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         EnvironmentFault: workers, storage or a server failed for longer than the configured patience.
         RunStopped: SIGINT or SIGTERM, or `hooks.stop` returned a reason; what was trained is saved.
 
-    Whatever is raised, a new run without an epoch or a checkpoint leaves no files.
+    Whatever is raised, a folder that is new stays only if the run began here and there is an epoch or a checkpoint of
+    it: the checkpoints may be those of a command elsewhere, which was not to be disturbed.
     """
     fresh, opened = not config.run_dir.exists(), False
     try:
@@ -79,15 +80,15 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
             if opened and has_begun(config):
                 mirror.close(console.print)
     except BaseException:
-        if fresh:
-            remove_unless_begun(config)
+        if fresh and not (opened and has_begun(config)):
+            remove_folder(config)
         raise
     return finish.summary_of(config)
 
 
-def remove_unless_begun(config: Config) -> None:
-    """Remove the folder of a run that holds no results, so that it does not keep its name for its configuration."""
-    if config.run_dir.exists() and not is_worked_on(config.run_dir) and not has_begun(config):
+def remove_folder(config: Config) -> None:
+    """Remove the folder of a run that got no results here, so that it does not keep its name for its configuration."""
+    if config.run_dir.exists() and not is_worked_on(config.run_dir):
         shutil.rmtree(config.run_dir, ignore_errors=True)
 
 

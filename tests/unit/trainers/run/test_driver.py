@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,19 @@ def test_the_folder_of_a_command_that_was_there_first_is_not_removed(config: Con
     with pytest.raises(RunTaken):
         train(config)
     assert (config.run_dir / LOCK).exists()
+
+
+def test_a_command_refused_for_another_elsewhere_leaves_nothing_here(config: Config, monkeypatch):
+    """The same run from another folder: the checkpoints in the store are those of the command that holds it."""
+
+    def taken(store: Any, say: Any) -> None:
+        raise RunTaken("process 7 has been training the run")
+
+    monkeypatch.setattr(driver, "hold", taken)
+    monkeypatch.setattr(driver, "survey", lambda store: SimpleNamespace(good=[4], damaged=[]))
+    with pytest.raises(RunTaken):
+        train(config)
+    assert not config.run_dir.exists()
 
 
 def test_a_cluster_that_is_gone_is_noticed_before_data_are_packed(config: Config, monkeypatch):
