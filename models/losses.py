@@ -57,9 +57,10 @@ class PixelLoss(ReconstructionLoss):
 class PerceptualLoss(ReconstructionLoss):
     """L1 on pixels plus L1 on feature maps of a frozen network, at several scales (Hoshen et al. 2019, Eq. 2).
 
-    Scale k is the image sub-sampled bilinearly k times by two.  With `patch`, the feature maps of the
-    full-size image are those of one random square of that side in train mode (the whole image in eval
-    mode); pixels and the smaller scales always use the whole image.
+    Scale k is the image sub-sampled bilinearly k times by two.  The network sees every scale `magnify` times larger
+    (bilinearly; not in the paper): its strides suit photographs, and leave few values of 28 px.  With `patch`, the
+    feature maps of the full-size image are those of one random square of that side in train mode (the whole image in
+    eval mode); pixels and the smaller scales always use the whole image.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class PerceptualLoss(ReconstructionLoss):
         taps: Sequence[str],
         levels: int,
         *,
+        magnify: int,
         pixel_weight: float,
         feature_weight: float,
         patch: int | None,
@@ -75,7 +77,7 @@ class PerceptualLoss(ReconstructionLoss):
         super().__init__()
         features.check_taps(taps)
         self.features, self.taps, self.levels = features, tuple(taps), levels
-        self.pixel_weight, self.feature_weight, self.patch = pixel_weight, feature_weight, patch
+        self.magnify, self.pixel_weight, self.feature_weight, self.patch = magnify, pixel_weight, feature_weight, patch
 
     def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor, patch_seed_B: Tensor | None = None) -> Tensor:
         loss_B = fake_BCHW.new_zeros(len(fake_BCHW), dtype=torch.float32)
@@ -91,6 +93,9 @@ class PerceptualLoss(ReconstructionLoss):
         return loss_B
 
     def _features(self, fake: Tensor, real: Tensor) -> Tensor:
+        if self.magnify > 1:
+            size = (self.magnify * fake.shape[-2], self.magnify * fake.shape[-1])
+            fake, real = _resize(fake, size), _resize(real, size)
         with torch.no_grad():
             real_maps = self.features(real, self.taps)
         fake_maps = self.features(fake, self.taps)
@@ -149,12 +154,13 @@ def build_loss(config: LossConfig, resolution: int, features: FeatureNet | None 
             features,
             config.taps or default_taps(config.network, resolution),
             levels,
+            magnify=config.magnify,
             pixel_weight=config.pixel_weight,
             feature_weight=config.feature_weight,
             patch=config.patch,
         )
-    for option in ("patch", "taps"):
-        if getattr(config, option) is not None:
+    for option in ("patch", "taps", "magnify"):
+        if getattr(config, option) != type(config).model_fields[option].default:
             raise UserError(f"loss.{option} belongs to loss.kind=perceptual, not {config.kind}; remove it")
     if config.kind == "laplacian":
         return LaplacianLoss(levels, config.pixel_weight)

@@ -77,16 +77,28 @@ def doubled(x: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(out, 0, axis)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_perceptual_loss_is_pixels_plus_feature_maps_at_every_scale(squeezenet, channels):
+def large(x: np.ndarray, times: int) -> torch.Tensor:
+    """Linear interpolation at `times` the size along both sides, by its definition."""
+    for axis in (2, 3):
+        size = x.shape[axis]
+        at = np.clip((np.arange(times * size) + 0.5) / times - 0.5, 0, size - 1)
+        below = np.floor(at).astype(int)
+        share = (at - below).reshape([-1 if a == axis else 1 for a in range(4)])
+        x = (1 - share) * x.take(below, axis) + share * x.take(np.minimum(below + 1, size - 1), axis)
+    return torch.from_numpy(x.astype(np.float32))
+
+
+@pytest.mark.parametrize(("channels", "magnify"), [(1, 1), (3, 1), (1, 2), (3, 4)])
+def test_the_perceptual_loss_is_pixels_plus_feature_maps_at_every_scale(squeezenet, channels, magnify):
     fake, real = pair(3, channels, 64, 64)
-    config = LossConfig(network="squeezenet", levels=2, pixel_weight=0.25, feature_weight=2.0)
+    config = LossConfig(network="squeezenet", levels=2, pixel_weight=0.25, feature_weight=2.0, magnify=magnify)
     loss_B = build_loss(config, 64, squeezenet)(fake, real)
     expected = 0
     x, y = fake, real
     for _ in range(2):
         expected = expected + 0.25 * (x.double() - y.double()).abs().mean((1, 2, 3))
-        for a, b in zip(*(squeezenet(image, ("conv1", "fire3", "fire5")) for image in (x, y)), strict=True):
+        seen = [large(image.numpy(), magnify) for image in (x, y)]
+        for a, b in zip(*(squeezenet(image, ("conv1", "fire3", "fire5")) for image in seen), strict=True):
             expected = expected + 2.0 * (a.double() - b.double()).abs().mean((1, 2, 3))
         x, y = (torch.from_numpy(halved(image.numpy())) for image in (x, y))
     torch.testing.assert_close(loss_B.double(), expected, rtol=1e-4, atol=1e-6)
@@ -163,6 +175,7 @@ def test_the_defaults_are_the_papers(resolution, taps, levels):
         ({"levels": 1, "patch": 32, "network": "squeezenet"}, 64, "loss.levels"),
         ({"kind": "l1", "patch": 32}, 64, "loss.patch"),
         ({"kind": "l2", "taps": ("conv1",)}, 64, "loss.taps"),
+        ({"kind": "laplacian", "magnify": 2}, 64, "loss.magnify"),
     ],
 )
 def test_impossible_options_are_refused(squeezenet, options, resolution, named):
