@@ -106,14 +106,26 @@ class GloConfig(Section):
     batch_size: Annotated[int, Trait.IN_REGISTRY] = Field(
         128, ge=1, description="global batch, over all workers; independent of their number"
     )
-    latent_lr: Annotated[Positive, Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
-        0.01, description="learning rate of the latent codes"
+    latent_lr: Annotated[Positive | Literal["auto"], Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
+        0.01,
+        description="learning rate of the latent codes; auto: as far per epoch as glo.published_lr, by N and batch",
+    )
+    published_lr: Positive = Field(
+        0.01, description="rate in the terms of the published code, for glo.latent_lr=auto (paper: 0.01, faces 0.003)"
     )
     generator_lr: Annotated[Positive, Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
         0.001, description="learning rate of the generator"
     )
     betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's betas, for codes and generator")
-    latent_optimizer: Literal["adam", "adagrad"] = Field("adam", description="adagrad: one number of state per row")
+    latent_optimizer: Literal["adam", "adagrad", "published"] = Field(
+        "adam",
+        description="adam: one per row; adagrad: one number of state per row; published: a new dense Adam every epoch",
+    )
+    init_scale: Positive | None = Field(
+        None,
+        description="deviation of a new code on each axis (published: 0.01), on the sphere from its first visit; "
+        "empty: on the sphere",
+    )
     constraint: Annotated[Literal["sphere", "ball"], Trait.IN_REGISTRY] = Field(
         "sphere", description="projection after each update of a code"
     )

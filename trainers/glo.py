@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ..cluster.latent_rates import latent_lr
 from ..cluster.latents import LatentTable
 from ..cluster.placement import Share, epoch_plan, even_batch, rows_left
 from ..config.run import Config
@@ -114,6 +115,7 @@ def train_glo(
         UserError: `glo.max_bad_steps` steps in a row were not finite.
     """
     bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(latents.rows)), 0
+    base_lr = latent_lr(config.glo, len(images))
     for epoch in range(start[0], config.glo.epochs):
         first_step = start[1] if epoch == start[0] else 0
         plan = plan_epoch(config, len(images), epoch, first_step, latents, engine)
@@ -128,7 +130,7 @@ def train_glo(
             weight_B = batch.weight_B.to(engine.device, non_blocking=True)
             seed_B = patch_seeds(config.seed, epoch, batch.rows_B)
             scale = config.glo.schedule.factor(epoch + batch.step / steps, config.glo.epochs)
-            latent_lr = config.glo.latent_lr * scale
+            code_lr = base_lr * scale
 
             result = engine.step(
                 z_BD,
@@ -143,7 +145,7 @@ def train_glo(
             if result.applied:
                 grad_BD = result.grad_BD[weight_B > 0].cpu()
                 ahead_B = ahead and ahead.rows_B  # gathered by the same call, ready when its step begins
-                latents.apply(epoch, batch.step, rows_B, grad_BD, latent_lr, unread_B, ahead_B)
+                latents.apply(epoch, batch.step, rows_B, grad_BD, code_lr, unread_B, ahead_B, steps)
             else:
                 latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
             if result.loss is not None:  # a batch without a readable image is no step
@@ -156,7 +158,7 @@ def train_glo(
                 loss=result.loss,
                 rows_B=rows_B.tolist(),
                 applied=result.applied or result.loss is None,
-                facts={"latent_lr": latent_lr},
+                facts={"latent_lr": code_lr},
                 ends_epoch=batch.step + 1 == steps,
             )
             if bad_in_a_row >= config.glo.max_bad_steps:

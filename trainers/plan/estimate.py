@@ -187,7 +187,7 @@ def micro_batch(config: Config, workers: int) -> int:
 def latent_bytes(config: Config, rows: int) -> int:
     """Bytes of codes, optimiser state and step counters of one worker's rows, in its node's main memory."""
     code = FLOAT * config.generator.latent_dim
-    state = 2 * code if config.glo.latent_optimizer == "adam" else FLOAT
+    state = {"adam": 2 * code, "adagrad": FLOAT, "published": 0}[config.glo.latent_optimizer]
     return rows * (code + state + 8)
 
 

@@ -82,6 +82,8 @@ class Worker:
             optimizer=config.glo.latent_optimizer,
             betas=config.glo.betas,
             constraint=config.glo.constraint,
+            batch=config.glo.batch_size,
+            init_scale=config.glo.init_scale,
         )
         self.infos = stage_infos(config)
         self.control = Control(reporter.requested, self.save_due)
