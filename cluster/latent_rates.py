@@ -26,8 +26,6 @@ import numpy as np
 
 from ..config.sections import GloConfig
 
-AUTO = "auto"
-
 
 def movement(steps: int, betas: tuple[float, float] = (0.5, 0.999)) -> float:
     """Mean movement of a code per visit under the published optimiser, in units of its learning rate.
@@ -50,7 +48,7 @@ def movement(steps: int, betas: tuple[float, float] = (0.5, 0.999)) -> float:
 
 def latent_lr(glo: GloConfig, rows: int) -> float:
     """The learning rate of the codes of `rows` images: `glo.latent_lr`, where it is `auto` by the rule above."""
-    if glo.latent_lr != AUTO:
+    if not isinstance(glo.latent_lr, str):
         return glo.latent_lr
     if glo.latent_optimizer == "published":
         return glo.published_lr

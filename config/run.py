@@ -109,9 +109,8 @@ class Config(Section):
                 "glo.latent_lr=auto is a rule for Adam, and glo.latent_optimizer=adagrad takes another rate; "
                 "set glo.latent_lr to a number"
             )
-        beta1, beta2 = self.glo.betas
         published = self.glo.latent_optimizer == "published" or self.glo.latent_lr == "auto"
-        if published and not beta1**2 < beta2 < 1:
+        if published and not self.glo.bounds_movement:
             raise ValueError(
                 f"glo.betas={list(self.glo.betas)} have no published optimiser, whose movements would have no bound; "
                 "set betas with the first squared below the second and both below 1"

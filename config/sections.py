@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from .address import Address, LocalPath
 from .schedule import GloScheduleConfig
 from .section import Fraction, Positive, Section, Trait
+
+UNION_TAGS = ("<number>", "<range>", "<word>")  # tags of the forms of a value; hidden in messages
+
+
+def _form(value: Any) -> str:
+    """The tag of a number, also one in text, or of a word."""
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return UNION_TAGS[2 if isinstance(value, str) else 0]
+    return UNION_TAGS[0]
+
+
+Rate = Annotated[
+    Annotated[Positive, Tag(UNION_TAGS[0])] | Annotated[Literal["auto"], Tag(UNION_TAGS[2])], Discriminator(_form)
+]
 
 RESOLUTIONS = (28, 32, 64, 128, 256, 512, 1024)
 
@@ -106,7 +122,7 @@ class GloConfig(Section):
     batch_size: Annotated[int, Trait.IN_REGISTRY] = Field(
         128, ge=1, description="global batch, over all workers; independent of their number"
     )
-    latent_lr: Annotated[Positive | Literal["auto"], Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
+    latent_lr: Annotated[Rate, Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
         0.01,
         description="learning rate of the latent codes; auto: as far per epoch as glo.published_lr, by N and batch",
     )
@@ -133,6 +149,12 @@ class GloConfig(Section):
     schedule: GloScheduleConfig = GloScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
 
+    @property
+    def bounds_movement(self) -> bool:
+        """Whether the published optimiser has a bounded movement: its second moments outlive its first ones."""
+        beta1, beta2 = self.betas
+        return beta1**2 < beta2 < 1
+
 
 class EngineConfig(Section):
     """How the generator is trained on each worker."""
@@ -149,9 +171,6 @@ class EngineConfig(Section):
 
 
 WorkerCount = Annotated[int, Field(ge=1, le=4096)]
-
-
-UNION_TAGS = ("<number>", "<range>")  # tags of the two forms; hidden in messages
 
 
 class Workers(Section):
