@@ -22,6 +22,7 @@ from ..models.comm import gather, rank
 from ..models.generators import generator_of
 from ..models.patches import patch_seeds
 from ..models.statistics import set_exact_statistics
+from .code_space import CodeSpace, still
 from .engine.build import build_engine
 from .engine.step import Engine, OptimizerConfig
 from .objective import build_objective
@@ -116,6 +117,7 @@ def train_glo(
     """
     bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(latents.rows)), 0
     base_lr = latent_lr(config.glo, len(images))
+    code_space = CodeSpace(config, images, latents, engine.device)
     for epoch in range(start[0], config.glo.epochs):
         first_step = start[1] if epoch == start[0] else 0
         plan = plan_epoch(config, len(images), epoch, first_step, latents, engine)
@@ -150,6 +152,9 @@ def train_glo(
                 latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
             if result.loss is not None:  # a batch without a readable image is no step
                 bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
+            facts, ends_epoch = {"latent_lr": code_lr}, batch.step + 1 == steps
+            if ends_epoch:
+                facts |= code_space.facts()
             yield StageStep(
                 epoch,
                 batch.step,
@@ -158,8 +163,9 @@ def train_glo(
                 loss=result.loss,
                 rows_B=rows_B.tolist(),
                 applied=result.applied or result.loss is None,
-                facts={"latent_lr": code_lr},
-                ends_epoch=batch.step + 1 == steps,
+                facts=facts,
+                ends_epoch=ends_epoch,
+                warning=still(config.glo, len(images), epoch + 1, facts["code_angle"]) if ends_epoch else "",
             )
             if bad_in_a_row >= config.glo.max_bad_steps:
                 raise diverged(bad_in_a_row, epoch, batch.step, rows_B.tolist())
