@@ -1,9 +1,9 @@
 """Learning rates of latent codes by the number of images and the batch.
 
-The published rates (0.01, 0.003) are those of an optimiser that moves a code many times for one visit: a dense Adam over
-all codes that is made anew in every epoch of T = ceil(N / batch) steps (`row_optimizers.PublishedAdam`). Of a gradient
-g at step t, its first moment at step k >= t is (1 - b1) b1^(k-t) g and its second (1 - b2) b2^(k-t) g^2, both divided by
-1 - b^k. So at step k the row moves by
+The published rates (0.01, 0.003) are those of an optimiser that moves a code many times for one visit: a dense Adam
+over all codes that is made anew in every epoch of T = ceil(N / batch) steps (`row_optimizers.PublishedAdam`). Of a
+gradient g at step t, its first moment at step k >= t is (1 - b1) b1^(k-t) g and its second (1 - b2) b2^(k-t) g^2,
+both divided by 1 - b^k. So at step k the row moves by
 
     lr sign(g) r^(k-t) u_k,   r = b1 / sqrt(b2),   u_k = (1 - b1) / (1 - b1^k) sqrt((1 - b2^k) / (1 - b2)).
 
@@ -12,10 +12,10 @@ The sum over k = t..T, averaged over the visits t = 1..T, is, with the sums exch
     movement(T) = 1/T sum_{k=1..T} u_k (1 - r^k) / (1 - r),
 
 1 for T = 1, 4.2 for T = 39 (5,000 images, batch 128), 13.5 for T = 468 (60,000), and at most
-1 / sqrt(1 - b2) (1 - b1) / (1 - r), about 31.6. Of one Adam per row, a visit moves a code by one lr on average, over many
-visits: its first moment delays a gradient and spreads it over later visits, but the weights of a gradient add up to 1, so
-that the displacement is the same for gradients that agree (lr a visit) and for independent ones (lr sqrt(visits)).
-Hence the rate that moves codes as far is movement(T) times the published one.
+1 / sqrt(1 - b2) (1 - b1) / (1 - r), about 31.6. Of one Adam per row, a visit moves a code by one lr on average, over
+many visits: its first moment delays a gradient and spreads it over later visits, but the weights of a gradient add up
+to 1, so that the displacement is the same for gradients that agree (lr a visit) and for independent ones (lr
+sqrt(visits)). Hence the rate that moves codes as far is movement(T) times the published one.
 """
 
 from __future__ import annotations

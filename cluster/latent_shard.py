@@ -35,8 +35,8 @@ def first_codes(seed: int, rows_B: Tensor, dim: int, scale: float | None = None)
     """The codes z_BD that rows start from, float32.
 
     Args:
-        scale: None puts them on the unit sphere, uniformly. Else they are N(0, scale^2) on each axis, as in the published
-            code (0.01), and lie on the sphere, in the same direction, after their first visit.
+        scale: None puts them on the unit sphere, uniformly. Else they are N(0, scale^2) on each axis, as in the
+            published code (0.01), and lie on the sphere, in the same direction, after their first visit.
     """
     normal_BD = noise(seed, 0, rows_B, dim, stream=Stream.LATENTS)
     return project_rows(normal_BD, "sphere", normal_BD) if scale is None else scale * normal_BD

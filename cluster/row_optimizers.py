@@ -83,9 +83,9 @@ class PublishedAdam:
 
     That code makes a new dense Adam over all codes in every epoch of T steps. A row that is visited at step t does not
     move before it, since its moments are zero; afterwards it moves at every step k from t to T, by
-    lr m_k / (sqrt(v_k) + eps) with m_k and v_k decayed from its one gradient and bias corrections that count the steps of
-    the epoch. No batch reads it again in that epoch, so the whole movement is made at once, at its visit. It is projected
-    then, as that code does at the end of the epoch, and needs no state between epochs.
+    lr m_k / (sqrt(v_k) + eps) with m_k and v_k decayed from its one gradient and bias corrections that count the
+    steps of the epoch. No batch reads it again in that epoch, so the whole movement is made at once, at its visit. It
+    is projected then, as that code does at the end of the epoch, and needs no state between epochs.
 
     As there, the gradient is that of the mean over `batch` images, and a code of another norm than 1 is divided by its
     norm in front of G, with no gradient through the norm. Both matter for `eps` alone.

@@ -85,11 +85,33 @@ class GeneratorConfig(Section):
         "native", description="native: the published layer; resize: upsample plus convolution (no checkerboard)"
     )
     batch_norm: bool = Field(True, description="BatchNorm in infogan (paper: off for CIFAR)")
+    norm_after: tuple[Literal["fc1", "fc2", "up1"], ...] = Field(
+        ("fc1", "fc2", "up1"),
+        description="layers of infogan that BatchNorm follows, where it is on (yedidh/glann: [fc2, up1])",
+    )
+    activation: Literal["relu", "leaky-relu"] = Field(
+        "relu", description="of infogan's hidden layers (InfoGAN: relu; yedidh/glann, compare_gan: leaky-relu, 0.2)"
+    )
+    init: Literal["normal", "xavier"] = Field(
+        "normal",
+        description="of infogan: normal is N(0, 0.02^2) with BatchNorm, else He's; xavier has gain sqrt 2 (yedidh)",
+    )
+    fc_bias: bool = Field(
+        True, description="biases of infogan's fully connected layers where no BatchNorm follows (yedidh/glann: none)"
+    )
+    unit_input: bool = Field(
+        False, description="divide codes by their norm in front of G, for sampler.constraint=none (yedidh/glann)"
+    )
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The layers that BatchNorm follows."""
+        return self.norm_after if self.kind == "infogan" and self.batch_norm else ()
 
     @property
     def normalises(self) -> bool:
         """Whether the network contains BatchNorm."""
-        return self.kind == "infogan" and self.batch_norm
+        return bool(self.norms)
 
 
 class LossConfig(Section):

@@ -14,7 +14,7 @@ SIDE = 16  # pixels of the images that are compared
 
 
 def turned(z_KD: Tensor, first_KD: Tensor) -> Tensor:
-    """Angle of each code to the direction it started in, in degrees [K]; 90 is what random directions have on average."""
+    """Angle of each code to the direction it started in, in degrees [K]; random directions have 90 on average."""
     z_KD, first_KD = (F.normalize(x.double(), dim=1) for x in (z_KD, first_KD))
     chord_K = (z_KD - first_KD).norm(dim=1)  # exact for small angles, where the cosine is not
     return torch.rad2deg(2 * torch.asin((chord_K / 2).clamp(max=1)))

@@ -7,7 +7,7 @@ from .page import number
 
 
 def code_rows(facts: RunFacts) -> list[tuple[str, str, str]]:
-    """Rows (label, formatted value, meaning) of the last measures of the codes; none for runs that did not take them."""
+    """Rows (label, formatted value, meaning) of the last measures of the codes; none for runs without them."""
     last: dict[str, float] = {}
     for stage in facts.stages:
         last |= _last(stage)
@@ -22,7 +22,9 @@ def code_rows(facts: RunFacts) -> list[tuple[str, str, str]]:
     if "code_agreement" in last:
         chance = f"{last['code_agreement_by_chance']:.1%} by chance" if "code_agreement_by_chance" in last else ""
         meaning = "share of codes whose nearest code is that of one of their ten nearest images (16 px)"
-        rows.append(("nearest-neighbour agreement", f"{last['code_agreement']:.1%}", f"{meaning}; {chance}".strip("; ")))
+        rows.append(
+            ("nearest-neighbour agreement", f"{last['code_agreement']:.1%}", f"{meaning}; {chance}".strip("; "))
+        )
     if rows and "latent_lr" in last:
         rows.append(("learning rate", number(last["latent_lr"]), "of the codes, at the beginning of the run"))
     return rows

@@ -1,5 +1,5 @@
-"""Protects `glo.latent_optimizer=published`: the arithmetic of the published code, which makes a new dense Adam over all
-codes in every epoch, whatever the number of workers and wherever the epoch is interrupted."""
+"""Protects `glo.latent_optimizer=published`: the arithmetic of the published code, which makes a new dense Adam over
+all codes in every epoch, whatever the number of workers and wherever the epoch is interrupted."""
 
 from __future__ import annotations
 

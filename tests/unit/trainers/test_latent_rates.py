@@ -1,5 +1,5 @@
-"""Protects stage 1 under `glo.latent_lr=auto`: it reconstructs as well as under the published optimiser at the published
-rate, which one Adam per row at that rate does not; and the plan states the rate that is trained with."""
+"""Protects stage 1 under `glo.latent_lr=auto`: it reconstructs as well as under the published optimiser at the
+published rate, which one Adam per row at that rate does not; and the plan states the rate that is trained with."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def trained(packed: str, **glo) -> tuple[float, float, list[float]]:
 
 
 def test_a_training_with_the_rule_reconstructs_as_the_published_optimiser_does(packed, one_thread):
-    """Within 4 %, and its codes move as far within 5 %; with the published rate and no rule they move a third as far."""
+    """Within 4 %, and its codes move as far within 5 %; at the published rate without the rule, half as far at most."""
     published, angle, _ = trained(packed, latent_optimizer="published", latent_lr=RATE)
     ours, our_angle, rates = trained(packed, latent_lr="auto", published_lr=RATE)
     slow, slow_angle, _ = trained(packed, latent_lr=RATE)
