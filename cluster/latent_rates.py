@@ -21,12 +21,14 @@ sqrt(visits)). Hence the rate that moves codes as far is movement(T) times the p
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
 from ..config.sections import GloConfig
 
 
+@lru_cache
 def movement(steps: int, betas: tuple[float, float] = (0.5, 0.999)) -> float:
     """Mean movement of a code per visit under the published optimiser, in units of its learning rate.
 

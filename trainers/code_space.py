@@ -41,6 +41,11 @@ class CodeSpace:
         self.first_KD = first_codes(config.seed, torch.from_numpy(self.rows_K), config.generator.latent_dim)
         self.near: tuple[Tensor, Tensor] | None = None  # found at the end of the first epoch
 
+    def at_the_end_of(self, epoch: int) -> tuple[dict[str, float], str]:
+        """The measures after an epoch, counted from 0, and a warning if there is one."""
+        found = self.facts()
+        return found, still(self.config.glo, len(self.images), epoch + 1, found["code_angle"])
+
     def facts(self) -> dict[str, float]:
         """`code_angle` in degrees, `code_dimension`, and, with images, `code_agreement` and its value by chance."""
         z_KD = self._of_all(self.latents.gather(self.rows_K[self.own_k])).cpu()
