@@ -15,12 +15,13 @@ from typing import TypeVar
 
 import torch
 from glann.config.samplers import ImleConfig
+from glann.config.sections import GeneratorConfig
 from glann.inference.model import SamplingModel
 from glann.metrics import evaluate as evaluation
 from glann.metrics.features.extractor import Extractor, build_extractor
 from glann.metrics.panel import Panel, Tallied
 from glann.metrics.spec import GROUPS, Samples, measured_with
-from glann.models.generators import InfoGanGenerator
+from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def main() -> None:
 
 def draw(count: int) -> Iterator[Tensor]:
     """Images of a random model as an evaluation draws them, uint8 [B, 1, H, W]."""
-    generator = InfoGanGenerator(LATENT, SIDE, 1, width=WIDTH, resize=False, batch_norm=True)
+    generator = build_generator(GeneratorConfig(kind="infogan", latent_dim=LATENT, width=WIDTH), SIDE, 1)
     mapping = build_mapping(ImleConfig(noise_dim=16), LATENT)
     return evaluation.draw(SamplingModel(generator, {"imle": mapping}), count, seed=0)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +22,24 @@ from ..models.sphere import Constraint, project_rows
 from ..storage.base import Store
 from .checkpoints.layout import Files
 from .checkpoints.pieces import write_rows
-from .row_optimizers import row_optimizer, usable_rows
+from .row_optimizers import Name, Visit, row_optimizer, usable_rows
 from .snapshot import Snapshot
 
 Position = tuple[int, int]  # (epoch, step)
 Arrays = dict[str, np.ndarray]
 Rows = np.ndarray | Sequence[int]  # global row ids
 START: Position = (-1, -1)
+
+
+def first_codes(seed: int, rows_B: Tensor, dim: int, scale: float | None = None) -> Tensor:
+    """The codes z_BD that rows start from, float32.
+
+    Args:
+        scale: None puts them on the unit sphere, uniformly. Else they are N(0, scale^2) on each axis, as in the
+            published code (0.01), and lie on the sphere, in the same direction, after their first visit.
+    """
+    normal_BD = noise(seed, 0, rows_B, dim, stream=Stream.LATENTS)
+    return project_rows(normal_BD, "sphere", normal_BD) if scale is None else scale * normal_BD
 
 
 class LatentShard:
@@ -39,35 +50,51 @@ class LatentShard:
         rows: range,
         dim: int,
         seed: int,
-        optimizer: Literal["adam", "adagrad"] = "adam",
+        optimizer: Name = "adam",
         betas: tuple[float, float] = (0.5, 0.999),
         constraint: Constraint = "sphere",
+        batch: int = 1,
+        init_scale: float | None = None,
     ):
-        """Initialise every code to a random point of the unit sphere, a function of (seed, row) alone."""
+        """Initialise every code, a function of (seed, row) alone; see `first_codes`.
+
+        Args:
+            batch: images of a batch, which the published optimiser takes the mean over.
+            init_scale: see `first_codes`.
+        """
         self.rows = rows
         self.position = START
-        self._optimizer = row_optimizer(optimizer, betas)
+        self._optimizer = row_optimizer(optimizer, betas, batch)
         self._constraint: Constraint = constraint
-        first_nD = noise(seed, 0, torch.arange(rows.start, rows.stop), dim, stream=Stream.LATENTS)
-        self._z_nD = project_rows(first_nD, "sphere", first_nD)
+        self._small_start = init_scale is not None
+        self._z_nD = first_codes(seed, torch.arange(rows.start, rows.stop), dim, init_scale)
         self._moments_n = self._optimizer.moments(len(rows), dim)
         self._visits_n = torch.zeros(len(rows), dtype=torch.int32)
         self._snapshots: list[Snapshot] = []
         self._saving: Future[Files] = Future()
 
     def gather(self, rows_B: Rows) -> np.ndarray:
-        """Codes z_BD (float32, a copy) of global rows; repeats are allowed."""
-        return self._z_nD[self._local(rows_B)].numpy()
+        """Codes z_BD (float32, a copy) of global rows, projected; repeats are allowed."""
+        return self._projected(self._z_nD[self._local(rows_B)]).numpy()
 
     def codes(self) -> np.ndarray:
-        """All codes z_nD of the shard (float32, a copy)."""
-        return self._z_nD.numpy().copy()
+        """All codes z_nD of the shard (float32, a copy), projected."""
+        return self._projected(self._z_nD.clone()).numpy()
 
     def visits(self) -> np.ndarray:
         """Visit count of each row, int32 [n] (a copy)."""
         return self._visits_n.numpy().copy()
 
-    def apply(self, epoch: int, step: int, rows_B: Rows, grad_BD: np.ndarray, lr: float, skipped: Rows = ()) -> bool:
+    def apply(
+        self,
+        epoch: int,
+        step: int,
+        rows_B: Rows,
+        grad_BD: np.ndarray,
+        lr: float,
+        skipped: Rows = (),
+        steps: int = 0,
+    ) -> bool:
         """Visit rows: an optimiser step and a projection for each of `rows_B`, none for `skipped`.
 
         Args:
@@ -76,6 +103,7 @@ class LatentShard:
             rows_B: distinct global rows, without those that only pad a batch.
             grad_BD: gradient of each row's own loss.
             skipped: rows that count as visited but do not move (a corrupt image, a non-finite step).
+            steps: steps of the epoch; needed by the published optimiser only.
         Returns:
             Whether the call had an effect.
         Raises:
@@ -93,9 +121,12 @@ class LatentShard:
             raise ValueError(f"gradient of shape {grad_BD.shape} for {len(at_B)} codes")
         gradient_BD = torch.tensor(grad_BD, dtype=torch.float32)  # a copy: arrays from Ray are read-only
         self._refuse_unusable(gradient_BD, at_B)
+        moved = self._moved(at_B, gradient_BD, Visit(lr, step, steps))
         self._preserve(visited_at)
         self._visits_n[visited_at] += 1
-        self._move(at_B, gradient_BD, lr)
+        self._z_nD[skipped_at] = self._projected(self._z_nD[skipped_at])
+        for name, value_B in moved.items():
+            (self._z_nD if name == "z" else self._moments_n[name])[at_B] = value_B
         self.position = (epoch, step)
         return True
 
@@ -185,10 +216,13 @@ class LatentShard:
                 "lower glo.latent_lr or glo.generator_lr, or look at these images"
             )
 
-    def _move(self, at_B: Tensor, grad_BD: Tensor, lr: float) -> None:
+    def _moved(self, at_B: Tensor, grad_BD: Tensor, visit: Visit) -> dict[str, Tensor]:
+        """State of rows after their visit, by name; nothing is changed."""
         moments_B = {name: moment_n[at_B] for name, moment_n in self._moments_n.items()}
         before_BD = self._z_nD[at_B]
-        moved_BD = self._optimizer.update(before_BD, grad_BD, moments_B, self._visits_n[at_B], lr)
-        self._z_nD[at_B] = project_rows(moved_BD, self._constraint, before_BD)
-        for name, moment_B in moments_B.items():
-            self._moments_n[name][at_B] = moment_B
+        moved_BD = self._optimizer.update(before_BD, grad_BD, moments_B, self._visits_n[at_B] + 1, visit)
+        return moments_B | {"z": project_rows(moved_BD, self._constraint, self._projected(before_BD))}
+
+    def _projected(self, z_BD: Tensor) -> Tensor:
+        """Codes as G sees them: rows that start small lie off the sphere until their first visit."""
+        return project_rows(z_BD, self._constraint, z_BD) if self._small_start else z_BD

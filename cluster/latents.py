@@ -77,17 +77,19 @@ class LatentTable:
         lr: float,
         skipped: Rows = (),
         ahead_B: Rows | None = None,
+        steps: int = 0,
     ) -> None:
         """Start `LatentShard.apply`; the caller may change the arguments as soon as this returns.
 
         Args:
+            steps: steps of the epoch; needed by the published optimiser only.
             ahead_B: rows of a later `gather`, gathered after this update by the same call.
         """
         self._limit_in_flight()
         rows_B = np.array(rows_B, np.int64)
         unmoved = np.array(skipped, np.int64) if len(skipped) else ()  # an empty array would be one more to send
         grad = grad_BD.detach().to("cpu", torch.float32).numpy()
-        visit = (epoch, step, rows_B, grad, lr, unmoved)
+        visit = (epoch, step, rows_B, grad, lr, unmoved, steps)
         if ahead_B is None:
             call = self._shard.start("apply", *visit)
         else:

@@ -8,13 +8,24 @@ Legend: B rows of a batch, D latent dimension, n rows of a shard.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Moments = dict[str, Tensor]
+Name = Literal["adam", "adagrad", "published"]
+NEGLIGIBLE = 2.0**-60  # share of a row's first movement below which later ones are left out
+
+
+class Visit(NamedTuple):
+    """A visit of rows. lr: learning rate. step, steps: the step of the epoch, from 0, and their number."""
+
+    lr: float
+    step: int = 0
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,13 +39,13 @@ class RowAdam:
         """Initial state of n rows."""
         return {"exp_avg": torch.zeros(n, dim), "exp_avg_sq": torch.zeros(n, dim)}
 
-    def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, lr: float) -> Tensor:
+    def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, visit: Visit) -> Tensor:
         """One step of the rows of a batch.
 
         Args:
             z_BD, grad_BD: float32 codes and the gradient of each row's own loss.
             moments_B: the state of these rows, changed in place.
-            visits_B: visits of each row, this one included.
+            visits_B: visits of each row since the start of the run, this one included.
         Returns:
             The updated codes, not yet projected.
         """
@@ -44,7 +55,7 @@ class RowAdam:
         square.mul_(beta2).addcmul_(grad_BD, grad_BD, value=1 - beta2)
         # In float32, 1 - beta**t suffers from cancellation while t is small.
         visits_B1 = visits_B.double()[:, None]
-        rate_B1 = (lr / (1 - beta1**visits_B1)).float()
+        rate_B1 = (visit.lr / (1 - beta1**visits_B1)).float()
         scale_B1 = (1 - beta2**visits_B1).rsqrt().float()
         return z_BD - rate_B1 * mean / ((square.sqrt() * scale_B1).add_(self.eps))
 
@@ -59,18 +70,64 @@ class RowAdagrad:
         """Initial state of n rows: one number each, whatever the dimension."""
         return {"accumulator": torch.zeros(n)}
 
-    def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, lr: float) -> Tensor:
+    def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, visit: Visit) -> Tensor:
         """One step of the rows of a batch; arguments as in `RowAdam.update`."""
         accumulator_B = moments_B["accumulator"]
         accumulator_B.add_(grad_BD.square().mean(dim=1))
-        return z_BD - (lr / (accumulator_B.sqrt() + self.eps))[:, None] * grad_BD
+        return z_BD - (visit.lr / (accumulator_B.sqrt() + self.eps))[:, None] * grad_BD
 
 
-RowOptimizer = RowAdam | RowAdagrad
+@dataclass(frozen=True)
+class PublishedAdam:
+    """The optimiser of the published code (github.com/yedidh/glann, glo.py), without its table of moments.
+
+    That code makes a new dense Adam over all codes in every epoch of T steps. A row that is visited at step t does not
+    move before it, since its moments are zero; afterwards it moves at every step k from t to T, by
+    lr m_k / (sqrt(v_k) + eps) with m_k and v_k decayed from its one gradient and bias corrections that count the
+    steps of the epoch. No batch reads it again in that epoch, so the whole movement is made at once, at its visit. It
+    is projected then, as that code does at the end of the epoch, and needs no state between epochs.
+
+    As there, the gradient is that of the mean over `batch` images, and a code of another norm than 1 is divided by its
+    norm in front of G, with no gradient through the norm. Both matter for `eps` alone.
+    """
+
+    betas: tuple[float, float] = (0.5, 0.999)
+    batch: int = 1
+    eps: float = 1e-8
+
+    def moments(self, n: int, dim: int) -> Moments:
+        """No state."""
+        return {}
+
+    def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, visit: Visit) -> Tensor:
+        """The movement of rows over the rest of an epoch, in float64; arguments as in `RowAdam.update`.
+
+        Raises:
+            ValueError: the visit is not a step of an epoch.
+        """
+        if not 0 <= visit.step < visit.steps:
+            raise ValueError(f"step {visit.step} of {visit.steps} is not one of an epoch")
+        beta1, beta2 = self.betas
+        z64_BD = z_BD.double()
+        grad64_BD = grad_BD.double() / (self.batch * torch.linalg.vector_norm(z64_BD, dim=1, keepdim=True))
+        size_BD, moved_BD = grad64_BD.abs(), torch.zeros_like(z64_BD)
+        for step in range(visit.step + 1, visit.steps + 1):
+            since = step - visit.step - 1
+            mean = beta1**since * (1 - beta1) / (1 - beta1**step)
+            root = math.sqrt(beta2**since * (1 - beta2) / (1 - beta2**step))
+            if mean < NEGLIGIBLE * root:
+                break
+            moved_BD += mean * grad64_BD / (root * size_BD + self.eps)
+        return (z64_BD - visit.lr * moved_BD).float()
 
 
-def row_optimizer(name: Literal["adam", "adagrad"], betas: tuple[float, float]) -> RowOptimizer:
-    """The optimiser of that name; `betas` apply to Adam."""
+RowOptimizer = RowAdam | RowAdagrad | PublishedAdam
+
+
+def row_optimizer(name: Name, betas: tuple[float, float], batch: int = 1) -> RowOptimizer:
+    """The optimiser of that name; `betas` apply to both kinds of Adam, `batch` to the published one."""
+    if name == "published":
+        return PublishedAdam(betas, batch)
     return RowAdam(betas) if name == "adam" else RowAdagrad()
 
 

@@ -104,6 +104,22 @@ class Config(Section):
             )
         if self.engine.kind == "torch" and (most > 1 or self.engine.zero):
             raise ValueError("engine.kind=torch is one process without ZeRO; set cluster.workers=1 and engine.zero=0")
+        if self.glo.latent_lr == "auto" and self.glo.latent_optimizer == "adagrad":
+            raise ValueError(
+                "glo.latent_lr=auto is a rule for Adam, and glo.latent_optimizer=adagrad takes another rate; "
+                "set glo.latent_lr to a number"
+            )
+        published = self.glo.latent_optimizer == "published" or self.glo.latent_lr == "auto"
+        if published and not self.glo.bounds_movement:
+            raise ValueError(
+                f"glo.betas={list(self.glo.betas)} have no published optimiser, whose movements would have no bound; "
+                "set betas with the first squared below the second and both below 1"
+            )
+        if self.glo.latent_optimizer == "published" and self.glo.constraint != "sphere":
+            raise ValueError(
+                f"glo.latent_optimizer=published is for codes on the sphere, not glo.constraint={self.glo.constraint}; "
+                "set glo.constraint=sphere or glo.latent_optimizer=adam"
+            )
         if self.loss.patch and self.loss.patch > self.data.resolution:
             raise ValueError(f"loss.patch={self.loss.patch} is larger than data.resolution={self.data.resolution}")
         return self

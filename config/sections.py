@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from .address import Address, LocalPath
 from .schedule import GloScheduleConfig
 from .section import Fraction, Positive, Section, Trait
+
+UNION_TAGS = ("<number>", "<range>", "<word>")  # tags of the forms of a value; hidden in messages
+
+
+def _form(value: Any) -> str:
+    """The tag of a number, also one in text, or of a word."""
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return UNION_TAGS[2 if isinstance(value, str) else 0]
+    return UNION_TAGS[0]
+
+
+Rate = Annotated[
+    Annotated[Positive, Tag(UNION_TAGS[0])] | Annotated[Literal["auto"], Tag(UNION_TAGS[2])], Discriminator(_form)
+]
 
 RESOLUTIONS = (28, 32, 64, 128, 256, 512, 1024)
 
@@ -69,11 +85,33 @@ class GeneratorConfig(Section):
         "native", description="native: the published layer; resize: upsample plus convolution (no checkerboard)"
     )
     batch_norm: bool = Field(True, description="BatchNorm in infogan (paper: off for CIFAR)")
+    norm_after: tuple[Literal["fc1", "fc2", "up1"], ...] = Field(
+        ("fc1", "fc2", "up1"),
+        description="layers of infogan that BatchNorm follows, where it is on (yedidh/glann: [fc2, up1])",
+    )
+    activation: Literal["relu", "leaky-relu"] = Field(
+        "relu", description="of infogan's hidden layers (InfoGAN: relu; yedidh/glann, compare_gan: leaky-relu, 0.2)"
+    )
+    init: Literal["normal", "xavier"] = Field(
+        "normal",
+        description="of infogan: normal is N(0, 0.02^2) with BatchNorm, else He's; xavier has gain sqrt 2 (yedidh)",
+    )
+    fc_bias: bool = Field(
+        True, description="biases of infogan's fully connected layers where no BatchNorm follows (yedidh/glann: none)"
+    )
+    unit_input: bool = Field(
+        False, description="divide codes by their norm in front of G, for sampler.constraint=none (yedidh/glann)"
+    )
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The layers that BatchNorm follows."""
+        return self.norm_after if self.kind == "infogan" and self.batch_norm else ()
 
     @property
     def normalises(self) -> bool:
         """Whether the network contains BatchNorm."""
-        return self.kind == "infogan" and self.batch_norm
+        return bool(self.norms)
 
 
 class LossConfig(Section):
@@ -109,20 +147,38 @@ class GloConfig(Section):
     batch_size: Annotated[int, Trait.IN_REGISTRY] = Field(
         128, ge=1, description="global batch, over all workers; independent of their number"
     )
-    latent_lr: Annotated[Positive, Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
-        0.01, description="learning rate of the latent codes"
+    latent_lr: Annotated[Rate, Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
+        0.01,
+        description="learning rate of the latent codes; auto: as far per epoch as glo.published_lr, by N and batch",
+    )
+    published_lr: Positive = Field(
+        0.01, description="rate in the terms of the published code, for glo.latent_lr=auto (paper: 0.01, faces 0.003)"
     )
     generator_lr: Annotated[Positive, Trait.SCHEDULABLE, Trait.IN_REGISTRY] = Field(
         0.001, description="learning rate of the generator"
     )
     betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's betas, for codes and generator")
-    latent_optimizer: Literal["adam", "adagrad"] = Field("adam", description="adagrad: one number of state per row")
+    latent_optimizer: Literal["adam", "adagrad", "published"] = Field(
+        "adam",
+        description="adam: one per row; adagrad: one number of state per row; published: a new dense Adam every epoch",
+    )
+    init_scale: Positive | None = Field(
+        None,
+        description="deviation of a new code on each axis (published: 0.01), on the sphere from its first visit; "
+        "empty: on the sphere",
+    )
     constraint: Annotated[Literal["sphere", "ball"], Trait.IN_REGISTRY] = Field(
         "sphere", description="projection after each update of a code"
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged generator; 0 is off")
     schedule: GloScheduleConfig = GloScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
+
+    @property
+    def bounds_movement(self) -> bool:
+        """Whether the published optimiser has a bounded movement: its second moments outlive its first ones."""
+        beta1, beta2 = self.betas
+        return beta1**2 < beta2 < 1
 
 
 class EngineConfig(Section):
@@ -140,9 +196,6 @@ class EngineConfig(Section):
 
 
 WorkerCount = Annotated[int, Field(ge=1, le=4096)]
-
-
-UNION_TAGS = ("<number>", "<range>")  # tags of the two forms; hidden in messages
 
 
 class Workers(Section):

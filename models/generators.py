@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config.run import Config
 from ..config.sections import GeneratorConfig
 from ..errors import UserError
+from .activations import ACTIVATIONS
 from .norm import SharedBatchNorm, frozen_statistics
 
 FULLY_CONNECTED = 1024  # InfoGAN's first layer
@@ -26,6 +27,8 @@ START = 4  # side of the resnet's first feature map
 class Generator(nn.Module):
     """Base of generators: `latent_dim`, `resolution`, `channels` and activation checkpointing.
 
+    With `unit_input`, a code is divided by its norm first, with no gradient through the norm, as in yedidh/glann.
+
     With `checkpoint_activations` set, the activations inside each stage are recomputed in the backward
     pass; results and running statistics are the same either way.
     """
@@ -33,11 +36,14 @@ class Generator(nn.Module):
     def __init__(self, latent_dim: int, resolution: int, channels: int) -> None:
         super().__init__()
         self.latent_dim, self.resolution, self.channels = latent_dim, resolution, channels
-        self.checkpoint_activations = False
+        self.checkpoint_activations = self.unit_input = False
 
     def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
         """Images img_BCHW in [0, 1]; `weight_B` is 0 for padding rows, which BatchNorm ignores."""
         raise NotImplementedError
+
+    def _unit(self, z_BD: Tensor) -> Tensor:
+        return z_BD / z_BD.detach().norm(dim=1, keepdim=True).clamp(min=1e-12) if self.unit_input else z_BD
 
     def _stage(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
@@ -63,48 +69,54 @@ class InfoGanGenerator(Generator):
     """InfoGAN's generator for 28, 32 and 64 px (Chen et al. 2016, as used by Hoshen et al. 2019).
 
     fc 1024, fc 2w(s/4)^2, then two 4x4 stride-2 transposed convolutions with 2w -> w -> C channels
-    (w = `width`, published: 64), ReLU between them and a sigmoid at the end.  `resize` replaces each
+    (w = `width`, published: 64), an activation between them and a sigmoid at the end.  `resize` replaces each
     transposed convolution by nearest upsampling and a 3x3 convolution (Odena et al. 2016).
+
+    Sources differ in what lies between: InfoGAN has ReLU and BatchNorm after fc1, fc2 and up1, compare_gan (Lucic et
+    al. 2018) LeakyReLU(0.2) and the same BatchNorms, and yedidh/glann LeakyReLU(0.2), BatchNorm after fc2 and up1
+    only, no bias in either fc, and Xavier's normal initialisation with gain sqrt(2).
     """
 
-    def __init__(
-        self, latent_dim: int, resolution: int, channels: int, *, width: int, resize: bool, batch_norm: bool
-    ) -> None:
-        super().__init__(latent_dim, resolution, channels)
+    def __init__(self, config: GeneratorConfig, resolution: int, channels: int) -> None:
+        super().__init__(config.latent_dim, resolution, channels)
+        width, norms = config.width, config.norms
         self.side = resolution // 4
         flat = 2 * width * self.side**2
-        biased = not batch_norm  # BatchNorm cancels a bias: Adam would only move it by rounding noise
-        self.fc1 = nn.Linear(latent_dim, FULLY_CONNECTED, bias=biased)
-        self.fc2 = nn.Linear(FULLY_CONNECTED, flat, bias=biased)
-        double = _resized_convolution if resize else _transposed_convolution
-        self.up1, self.up2 = double(2 * width, width, biased), double(width, channels, True)
-        self.norm1 = SharedBatchNorm(FULLY_CONNECTED) if batch_norm else None
-        self.norm2 = SharedBatchNorm(flat) if batch_norm else None
-        self.norm3 = SharedBatchNorm(width) if batch_norm else None
-        self._initialise()
+        # BatchNorm cancels a bias: Adam would only move it by rounding noise
+        biased = {name: config.fc_bias and name not in norms for name in ("fc1", "fc2")}
+        self.fc1 = nn.Linear(config.latent_dim, FULLY_CONNECTED, bias=biased["fc1"])
+        self.fc2 = nn.Linear(FULLY_CONNECTED, flat, bias=biased["fc2"])
+        double = _resized_convolution if config.upsample == "resize" else _transposed_convolution
+        self.up1, self.up2 = double(2 * width, width, "up1" not in norms), double(width, channels, True)
+        self.norm1 = SharedBatchNorm(FULLY_CONNECTED) if "fc1" in norms else None
+        self.norm2 = SharedBatchNorm(flat) if "fc2" in norms else None
+        self.norm3 = SharedBatchNorm(width) if "up1" in norms else None
+        self.activation = ACTIVATIONS[config.activation]
+        if config.init == "xavier":
+            self._initialise_as_published()
+        else:
+            self._initialise(0.02 if norms else None)
 
     def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
-        h = self._stage(self._dense, z_BD, weight_B)
+        h = self._stage(self._dense, self._unit(z_BD), weight_B)
         return self._stage(self._convolve, h, weight_B)
 
     def _dense(self, z_BD: Tensor, weight_B: Tensor | None) -> Tensor:
-        h = F.relu(_norm(self.norm1, self.fc1(z_BD), weight_B))
-        h = F.relu(_norm(self.norm2, self.fc2(h), weight_B))
+        h = self.activation(_norm(self.norm1, self.fc1(z_BD), weight_B))
+        h = self.activation(_norm(self.norm2, self.fc2(h), weight_B))
         return h.view(len(h), -1, self.side, self.side)
 
     def _convolve(self, h: Tensor, weight_B: Tensor | None) -> Tensor:
-        h = F.relu(_norm(self.norm3, self.up1(h), weight_B))
+        h = self.activation(_norm(self.norm3, self.up1(h), weight_B))
         return torch.sigmoid(self.up2(h))
 
-    def _initialise(self) -> None:
-        """Initialise with N(0, 0.02) where BatchNorm follows (InfoGAN), else with He initialisation (ours)."""
-        for layer in self.modules():
-            if not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-                continue
+    def _initialise(self, std_of_all: float | None) -> None:
+        """Initialise with N(0, std^2), as InfoGAN does with BatchNorm, or with He initialisation (ours) without."""
+        for layer in self._layers():
             if layer.bias is not None:
                 nn.init.constant_(layer.bias, 0.0)
-            if self.norm1 is not None:
-                std = 0.02
+            if std_of_all is not None:
+                std = std_of_all
             elif layer is self.fc1:
                 std = 1.0  # a code has unit norm, not unit variance per component
             elif isinstance(layer, nn.ConvTranspose2d):
@@ -112,6 +124,14 @@ class InfoGanGenerator(Generator):
             else:
                 std = math.sqrt(2 / layer.weight[0].numel())
             nn.init.normal_(layer.weight, std=std)
+
+    def _initialise_as_published(self) -> None:
+        """Initialise weights as yedidh/glann (model.py, weights_init); biases stay as PyTorch makes them."""
+        for layer in self._layers():
+            nn.init.xavier_normal_(layer.weight, gain=math.sqrt(2))
+
+    def _layers(self) -> list[nn.Linear | nn.Conv2d | nn.ConvTranspose2d]:
+        return [layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
 
 
 class ResNetGenerator(Generator):
@@ -139,7 +159,7 @@ class ResNetGenerator(Generator):
 
     def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
         del weight_B  # no layer mixes rows
-        h = self.fc(z_BD).view(len(z_BD), -1, START, START)
+        h = self.fc(self._unit(z_BD)).view(len(z_BD), -1, START, START)
         for block in self.blocks[:-1]:
             h = self.upsample(self._stage(block, h))
         return self._stage(self._finish, h)
@@ -170,13 +190,17 @@ def build_generator(config: GeneratorConfig, resolution: int, channels: int) -> 
     Raises:
         UserError: this kind of generator cannot make images of that resolution.
     """
+    network = _network(config, resolution, channels)
+    network.unit_input = config.unit_input
+    return network
+
+
+def _network(config: GeneratorConfig, resolution: int, channels: int) -> Generator:
     resize = config.upsample == "resize"
     if config.kind == "infogan":
         if resolution % 4 or not 8 <= resolution <= 64:
             raise UserError(f"generator.kind=infogan makes images of 8 to 64 px in steps of 4, not {resolution}")
-        return InfoGanGenerator(
-            config.latent_dim, resolution, channels, width=config.width, resize=resize, batch_norm=config.batch_norm
-        )
+        return InfoGanGenerator(config, resolution, channels)
     if resolution < 2 * START or resolution & (resolution - 1):
         raise UserError(f"generator.kind=resnet makes images whose side is a power of two from 8, not {resolution}")
     if config.max_width < config.width:

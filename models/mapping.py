@@ -5,14 +5,11 @@ Shapes: B batch, E noise dimension, H hidden width, D latent dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config.samplers import ImleKeys
+from .activations import ACTIVATIONS
 from .norm import SharedBatchNorm
 from .sphere import Constraint, project
 
@@ -52,13 +49,6 @@ class Standardised(NoiseToCode):
     def codes_of(self, x_BD: Tensor) -> Tensor:
         """Codes z_BD of points in the network's units, projected."""
         return project(self.centre + self.scale * x_BD, self.constraint)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "leaky-relu": partial(F.leaky_relu, negative_slope=0.2),
-}
 
 
 class Mapping(NoiseToCode):

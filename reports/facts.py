@@ -54,13 +54,14 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Configuration, stages, previews and summary of a run."""
+    """Configuration, stages, previews, summary and warnings of a run."""
 
     run_dir: Path
     config: Config
     stages: list[StageFacts]
     previews: list[Preview]
     summary: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, run_dir: Path) -> RunFacts:
@@ -77,6 +78,7 @@ class RunFacts:
             [stage for stage in stages if stage.entries],
             _previews(run_dir / IMAGES),
             read_summary(run_dir) or {},
+            list(dict.fromkeys(str(e["text"]) for e in entries if e.get("event") == "warning" and "text" in e)),
         )
 
     @property

@@ -13,6 +13,7 @@ from ..config.run import redacted_config
 from ..metrics.result import OWN, from_key, sampler_label
 from ..metrics.spec import METRICS
 from .charts import line_chart
+from .codes import code_rows
 from .facts import RunFacts, series
 from .page import Figure, duration, environment, figure, number, write_page
 from .run_folder import REPORT
@@ -49,6 +50,7 @@ def render(facts: RunFacts) -> str:
             version=__version__,
             headline=headline(facts),
             metrics=metric_rows(facts.metrics),
+            codes=code_rows(facts),
             charts=_charts(facts),
             films=_films(facts),
             pictures=[
@@ -130,6 +132,7 @@ def _charts(facts: RunFacts) -> list[Markup]:
         for key, title, label, log in (
             ("loss", f"{stage.title}: loss", "loss", True),
             ("images_per_s", f"{stage.title}: throughput", "images/s", False),
+            ("code_angle", f"{stage.title}: angle of the codes to their start", "degrees", False),
         ):
             steps, values = series(stage.entries, key)
             if len(values) >= 2:

@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ..cluster.latent_rates import latent_lr
 from ..cluster.latents import LatentTable
 from ..cluster.placement import Share, epoch_plan, even_batch, rows_left
 from ..config.run import Config
-from ..datasets.loader import BadRows, PlannedBatch, batches
+from ..datasets.loader import BadRows, Batch, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
 from ..models.comm import gather, rank
 from ..models.generators import generator_of
 from ..models.patches import patch_seeds
 from ..models.statistics import set_exact_statistics
+from .code_space import CodeSpace
 from .engine.build import build_engine
-from .engine.step import Engine, OptimizerConfig
+from .engine.step import Engine, OptimizerConfig, StepResult
 from .objective import build_objective
 from .plan.costs import model_flops, training_costs
 from .previews import Previews
@@ -114,6 +116,7 @@ def train_glo(
         UserError: `glo.max_bad_steps` steps in a row were not finite.
     """
     bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(latents.rows)), 0
+    code_space = CodeSpace(config, images, latents, engine.device)
     for epoch in range(start[0], config.glo.epochs):
         first_step = start[1] if epoch == start[0] else 0
         plan = plan_epoch(config, len(images), epoch, first_step, latents, engine)
@@ -128,7 +131,7 @@ def train_glo(
             weight_B = batch.weight_B.to(engine.device, non_blocking=True)
             seed_B = patch_seeds(config.seed, epoch, batch.rows_B)
             scale = config.glo.schedule.factor(epoch + batch.step / steps, config.glo.epochs)
-            latent_lr = config.glo.latent_lr * scale
+            code_lr = latent_lr(config.glo, len(images)) * scale
 
             result = engine.step(
                 z_BD,
@@ -138,30 +141,53 @@ def train_glo(
                 piggyback(),
             )
 
-            rows_B = batch.rows_B[batch.weight_B > 0].numpy()
-            unread_B = planned.rows_B[(planned.weight_B > 0) & (batch.weight_B.numpy() == 0)]
-            if result.applied:
-                grad_BD = result.grad_BD[weight_B > 0].cpu()
-                ahead_B = ahead and ahead.rows_B  # gathered by the same call, ready when its step begins
-                latents.apply(epoch, batch.step, rows_B, grad_BD, latent_lr, unread_B, ahead_B)
-            else:
-                latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
+            rows_B = visit(latents, epoch, steps, code_lr, planned, batch, result, ahead)
             if result.loss is not None:  # a batch without a readable image is no step
                 bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
+            ends_epoch = batch.step + 1 == steps
+            measures, warning = code_space.at_the_end_of(epoch) if ends_epoch else ({}, "")
             yield StageStep(
                 epoch,
                 batch.step,
                 steps,
                 result.piggyback_K,
                 loss=result.loss,
-                rows_B=rows_B.tolist(),
+                rows_B=rows_B,
                 applied=result.applied or result.loss is None,
-                facts={"latent_lr": latent_lr},
-                ends_epoch=batch.step + 1 == steps,
+                facts={"latent_lr": code_lr} | measures,
+                ends_epoch=ends_epoch,
+                warning=warning,
             )
             if bad_in_a_row >= config.glo.max_bad_steps:
-                raise diverged(bad_in_a_row, epoch, batch.step, rows_B.tolist())
+                raise diverged(bad_in_a_row, epoch, batch.step, rows_B)
         latents.flush()  # the next epoch may begin with rows of this one's last step
+
+
+def visit(
+    latents: LatentTable,
+    epoch: int,
+    steps: int,
+    lr: float,
+    planned: PlannedBatch,
+    batch: Batch,
+    result: StepResult,
+    ahead: PlannedBatch | None,
+) -> list[int]:
+    """Start the visit of a batch's rows in the table; returns those whose images were read.
+
+    Args:
+        steps: steps of the epoch.
+        ahead: a later batch, whose codes the same call gathers, so that they are ready when its step begins.
+    """
+    weight_B = batch.weight_B
+    rows_B = batch.rows_B[weight_B > 0].numpy()
+    if result.applied:
+        grad_BD = result.grad_BD[(weight_B > 0).to(result.grad_BD.device)].cpu()
+        unread_B = planned.rows_B[(planned.weight_B > 0) & (weight_B.numpy() == 0)]
+        latents.apply(epoch, batch.step, rows_B, grad_BD, lr, unread_B, ahead and ahead.rows_B, steps)
+    else:
+        latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
+    return rows_B.tolist()
 
 
 def diverged(steps: int, epoch: int, step: int, rows: list[int]) -> UserError:

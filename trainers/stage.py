@@ -67,7 +67,7 @@ class StageStep:
     of all workers, if there are any and it is already known. rows_B: this worker's real rows. applied: False if the
     step was not finite and so changed nothing; one without real rows does not count among these. facts: further
     numbers, of the whole epoch if the step ends one. resumable: whether a checkpoint after this step can be resumed
-    from.
+    from. warning: one line for the user, equal on all workers.
     """
 
     epoch: int
@@ -80,6 +80,7 @@ class StageStep:
     facts: Mapping[str, float] = field(default_factory=dict)
     resumable: bool = True
     ends_epoch: bool = False
+    warning: str = ""
 
 
 class Stage(ABC):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...cluster.latent_rates import latent_lr, movement
 from ...cluster.placement import Share, ranges
 from ...config.run import Config
 from ...config.sections import ClusterConfig
@@ -187,7 +188,7 @@ def micro_batch(config: Config, workers: int) -> int:
 def latent_bytes(config: Config, rows: int) -> int:
     """Bytes of codes, optimiser state and step counters of one worker's rows, in its node's main memory."""
     code = FLOAT * config.generator.latent_dim
-    state = 2 * code if config.glo.latent_optimizer == "adam" else FLOAT
+    state = {"adam": 2 * code, "adagrad": FLOAT, "published": 0}[config.glo.latent_optimizer]
     return rows * (code + state + 8)
 
 
@@ -258,6 +259,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
             "per image",
             f"{_flops(plan.flops_per_image)}: generator {_flops(plan.generator.flops)}, loss {_flops(plan.loss.flops)}",
         ),
+        ("latent rate", _latent_rate(config, plan.rows.count)),
         ("steps", ", ".join(f"{cost.steps:,} of {numbered(plan.stages, name)}" for name, cost in plan.costs.items())),
         ("total", ", ".join(f"{_flops(cost.flops)} in stage {n}" for n, cost in enumerate(plan.costs.values(), 1))),
         ("memory", f"{_bytes(sum(plan.memory.values()))} on each worker's device{_with_fewest(cluster)}"),
@@ -271,6 +273,19 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         text = f"{device}: {_duration(estimate.hours)}, {cost_text} ({estimate.basis}){warning}"
         lines.append(("" if number else "time", text))
     return lines
+
+
+def _latent_rate(config: Config, rows: int) -> str:
+    """The rate of the codes, and the one of the published optimiser that moves them as far."""
+    glo, rate = config.glo, latent_lr(config.glo, rows)
+    if glo.latent_optimizer != "adam" or not glo.bounds_movement:
+        return f"{rate:.4g}, {glo.latent_optimizer}"
+    steps = math.ceil(rows / glo.batch_size)
+    times = movement(steps, glo.betas)
+    source = "auto, " if glo.latent_lr == "auto" else ""
+    return (
+        f"{rate:.4g} ({source}{times:.3g} x {rate / times:.3g} of the published optimiser, at {steps:,} steps an epoch)"
+    )
 
 
 def _count(cluster: ClusterConfig) -> str:

@@ -10,8 +10,10 @@ import torch
 from ...cluster.checkpoints import retention
 from ...cluster.checkpoints.layout import survey
 from ...cluster.checkpoints.lease import HeldLease, hold, require
+from ...cluster.latent_rates import latent_lr
 from ...cluster.nodes.ray import ray_cluster, require_ray
 from ...config.run import Config, require_trainable
+from ...datasets.fit import require_fit
 from ...datasets.index import Index
 from ...errors import GlannError
 from ...metrics.features.extractor import build_extractor
@@ -68,7 +70,9 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         build_extractor(config.evaluation.extractor)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         store, mirror = open_store(config.checkpoint_url, config.s3), RunMirror(config)
-        tags = {"glann.fingerprint": index.fingerprint, **hooks.tags}
+        rows = require_fit(index, config.data, config.cluster.max_workers)
+        tags = {"glann.fingerprint": index.fingerprint, "glann.latent_lr": f"{latent_lr(config.glo, rows):.6g}"}
+        tags |= hooks.tags
         try:
             with (
                 hold(store, console.print) as lease,

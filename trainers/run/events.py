@@ -76,6 +76,14 @@ class BadStep:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """Something about the training that its user should know, in one line."""
+
+    stage: str
+    text: str
+
+
+@dataclass(frozen=True)
 class CheckpointStarted:
     """A checkpoint is being written; training paused for `stall_s` seconds."""
 
@@ -141,7 +149,9 @@ class Stopping:
     """The run saves and stops."""
 
 
-FromWorker = Joined | Resumed | Phase | Progress | EpochDone | Preview | BadStep | CheckpointStarted | CheckpointDamaged
+FromWorker = (
+    Joined | Resumed | Phase | Progress | EpochDone | Preview | BadStep | Warned | CheckpointStarted | CheckpointDamaged
+)
 Event = FromWorker | Waiting | Training | WorkersLost | NodeDraining | CapacityFound | Stopping
 
 

@@ -70,6 +70,9 @@ class RunLog:
                 self.note("phase", phase=event.phase)
             case events.BadStep():
                 self.on_bad_step(event)
+            case events.Warned():
+                self.note("warning", of=event.stage, text=event.text)
+                self.print(f"[yellow]warning[/]: {escape(event.text)}")
             case events.CheckpointDamaged():
                 self.print(f"[yellow]damaged checkpoint[/] of step {event.step} is skipped: {escape(event.reason)}")
             case events.Training():

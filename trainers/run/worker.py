@@ -22,7 +22,17 @@ from ...storage.open import open_store
 from ..plan.devices import peak_of
 from ..stage import DONE, Stage, StageContext, StageStep, stage_infos, stages_of
 from .control import Control
-from .events import BadStep, CheckpointDamaged, CheckpointStarted, EpochDone, Joined, Preview, Progress, Resumed
+from .events import (
+    BadStep,
+    CheckpointDamaged,
+    CheckpointStarted,
+    EpochDone,
+    Joined,
+    Preview,
+    Progress,
+    Resumed,
+    Warned,
+)
 from .mailbox import STOPPED, Reporter
 from .meter import Meter
 from .state import Position, Saved, load, restore_rows
@@ -82,6 +92,8 @@ class Worker:
             optimizer=config.glo.latent_optimizer,
             betas=config.glo.betas,
             constraint=config.glo.constraint,
+            batch=config.glo.batch_size,
+            init_scale=config.glo.init_scale,
         )
         self.infos = stage_infos(config)
         self.control = Control(reporter.requested, self.save_due)
@@ -139,6 +151,8 @@ class Worker:
     def report(self, name: str, step: StageStep, meter: Meter) -> None:
         if not step.applied:
             self.reporter.send(BadStep(self.rank, step.epoch, step.step, list(step.rows_B)))
+        if self.rank == 0 and step.warning:
+            self.reporter.send(Warned(name, step.warning))
         if self.rank == 0 and step.step < step.steps:
             self.reporter.progress(Progress(name, step.epoch, step.step, step.steps, step.loss, meter.speed()))
 

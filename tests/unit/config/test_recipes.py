@@ -3,9 +3,11 @@ the ones named after the paper hold the paper's numbers."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from glann.cluster.latent_rates import latent_lr
 from glann.config.run import RECIPES, Config, load
 from glann.datasets.index import Index
 from glann.errors import EnvironmentFault, UserError
@@ -59,11 +61,43 @@ def test_paper_recipes_hold_the_papers_numbers(name: str):
     assert (glo.epochs, glo.batch_size, glo.betas) == (500, 128, (0.5, 0.999))
     assert glo.latent_lr == latent_lr
     assert glo.generator_lr == pytest.approx(0.1 * latent_lr)
-    assert (glo.latent_optimizer, glo.constraint, glo.ema) == ("adam", "sphere", 0)
+    assert (glo.latent_optimizer, glo.init_scale, glo.constraint, glo.ema) == ("published", 0.01, "sphere", 0)
     assert (glo.schedule.kind, glo.schedule.every, glo.schedule.warmup) == ("halving", 50, 0)
     assert (imle.epochs, imle.batch_size, imle.noise_dim, imle.hidden_dim) == (50, 128, 32, 128)
     assert (imle.lr, imle.weight_decay, imle.candidates) == (1e-3, 1e-5, 2)
     assert config.engine.precision == "fp32"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_recipes_follow_the_authors_code_where_the_paper_is_silent(name: str):
+    """model.py and icp.py of yedidh/glann at commit 2939dc7."""
+    generator = load(name).generator
+    assert (generator.activation, generator.norm_after) == ("leaky-relu", ("fc2", "up1"))
+    assert (generator.init, generator.fc_bias, generator.unit_input) == ("xavier", False, True)
+    assert (load(name).sampler.constraint, load(name).sampler.statistics) == ("none", "batch")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("paper-mnist", 60_000),
+        ("paper-fashion", 60_000),
+        ("paper-cifar10", 50_000),
+        ("paper-celeba", 202_599),
+        ("celebahq-256", 30_000),
+        ("celebahq-1024", 30_000),
+    ],
+)
+def test_headers_state_the_rate_of_our_own_optimiser_that_the_rule_gives(name: str, rows: int):
+    head = " ".join(
+        line.removeprefix("# ") for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if line[:1] == "#"
+    )
+    stated = re.search(rf"([0-9.]+) \(([0-9.]+) x ([0-9.]+)(?:\)| at) ?(?:at )?{rows:,} images", head)
+    assert stated, head
+    glo = load(name, ["glo.latent_optimizer=adam", "glo.latent_lr=auto"]).glo
+    assert float(stated[1]) == pytest.approx(latent_lr(glo, rows), rel=0.005)
+    assert float(stated[2]) == pytest.approx(latent_lr(glo, rows) / glo.published_lr, rel=0.005)
+    assert float(stated[3]) == glo.published_lr
 
 
 @pytest.mark.parametrize("name", ["celebahq-256", "celebahq-1024"])
@@ -71,7 +105,8 @@ def test_celebahq_recipes_hold_the_papers_numbers(name: str):
     config = load(name)
     assert config.generator.kind == "resnet"
     assert (config.generator.latent_dim, config.sampler.noise_dim) == (256, 100)
-    assert (config.glo.latent_lr, config.sampler.lr, config.glo.generator_lr) == (0.003, 0.003, 0.001)
+    assert (config.glo.published_lr, config.sampler.lr, config.glo.generator_lr) == (0.003, 0.003, 0.001)
+    assert (config.glo.latent_lr, config.glo.latent_optimizer) == ("auto", "adam")
     assert (config.glo.epochs, config.glo.schedule.kind, config.glo.schedule.every) == (250, "halving", 10)
     if name == "celebahq-256":
         assert config.generator.width == 64

@@ -11,6 +11,7 @@ from glann.errors import UserError
 from glann.models.generators import build_generator
 from glann.models.norm import SharedBatchNorm
 from scipy.signal import convolve2d, correlate2d
+from torch import nn
 
 
 def small(kind: str, **changes) -> GeneratorConfig:
@@ -73,6 +74,67 @@ def test_infogan_equals_a_float64_reference(upsample, batch_norm):
         h = np.maximum(norm(w["fc2.weight"] @ h + w.get("fc2.bias", 0.0), 2), 0).reshape(8, 2, 2)
         h = np.maximum(norm(double(h, 1), 3), 0)
         np.testing.assert_allclose(img, 1 / (1 + np.exp(-double(h, 2))), atol=1e-5)
+
+
+class AsPublished(nn.Module):
+    """The generator of yedidh/glann (model.py), stated anew with torch's own layers."""
+
+    def __init__(self, dim: int, side: int, channels: int, width: int, norm: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 1024, bias=False), nn.Linear(1024, 2 * width * (side // 4) ** 2, bias=False)
+        self.up1, self.up2 = (nn.ConvTranspose2d(*io, 4, 2, 1) for io in ((2 * width, width), (width, channels)))
+        self.norm2 = nn.BatchNorm1d(self.fc2.out_features) if norm else nn.Identity()
+        self.norm3 = nn.BatchNorm2d(width) if norm else nn.Identity()
+        self.side, self.leak = side // 4, nn.LeakyReLU(0.2)
+
+    def forward(self, z):
+        h = self.leak(self.norm2(self.fc2(self.leak(self.fc1(z / z.norm(dim=1, keepdim=True).detach())))))
+        h = h.view(len(h), -1, self.side, self.side)
+        return torch.sigmoid(self.up2(self.leak(self.norm3(self.up1(h)))))
+
+
+PUBLISHED = {
+    "norm_after": ("fc2", "up1"),
+    "activation": "leaky-relu",
+    "init": "xavier",
+    "fc_bias": False,
+    "unit_input": True,
+}
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_the_keys_can_state_the_published_code_exactly(batch_norm):
+    """Forward and gradient of the code, in training; a bias in front of BatchNorm has no effect and is left out."""
+    net = build_generator(small("infogan", batch_norm=batch_norm, **PUBLISHED), 8, 3).double()
+    other = AsPublished(6, 8, 3, width=4, norm=batch_norm).double()
+    missing, unexpected = other.load_state_dict(net.state_dict(), strict=False)
+    assert (missing, unexpected) == (["up1.bias"] if batch_norm else [], [])
+    z_BD = (codes(7).double() * torch.linspace(0.1, 3, 7)[:, None]).requires_grad_()
+    same_BD = z_BD.detach().clone().requires_grad_()
+    img, expected = net(z_BD), other(same_BD)
+    torch.testing.assert_close(img, expected, rtol=1e-6, atol=1e-6)
+    weights = torch.rand_like(img)
+    (img * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(z_BD.grad, same_BD.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_xavier_has_the_deviation_of_the_published_code_and_the_default_stays():
+    net = build_generator(GeneratorConfig(kind="infogan", **PUBLISHED), 28, 1)
+    for layer, fans in (("fc1", 64 + 1024), ("fc2", 1024 + 6272), ("up1", 16 * (128 + 64))):
+        deviation = float(net.get_submodule(layer).weight.detach().std())
+        assert deviation == pytest.approx((2 * 2 / fans) ** 0.5, rel=0.02)
+    assert float(net.up2.bias.detach().abs()) > 0  # PyTorch's own
+    plain = build_generator(GeneratorConfig(kind="infogan"), 28, 1)
+    assert float(plain.fc2.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+
+
+def test_batch_norm_that_follows_no_layer_is_none():
+    assert not GeneratorConfig(kind="infogan", norm_after=()).normalises
+    assert not GeneratorConfig(kind="infogan", batch_norm=False).normalises
+    assert not GeneratorConfig(kind="resnet").normalises
+    one = build_generator(small("infogan", norm_after=("up1",)), 8, 1)
+    assert [name for name, layer in one.named_modules() if isinstance(layer, SharedBatchNorm)] == ["norm3"]
 
 
 def test_resnet_equals_a_float64_reference():

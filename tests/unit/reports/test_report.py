@@ -165,3 +165,20 @@ def test_durations_are_said_as_people_do(seconds, text):
 @pytest.mark.parametrize(("value", "text"), [(5000, "5,000"), (0.03125, "0.0312"), (12345.6, "12,346"), (2.0, "2")])
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_the_codes_movement_their_organisation_and_warnings_are_shown(run_dir):
+    """The last measures, the first learning rate, and a warning of the training once, though it was resumed."""
+    journal = Journal(run_dir / "metrics.jsonl")
+    for step, (angle, rate) in enumerate([(9.0, 0.0427), (61.4, 0.02)], 200):
+        measures = {"code_angle": angle, "code_dimension": 40.26, "code_agreement": 0.3, "latent_lr": rate}
+        entry = {"stage": "glo", "epoch": step - 199, "step": step, "loss": 0.1, "time": 1100.0 + step}
+        journal.append(entry | measures | {"code_agreement_by_chance": 0.005})
+        journal.append({"stage": "run", "event": "warning", "of": "glo", "text": "codes have <hardly> moved"})
+    page = write_report(run_dir).read_text()
+    section = page[page.index('<section id="codes">') :].split("</section>")[0]
+    for shown in ("61°", "40.3 of 64", "30.0%", "0.5% by chance", "0.0427"):
+        assert shown in section
+    assert section.count("codes have &lt;hardly&gt; moved") == 1
+    assert "angle of the codes to their start" in page
+    assert '<section id="codes">' not in write_report(fill(begin(run_dir.parent / "older"))).read_text()
