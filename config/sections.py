@@ -170,6 +170,9 @@ class GloConfig(Section):
     constraint: Annotated[Literal["sphere", "ball"], Trait.IN_REGISTRY] = Field(
         "sphere", description="projection after each update of a code"
     )
+    code_noise: Annotated[float, Trait.IN_REGISTRY] = Field(
+        0.0, ge=0, description="norm of the noise on a code in each step, of unit norm itself; 0 is off (published)"
+    )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged generator; 0 is off")
     schedule: GloScheduleConfig = GloScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")

@@ -30,6 +30,7 @@ class Stream(IntEnum):
     CANDIDATES = 1
     SAMPLES = 2
     TRAINING = 3  # random numbers of a step of training, beside the candidates
+    CODES = 4  # noise on the codes of stage 1
 
 
 # The numbers that these kinds had before streams were named; changing them would change the images of every seed.

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,9 @@ from ..datasets.reader import ImageRows
 from ..errors import UserError
 from ..models.comm import gather, rank
 from ..models.generators import generator_of
+from ..models.noise import Stream, noise
 from ..models.patches import patch_seeds
+from ..models.sphere import project
 from ..models.statistics import set_exact_statistics
 from .code_space import CodeSpace
 from .engine.build import build_engine
@@ -126,7 +130,9 @@ def train_glo(
         after_next = [*plan[2:], None, None][: len(plan)]
         stream = batches(images, plan, threads=config.data.threads, prefetch=config.data.prefetch, max_bad=bad_rows)
         for planned, ahead, batch in zip(plan, after_next, stream, strict=True):
-            z_BD = latents.gather(planned.rows_B).to(engine.device)
+            z_BD, gradient_of_codes = disturbed(
+                latents.gather(planned.rows_B).to(engine.device), config, epoch, planned.rows_B
+            )
             img_BCHW = batch.img_BCHW.to(engine.device, non_blocking=True).float() / 255
             weight_B = batch.weight_B.to(engine.device, non_blocking=True)
             seed_B = patch_seeds(config.seed, epoch, batch.rows_B)
@@ -141,6 +147,7 @@ def train_glo(
                 piggyback(),
             )
 
+            result = replace(result, grad_BD=gradient_of_codes(result.grad_BD))
             rows_B = visit(latents, epoch, steps, code_lr, planned, batch, result, ahead)
             if result.loss is not None:  # a batch without a readable image is no step
                 bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
@@ -161,6 +168,23 @@ def train_glo(
             if bad_in_a_row >= config.glo.max_bad_steps:
                 raise diverged(bad_in_a_row, epoch, batch.step, rows_B)
         latents.flush()  # the next epoch may begin with rows of this one's last step
+
+
+def disturbed(
+    z_BD: Tensor, config: Config, epoch: int, rows_B: np.ndarray
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Codes with `glo.code_noise`, projected again, and the function that takes their gradient back to the codes.
+
+    A code then stands for its surroundings: G has to map them to nearly its image, as in LORD (Gabbay & Hoshen 2020).
+    The noise of a row is a function of (seed, epoch, row), so neither resuming nor the number of workers changes it.
+    """
+    if not config.glo.code_noise:
+        return z_BD, lambda grad_BD: grad_BD
+    dim = z_BD.shape[1]
+    e_BD = noise(config.seed, epoch, torch.as_tensor(rows_B), dim, z_BD.device, Stream.CODES)
+    own_BD = z_BD.detach().requires_grad_()
+    moved_BD = project(own_BD + config.glo.code_noise / dim**0.5 * e_BD, config.glo.constraint)
+    return moved_BD.detach(), lambda grad_BD: torch.autograd.grad(moved_BD, own_BD, grad_BD)[0]
 
 
 def visit(

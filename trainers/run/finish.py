@@ -125,7 +125,7 @@ def summary_of(config: Config) -> Group:
     epochs = " + ".join(str(info.epochs) for info in stage_infos(config).values())
     trained = (
         f"{summary['rows']:,} images of {config.data.resolution} px, {config.generator.kind}, "
-        f"d={config.generator.latent_dim}; {epochs} epochs, {workers} worker{'s' * (cluster.max_workers > 1)}, "
+        f"d={config.generator.latent_dim}; {epochs} epochs, {workers}, "
         f"{timings['train_s'] / 60:.1f} min"
     )
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -13,7 +13,8 @@ from glann.datasets.pack import pack
 from glann.datasets.reader import CorruptImage, ImageRows
 from glann.errors import UserError
 from glann.models.generators import build_generator
-from glann.trainers.glo import GENERATOR, Glo
+from glann.models.noise import Stream, noise
+from glann.trainers.glo import GENERATOR, Glo, disturbed
 from glann.trainers.stage import StageContext, final_weights
 from torch import nn
 
@@ -55,6 +56,35 @@ def unreadable(monkeypatch, rows: set[int]) -> None:
         return whole(self, row)
 
     monkeypatch.setattr(ImageRows, "decode", decode)
+
+
+def test_noise_on_codes_belongs_to_their_rows_and_their_gradient_is_that_of_the_projection(packed):
+    """Against the Jacobian of z -> u / |u|, u = z + noise, in float64: (I - uu'/|u|^2) / |u|, which is symmetric."""
+    config = stage_of(packed, code_noise=0.7).context.config
+    z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1)
+    moved_ND, gradient_of = disturbed(z_ND, config, 2, np.arange(ROWS))
+    e_ND = 0.7 / DIM**0.5 * noise(config.seed, 2, torch.arange(ROWS), DIM, stream=Stream.CODES).double()
+    u_ND = z_ND.double() + e_ND
+    norm_N1 = u_ND.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(moved_ND.double(), u_ND / norm_N1, rtol=1e-5, atol=1e-6)
+    grad_ND = torch.randn(ROWS, DIM)
+    along_N1 = (grad_ND.double() * u_ND / norm_N1).sum(1, keepdim=True)
+    expected_ND = (grad_ND.double() - along_N1 * u_ND / norm_N1) / norm_N1
+    torch.testing.assert_close(gradient_of(grad_ND).double(), expected_ND, rtol=1e-4, atol=1e-5)
+
+    some_B = np.random.default_rng().permutation(ROWS)[:4]
+    assert torch.equal(disturbed(z_ND[some_B], config, 2, some_B)[0], moved_ND[some_B])
+    assert not torch.equal(disturbed(z_ND, config, 3, np.arange(ROWS))[0], moved_ND)
+
+
+def test_noise_on_codes_is_what_the_generator_sees_and_what_moves_them(packed):
+    still, moved = stage_of(packed), stage_of(packed, code_noise=0.5)
+    losses = [next(take(stage)).loss for stage in (still, moved)]
+    assert losses[0] != losses[1]
+    for stage in (still, moved):
+        for _ in take(stage, 0, 1):
+            pass
+    assert not torch.equal(still.context.latents.codes(), moved.context.latents.codes())
 
 
 def test_every_code_moves_in_every_epoch_and_no_batch_is_a_short_rest(packed):
