@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
     config = read_config(options.run)
-    shared: StageOne = load_stage_one(options.run, options.extractor)
+    evaluation = config.evaluation.model_copy(update={"extractor": options.extractor})
+    shared: StageOne = load_stage_one(options.run, evaluation)
     model = load_model(options.run, s3=config.s3)
     metric = frechet_metric(options.extractor)
     panel = build_panel([metric])
@@ -113,7 +114,7 @@ def main() -> None:
 
     def row(codes_BD: Tensor, drawn_BD: Tensor) -> list[float]:
         copied = float(nearest(codes_BD, z_ND)[1].sqrt().median()) / usual
-        judged = panel.compare(shared.real, panel.tally(images_of(model, drawn_BD)), "drawn")
+        judged = panel.compare(shared.judge.real.whole, panel.tally(images_of(model, drawn_BD)), "drawn")
         distance = next(result.value for result in judged if result.metric == metric.name)
         return [inside(codes_BD, held_HD), inside(held_HD, codes_BD), copied, distance]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -31,8 +32,8 @@ from .copying import nearest_pairs
 from .features.extractor import build_extractor
 from .panel import Panel, Tallied, build_panel, code_panel, held_out_metrics
 from .parallel import on_one_core_each
-from .result import BASELINE, HELD_OUT, OWN, RECONSTRUCTION, Result
-from .spec import METRICS, Metric, Reconstructions, Samples, measured_with
+from .result import BASELINE, FLOOR, HELD_OUT, OWN, RECONSTRUCTION, Result
+from .spec import Metric, Reconstructions, Samples, measured_with
 from .tally import KeptFeatures, Mean
 
 BATCH = 100
@@ -41,17 +42,29 @@ CODES_AT_ONCE = 100_000  # rows of the latent table in memory
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Tallies of the images of a set in two disjoint parts: some, and all others."""
+
+    some: Tallied
+    others: Tallied
+
+    @cached_property
+    def whole(self) -> Tallied:
+        return self.others.merge(self.some)
+
+
+@dataclass(frozen=True)
 class Judge:
     """Measures how far samples of models are from a fixed set of images.
 
     Every model draws `samples` images of `seed` and is compared with the same images.
 
-    real: tallies of the images compared with. named: name of their set; None is the training images.
-    training: tallies of the training images, if those are held out.
+    real: tallies of the images compared with, in two parts that `tally_images` makes. named: name of their set; None is
+        the training images. training: tallies of the training images, if those are held out.
     """
 
     panel: Panel
-    real: Tallied
+    real: Parts
     samples: int
     seed: int
     named: str | None = None
@@ -67,7 +80,7 @@ class Judge:
         Args:
             codes: all training codes z_BD, in row order.
         """
-        panel = self.panel.only(name for name in self.panel.metrics if METRICS[name].bounded)
+        panel = self.panel.bounded()
         if not panel.metrics:
             return []
         z_ND = torch.from_numpy(_kept(codes, self.samples).features_NF).float()
@@ -75,7 +88,18 @@ class Judge:
         return self._compare(panel, images, RECONSTRUCTION)
 
     def _compare(self, panel: Panel, images: Iterable[Tensor], sampler: str) -> list[Result]:
-        return panel.compare(self.real, panel.tally(images), sampler, named=self.named, training=self.training)
+        return panel.compare(self.real.whole, panel.tally(images), sampler, named=self.named, training=self.training)
+
+    def measure_floor(self) -> list[Result]:
+        """The metrics that real images bound, of some of them against the others: what no sampler gets below.
+
+        The others are fewer than the images that samples are compared with, and a distance of small sets is larger: the
+        floor is not too low.
+        """
+        panel = self.panel.bounded()
+        if min(self.real.some.count, self.real.others.count) < 2:
+            return []
+        return panel.compare(self.real.others, self.real.some, FLOOR, named=self.named)
 
 
 def build_judge(
@@ -94,15 +118,27 @@ def build_judge(
         training: the training images, if `images` are held out.
     """
     panel = build_panel(metrics, device)
-    judge = Judge(panel, tally_images(panel, images, config), samples, seed)
+    judge = Judge(panel, tally_images(panel, images, config, samples), samples, seed)
     copies = panel.only(held_out_metrics(panel.metrics))
     if training is None or not copies.metrics:
         return judge
-    return replace(judge, named=HELD_OUT, training=tally_images(copies, training, config))
+    return replace(judge, named=HELD_OUT, training=tally_images(copies, training, config, samples).whole)
 
 
-def tally_images(panel: Panel, images: ImageRows, config: Config) -> Tallied:
-    """The tallies of all images of a data set. Their features are computed once, and kept (`cache.py`)."""
+def tally_images(panel: Panel, images: ImageRows, config: Config, samples: int) -> Parts:
+    """The tallies of all images of a data set. Their features are computed once, and kept (`cache.py`).
+
+    Args:
+        samples: size of the first part, random images; at most half of the set.
+    """
+    order_N = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    part_N = torch.ones(len(images), dtype=torch.int64)
+    part_N[order_N[: min(samples, len(images) // 2)]] = 0
+    some, others = _split_images(panel, images, config, part_N)
+    return Parts(some, others)
+
+
+def _split_images(panel: Panel, images: ImageRows, config: Config, part_N: Tensor) -> list[Tallied]:
     rows, paths = len(images), {}
     for name, extract in panel.extractors.items():
         paths[name] = cache.path_of(images.index.fingerprint, rows, extract)
@@ -113,9 +149,10 @@ def tally_images(panel: Panel, images: ImageRows, config: Config) -> Tallied:
     }
     if kept and kept.keys() == panel.extractors.keys() and all(need.extractor for need in panel.metrics.values()):
         replay = replace(panel, extractors={name: features_NF.__getitem__ for name, features_NF in kept.items()})
-        return replay.tally(torch.arange(rows).split(BATCH))
+        return replay.split(torch.arange(rows).split(BATCH), part_N.__getitem__, 2)
     recorders = {name: cache.Recorder(extract) for name, extract in panel.extractors.items() if paths[name]}
-    tallied = replace(panel, extractors={**panel.extractors, **recorders}).tally(training_images(images, rows, config))
+    recording = replace(panel, extractors={**panel.extractors, **recorders})
+    tallied = recording.split(training_images(images, rows, config), part_N.__getitem__, 2)
     for name, recorder in recorders.items():
         cache.save(cast(Path, paths[name]), torch.cat(recorder.seen))
     return tallied
@@ -150,9 +187,9 @@ def evaluate(
         with_codes: whether the checkpoints of the run are available; reconstruction needs its codes.
     Returns:
         Results: of reconstructions, if the codes are available, and their pixels only if `data` holds the training
-        images; then the metrics of samples, for the run's own sampler and for a Gaussian over the codes (`gaussian`,
-        the sampling of GLO). With other images than the training images, results name them as the reference set, and
-        copying is measured if the training images can be read at their own address.
+        images; of real images; then the metrics of samples, for the run's own sampler and for a Gaussian over the
+        codes (`gaussian`, the sampling of GLO). With other images than the training images, results name them as the
+        reference set, and copying is measured if the training images can be read at their own address.
     Raises:
         UserError: the images are not those that the model was trained for.
     """
@@ -168,6 +205,7 @@ def evaluate(
     results = []
     if with_codes and trained_on_them:
         results += reconstruction(config, model, images, metrics, device)
+    results += judge.measure_floor()
     if with_codes:
         results += judge.measure_reconstructions(model, stored_codes(config, manifest.rows))
     for sampler in samplers_of(model):
@@ -233,7 +271,7 @@ def closest_pairs(
     panel = Panel(
         {"kept": Samples(KeptFeatures, nearest_pairs, extractor)}, {extractor: build_extractor(extractor, device)}
     )
-    train = tally_images(panel, images, config).by_metric["kept"]
+    train = tally_images(panel, images, config, count).whole.by_metric["kept"]
     drawn = panel.tally(draw(model, config.evaluation.samples, seed)).by_metric["kept"]
     index_N, row_N = nearest_pairs(cast(KeptFeatures, train), cast(KeptFeatures, drawn), count)
     z_ND = model.codes(model.noise(torch.from_numpy(index_N), seed))

@@ -5,7 +5,7 @@ Shapes: B batch, C, H, W channels, height, width, D latent dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .features.extractor import build_extractor
 from .result import Result
-from .spec import Metric, Samples
+from .spec import METRICS, Metric, Samples
 from .tally import Tally
 
 
@@ -51,16 +51,29 @@ class Panel:
         Args:
             first: index in the set of the first of them, for a worker that has a part of the set.
         """
-        tallies = {_shared(needs): needs.tally() for needs in self.metrics.values()}
-        at = first
+        return self.split(batches, lambda index_B: torch.zeros_like(index_B), 1, first)[0]
+
+    def split(
+        self, batches: Iterable[Tensor], part_of: Callable[[Tensor], Tensor], parts: int, first: int = 0
+    ) -> list[Tallied]:
+        """Tally each of the `parts` of a set, as `tally` does; `part_of` gives the parts of images by their indices."""
+        tallies = [{_shared(needs): needs.tally() for needs in self.metrics.values()} for _ in range(parts)]
+        counts, at = [0] * parts, first
         for seen in batches:
             index_B = torch.arange(at, at + len(seen))
+            part_B = part_of(index_B)
             features = {name: extract(seen) for name, extract in self.extractors.items()}
-            for key, tally in tallies.items():
-                extractor, _ = key
-                tallies[key] = tally.update(seen if extractor is None else features[extractor], index_B)
+            for part in part_B.unique().tolist():
+                own_B = (part_B == part).nonzero()[:, 0]
+                for (extractor, made), tally in tallies[part].items():
+                    looked_at = seen if extractor is None else features[extractor]
+                    tallies[part][extractor, made] = tally.update(looked_at[own_B], index_B[own_B])
+                counts[part] += len(own_B)
             at += len(seen)
-        return Tallied(at - first, {name: tallies[_shared(needs)] for name, needs in self.metrics.items()})
+        return [
+            Tallied(count, {name: tallied[_shared(needs)] for name, needs in self.metrics.items()})
+            for count, tallied in zip(counts, tallies, strict=True)
+        ]
 
     def compare(
         self,
@@ -87,8 +100,14 @@ class Panel:
             if key not in comparisons:
                 before = [training.by_metric[name]] if needs.held_out and training else []
                 comparisons[key] = needs.compare(*before, reference.by_metric[name], drawn.by_metric[name])
-            results.append(Result(name, needs.value(comparisons[key]), sampler, named))
+            found = comparisons[key]
+            deviation = None if needs.deviation is None else needs.deviation(found)
+            results.append(Result(name, needs.value(found), sampler, named, deviation))
         return results
+
+    def bounded(self) -> Panel:
+        """The same panel with the metrics that are also measured of reconstructions and of real images."""
+        return self.only(name for name in self.metrics if METRICS[name].bounded)
 
     def only(self, names: Iterable[str]) -> Panel:
         """The same panel with some of its metrics."""

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+from ..config.samplers import SAMPLERS
 from .spec import METRICS
 
 OWN = "own"  # the run's own sampler, of whatever kind
 BASELINE = "gaussian"  # measured beside the run's own sampler
 RECONSTRUCTION = "reconstruction"  # the training codes themselves, in place of a sampler's
+FLOOR = "real"  # some images of the reference set, measured against the others of it
 HELD_OUT = "held-out"  # reference set of images that the model was not trained on
 OLD_SUFFIX = "_glo"  # of the baseline, in keys of the former format
 _WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -35,6 +37,7 @@ class SamplerLabel(NamedTuple):
 SAMPLER_LABELS = {
     BASELINE: SamplerLabel("Gaussian (GLO baseline)", "samples drawn from a Gaussian over the codes, without stage 2"),
     RECONSTRUCTION: SamplerLabel("reconstructions", "of reconstructions: samples of this stage 1 get hardly better"),
+    FLOOR: SamplerLabel("real images", "of real images against the others: nothing gets better"),
 }
 
 
@@ -55,14 +58,17 @@ class Key(NamedTuple):
 class Result:
     """A value of a metric.
 
-    sampler: `OWN`, or the kind of the sampler of the images, or `RECONSTRUCTION`; None for metrics without samples.
+    sampler: `OWN`, or the kind of the sampler of the images, or `RECONSTRUCTION` or `FLOOR`; None for metrics without
+        samples.
     reference: name of the set of images that it was measured against; None is the training images.
+    deviation: standard deviation of the value, of the metrics that know it.
     """
 
     metric: str
     value: float
     sampler: str | None = None
     reference: str | None = None
+    deviation: float | None = None
 
 
 def to_key(metric: str, sampler: str | None = None, reference: str | None = None) -> str:
@@ -96,11 +102,22 @@ def by_key(results: Iterable[Result]) -> dict[str, float]:
     return {to_key(result.metric, result.sampler, result.reference): result.value for result in results}
 
 
+def deviations(results: Iterable[Result]) -> dict[str, float]:
+    """The deviations of those results that have one, by key."""
+    known = [result for result in results if result.deviation is not None]
+    return {to_key(result.metric, result.sampler, result.reference): float(result.deviation or 0.0) for result in known}
+
+
 def known_results() -> list[str]:
-    """Every possible key of a result against the training images."""
-    of_baseline = [to_key(name, BASELINE) for name, metric in METRICS.items() if metric.of_samples]
-    of_codes = [to_key(name, RECONSTRUCTION) for name, metric in METRICS.items() if metric.bounded]
-    return [*METRICS, *of_baseline, *of_codes]
+    """Every possible key of a result: of every kind of sampler, and against training and held-out images."""
+    keys = list(METRICS)
+    for reference in (None, HELD_OUT):
+        for name, metric in METRICS.items():
+            if not metric.of_samples:
+                continue
+            samplers = [OWN, *SAMPLERS, *((RECONSTRUCTION, FLOOR) if metric.bounded else ())]
+            keys += [to_key(name, sampler, reference) for sampler in samplers]
+    return list(dict.fromkeys(keys))
 
 
 def _of_samples(metric: str) -> bool:

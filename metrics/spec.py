@@ -58,7 +58,7 @@ class Samples:
     tally: makes an empty tally, to be updated with uint8 images [B, C, H, W] or their features [B, F].
     compare: (tally of the reference set, tally of the samples) -> comparison.
     extractor: the extractor of the features; None: the images themselves.
-    value: the value of a comparison.
+    value: the value of a comparison. deviation: its standard deviation, of the metrics that know it.
     held_out: the metric needs a reference set of held-out images; `compare` takes the tally of the training images
         in front of the two others.
     codes: the tally sees latent codes [B, D] in place of images, and the reference set is the training codes.
@@ -68,6 +68,7 @@ class Samples:
     compare: Callable[..., Any]
     extractor: str | None = None
     value: Callable[[Any], float] = float
+    deviation: Callable[[Any], float] | None = None
     held_out: bool = False
     codes: bool = False
 
@@ -80,7 +81,8 @@ class Metric:
     note: a caution that is shown with every value.
     decibels: whether it is logarithmic, so that values are compared by difference and not by ratio.
     group: it is measured where `evaluation.metrics` names this group; None: always.
-    bounded: it is also measured of reconstructions, which show how good samples of this stage 1 can be.
+    bounded: it is also measured of reconstructions, which show how good samples of this stage 1 can be, and of real
+        images, which show how good any can be.
     """
 
     name: str
@@ -195,7 +197,8 @@ def _copying(extractor: str) -> Iterator[Metric]:
             "copying",
         ),
     ):
-        needs = Samples(KeptFeatures, Copying, extractor, attrgetter(value), held_out=True)
+        deviation = attrgetter("deviation") if value == "share" else lambda copying: 1.0  # z is in deviations
+        needs = Samples(KeptFeatures, Copying, extractor, attrgetter(value), deviation, held_out=True)
         name, title = f"{name}_{extractor}", f"{title} ({extractor})"
         yield Metric(name, title, meaning, cast(Better, better), format, needs, note, group=group)
 

@@ -27,6 +27,7 @@ from ..storage.journal import FILE, strict_json
 JOURNAL = FILE
 CONFIG, SUMMARY, REPORT, CARD = "config.yaml", "summary.json", "report.html", "MODEL_CARD.md"
 IMAGES, MODEL, CHECKPOINTS, RAY = "images", "model", "checkpoints", "ray"
+PARTS = ("metrics", "deviations", "timings")  # of a summary: numbers by name
 TRACKING, TRACKED_CONFIG = "tracking.json", "tracked-config.yaml"
 
 
@@ -87,7 +88,7 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
         summary = strict_json(read_document(path))
         if not isinstance(summary, dict):
             raise ValueError(f"it holds {kind_of(summary)} where an object is needed")
-        for part in ("metrics", "timings"):
+        for part in PARTS:
             held = summary.setdefault(part, {})
             if not isinstance(held, dict):
                 raise ValueError(f"{part} is {kind_of(held)} where an object is needed")
@@ -100,8 +101,8 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Write what a finished run says of itself; JSON has no word for a number that is not finite: null."""
     finite = {
-        part: {name: value if math.isfinite(value) else None for name, value in summary[part].items()}
-        for part in ("metrics", "timings")
+        part: {name: value if math.isfinite(value) else None for name, value in summary.get(part, {}).items()}
+        for part in PARTS
     }
     write_whole(run_dir / SUMMARY, json.dumps(summary | finite, indent=2, allow_nan=False))
 

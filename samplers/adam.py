@@ -22,7 +22,6 @@ from ..errors import UserError
 from ..models.comm import all_sum
 from ..models.mapping import Standardised
 from ..models.norm import PendingMoments
-from ..models.sphere import Constraint
 from .base import Codes, FitStep, Sampler, State, build_network
 from .gaussian import gaussian
 
@@ -57,17 +56,7 @@ class AdamSampler(Sampler):
     config: TrainedConfig
     network: Standardised
 
-    def __init__(
-        self,
-        config: SamplerConfig,
-        latent_dim: int,
-        constraint: Constraint,
-        *,
-        seed: int,
-        device: torch.device,
-        state: State | None = None,
-    ) -> None:
-        super().__init__(config, latent_dim, constraint, seed=seed, device=device, state=state)
+    def setup(self, state: State | None) -> None:
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay
         )

@@ -79,6 +79,10 @@ class Sampler(ABC):
         self.network = self.build(config, latent_dim, constraint).to(device)
         if state is not None:
             self.network.load_state_dict(state["weights"])
+        self.setup(state)
+
+    def setup(self, state: State | None) -> None:  # noqa: B027
+        """Make what a kind needs beside its network, such as an optimiser, new or as in `state`."""
 
     @staticmethod
     @abstractmethod

@@ -42,8 +42,8 @@ class FlowSampler(AdamSampler):
     config: FlowConfig
     network: VelocityFlow
 
-    def __init__(self, *arguments: object, state: State | None = None, **keys: object) -> None:
-        super().__init__(*arguments, state=state, **keys)  # type: ignore[arg-type]
+    def setup(self, state: State | None) -> None:
+        super().setup(state)
         self.height_N: Tensor | None = None if state is None else state.get("heights", {}).get("height")
         self.cell_N: np.ndarray | None = None
 

@@ -55,17 +55,7 @@ class Imle(Sampler):
     network: Mapping
     config: ImleKeys
 
-    def __init__(
-        self,
-        config: SamplerConfig,
-        latent_dim: int,
-        constraint: Constraint,
-        *,
-        seed: int,
-        device: torch.device,
-        state: State | None = None,
-    ) -> None:
-        super().__init__(config, latent_dim, constraint, seed=seed, device=device, state=state)
+    def setup(self, state: State | None) -> None:
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay
         )
@@ -74,8 +64,8 @@ class Imle(Sampler):
         elif self.config.normalisation == "batch" and self.config.statistics == "noise":
             # noise of the epoch after the last, which no candidate uses
             index_B = torch.arange(CHUNK)
-            self.network.fix_statistics(noise(seed, self.epochs, index_B, self.config.noise_dim, device))
-
+            e_BE = noise(self.seed, self.epochs, index_B, self.config.noise_dim, self.device)
+            self.network.fix_statistics(e_BE)
         self.held = (state or {}).get("matches", {})  # of all rows, where they outlast an epoch
 
     @staticmethod

@@ -113,17 +113,7 @@ class OtSampler(Sampler):
     network: TransportMap
     config: OtConfig
 
-    def __init__(
-        self,
-        config: SamplerConfig,
-        latent_dim: int,
-        constraint: Constraint,
-        *,
-        seed: int,
-        device: torch.device,
-        state: State | None = None,
-    ) -> None:
-        super().__init__(config, latent_dim, constraint, seed=seed, device=device, state=state)
+    def setup(self, state: State | None) -> None:
         self.heights: Heights | None = None
         self.resumed_from = state
 

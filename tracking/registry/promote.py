@@ -117,7 +117,7 @@ def _value(judge: Judge, contender: Contender, say: Say) -> float:
     [result] = judge.measure(contender.model)
     say(
         f"version {contender.version.number}: {result.metric} {result.value:.6g} "
-        f"({judge.samples} samples of seed {judge.seed}, {judge.real.count} images)"
+        f"({judge.samples} samples of seed {judge.seed}, {judge.real.whole.count} images)"
     )
     return result.value
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +21,7 @@ from ...inference.model import SamplingModel
 from ...inference.package import export_model, open_model
 from ...metrics.copying import nearest_images
 from ...metrics.evaluate import evaluate, open_images
-from ...metrics.result import by_key
+from ...metrics.result import Result, by_key, deviations
 from ...reports import pictures
 from ...reports.card import write_card
 from ...reports.run import metric_rows, write_report
@@ -56,27 +56,29 @@ def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, 
     package(config, index, len(images))
     manifest, model = open_model(config.run_dir)
     drawn = drawn_from(model, config.preview.images) | {"nearest": beside_nearest(model, images)}
-    metrics = by_key(evaluate(config, manifest, model))
-    conclude(config, tracked, drawn, metrics, timings | {"finish_s": monotonic() - began}, index, len(images))
+    results = evaluate(config, manifest, model)
+    conclude(config, tracked, drawn, results, timings | {"finish_s": monotonic() - began}, index, len(images))
 
 
 def conclude(
     config: Config,
     tracked: TrackedRun,
     drawn: dict[str, Image],
-    metrics: dict[str, float],
+    results: list[Result],
     timings: dict[str, float],
     index: Index,
     rows: int,
 ) -> None:
-    """Write and track pictures (by name), metrics, card and report of a packaged model."""
+    """Write and track pictures (by name), results, card and report of a packaged model."""
     folder = config.run_dir / IMAGES
     folder.mkdir(exist_ok=True)
     for name, picture in drawn.items():
         pictures.save(picture, folder / f"{name}.png")
         tracked.log_image(folder / f"{name}.png")
+    metrics = by_key(results)
     tracked.log_metrics({"stage": "evaluation"} | metrics, sum(info.epochs for info in stage_infos(config).values()))
-    summary = {"metrics": metrics, "timings": timings, "rows": rows, "fingerprint": index.fingerprint}
+    summary: dict[str, Any] = {"metrics": metrics, "deviations": deviations(results), "timings": timings}
+    summary |= {"rows": rows, "fingerprint": index.fingerprint}
     (config.run_dir / REPORT).unlink(missing_ok=True)
     write_summary(config.run_dir, summary)
     tracked.log_artifact(write_card(config.run_dir, tracked.tracked_as))

@@ -20,8 +20,8 @@ from ...datasets.index import Index
 from ...errors import UserError
 from ...inference.model import SamplingModel
 from ...inference.package import export_model, load_model
-from ...metrics.evaluate import Judge, measure_codes, open_images, reconstruction, tally_images
-from ...metrics.panel import Tallied, build_panel, code_panel
+from ...metrics.evaluate import Judge, build_judge, measure_codes, open_images, reconstruction
+from ...metrics.panel import code_panel
 from ...metrics.result import Result, by_key
 from ...metrics.spec import measured_with
 from ...reports.run_folder import MODEL, read_config
@@ -46,15 +46,15 @@ if TYPE_CHECKING:
 class StageOne:
     """Results of a trained stage 1 that second stages share.
 
-    generator: weights and buffers by name, of the moving average if there is one. z_ND: codes. metrics: those that do
-    not depend on stage 2. real: statistics of the real images for the metrics of samples.
+    generator: weights and buffers by name, of the moving average if there is one. z_ND: codes. results: those that do
+    not depend on stage 2. judge: measures samples against the training images.
     """
 
     generator: dict[str, Tensor]
     z_ND: Tensor
     index: Index
-    metrics: dict[str, float]
-    real: Tallied
+    results: list[Result]
+    judge: Judge
 
 
 def load_stage_one(run_dir: Path, evaluation: EvaluationConfig) -> StageOne:
@@ -75,12 +75,10 @@ def load_stage_one(run_dir: Path, evaluation: EvaluationConfig) -> StageOne:
     z_ND = torch.from_numpy(reader.load_rows(store, step, range(len(images)))["z"])
     model = load_model(run_dir, s3=config.s3)
     measured = measured_with(evaluation.extractor, evaluation.metrics)
-    panel = build_panel(measured)
-    real = tally_images(panel, images, config)
-    results = reconstruction(config, model, images, measured)
-    results += Judge(panel, real, evaluation.samples, seed=0).measure_reconstructions(model, [z_ND])
-    metrics = by_key(results)
-    return StageOne(final_weights(saved.networks[GENERATOR]), z_ND, index, metrics, real)
+    judge = build_judge(config, images, measured, evaluation.samples)
+    results = [*reconstruction(config, model, images, measured), *judge.measure_floor()]
+    results += judge.measure_reconstructions(model, [z_ND])
+    return StageOne(final_weights(saved.networks[GENERATOR]), z_ND, index, results, judge)
 
 
 def train_second_stage(config: Config, console: Console, hooks: Hooks, shared: StageOne) -> dict[str, float]:
@@ -109,11 +107,11 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, hooks: Hooks) 
     fingerprint = shared.index.fingerprint
     export_model(config.run_dir / MODEL, config, shared.generator, weights, shared.z_ND, fingerprint)
     model = load_model(config.run_dir)
-    metrics = shared.metrics | by_key(measure_samples(config, model, shared))
+    results = [*shared.results, *measure_samples(config, model, shared)]
     timings = {"train_s": trained_s, "finish_s": monotonic() - began - trained_s}
     drawn = finish.drawn_from(model, config.preview.images)
-    finish.conclude(config, tracked, drawn, metrics, timings, shared.index, rows)
-    return metrics
+    finish.conclude(config, tracked, drawn, results, timings, shared.index, rows)
+    return by_key(results)
 
 
 def fit_sampler(config: Config, z_ND: Tensor, tracked: TrackedRun, hooks: Hooks) -> dict[str, Tensor]:
@@ -142,5 +140,5 @@ def measure_samples(config: Config, model: SamplingModel, shared: StageOne) -> l
     """The metrics of the model's samples and of its codes."""
     evaluation = config.evaluation
     measured = measured_with(evaluation.extractor, evaluation.metrics)
-    results = Judge(build_panel(measured), shared.real, evaluation.samples, seed=0).measure(model)
+    results = shared.judge.measure(model)
     return results + measure_codes(code_panel(measured), model, [shared.z_ND], evaluation.samples)

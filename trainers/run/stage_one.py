@@ -41,17 +41,21 @@ def require_same_stage_one(config: Config) -> None:
     Raises:
         UserError: naming the first keys that differ; or there is no such run.
     """
-    there = read_config(Path(config.stage_one or ""))
-    differing = [
-        line
-        for line in differences(there, config)
-        if not any((key := line.split(" ")[0]) == own or key.startswith(f"{own}.") for own in OF_STAGE_TWO)
-    ]
+    differing = stage_one_differences(read_config(Path(config.stage_one or "")), config)
     if differing:
         raise UserError(
             f"from={config.stage_one} has a stage 1 of another configuration: {', '.join(differing[:3])}; use its "
             "recipe and change only sampler.*"
         )
+
+
+def stage_one_differences(there: Config, here: Config) -> list[str]:
+    """`key is A there and B here` for every key by which two configurations train another stage 1."""
+    return [
+        line
+        for line in differences(there, here)
+        if not any((key := line.split(" ")[0]) == own or key.startswith(f"{own}.") for own in OF_STAGE_TWO)
+    ]
 
 
 def start_from(config: Config, index: Index, store: Store, fence: Callable[[], None]) -> None:
