@@ -75,16 +75,23 @@ def evaluate(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a run or a study, such as runs/digits")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="folder of a run, study or comparison, such as runs/digits")
+    ],
 ) -> None:
-    """Write report.html of a run or a study, finished or not: one self-contained file.
+    """Write report.html of a run, study or comparison, finished or not: one self-contained file.
 
     \b
     glann report runs/digits
     glann report studies/digits-study
     """
     from ..reports.run import write_report as write_run
+    from ..tuning.compare.folder import is_comparison, saved_comparison
+    from ..tuning.compare.report import write_report as write_comparison
     from ..tuning.folder import is_study, saved_study
     from ..tuning.report.study import write_report as write_study
 
-    typer.echo(write_study(saved_study(folder)) if is_study(folder) else write_run(folder))
+    if is_comparison(folder):
+        typer.echo(write_comparison(saved_comparison(folder)))
+    else:
+        typer.echo(write_study(saved_study(folder)) if is_study(folder) else write_run(folder))

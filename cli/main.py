@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ..errors import ExitStatus, GlannError, one_line, redact
+from .compare import compare
 from .data import data_app
 from .drain import drain, leave
 from .evaluate import evaluate, report
@@ -56,19 +57,21 @@ def root(
 ) -> None:
     """Train GLANN on a cluster: non-adversarial image generation with one latent code per image.
 
-    \b
-    glann train digits                          5,000 digits, two workers, no GPU
-    glann train celebahq-1024 --dry-run         the estimated cost, without training
-    glann sample runs/digits --out samples.png  new images from a finished run
-    glann doctor celebahq-1024                  check that this cluster is ready for it
-    glann submit celebahq-1024 ...              train on a remote cluster
-    glann tune digits                           search for better values of a recipe
+        \b
+        glann train digits                          5,000 digits, two workers, no GPU
+        glann train celebahq-1024 --dry-run         the estimated cost, without training
+        glann sample runs/digits --out samples.png  new images from a finished run
+        glann doctor celebahq-1024                  check that this cluster is ready for it
+        glann submit celebahq-1024 ...              train on a remote cluster
+    search for better values of a recipe
+        glann compare samplers                      train and measure methods side by side
     """
 
 
 app.command()(train)
 app.command()(submit)
 app.command()(tune)
+app.command()(compare)
 app.command()(sample)
 app.command()(interpolate)
 app.command()(evaluate)

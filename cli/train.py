@@ -72,9 +72,9 @@ def show_config(
 
 def recipes() -> None:
     """List the recipes that ship with glann."""
-    from ..config.run import RECIPES, load
+    from ..config.run import bundled_recipes, load
 
-    for path in sorted(RECIPES.glob("*.yaml")):
+    for path in bundled_recipes():
         recipe = load(path)
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         where = f"{recipe.cluster.max_workers} x " + ("GPU" if recipe.cluster.gpus_per_worker else "CPU")

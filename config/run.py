@@ -37,6 +37,7 @@ from .sections import (
     TrackingConfig,
 )
 
+COMPARISONS = "compare-"  # prefix of the files of comparisons, beside the recipes
 MAX_FAULTS = 20  # reported at once
 RECIPES = Path(__file__).parent.parent / "configs"
 
@@ -221,10 +222,15 @@ def find_recipe(recipe: str | Path) -> Path:
     bundled = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.parent.as_posix() in (".", "configs") and bundled.is_file():
         return bundled
-    names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    names = [file.stem for file in bundled_recipes()]
     close = difflib.get_close_matches(path.stem, names, 1)
     hint = f"did you mean {close[0]}?" if close else "recipes: " + ", ".join(names)
     raise UserError(f"no such recipe: {recipe} ({hint})")
+
+
+def bundled_recipes() -> list[Path]:
+    """The files of the recipes that ship with glann, by name."""
+    return sorted(path for path in RECIPES.glob("*.yaml") if not path.name.startswith(COMPARISONS))
 
 
 def validate(tree: dict[str, Any], where: str) -> Config:

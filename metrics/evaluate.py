@@ -72,7 +72,15 @@ class Judge:
 
     def measure(self, model: SamplingModel, sampler: str | None = None) -> list[Result]:
         """Draw once, by `sampler` or the model's own, and compute every metric of the panel."""
-        return self._compare(self.panel, draw(model, self.samples, self.seed, sampler), sampler or OWN)
+        return self.compare(self.tally(model, sampler), sampler or OWN)
+
+    def tally(self, model: SamplingModel, sampler: str | None = None) -> Tallied:
+        """The tallies of images that are drawn by `sampler` or the model's own."""
+        return self.panel.tally(draw(model, self.samples, self.seed, sampler))
+
+    def compare(self, drawn: Tallied, sampler: str) -> list[Result]:
+        """The metrics of images that were tallied."""
+        return self._compare(self.panel, drawn, sampler)
 
     def measure_reconstructions(self, model: SamplingModel, codes: Iterable[Tensor]) -> list[Result]:
         """The metrics that reconstructions bound, of as many reconstructions G(z) as `samples`, by random rows.
@@ -85,10 +93,10 @@ class Judge:
             return []
         z_ND = torch.from_numpy(_kept(codes, self.samples).features_NF).float()
         images = (_channels_first(model.decode(z_BD)) for z_BD in z_ND.split(BATCH))
-        return self._compare(panel, images, RECONSTRUCTION)
+        return self._compare(panel, panel.tally(images), RECONSTRUCTION)
 
-    def _compare(self, panel: Panel, images: Iterable[Tensor], sampler: str) -> list[Result]:
-        return panel.compare(self.real.whole, panel.tally(images), sampler, named=self.named, training=self.training)
+    def _compare(self, panel: Panel, drawn: Tallied, sampler: str) -> list[Result]:
+        return panel.compare(self.real.whole, drawn, sampler, named=self.named, training=self.training)
 
     def measure_floor(self) -> list[Result]:
         """The metrics that real images bound, of some of them against the others: what no sampler gets below.

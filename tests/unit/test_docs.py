@@ -9,7 +9,7 @@ from pathlib import Path
 import glann
 import pytest
 from glann.cli.main import app
-from glann.config.run import RECIPES, known_keys, load
+from glann.config.run import RECIPES, bundled_recipes, known_keys, load
 from glann.tuning.study import STUDIES, load_study
 from typer.main import get_command
 
@@ -66,7 +66,7 @@ def test_configuration_keys_exist(page: Path):
 
 @pytest.mark.parametrize("page", SHELL_TEXTS, ids=named)
 def test_recipes_that_are_named_exist(page: Path):
-    recipes = {path.stem for path in RECIPES.glob("*.yaml")}
+    recipes = {path.stem for path in bundled_recipes()}
     for name in re.findall(r"glann (?:train|config|doctor) +(?:configs/)?([a-z0-9-]+)", page.read_text()):
         assert name in recipes or name.startswith("-"), f"{named(page)} uses the recipe {name}"
 

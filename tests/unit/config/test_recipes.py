@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from glann.cluster.latent_rates import latent_lr
-from glann.config.run import RECIPES, Config, load
+from glann.config.run import RECIPES, Config, bundled_recipes, load
 from glann.datasets.index import Index
 from glann.errors import EnvironmentFault, UserError
 from glann.trainers.plan import estimate as planning
 from glann.trainers.plan.estimate import make_plan
 
-ALL = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+ALL = [path.stem for path in bundled_recipes()]
 PAPER = ["paper-mnist", "paper-fashion", "paper-cifar10", "paper-celeba"]
 
 

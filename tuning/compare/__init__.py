@@ -1,0 +1,1 @@
+"""Comparisons: a list of methods, trained and measured alike."""
