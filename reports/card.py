@@ -10,6 +10,7 @@ from ..config.samplers import SamplerConfig
 from ..config.section import Trait
 from ..errors import redact
 from .facts import RunFacts
+from .limits import verdict
 from .page import environment, write_page
 from .run import commands, headline, metric_rows
 from .run_folder import CARD, IMAGES
@@ -48,6 +49,7 @@ def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
             version=__version__,
             headline=headline(facts),
             metrics=metric_rows(facts.metrics),
+            verdict=verdict(facts.metrics),
             commands=commands(facts),
             tracked=tracked,
             sampler=describe_sampler(facts.config.sampler),

@@ -90,6 +90,10 @@ class RunFacts:
         return self.summary.get("metrics", {})
 
     @property
+    def deviations(self) -> dict[str, float]:
+        return self.summary.get("deviations", {})
+
+    @property
     def timings(self) -> dict[str, Any]:
         return self.summary.get("timings", {})
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from markupsafe import Markup
 
 from .. import __version__
 from ..config.run import redacted_config
-from ..metrics.result import OWN, from_key, sampler_label
+from ..metrics.result import OWN, from_key, sampler_label, to_key
 from ..metrics.spec import METRICS
 from .charts import line_chart
 from .codes import code_rows
 from .facts import RunFacts, series
+from .limits import BOUNDS, limits, verdict
 from .page import Figure, duration, environment, figure, number, write_page
 from .run_folder import REPORT
 
@@ -49,8 +51,9 @@ def render(facts: RunFacts) -> str:
             config=facts.config,
             version=__version__,
             headline=headline(facts),
-            metrics=metric_rows(facts.metrics),
             codes=code_rows(facts),
+            figures=figure_rows(facts.metrics, facts.deviations),
+            verdict=verdict(facts.metrics),
             charts=_charts(facts),
             films=_films(facts),
             pictures=[
@@ -97,6 +100,23 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
         if reference is not None:
             title, meaning = f"{title}, {reference} images", f"{meaning}; against {reference} images"
         rows.append((title, metric.format.format(value), meaning))
+    return rows
+
+
+def figure_rows(
+    metrics: Mapping[str, float], deviations: Mapping[str, float] = MappingProxyType({})
+) -> list[tuple[str, str, str, str]]:
+    """Rows (title, formatted value, bounds, meaning): `metric_rows` with the bounds beside the figure they bound."""
+    bounded = {one.key: one for one in limits(metrics)}
+    beside = {to_key(name, bound, reference) for name, _, reference in map(from_key, bounded) for bound in BOUNDS}
+    rows = []
+    for key, value in metrics.items():
+        if key in beside or not isinstance(value, int | float):
+            continue
+        [(title, text, meaning)] = metric_rows({key: value})
+        if isinstance(deviation := deviations.get(key), int | float) and (metric := METRICS.get(from_key(key).metric)):
+            text += f" ± {metric.format.format(deviation).lstrip('+')}"
+        rows.append((title, text, bounded[key].beside() if key in bounded else "", meaning))
     return rows
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
 from ..config.run import canonical
-from ..errors import UserError
+from ..errors import GlannError, UserError, one_line
 from ..metrics.result import canonical_keys
 from ..storage.journal import Journal, read
 
@@ -162,6 +162,12 @@ def best_of(trials: Iterable[Trial], minimize: bool) -> Trial | None:
     sign = 1.0 if minimize else -1.0
     valued = [(sign * trial.value, trial.number, trial) for trial in trials if trial.value is not None]
     return min(valued, default=(0.0, 0, None))[2]
+
+
+def reason(error: Exception) -> str:
+    """Why a trial failed, in one line."""
+    text = one_line(error, 500)
+    return text if isinstance(error, GlannError) else f"{type(error).__name__}: {text}"
 
 
 def format_params(params: dict[str, Any]) -> str:

@@ -37,7 +37,8 @@ from ..config.run import (
 )
 from ..config.section import Section, Trait
 from ..errors import UserError
-from ..metrics.result import OWN, from_key, known_results, to_key
+from ..metrics.result import BASELINE as GAUSSIAN
+from ..metrics.result import OWN, RECONSTRUCTION, from_key, known_results, to_key
 from ..metrics.spec import METRICS, Metric, metric_families
 from ..reports.run_folder import CONFIG, read_config
 from ..trainers.run.preflight import may_change
@@ -47,6 +48,7 @@ from .space import Dimension, dependencies_first, grid, premises
 FILE = "study.yaml"
 STUDIES = RECIPES / "studies"
 SECOND_STAGE = "sampler."
+MEASURED = {OWN: "their own sampler", GAUSSIAN: "the baseline", RECONSTRUCTION: "reconstructions, if it is bounded"}
 
 
 class SearchConfig(Section):
@@ -93,7 +95,8 @@ class StudyConfig(Section):
     overrides: dict[str, Any] = Field({}, description="dotted keys of the recipe that all trials share")
     space: dict[str, Dimension] = Field(min_length=1, description="dotted keys of the recipe and what they range over")
     metric: str = Field(
-        description=f"compared: {', '.join(metric_families())}; gaussian/NAME: the same of the Gaussian baseline"
+        description=f"compared: {', '.join(metric_families())}; gaussian/NAME: of the Gaussian baseline, "
+        "reconstruction/NAME: of reconstructions; NAME:held-out: against held-out images, where runs measure it"
     )
     direction: Literal["minimize", "maximize"] | None = Field(
         None, description="empty: the better direction of the metric"
@@ -116,7 +119,7 @@ class StudyConfig(Section):
     def _known_metric(cls, metric: str) -> str:
         key, known = to_key(*from_key(metric)), known_results()
         if key not in known:
-            names = [*metric_families(), "gaussian/NAME", "reconstruction/NAME"]
+            names = [*metric_families(), "gaussian/NAME", "reconstruction/NAME", "NAME:held-out"]
             raise ValueError(f"no such metric{suggest(metric, known)}; there are {', '.join(names)}")
         return key
 
@@ -287,6 +290,7 @@ def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
     except ValidationError as error:
         faults = [explain(fault, known_keys(StudyConfig)) for fault in error.errors(include_url=False)[:10]]
         raise UserError("\n       ".join([f"{faults[0]}; in {path}", *faults[1:]])) from error
+    study = _of_own_sampler(study)
     _check_extremes(study, path)
     return study
 
@@ -300,6 +304,22 @@ def _find(file: str | Path) -> Path:
         return bundled
     names = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
     raise UserError(f"no such study: {file} (give a YAML file, or one of: {names})")
+
+
+def _of_own_sampler(study: StudyConfig) -> StudyConfig:
+    """`imle/NAME` is `NAME` where all trials have IMLE as their own sampler.
+
+    Raises:
+        UserError: trials do not measure the sampler that the metric names, or do not change what it measures.
+    """
+    name, sampler, reference = from_key(study.metric)
+    if sampler in (None, OWN, GAUSSIAN, RECONSTRUCTION):
+        return study
+    own = study.base().sampler.kind
+    if sampler == own and "sampler.kind" not in study.space:
+        return study.model_copy(update={"metric": to_key(name, OWN, reference)})
+    measured = ", ".join(f"{to_key(name, kind, reference)} (of {words})" for kind, words in MEASURED.items())
+    raise UserError(f"metric={study.metric} is not measured of trials; they measure {measured}")
 
 
 def _refuse_key(key: str) -> None:

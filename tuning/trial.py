@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ray import tune
 
 from ..config.run import Config
-from ..errors import GlannError, one_line, redact
+from ..errors import redact
 from ..reports.run_folder import RAY
 from ..storage.files import write_whole
 from ..trainers.run.events import EpochDone, Event, Progress
 from ..trainers.run.hooks import Hooks
 from ..trainers.run.preflight import is_worked_on
 from ..trainers.run.recovery import RunStopped
-from .ledger import BASELINE
+from .ledger import BASELINE, reason
 from .population import clone_run, newest_step
 from .scheduler import EPOCH, LOSS, first_stage, losses
 from .study import StudyConfig, trial_name
@@ -182,9 +182,3 @@ def own_number(study: StudyConfig, trial_id: str, given: int) -> int:
     if not path.exists():
         write_whole(path, str(given))
     return int(path.read_text(encoding="utf-8"))
-
-
-def reason(error: Exception) -> str:
-    """Why a trial failed, in one line."""
-    text = one_line(error, 500)
-    return text if isinstance(error, GlannError) else f"{type(error).__name__}: {text}"

@@ -169,7 +169,7 @@ def shared_stage_one(context: StudyContext) -> Path:
             tags = {"glann.study": study.name, "glann.trial": str(BASELINE)}
             hooks = Hooks(context.tracked.run_id, tags)
             metrics = train_both_stages(config, context.console, hooks)
-        if not math.isfinite(value := metrics[study.metric]):
+        if not math.isfinite(value := metrics.get(study.metric, math.nan)):
             raise UserError(
                 f"the base recipe ends with {study.metric}={value}, so trials cannot be compared with it; "
                 "check the recipe, or choose another metric"

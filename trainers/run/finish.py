@@ -24,7 +24,8 @@ from ...metrics.evaluate import evaluate, open_images
 from ...metrics.result import Result, by_key, deviations
 from ...reports import pictures
 from ...reports.card import write_card
-from ...reports.run import metric_rows, write_report
+from ...reports.limits import verdict
+from ...reports.run import figure_rows, write_report
 from ...reports.run_folder import IMAGES, MODEL, REPORT, write_summary
 from ...storage.open import open_store
 from ...tracking.address import default_uri
@@ -131,8 +132,8 @@ def summary_of(config: Config) -> Group:
         f"{timings['train_s'] / 60:.1f} min"
     )
     table = Table(show_header=False, box=None, pad_edge=False)
-    for title, value, _ in metric_rows(metrics):
-        table.add_row(f"  {title}", value)
+    for title, value, bounds, _ in figure_rows(metrics, summary.get("deviations", {})):
+        table.add_row(f"  {title}", value, bounds)
     look = [f"{run}/{REPORT}", f"{run}/{IMAGES}/samples.png"]
     try_next = [
         shlex.join([program("glann"), "sample", str(run), "--n", "100", "--seed", "1", "--out", "more.png"]),
@@ -145,6 +146,8 @@ def summary_of(config: Config) -> Group:
         else:
             try_next.append(shlex.join([program("mlflow"), "ui", "--backend-store-uri", store]))
     parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table]
+    if held_back := verdict(metrics):
+        parts.append(Text(f"  {held_back}"))
     for title, lines in (("look at", look), ("try next", try_next)):  # unwrapped, so that they can be copied
         parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]
     return Group(*parts)

@@ -27,8 +27,7 @@ from ...trainers.run.hooks import Hooks
 from ...trainers.run.lifecycle import open_run
 from ...trainers.run.preflight import open_data
 from ...trainers.run.recovery import RunStopped
-from ..ledger import Ledger, Trial, trials
-from ..trial import reason
+from ..ledger import Ledger, Trial, reason, trials
 from .comparison import FILE, Cell, Comparison
 from .folder import refuse_other_comparison
 from .measure import FIT_S, TRAIN_S, Bench, Metrics, seconds_of
@@ -78,9 +77,10 @@ def run_comparison(comparison: Comparison, console: Console, retry: bool = False
     comparison = comparison.with_absolute_paths()
     base = comparison.base()
     refuse_other_comparison(comparison)
-    refuse_other_configuration(base, lambda: bool(trials(comparison.folder)))
+    begun = trials(comparison.folder)
+    refuse_other_configuration(base, (lambda: True) if begun else None)
     take_back_tracking(base)
-    left = remaining(comparison, trials(comparison.folder).values(), retry)
+    left = remaining(comparison, begun.values(), retry)
     if left:
         require_ray(base)
     index = open_data(base, console)
