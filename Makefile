@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --qui
 SPEC   := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-cluster test-faults system-test-packages fuzz lint types docs clean
+.PHONY: help demo study quality test test-cluster test-faults system-test-packages fuzz lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ study: $(VENV)/.installed-run  ## 12 trials over both stages; the best is regist
 	@$(BIN)/glann registry register studies/digits-study --as digits
 	@$(BIN)/glann registry promote digits --why "the best of digits-study"
 	@$(BIN)/python docs/serve_once.py models:/digits@champion --out studies/digits-study/served.png
+
+quality: $(VENV)/.installed-run  ## samplers on one stage 1 of the digits, and the published recipe beside them
+	@$(BIN)/glann compare quality
 
 # Programs that some tests drive: root on Debian gets them; anybody else's tests are skipped and say why.
 SYSTEM_TEST_PACKAGES := chromium chromium-driver

@@ -1,6 +1,6 @@
-"""Writes what follows from the models into docs/: configuration.md, and the tables in studies.md: `make docs`.
+"""Writes what follows from the models into docs/: configuration.md, tables in studies.md and compare.md: `make docs`.
 
-A test checks that both are current.
+A test checks that they are current.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from pathlib import Path
 
 from glann.config.reference import Key, describe_keys, summary
 from glann.metrics.spec import metric_families
+from glann.tuning.compare.comparison import Comparison
 from glann.tuning.space import Dimension
 from glann.tuning.study import StudyConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 STUDIES = Path(__file__).with_name("studies.md")
+COMPARISONS = Path(__file__).with_name("compare.md")
 BEGIN, END = "<!-- Written by docs/generate.py: {} -->\n", "<!-- to here -->\n"
 
 INTRODUCTION = """\
@@ -68,6 +70,13 @@ def studies_page(text: str) -> str:
     return text
 
 
+def comparisons_page(text: str) -> str:
+    """docs/compare.md with its table of keys as the model has it."""
+    begin = BEGIN.format("keys")
+    before, _, rest = text.partition(begin)
+    return before + begin + table(describe_keys(Comparison)) + END + rest.partition(END)[2]
+
+
 def metrics() -> str:
     """A Markdown table of the metrics."""
     rows = ["| metric | meaning | samples | extractors | group |", "|---|---|---|---|---|"]
@@ -97,5 +106,6 @@ def escape(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    COMPARISONS.write_text(comparisons_page(COMPARISONS.read_text(encoding="utf-8")), encoding="utf-8")
     STUDIES.write_text(studies_page(STUDIES.read_text(encoding="utf-8")), encoding="utf-8")
     print(PAGE, STUDIES, sep="\n")

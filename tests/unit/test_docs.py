@@ -9,7 +9,8 @@ from pathlib import Path
 import glann
 import pytest
 from glann.cli.main import app
-from glann.config.run import RECIPES, bundled_recipes, known_keys, load
+from glann.config.run import COMPARISONS, RECIPES, bundled_recipes, known_keys, load
+from glann.tuning.compare.comparison import load_comparison
 from glann.tuning.study import STUDIES, load_study
 from typer.main import get_command
 
@@ -36,6 +37,8 @@ def test_the_references_are_current():
     assert (ROOT / "docs" / "configuration.md").read_text() == module.page(), "run `make docs`"
     studies = (ROOT / "docs" / "studies.md").read_text()
     assert studies == module.studies_page(studies), "run `make docs`"
+    comparisons = (ROOT / "docs" / "compare.md").read_text()
+    assert comparisons == module.comparisons_page(comparisons), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -75,6 +78,20 @@ def test_recipes_that_are_named_exist(page: Path):
 def test_studies_that_are_named_exist(page: Path):
     for name in re.findall(r"glann tune +([a-z0-9.-]+)", page.read_text()):
         assert name.endswith(".yaml") or (STUDIES / f"{name}.yaml").is_file(), f"{named(page)} uses the study {name}"
+
+
+@pytest.mark.parametrize("page", SHELL_TEXTS, ids=named)
+def test_comparisons_that_are_named_exist(page: Path):
+    for name in re.findall(r"glann compare +([a-z0-9.-]+)", page.read_text()):
+        bundled = RECIPES / f"{COMPARISONS}{name}.yaml"
+        assert name.endswith(".yaml") or bundled.is_file(), f"{named(page)} uses the comparison {name}"
+
+
+def test_the_comparison_that_is_shown_can_be_started(tmp_path: Path):
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL)
+    path = tmp_path / "comparison.yaml"
+    path.write_text(text)
+    load_comparison(path)
 
 
 @pytest.mark.parametrize(

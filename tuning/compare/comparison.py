@@ -189,7 +189,9 @@ class Comparison(Section):
         return self.model_copy(update=here | {"methods": methods, "held_out": held_out})
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+        tree = self.model_dump(mode="json", exclude_defaults=True)
+        tree["evaluation"] = self.evaluation.model_dump(mode="json")  # its defaults are others than a recipe's
+        return yaml.safe_dump(tree, sort_keys=False)
 
 
 def _refuse_set_keys(where: str, keys: list[str], refused: tuple[str, ...]) -> None:

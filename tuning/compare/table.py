@@ -192,13 +192,20 @@ def _of(sampler: str, key: str) -> str:
 
 def as_markdown(table: Table) -> str:
     """The table in Markdown, with the remarks below it."""
+    lines = ["No run has finished."]
+    if table.columns:
+        lines = _lines(table)
+    remarks = [f"- {row.name}: {remark}." for row in table.rows for remark in row.remarks]
+    return "\n".join([*lines, "", *remarks]).rstrip() + "\n"
+
+
+def _lines(table: Table) -> list[str]:
     lines = ["| | " + " | ".join(column.title for column in table.columns) + " |"]
     lines.append("|---" * (len(table.columns) + 1) + "|")
     for row in table.rows:
         name = f"**{row.name}**" if row.is_method else row.name
         lines.append(f"| {name} | " + " | ".join(row.cell(column) for column in table.columns) + " |")
-    remarks = [f"- {row.name}: {remark}." for row in table.rows for remark in row.remarks]
-    return "\n".join([*lines, "", *remarks]).rstrip() + "\n"
+    return lines
 
 
 def last_line(comparison: Comparison, table: Table) -> str:
