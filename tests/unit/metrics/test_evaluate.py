@@ -17,7 +17,7 @@ from glann.metrics import evaluate as evaluation
 from glann.metrics.features import extractor
 from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
 from glann.metrics.frechet import FeatureMoments, frechet_distance
-from glann.metrics.result import Result, by_key, to_key
+from glann.metrics.result import Result, by_key, deviations, to_key
 from glann.metrics.spec import METRICS, Metric, Reconstructions, Samples
 from glann.reports.card import write_card
 from glann.reports.run import metric_rows
@@ -127,12 +127,13 @@ def test_results_name_metric_and_sampler(world):
     assert [(result.metric, result.sampler) for result in results] == [
         ("l1", None),
         ("psnr", None),
+        ("fd_squeezenet", "real"),
         ("fd_squeezenet", "reconstruction"),
         *((name, sampler) for sampler in ("own", "gaussian") for name in ALWAYS),
     ]
     assert {result.reference for result in results} == {None}
     assert list(by_key(results)) == [
-        *("l1", "psnr", "reconstruction/fd_squeezenet"),
+        *("l1", "psnr", "real/fd_squeezenet", "reconstruction/fd_squeezenet"),
         *(*ALWAYS, *(f"gaussian/{name}" for name in ALWAYS)),
     ]
 
@@ -235,15 +236,32 @@ def test_held_out_images_are_named_and_copying_is_measured_against_them(world, t
     assert {result.reference for result in results} == {"held-out"}
     copying = ("copying_squeezenet",)
     assert list(values) == [
+        "real/fd_squeezenet:held-out",
         "reconstruction/fd_squeezenet:held-out",
         *(f"{name}:held-out" for name in (*ALWAYS, *copying)),
         *(f"gaussian/{name}:held-out" for name in (*ALWAYS, *copying)),
     ]
     assert 0 < values["copying_squeezenet:held-out"] < 1
+    known = deviations(results)
+    assert set(known) == {f"{sampler}copying_squeezenet:held-out" for sampler in ("", "gaussian/")}
+    assert known["copying_squeezenet:held-out"] == pytest.approx(0.5 / 200**0.5), "of as many samples"
     without = evaluation.evaluate(
         world.config, world.manifest, world.model, seed=SEED, data=str(tmp_path / "other"), with_codes=False
     )
     assert not {result.metric for result in without} & set(copying)
+
+
+def test_the_floor_is_that_of_two_disjoint_parts_of_the_real_images(world, one_thread):
+    """As many random images as samples, at most half of all, against all the others; no image is read again for it."""
+    images = evaluation.open_images(world.config)
+    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    features_NF = extractor.build_extractor("squeezenet")(real)
+    chosen = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))[: min(200, ROWS // 2)]
+    others = torch.tensor([row not in set(chosen.tolist()) for row in range(ROWS)])
+    expected = frechet_distance(FeatureMoments.of(features_NF[others]), FeatureMoments.of(features_NF[chosen]))
+    values = by_key(evaluated(world))
+    assert values["real/fd_squeezenet"] == pytest.approx(expected, rel=1e-9)
+    assert values["real/fd_squeezenet"] < values["fd_squeezenet"]
 
 
 def test_codes_are_compared_without_decoding(world, monkeypatch):

@@ -9,11 +9,13 @@ from typing import get_args
 
 import pytest
 from glann.config.run import load
+from glann.config.samplers import SAMPLERS
 from glann.config.sections import EvaluationConfig
 from glann.errors import UserError
 from glann.metrics.features.extractor import EXTRACTORS
 from glann.metrics.result import (
     BASELINE,
+    FLOOR,
     HELD_OUT,
     OWN,
     RECONSTRUCTION,
@@ -27,6 +29,7 @@ from glann.metrics.result import (
 )
 from glann.metrics.spec import GROUPS, METRICS, frechet_metric, measured_with
 from glann.reports.card import write_card
+from glann.reports.limits import BOUNDS
 from glann.reports.run import metric_rows, write_report
 
 OTHERS = [BASELINE, "imle", "flow"]  # one that this version does not know, too
@@ -169,10 +172,15 @@ def test_results_of_the_runs_own_sampler_and_of_none_have_bare_keys():
 
 
 def test_every_result_of_today_is_known_and_every_sampler_has_words():
-    assert {BASELINE, RECONSTRUCTION} == set(SAMPLER_LABELS)
+    """Also of every kind of sampler there is, and against held-out images: what a study may be about."""
+    assert {BASELINE, RECONSTRUCTION, FLOOR} == set(SAMPLER_LABELS)
     assert known_results()[: len(METRICS)] == list(METRICS)
+    both = (None, HELD_OUT)
     assert {from_key(key) for key in known_results()} == {
-        *((name, sampler, None) for name in OF_SAMPLES for sampler in (OWN, BASELINE)),
-        *((name, RECONSTRUCTION, None) for name in OF_SAMPLES if METRICS[name].bounded),
+        *((name, sampler, to) for name in OF_SAMPLES for sampler in (OWN, *SAMPLERS) for to in both),
+        *((name, bound, to) for name in OF_SAMPLES if METRICS[name].bounded for bound in BOUNDS for to in both),
         *((name, None, None) for name in METRICS if name not in OF_SAMPLES),
     }
+    assert len(set(known_results())) == len(known_results())
+    for kind in SAMPLERS:
+        assert f"{kind}/fd_lite0:held-out" in known_results()

@@ -1,0 +1,92 @@
+"""What bounds a figure stands beside it, and one sentence says which stage holds the samples back."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from glann.config.run import load
+from glann.reports.card import write_card
+from glann.reports.limits import limits, verdict
+from glann.reports.run import figure_rows, write_report
+from glann.trainers.run.finish import summary_of
+from rich.console import Console
+
+
+def measured(samples: float, reconstructions: float, floor: float, reference: str = "") -> dict[str, float]:
+    key = f"fd_lite0{reference}"
+    return {f"real/{key}": floor, f"reconstruction/{key}": reconstructions, key: samples, f"gaussian/{key}": 200.0}
+
+
+@pytest.mark.parametrize(
+    ("figures", "begins"),
+    [
+        ((105.0, 55.0, 8.0), "Both stages hold the samples back: stage 1 adds 48% of the distance"),
+        ((295.0, 82.0, 8.0), "Stage 2 holds the samples back"),
+        ((59.0, 55.0, 8.0), "Stage 1 holds the samples back"),
+        ((50.0, 55.0, 8.0), "Stage 1 holds the samples back"),  # a copying sampler, or chance
+        ((8.5, 8.2, 8.0), "Nothing holds the samples back"),
+        ((7.0, 9.0, 8.0), "Nothing holds the samples back"),
+    ],
+)
+def test_the_stage_that_adds_most_of_the_distance_is_named(figures, begins):
+    sentence = verdict(measured(*figures))
+    assert sentence.startswith(begins)
+    for value in figures:
+        assert f"{value:.4g}" in sentence
+    assert sentence.endswith(".")
+
+
+def test_held_out_images_decide_where_there_are_any():
+    both = measured(60.0, 55.0, 8.0) | measured(300.0, 55.0, 8.0, ":held-out")
+    assert verdict(both).startswith("Stage 2")
+    assert [one.title for one in limits(both)] == [
+        "Fréchet distance (lite0)",
+        "Fréchet distance (lite0), held-out images",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["real/fd_lite0", "reconstruction/fd_lite0", "fd_lite0"])
+@pytest.mark.parametrize("value", [None, float("nan"), "x"])
+def test_nothing_is_said_of_what_was_not_measured(missing, value):
+    figures: dict = measured(105.0, 55.0, 8.0)
+    figures[missing] = value
+    assert verdict(figures) == ""
+    del figures[missing]
+    assert verdict(figures) == ""
+
+
+def test_bounds_stand_beside_the_figure_and_not_as_figures_of_their_own():
+    rows = figure_rows(
+        measured(105.0, 55.0, 8.0) | {"psnr": 19.0, "copying_lite0:held-out": 0.58}, {"copying_lite0:held-out": 0.011}
+    )
+    assert [(title, value, bounds) for title, value, bounds, _ in rows] == [
+        ("Fréchet distance (lite0)", "105", "reconstructions 55 · real images 8"),
+        ("Fréchet distance (lite0), Gaussian (GLO baseline)", "200", ""),
+        ("PSNR of reconstructions", "19.00 dB", ""),
+        ("Copying (lite0), held-out images", "0.58 ± 0.01", ""),
+    ]
+
+
+def test_a_bound_without_its_figure_is_not_lost():
+    assert [row[0] for row in figure_rows({"real/fd_lite0": 8.0})] == ["Fréchet distance (lite0), real images"]
+
+
+def test_report_card_and_the_end_of_the_command_say_it(tmp_path):
+    config = load("digits", ["name=mine", f"runs_dir={tmp_path}", "tracking.enabled=false"])
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    figures = measured(295.0, 82.0, 8.0)
+    (config.run_dir / "summary.json").write_text(
+        json.dumps({"metrics": figures, "deviations": {}, "timings": {"train_s": 90}, "rows": 5000})
+    )
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(summary_of(config), soft_wrap=True)
+    for text in (
+        write_report(config.run_dir).read_text(),
+        write_card(config.run_dir).read_text(),
+        console.export_text(),
+    ):
+        assert verdict(figures) in text.replace("&#39;", "'")
+    assert "reconstructions 82 · real images 8" in write_report(config.run_dir).read_text()
