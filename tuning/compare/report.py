@@ -94,16 +94,16 @@ def first_run(comparison: Comparison, method: str) -> str | None:
     return None
 
 
-def strips(comparison: Comparison, table: Table) -> list[tuple[str, tuple[str, ...], Figure]]:
-    """Strips of samples (name, remarks, picture): training images, and the methods as they are ranked."""
+def strips(comparison: Comparison, table: Table) -> list[tuple[str, bool, Figure]]:
+    """Strips (name, whether they are copies, picture) of training images, and of the methods as they are ranked."""
     found = []
-    for name, run, remarks in [
-        ("training images", REAL, ()),
-        *((row.name, first_run(comparison, row.name), row.remarks) for row in table.methods),
+    for name, run, copies in [
+        ("training images", REAL, False),
+        *((row.name, first_run(comparison, row.name), row.copies) for row in table.methods),
     ]:
         path = comparison.folder / STRIPS / f"{run}.png"
         if run is not None and path.is_file():
-            found.append((name, tuple(word for word in remarks if word.startswith("COPIES")), figure(path, name)))
+            found.append((name, copies, figure(path, name)))
     return found
 
 
@@ -126,6 +126,6 @@ def curves(comparison: Comparison, table: Table) -> Markup | None:
         axes.set_aspect("equal")
         axes.grid(color=INK, alpha=0.15)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right upper", frameon=False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
 
-    return drawing("Precision and recall", (9.0, 5.6), draw)
+    return drawing("Precision and recall", (8.0, 5.6), draw)

@@ -15,6 +15,7 @@ from ..ledger import Trial
 from .comparison import Cell, Comparison
 from .measure import DRAWS, FIT_S, TRAIN_S
 
+COPIED = "COPIES"  # begins the remark on a method whose samples are copies
 COPIES = 0.65  # share of samples that are nearer to a training image than to any held-out one
 CODES_COPIED = 0.95  # how often a code lies nearer to a training code than these lie to one another
 BOUNDS = {FLOOR: "real images", RECONSTRUCTION: "reconstructions"}
@@ -59,6 +60,10 @@ class Row:
     spreads: Mapping[str, Spread]
     remarks: tuple[str, ...] = ()
 
+    @property
+    def copies(self) -> bool:
+        return any(remark.startswith(COPIED) for remark in self.remarks)
+
     def cell(self, column: Column) -> str:
         spread = self.spreads.get(column.key)
         return "–" if spread is None else spread.text(column)
@@ -84,7 +89,7 @@ def last_of_each(found: Collection[Trial]) -> dict[Cell, Trial]:
 
 
 def build_table(comparison: Comparison, found: Collection[Trial]) -> Table:
-    """The table of the runs so far: bounds first, then methods by their distance, the best first."""
+    """The table of the runs so far: bounds first, then methods by their distance, and below them those that copy."""
     last = last_of_each(found)
     finished = {cell: trial.metrics for cell, trial in last.items() if trial.state == "finished"}
     columns = [
@@ -92,7 +97,7 @@ def build_table(comparison: Comparison, found: Collection[Trial]) -> Table:
     ]
     methods = [_row(comparison, method, columns, last) for method in comparison.methods]
     ranked = columns[0].key if columns else ""
-    methods.sort(key=lambda row: row.spreads[ranked].mean if ranked in row.spreads else float("inf"))
+    methods.sort(key=lambda row: _place(row, ranked))
     return Table(columns, [*_bounds(comparison, columns, finished), *methods])
 
 
@@ -122,6 +127,12 @@ def all_columns(comparison: Comparison) -> list[Column]:
         Column(TRAIN_S, "Training in all, s", "{:.0f}", "lower"),
         Column(DRAWS, "Draws/s", "{:.0f}", "higher"),
     ]
+
+
+def _place(row: Row, ranked: str) -> tuple[bool, bool, float]:
+    """Sorts methods: finished before others, then those that do not copy before those that do, then by distance."""
+    distance = row.spreads[ranked].mean if ranked in row.spreads else float("inf")
+    return ranked not in row.spreads, row.copies, distance
 
 
 def _row(comparison: Comparison, method: str, columns: list[Column], last: Mapping[Cell, Trial]) -> Row:
@@ -155,12 +166,12 @@ def copying(comparison: Comparison, spreads: Mapping[str, Spread]) -> list[str]:
     words = []
     if share is not None and share.mean > COPIES:
         words.append(
-            f"COPIES: {share.mean:.0%} of its samples are nearer to a training image than to any of equally many "
+            f"{COPIED}: {share.mean:.0%} of its samples are nearer to a training image than to any of equally many "
             "held-out ones; half would be no preference"
         )
     if codes is not None and codes.mean > CODES_COPIED:
         words.append(
-            "COPIES: nearly all of its codes lie at training codes, so its samples are reconstructions of training "
+            f"{COPIED}: nearly all of its codes lie at training codes, so its samples are reconstructions of training "
             "images"
         )
     return words
