@@ -290,7 +290,7 @@ def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
     except ValidationError as error:
         faults = [explain(fault, known_keys(StudyConfig)) for fault in error.errors(include_url=False)[:10]]
         raise UserError("\n       ".join([f"{faults[0]}; in {path}", *faults[1:]])) from error
-    study = _of_own_sampler(study)
+    study = _of_own_sampler(study, path)
     _check_extremes(study, path)
     return study
 
@@ -306,7 +306,7 @@ def _find(file: str | Path) -> Path:
     raise UserError(f"no such study: {file} (give a YAML file, or one of: {names})")
 
 
-def _of_own_sampler(study: StudyConfig) -> StudyConfig:
+def _of_own_sampler(study: StudyConfig, path: Path) -> StudyConfig:
     """`imle/NAME` is `NAME` where all trials have IMLE as their own sampler.
 
     Raises:
@@ -319,7 +319,7 @@ def _of_own_sampler(study: StudyConfig) -> StudyConfig:
     if sampler == own and "sampler.kind" not in study.space:
         return study.model_copy(update={"metric": to_key(name, OWN, reference)})
     measured = ", ".join(f"{to_key(name, kind, reference)} (of {words})" for kind, words in MEASURED.items())
-    raise UserError(f"metric={study.metric} is not measured of trials; they measure {measured}")
+    raise UserError(f"metric={study.metric} is not measured of trials; they measure {measured}; in {path}")
 
 
 def _refuse_key(key: str) -> None:

@@ -133,7 +133,7 @@ def summary_of(config: Config) -> Group:
     )
     table = Table(show_header=False, box=None, pad_edge=False)
     for title, value, bounds, _ in figure_rows(metrics, summary.get("deviations", {})):
-        table.add_row(f"  {title}", value, bounds)
+        table.add_row(f"  {title}", value, *filter(None, [bounds]))
     look = [f"{run}/{REPORT}", f"{run}/{IMAGES}/samples.png"]
     try_next = [
         shlex.join([program("glann"), "sample", str(run), "--n", "100", "--seed", "1", "--out", "more.png"]),

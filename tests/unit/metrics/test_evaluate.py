@@ -199,10 +199,11 @@ def test_a_metric_of_another_extractor_is_not_measured(world, monkeypatch):
     assert "other" not in by_key(evaluated(world))
 
 
-def test_without_the_codes_only_samples_are_measured(world):
+def test_without_the_codes_only_samples_and_real_images_are_measured(world):
     results = evaluation.evaluate(world.config, world.manifest, world.model, with_codes=False)
     assert {(result.metric, result.sampler) for result in results} == {
-        (name, sampler) for name in ALWAYS for sampler in ("own", "gaussian")
+        *((name, sampler) for name in ALWAYS for sampler in ("own", "gaussian")),
+        ("fd_squeezenet", "real"),
     }
 
 

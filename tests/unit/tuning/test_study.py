@@ -77,7 +77,12 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"space": {}}, "space={} is not possible"),
         ({"recipe": None}, "give one of: recipe (both stages), or stage_one"),
         ({"stage_one": "runs/x"}, "give one of: recipe (both stages), or stage_one"),
-        ({"metric": "flow/fd_lite0"}, "; there are l1, psnr, fd_EXTRACTOR, fid, precision_EXTRACTOR, "),
+        (
+            {"metric": "flow/fd_lite0"},
+            "metric=flow/fd_lite0 is not measured of trials; they measure fd_lite0 (of their own",
+        ),
+        ({"metric": "real/fd_lite0"}, "metric=real/fd_lite0 is not measured of trials"),
+        ({"metric": "flows/fd_lite0"}, "; there are l1, psnr, fd_EXTRACTOR, fid, precision_EXTRACTOR, "),
         (SECOND | {"metric": "l1"}, "metric=l1 measures stage 1, which sampler.* does not change"),
         (SECOND | {"metric": "fd_lite0_glo"}, "metric=gaussian/fd_lite0 measures stage 1"),
         ({"metric": "fd_lite0", "overrides": {"evaluation.extractor": "vgg16"}}, "is measured by lite0, not by"),
@@ -85,6 +90,14 @@ def test_studies_that_ship_can_be_started(path: Path):
 )
 def test_what_is_unknown_or_impossible_is_named(tmp_path: Path, changes: dict[str, Any], expected: str):
     assert expected in refusal(tmp_path, changes)
+
+
+def test_the_own_sampler_may_be_named_by_its_kind_and_the_images_as_held_out(tmp_path: Path):
+    for metric, canonical in (("imle/fd_lite0", "fd_lite0"), ("imle/fd_lite0:held-out", "fd_lite0:held-out")):
+        assert load_study(written(tmp_path, {"metric": metric})).metric == canonical
+    other = {"space": {"glo.latent_lr": {"log_uniform": [0.003, 0.1]}}, "overrides": {"sampler.kind": "gmm"}}
+    assert "imle/fd_lite0 is not measured" in refusal(tmp_path, other | {"metric": "imle/fd_lite0"})
+    assert load_study(written(tmp_path, other | {"metric": "gmm/fd_lite0"})).metric == "fd_lite0"
 
 
 @pytest.mark.parametrize(
