@@ -166,7 +166,7 @@ def load(
     path = find_recipe(recipe)
     tree = load_tree(path)
     for key, value in [*map(_read_override, overrides), *changes.items()]:
-        _override(tree, key, value)
+        set_key(tree, key, value)
     config = validate(tree, str(path))
     require_trainable(config)
     return config
@@ -256,8 +256,12 @@ def _read_override(override: str) -> tuple[str, Any]:
         raise UserError(f"cannot read the value of override {shown(override)} as YAML") from error
 
 
-def _override(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of the tree, in place."""
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of the tree, in place; another `sampler.kind` drops the keys of the one before.
+
+    Raises:
+        UserError: the key is one of another kind, or below a value.
+    """
     first = key.split(".")[0]
     if first == SHORT_STAGE_ONE:
         key = canonical(key)
@@ -321,6 +325,11 @@ def with_shorthands(tree: dict[str, Any]) -> dict[str, Any]:
 def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     both = {key for key, value in over.items() if isinstance(value, dict) and isinstance(tree.get(key), dict)}
     return tree | over | {key: _merged(tree[key], over[key]) for key in both}
+
+
+def kinds_first(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides in an order in which a kind drops none of the others."""
+    return dict(sorted(keys.items(), key=lambda item: canonical(item[0]) != "sampler.kind"))
 
 
 def keys_with(trait: Trait) -> tuple[str, ...]:

@@ -30,9 +30,11 @@ from ..config.run import (
     find_recipe,
     has_trait,
     keys_with,
+    kinds_first,
     known_keys,
     load_tree,
     require_trainable,
+    set_key,
     validate,
 )
 from ..config.section import Section, Trait
@@ -236,17 +238,21 @@ class StudyConfig(Section):
         else:
             path = find_recipe(self.recipe or "")
             tree = load_tree(path)
-        for key, value in (self.overrides | params).items():
-            _set_key(tree, key, value)
+        where = f"{self.name} on {path}"
+        try:
+            for key, value in kinds_first(self.overrides | params).items():
+                set_key(tree, key, value)
+        except UserError as error:
+            raise UserError(f"{error}; in {where}") from error
         if self.extractor_needed:
-            _set_key(tree, "evaluation.extractor", self.extractor_needed)
+            set_key(tree, "evaluation.extractor", self.extractor_needed)
         if self.measured.group:
             groups = (tree.get("evaluation") or {}).get("metrics") or []
-            _set_key(tree, "evaluation.metrics", [*dict.fromkeys([*groups, self.measured.group])])
+            set_key(tree, "evaluation.metrics", [*dict.fromkeys([*groups, self.measured.group])])
         tree |= {"name": name, "runs_dir": runs_dir}
         if self.search.kind == "population" and "checkpoint.every_epochs" not in self.overrides:
-            _set_key(tree, "checkpoint.every_epochs", self.search.interval)  # for other members to continue from
-        return validate(tree, f"{self.name} on {path}")
+            set_key(tree, "checkpoint.every_epochs", self.search.interval)  # for other members to continue from
+        return validate(tree, where)
 
     @property
     def extractor_needed(self) -> str | None:
@@ -347,12 +353,3 @@ def _check_extremes(study: StudyConfig, path: Path) -> None:
                 study.trial(1, premises(study.space, key) | {key: value})
             except UserError as error:
                 raise UserError(f"space.{key} admits {json.dumps(value)}, which is impossible: {error}") from error
-
-
-def _set_key(tree: dict[str, Any], key: str, value: object) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = tree.get(parent)
-        child = tree[parent] = dict(child) if isinstance(child, dict) else {}
-        tree = child
-    tree[leaf] = value

@@ -28,7 +28,7 @@ COMPARISON = {
     "methods": {
         "imle": {"sampler.epochs": 3, "sampler.noise_dim": 8},
         "broken": {"sampler.kind": "coupling", "sampler.lr": 1e30},
-        "ot": {"sampler.kind": "ot"},
+        "ot": {"sampler.kind": "ot", "sampler.extension": "none"},
     },
     "ratio": ["ot", "imle"],
     "evaluation": {"extractor": "squeezenet", "samples": 60, "metrics": ["prd", "codes"]},

@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ...config.address import Address, LocalPath
 from ...config.parse import explain, kind_of, plain_data, shown, suggest
 from ...config.paths import absolute
-from ...config.run import COMPARISONS, RECIPES, Config, canonical, find_recipe, known_keys, load, load_tree
+from ...config.run import COMPARISONS, RECIPES, Config, canonical, find_recipe, kinds_first, known_keys, load, load_tree
 from ...config.section import Section
 from ...config.sections import EvaluationConfig
 from ...errors import UserError
@@ -134,7 +134,7 @@ class Comparison(Section):
     def base(self) -> Config:
         """The recipe of the comparison as a run that is named after it. Raises UserError: it is invalid."""
         given = self.overrides | {"evaluation": self.evaluation.model_dump(mode="json")}
-        return load(self.recipe, changes=_kinds_first(given) | {"name": self.name, "runs_dir": str(self.studies_dir)})
+        return load(self.recipe, changes=kinds_first(given) | {"name": self.name, "runs_dir": str(self.studies_dir)})
 
     def run(self, cell: Cell) -> Config:
         """The configuration of a run.
@@ -166,7 +166,7 @@ class Comparison(Section):
         if (recipe := keys.pop(RECIPE, None)) is not None:
             tree = load_tree(find_recipe(self.recipe))
             changes = {section: tree.get(section, {}) for section in SHARED}
-        changes |= _kinds_first(self.overrides) | _kinds_first(keys)
+        changes |= kinds_first(self.overrides) | kinds_first(keys)
         changes |= {
             "name": f"{self.name}-{cell.method}-{cell.seed}",
             "runs_dir": str(self.folder / "runs"),
@@ -207,11 +207,6 @@ def _refuse_set_keys(where: str, keys: list[str], refused: tuple[str, ...]) -> N
                 "its own key of the comparison" if full.startswith("evaluation") else "overrides of the comparison"
             )
             raise ValueError(f"{where}.{key} is the same for all methods of a comparison; give it in {instead}")
-
-
-def _kinds_first(keys: dict[str, Any]) -> dict[str, Any]:
-    """Overrides with `sampler.kind` in front, as it drops the keys of another kind."""
-    return dict(sorted(keys.items(), key=lambda item: not canonical(item[0]).endswith(".kind")))
 
 
 def load_comparison(file: str | Path) -> Comparison:

@@ -17,7 +17,7 @@ from .measure import DRAWS, FIT_S, TRAIN_S
 
 COPIED = "COPIES"  # begins the remark on a method whose samples are copies
 COPIES = 0.65  # share of samples that are nearer to a training image than to any held-out one
-CODES_COPIED = 0.95  # how often a code lies nearer to a training code than these lie to one another
+CODES_COPIED = 0.9  # how often a code lies nearer to a training code than these lie to one another
 BOUNDS = {FLOOR: "real images", RECONSTRUCTION: "reconstructions"}
 
 

@@ -66,7 +66,7 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"space": {"sampler.latent_lr": UNIFORM}}, "(did you mean glo.latent_lr?)"),
         ({"overrides": {"glo.epoch": 3}}, "unknown key glo.epoch (did you mean glo.epochs?)"),
         ({"overrides": {"glo.epochs": 0}}, "glo.epochs=0 is not possible"),
-        ({"overrides": {"data.url.x": 3}}, "data.url={'x': 3} is not possible"),
+        ({"overrides": {"data.url.x": 3}}, "'data.url.x': url is a value, not a section"),
         ({"overrides": {"name": "other"}}, "overrides.name is set by the study"),
         ({"search": {"kind": "bayes"}}, "search.kind='bayes' is not possible"),
         ({"budget": {"trials": 0}}, "budget.trials=0 is not possible"),
