@@ -370,4 +370,5 @@ def test_a_refused_write_leaves_no_empty_folders(tmp_path, monkeypatch, made):
         LocalStore(tmp_path / "a" / "b").write("packing.json", b"{}", only_if_absent=True)
     with pytest.raises(UserError, match="no permission"):
         LocalStore(tmp_path / "kept" / "a" / "b").write("packing.json", b"{}")
-    assert os.listdir(tmp_path) == ["kept"] and os.listdir(tmp_path / "kept") == []
+    assert os.listdir(tmp_path) == ["kept"]
+    assert os.listdir(tmp_path / "kept") == []
