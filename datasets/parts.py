@@ -181,7 +181,7 @@ def require_share(share: float, images: int) -> None:
     if share and share * images < LEAST_EXPECTED:
         raise UserError(
             f"holdout={share:g} of {counted(images, 'image')} is fewer than {LEAST_EXPECTED}; hold out a larger share, "
-            f"or pack other images into a data set of their own and name it as evaluation.data"
+            f"or pack other images and name them as evaluation.data"
         )
 
 
@@ -189,4 +189,5 @@ def require_both(training: Part, held_out: Part) -> None:
     """Refuse a data set of which one side is empty. Raises UserError."""
     for part, side in ((training, "training"), (held_out, HELD_OUT)):
         if part.rows < 2:
-            raise UserError(f"{counted(part.rows, 'image')} would be {side}; use another share than this holdout")
+            found = counted(part.rows, "image")
+            raise UserError(f"{found} would be {side}; hold out another share, or none with --holdout 0")

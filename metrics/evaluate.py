@@ -19,7 +19,8 @@ from torch import Tensor
 from ..cluster.checkpoints import reader, retention
 from ..cluster.placement import ranges
 from ..config.run import Config
-from ..datasets.fit import require_fit
+from ..datasets.fit import held_out_of, require_fit
+from ..datasets.index import Index
 from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
@@ -27,12 +28,12 @@ from ..inference.model import DEFAULT_BATCH, SamplingModel
 from ..inference.package import ModelManifest
 from ..storage.open import open_store
 from . import cache
-from .copying import nearest_pairs
+from .copying import CELLS, IN_A_CELL, nearest_pairs
 from .features.extractor import build_extractor
 from .panel import Panel, Tallied, build_panel, code_panel, held_out_metrics
 from .parallel import on_one_core_each
 from .result import BASELINE, HELD_OUT, OWN, RECONSTRUCTION, Result
-from .spec import METRICS, Metric, Reconstructions, Samples, measured_with
+from .spec import ALL, METRICS, Metric, Reconstructions, Samples, measured_with
 from .tally import KeptFeatures, Mean
 
 BATCH = 100
@@ -48,6 +49,7 @@ class Judge:
 
     real: tallies of the images compared with. named: name of their set; None is the training images.
     training: tallies of the training images, if those are held out.
+    held_out: tallies of held-out images, if `real` are the training images: samples are compared with both.
     """
 
     panel: Panel
@@ -56,6 +58,7 @@ class Judge:
     seed: int
     named: str | None = None
     training: Tallied | None = None
+    held_out: Tallied | None = None
 
     def measure(self, model: SamplingModel, sampler: str | None = None) -> list[Result]:
         """Draw once, by `sampler` or the model's own, and compute every metric of the panel."""
@@ -75,7 +78,11 @@ class Judge:
         return self._compare(panel, images, RECONSTRUCTION)
 
     def _compare(self, panel: Panel, images: Iterable[Tensor], sampler: str) -> list[Result]:
-        return panel.compare(self.real, panel.tally(images), sampler, named=self.named, training=self.training)
+        drawn = panel.tally(images)
+        results = panel.compare(self.real, drawn, sampler, named=self.named, training=self.training)
+        if self.held_out is None:
+            return results
+        return results + panel.compare(self.held_out, drawn, sampler, named=HELD_OUT, training=self.real)
 
 
 def build_judge(
@@ -151,10 +158,11 @@ def evaluate(
     Returns:
         Results: of reconstructions, if the codes are available, and their pixels only if `data` holds the training
         images; then the metrics of samples, for the run's own sampler and for a Gaussian over the codes (`gaussian`,
-        the sampling of GLO). With other images than the training images, results name them as the reference set, and
-        copying is measured if the training images can be read at their own address.
+        the sampling of GLO). With held-out images (`held_out_images`) all these are also measured against them, copying
+        as well, and name them as the reference set. With other images than the training images as `data` they are the
+        reference set, and copying is measured if the training images can be read at their own address.
     Raises:
-        UserError: the images are not those that the model was trained for.
+        UserError: the images are not those that the model was trained for, or the held-out ones are not there.
     """
     at_home, config = config, moved(config, data)
     images = open_images(config)
@@ -165,6 +173,8 @@ def evaluate(
     judge = build_judge(config, images, metrics, config.evaluation.samples, seed, device, training)
     if not trained_on_them:
         judge = replace(judge, named=HELD_OUT)
+    elif held_out := held_out_images(config, images.index):
+        judge = replace(judge, held_out=tally_images(judge.panel, held_out, config))
     results = []
     if with_codes and trained_on_them:
         results += reconstruction(config, model, images, metrics, device)
@@ -290,6 +300,27 @@ def open_images(config: Config) -> ImageRows:
     """Open the data set of a run."""
     data = config.data
     return ImageRows(data.url, config.s3, cache_dir=data.cache_dir, cache_gb=data.cache_gb, max_rows=data.max_rows)
+
+
+def held_out_images(config: Config, index: Index) -> ImageRows | None:
+    """Open the images that training does not see (`fit.held_out_of`); None if there are none.
+
+    Args:
+        index: of the training images.
+    Raises:
+        UserError: they are not there, do not fit the training images, or are too few for the configured metrics.
+    """
+    found = held_out_of(config, index)
+    if found is None:
+        return None
+    (url, held_out), groups = found, config.evaluation.metrics
+    if ("copying" in groups or ALL in groups) and held_out.rows < CELLS * IN_A_CELL:
+        raise UserError(
+            f"evaluation.metrics={','.join(groups)} has a test of copying, which needs {CELLS * IN_A_CELL} held-out "
+            f"images, and {url} holds {held_out.rows}; hold out more, or leave the test out"
+        )
+    data = config.data
+    return ImageRows(url, config.s3, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
 
 
 def training_set(config: Config, manifest: ModelManifest) -> ImageRows | None:

@@ -160,7 +160,7 @@ def _of_rows(where: str, names: list[str], rows: Iterator[Row], source: Source) 
     try:
         for number, (name, texts) in enumerate(rows, 1):
             if len(texts) != len(names):
-                raise UserError(f"{where}: row {number} ({name[:100]}) has {len(texts)} labels, not {len(names)}")
+                raise UserError(f"{where}: row {number} {name[:100]!r} has {len(texts)} labels, not {len(names)}")
             if (at := place(name)) is not None:
                 value_NL[at] = [
                     known.setdefault(text.strip(), len(known) - 1) for known, text in zip(seen, texts, strict=True)

@@ -20,7 +20,14 @@ from ...datasets.index import Index
 from ...errors import UserError
 from ...inference.model import SamplingModel
 from ...inference.package import export_model, load_model
-from ...metrics.evaluate import Judge, measure_codes, open_images, reconstruction, tally_images
+from ...metrics.evaluate import (
+    Judge,
+    held_out_images,
+    measure_codes,
+    open_images,
+    reconstruction,
+    tally_images,
+)
 from ...metrics.panel import Tallied, build_panel, code_panel
 from ...metrics.result import Result, by_key
 from ...metrics.spec import measured_with
@@ -47,7 +54,7 @@ class StageOne:
     """Results of a trained stage 1 that second stages share.
 
     generator: weights and buffers by name, of the moving average if there is one. z_ND: codes. metrics: those that do
-    not depend on stage 2. real: statistics of the real images for the metrics of samples.
+    not depend on stage 2. real: statistics of the real images for the metrics of samples. held_out: of held-out ones.
     """
 
     generator: dict[str, Tensor]
@@ -55,6 +62,7 @@ class StageOne:
     index: Index
     metrics: dict[str, float]
     real: Tallied
+    held_out: Tallied | None = None
 
 
 def load_stage_one(run_dir: Path, evaluation: EvaluationConfig) -> StageOne:
@@ -78,9 +86,11 @@ def load_stage_one(run_dir: Path, evaluation: EvaluationConfig) -> StageOne:
     panel = build_panel(measured)
     real = tally_images(panel, images, config)
     results = reconstruction(config, model, images, measured)
-    results += Judge(panel, real, evaluation.samples, seed=0).measure_reconstructions(model, [z_ND])
-    metrics = by_key(results)
-    return StageOne(final_weights(saved.networks[GENERATOR]), z_ND, index, metrics, real)
+    unseen = held_out_images(config, index)
+    held_out = tally_images(panel, unseen, config) if unseen else None
+    judge = Judge(panel, real, evaluation.samples, seed=0, held_out=held_out)
+    metrics = by_key([*results, *judge.measure_reconstructions(model, [z_ND])])
+    return StageOne(final_weights(saved.networks[GENERATOR]), z_ND, index, metrics, real, held_out)
 
 
 def train_second_stage(config: Config, console: Console, hooks: Hooks, shared: StageOne) -> dict[str, float]:
@@ -142,5 +152,5 @@ def measure_samples(config: Config, model: SamplingModel, shared: StageOne) -> l
     """The metrics of the model's samples and of its codes."""
     evaluation = config.evaluation
     measured = measured_with(evaluation.extractor, evaluation.metrics)
-    results = Judge(build_panel(measured), shared.real, evaluation.samples, seed=0).measure(model)
-    return results + measure_codes(code_panel(measured), model, [shared.z_ND], evaluation.samples)
+    judge = Judge(build_panel(measured), shared.real, evaluation.samples, seed=0, held_out=shared.held_out)
+    return judge.measure(model) + measure_codes(code_panel(measured), model, [shared.z_ND], evaluation.samples)

@@ -238,7 +238,7 @@ def test_a_full_disk_is_said_so_and_packing_goes_on_afterwards(folder, tmp_path,
     [
         ({"resolution": 0}, "resolution=0"),
         ({"channels": 4}, "channels=4 is not possible; use 1"),
-        ({"crop": "stretch"}, "crop=stretch is not possible; use one of center, pad, none"),
+        ({"crop": "stretch"}, "crop=stretch is not possible; use center, pad, none or a number of pixels"),
         ({"image_format": "gif"}, "format=gif"),
         ({"quality": 101}, "quality=101"),
         ({"shard_size_mb": 0}, "shard size 0"),
