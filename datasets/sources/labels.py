@@ -214,20 +214,28 @@ def _names(source: Source) -> Sequence[str]:
 
 def _places(where: str, source: Source) -> Callable[[str], int | None]:
     """A function from the name in a row to the position of the image; None if the source does not have it."""
-    paths: dict[str, int] = {}
-    files: dict[str, int] = {}
-    for at, name in enumerate(_names(source)):
-        for key, places in ((_stem(name), paths), (_stem(name.rpartition("/")[2]), files)):
-            places[key] = _AMBIGUOUS if key in places else at
+    by_path: dict[bool, dict[str, int]] = {}  # a table of paths and one of file names, each made if rows have such names
 
     def place(name: str) -> int | None:
         key = _stem(name.strip().replace("\\", "/").removeprefix("./"))
-        at = paths.get(key) if "/" in key else files.get(key)
+        is_path = "/" in key
+        if is_path not in by_path:
+            by_path[is_path] = _table(_names(source), is_path)
+        at = by_path[is_path].get(key)
         if at == _AMBIGUOUS:
             raise UserError(f"{where}: {name[:100]!r} may be several images; give their paths below the source")
         return at
 
+    _names(source)  # refuse a source without names even if there are no rows
     return place
+
+
+def _table(names: Sequence[str], is_path: bool) -> dict[str, int]:
+    table: dict[str, int] = {}
+    for at, name in enumerate(names):
+        key = _stem(name if is_path else name.rpartition("/")[2])
+        table[key] = _AMBIGUOUS if key in table else at
+    return table
 
 
 def _stem(name: str) -> str:
