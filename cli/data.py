@@ -23,25 +23,40 @@ class Format(StrEnum):
     webp = "webp"
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="folder, zip, tar, idx, npz, parquet, or an asset: digits, mnist, fashion-mnist, orl-faces",
+    ),
+]
+Crop = Annotated[
+    str,
+    typer.Option(
+        metavar="center|pad|none|N",
+        help="center: cut the middle; pad: keep all; none: reject images that are not square; N: cut N pixels",
+    ),
+]
+Levels = Annotated[
+    int | None, typer.Option(min=255, max=65535, help="largest value of 16-bit pictures, such as 4095 for 12 bits")
+]
+HoldOut = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="images that training must not see, say 0.1; empty: those of an asset"),
+]
+LabelsFrom = Annotated[
+    str | None,
+    typer.Option(metavar="folder|FILE", help="labels for judges: folder names, idx, dataset.json, CelebA's or CSV"),
+]
+
+
 @data_app.command()
 def pack(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="folder, zip, tar, idx, npz, parquet, or an asset: digits, mnist, fashion-mnist, orl-faces",
-        ),
-    ],
+    source: Source,
     destination: Annotated[str, typer.Argument(metavar="DST", help="a folder or s3://bucket/prefix")],
     resolution: Annotated[int, typer.Option(help="side of the packed square images in pixels")],
     channels: Annotated[int, typer.Option(help="3 (RGB) or 1 (grey)")] = 3,
-    crop: Annotated[
-        str,
-        typer.Option(
-            metavar="center|pad|none|N",
-            help="center: cut the middle; pad: keep all; none: reject images that are not square; N: cut N pixels",
-        ),
-    ] = "center",
+    crop: Crop = "center",
     image_format: Annotated[Format | None, typer.Option("--format", help="empty: png up to 64 px, jpeg above")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="quality of jpeg and webp")] = 95,
     shard_size: Annotated[float, typer.Option(min=0.001, help="megabytes per shard")] = 256.0,
@@ -50,17 +65,9 @@ def pack(
     skip_corrupt: Annotated[
         bool, typer.Option("--skip-corrupt", help="leave out unreadable images; each is logged")
     ] = False,
-    levels: Annotated[
-        int | None, typer.Option(min=255, max=65535, help="largest value of 16-bit pictures, such as 4095 for 12 bits")
-    ] = None,
-    holdout: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="images that training must not see, say 0.1; empty: those of an asset"),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(metavar="folder|FILE", help="labels for judges: folder names, idx, dataset.json, CelebA's or CSV"),
-    ] = None,
+    levels: Levels = None,
+    holdout: HoldOut = None,
+    labels: LabelsFrom = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="take files of such names whatever the rules say")
     ] = None,

@@ -214,7 +214,7 @@ def _names(source: Source) -> Sequence[str]:
 
 def _places(where: str, source: Source) -> Callable[[str], int | None]:
     """A function from the name in a row to the position of the image; None if the source does not have it."""
-    by_path: dict[bool, dict[str, int]] = {}  # a table of paths and one of file names, each made if rows have such names
+    by_path: dict[bool, dict[str, int]] = {}  # tables of paths and of file names, each made if a row has such a name
 
     def place(name: str) -> int | None:
         key = _stem(name.strip().replace("\\", "/").removeprefix("./"))

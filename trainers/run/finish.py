@@ -131,6 +131,7 @@ def summary_of(config: Config) -> Group:
     table = Table(show_header=False, box=None, pad_edge=False)
     for title, value, _ in metric_rows(metrics):
         table.add_row(f"  {title}", value)
+    reference = Text("  against the training images, unless others are named")
     look = [f"{run}/{REPORT}", f"{run}/{IMAGES}/samples.png"]
     try_next = [
         shlex.join([program("glann"), "sample", str(run), "--n", "100", "--seed", "1", "--out", "more.png"]),
@@ -142,7 +143,7 @@ def summary_of(config: Config) -> Group:
             look.append(store)
         else:
             try_next.append(shlex.join([program("mlflow"), "ui", "--backend-store-uri", store]))
-    parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table]
+    parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table, reference]
     for title, lines in (("look at", look), ("try next", try_next)):  # unwrapped, so that they can be copied
         parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]
     return Group(*parts)

@@ -74,6 +74,9 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"scheduler": {"reduction": 1}}, "scheduler.reduction=1 is not possible"),
         ({"name": "../evil"}, "name='../evil' is not possible"),
         ({"metric": "fd_squeezenets"}, "no such metric (did you mean fd_squeezenet?)"),
+        ({"metric": "fd_lite0:test"}, "no such metric"),
+        ({"metric": "precision_codes:held-out"}, "held-out images have none; use precision_codes"),
+        ({"metric": "copying_lite0"}, "against held-out images only; use copying_lite0:held-out"),
         ({"space": {}}, "space={} is not possible"),
         ({"recipe": None}, "give one of: recipe (both stages), or stage_one"),
         ({"stage_one": "runs/x"}, "give one of: recipe (both stages), or stage_one"),
@@ -85,6 +88,13 @@ def test_studies_that_ship_can_be_started(path: Path):
 )
 def test_what_is_unknown_or_impossible_is_named(tmp_path: Path, changes: dict[str, Any], expected: str):
     assert expected in refusal(tmp_path, changes)
+
+
+@pytest.mark.parametrize("metric", ["fd_lite0:held-out", "gaussian/fd_lite0:held-out", "copying_lite0:held-out"])
+def test_a_study_can_compare_by_held_out_images(tmp_path: Path, metric: str):
+    study = load_study(written(tmp_path, {"metric": metric}))
+    assert study.metric == metric
+    assert study.extractor_needed == "lite0"
 
 
 @pytest.mark.parametrize(
