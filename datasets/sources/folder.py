@@ -136,7 +136,7 @@ def _images_source(store: Store, name: str, listing: _Listing, tally: Tally) -> 
     hashed = identity("folder", [(key, size) for key, size, _ in images])
 
     def beside(path: str) -> bytes | None:
-        inside = not path.startswith("/") and "://" not in path and ".." not in path.split("/")
+        inside = not {"", ".", ".."} & set(path.split("/"))  # others lead elsewhere, or are addresses
         return store.read(path) if inside and store.exists(path) else None
 
     return Source(

@@ -147,6 +147,14 @@ def test_a_name_that_may_be_several_images_is_refused(folder, tmp_path):
     assert labelled(folder, _written(tmp_path, "file,a\ndogs/000001,1\n"))[1] == [[-1], [-1], [1], [-1], [-1]]
 
 
+def test_a_file_beside_the_working_folder_is_found_however_it_is_written(folder, tmp_path, monkeypatch):
+    _written(tmp_path, "file,a\n000001,1\n")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    for given in ("../labels.txt", "./../labels.txt", str(tmp_path / "labels.txt"), f"file://{tmp_path}/labels.txt"):
+        assert labelled(folder, given)[1] == [[1], [-1], [-1], [-1]]
+
+
 def test_a_file_that_is_not_there_is_one_line(folder):
     with pytest.raises(UserError, match=r"--labels nowhere\.csv: no such file, nor one in the source"):
         labelled(folder, "nowhere.csv")
