@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -15,14 +15,6 @@ from .options import Endpoint, Unsigned, s3_at
 data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, describe and verify data sets.")
 
 
-class CropChoice(Enum):
-    """Ways to make an image square."""
-
-    center = "center"
-    pad = "pad"
-    none = "none"
-
-
 class Format(StrEnum):
     """Formats of packed images."""
 
@@ -31,21 +23,40 @@ class Format(StrEnum):
     webp = "webp"
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="folder, zip, tar, idx, npz, parquet, or an asset: digits, mnist, fashion-mnist, orl-faces",
+    ),
+]
+Crop = Annotated[
+    str,
+    typer.Option(
+        metavar="center|pad|none|N",
+        help="center: cut the middle; pad: keep all; none: reject images that are not square; N: cut N pixels",
+    ),
+]
+Levels = Annotated[
+    int | None, typer.Option(min=255, max=65535, help="largest value of 16-bit pictures, such as 4095 for 12 bits")
+]
+HoldOut = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="images that training must not see, say 0.1; empty: those of an asset"),
+]
+LabelsFrom = Annotated[
+    str | None,
+    typer.Option(metavar="folder|FILE", help="labels for judges: folder names, idx, dataset.json, CelebA's or CSV"),
+]
+
+
 @data_app.command()
 def pack(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="folder, zip, tar, idx, npz, parquet, or an asset: digits, mnist, fashion-mnist, orl-faces",
-        ),
-    ],
+    source: Source,
     destination: Annotated[str, typer.Argument(metavar="DST", help="a folder or s3://bucket/prefix")],
     resolution: Annotated[int, typer.Option(help="side of the packed square images in pixels")],
     channels: Annotated[int, typer.Option(help="3 (RGB) or 1 (grey)")] = 3,
-    crop: Annotated[
-        CropChoice, typer.Option(help="center: cut the middle; pad: keep all; none: reject images that are not square")
-    ] = CropChoice.center,
+    crop: Crop = "center",
     image_format: Annotated[Format | None, typer.Option("--format", help="empty: png up to 64 px, jpeg above")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="quality of jpeg and webp")] = 95,
     shard_size: Annotated[float, typer.Option(min=0.001, help="megabytes per shard")] = 256.0,
@@ -54,9 +65,9 @@ def pack(
     skip_corrupt: Annotated[
         bool, typer.Option("--skip-corrupt", help="leave out unreadable images; each is logged")
     ] = False,
-    levels: Annotated[
-        int | None, typer.Option(min=255, max=65535, help="largest value of 16-bit pictures, such as 4095 for 12 bits")
-    ] = None,
+    levels: Levels = None,
+    holdout: HoldOut = None,
+    labels: LabelsFrom = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="take files of such names whatever the rules say")
     ] = None,
@@ -70,7 +81,8 @@ def pack(
 
     \b
     glann data pack digits data/digits-28 --resolution 28 --channels 1
-    glann data pack ~/CelebA-HQ s3://bucket/celebahq-1024 --resolution 1024 --workers 16
+    glann data pack ~/CelebA-HQ s3://bucket/celebahq-1024 --resolution 1024 --workers 16 --holdout 0.1
+    glann data pack img_align_celeba data/celeba-64 --resolution 64 --crop 160 --labels list_attr_celeba.txt
     """
     from ..datasets import pack as packing
     from ..datasets.fit import not_trainable
@@ -83,7 +95,7 @@ def pack(
             destination,
             resolution=resolution,
             channels=channels,
-            crop=crop.value,
+            crop=crop,
             image_format=image_format.value if image_format else None,
             quality=quality,
             shard_size_mb=shard_size,
@@ -91,6 +103,8 @@ def pack(
             name=name,
             skip_corrupt=skip_corrupt,
             levels=levels,
+            holdout=holdout,
+            labels=labels,
             include=include or (),
             exclude=exclude or (),
             s3=s3_at(endpoint, unsigned),

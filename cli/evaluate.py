@@ -37,11 +37,12 @@ def evaluate(
 
     \b
     glann evaluate runs/digits --extractor lite0-96 --samples 5000 --metrics kid --metrics codes
-    glann evaluate runs/digits --data data/held-out-28 --pairs pairs.png
+    glann evaluate runs/digits --data data/other-28 --pairs pairs.png
     glann evaluate models:/digits@champion --data data/digits-28
 
     `gaussian/...` is the same metric for codes drawn from a Gaussian, without stage 2; `reconstruction/...` for
-    reconstructions. `...:held-out` is against other images than the training images; copying is then measured, too.
+    reconstructions. `...:held-out` is against held-out images: those of the data set or of `evaluation.data`, or with
+    --data others than the training images. Copying is measured where there are any.
     """
     from ..config.run import validate
     from ..metrics.evaluate import evaluate as measure
@@ -63,7 +64,8 @@ def evaluate(
     for name, value in by_key(results).items():
         typer.echo(f"{name:32} {value:.6g}")
     if pairs is not None:
-        from ..metrics.evaluate import closest_pairs, training_set
+        from ..metrics.evaluate import closest_pairs
+        from ..metrics.reference import training_set
         from ..reports import pictures
 
         images = training_set(config, manifest)

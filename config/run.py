@@ -136,15 +136,23 @@ class Config(Section):
             return str((self.run_dir / "checkpoints").absolute())
         return f"{self.checkpoint.url.rstrip('/')}/{self.name}/checkpoints"
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """All that the run reads images from, and where its checkpoints are."""
+        named = self.data.url, self.data.source, self.evaluation.data, self.checkpoint_url
+        return tuple(place for place in named if place)
+
     def with_absolute_paths(self) -> Self:
         """The same configuration with absolute local paths, for processes with another working folder (workers)."""
         data = {"url": absolute(self.data.url), "cache_dir": self.data.cache_dir and absolute(self.data.cache_dir)}
         checkpoint = {"url": self.checkpoint.url and absolute(self.checkpoint.url)}
+        evaluation = {"data": self.evaluation.data and absolute(self.evaluation.data)}
         return self.model_copy(
             update={
                 "runs_dir": absolute(self.runs_dir),
                 "data": self.data.model_copy(update=data),
                 "checkpoint": self.checkpoint.model_copy(update=checkpoint),
+                "evaluation": self.evaluation.model_copy(update=evaluation),
             }
         )
 

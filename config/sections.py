@@ -285,6 +285,10 @@ class EvaluationConfig(Section):
         Field((), description="groups of metrics that are measured besides those of every run")
     )
     samples: int = Field(2000, ge=2, description="images drawn from each sampler")
+    data: Address | None = Field(
+        None,
+        description="packed images that training does not see; empty means the held-out part of `data.url`",
+    )
 
 
 class TrackingConfig(Section):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..errors import first_line
 
-Crop = Literal["center", "pad", "none"]
+Crop = Literal["center", "pad", "none"]  # or a number of pixels
 ImageFormat = Literal["jpeg", "png", "webp"]
 CROPS: tuple[str, ...] = get_args(Crop)
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # as webdataset's decoders know them
@@ -28,12 +28,16 @@ def fit(image: Image.Image, resolution: int, channels: int, crop: str) -> np.nda
     """Fit `image` to a uint8 array [resolution, resolution, C], with antialiased Lanczos resampling.
 
     crop: `center` cuts the largest central square and resizes it; `pad` shrinks (never enlarges) the
-    whole image to fit and centres it on black; `none` accepts square images only.
+    whole image to fit and centres it on black; `none` accepts square images only; a number cuts the central
+    square of so many pixels, and refuses images that are smaller.
     """
     image = image.convert("L" if channels == 1 else "RGB")
     width, height = image.size
     if crop == "none" and width != height:
         raise BadImage(f"{width} x {height} is not square and crop=none; use crop=center or crop=pad")
+    side = int(crop) if crop.isdecimal() else min(width, height)
+    if side > min(width, height):
+        raise BadImage(f"{width} x {height} is smaller than crop={crop}; use a smaller crop")
     if crop == "pad":
         scale = min(1.0, resolution / max(width, height))
         image = _resize(image, max(1, round(width * scale)), max(1, round(height * scale)))
@@ -41,9 +45,8 @@ def fit(image: Image.Image, resolution: int, channels: int, crop: str) -> np.nda
         canvas.paste(image, ((resolution - image.width) // 2, (resolution - image.height) // 2))
         image = canvas
     else:
-        side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side)) if width != height else image
+        image = image.crop((left, top, left + side, top + side)) if (side, side) != (width, height) else image
         image = _resize(image, resolution, resolution)
     return np.asarray(image).reshape(resolution, resolution, channels)
 

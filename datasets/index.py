@@ -26,10 +26,13 @@ from ..errors import UserError, redact
 from ..storage.base import MissingObject, Store
 from ..storage.open import open_store
 from .codec import EXTENSIONS
+from .labels import LABEL, Labels, LabelsEntry
 from .left_out import MAX_REASONS, LeftOut, Text
 
 INDEX_FILE = "index.json"
 IMAGES_FILE = "images.bin"
+LABELS_FILE = "labels.bin"
+HELD_OUT = "held-out"  # folder of the images that training does not see, below the data set's
 FORMAT, VERSION = "glann-images", 1
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("sha256", "u1", (32,))])
 _MAX_INDEX_BYTES = 64 << 20
@@ -49,6 +52,14 @@ class Shard(BaseModel):
     sha256: Sha256
 
 
+class HeldOut(BaseModel):
+    """The held-out part: a packed data set of its own, in the folder `HELD_OUT`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    rows: int = Field(ge=1, le=1 << 40)
+    fingerprint: Sha256
+
+
 class Header(BaseModel):
     """The contents of `index.json`."""
 
@@ -64,6 +75,8 @@ class Header(BaseModel):
     images_sha256: Sha256
     left_out: tuple[LeftOut, ...] = Field((), max_length=MAX_REASONS + 1)  # files of the source that are not in it
     remarks: dict[Text, Annotated[int, Field(ge=1)]] = Field({}, max_length=20)  # images taken in part, by reason
+    held_out: HeldOut | None = None
+    labels: LabelsEntry | None = None
     recipe: Sha256  # hash of the source's contents and the packing options; equal hashes give equal bytes
     fingerprint: Sha256
 
@@ -101,6 +114,14 @@ class Index:
         return self.header.rows
 
     @property
+    def held_out(self) -> HeldOut | None:
+        return self.header.held_out
+
+    @property
+    def labels(self) -> LabelsEntry | None:
+        return self.header.labels
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the index, and through its hashes of the bytes of all shards."""
         return self.header.fingerprint
@@ -112,6 +133,43 @@ class Index:
     def key(self, row: int) -> str:
         """The name of the row's image in its shard."""
         return image_key(row, self.image_format)
+
+    def load_held_out(self, store: Store) -> Index:
+        """Read the index of the held-out part, which this one must name, in its own store.
+
+        Raises:
+            UserError: it is not there, or not the one that this index names.
+        """
+        try:
+            found = Index.load_from(store)
+        except UserError as error:
+            if not isinstance(error.__cause__, MissingObject):
+                raise
+            raise UserError(
+                f"the held-out images of {self.name} are not at {store.url}; copy this folder with the data set, or "
+                "pack it again"
+            ) from error
+        if self.held_out is None or found.fingerprint != self.held_out.fingerprint:
+            raise UserError(f"{store.url} is not the held-out part of {self.name}; copy or pack the data set again")
+        return found
+
+    def read_labels(self, store: Store) -> Labels | None:
+        """Read the labels of all rows from the store of the data set; None if it has none.
+
+        Raises:
+            UserError: they are missing, or not those that were packed.
+        """
+        if self.labels is None:
+            return None
+        shape = self.rows, len(self.labels.columns)
+        try:
+            fits = store.size(LABELS_FILE) == shape[0] * shape[1] * LABEL.itemsize
+            data = store.read(LABELS_FILE) if fits else b""
+        except MissingObject as error:
+            raise UserError(f"{store.url} lacks {LABELS_FILE}; copy or pack the data set again") from error
+        if not fits or hashlib.sha256(data).hexdigest() != self.labels.sha256:
+            raise UserError(f"{store.url}/{LABELS_FILE} is damaged; copy or pack the data set again")
+        return Labels(self.labels.columns, np.frombuffer(data, LABEL).reshape(shape))
 
     @staticmethod
     def load(url: str, s3: S3Config | None = None) -> Index:
@@ -148,12 +206,18 @@ class Index:
 PACKING_FILE = "packing.json"  # the state of an unfinished pack; removed after index.json is written
 
 
+def held_out_url(url: str) -> str:
+    """The address of the held-out part of the data set at `url`."""
+    return f"{url.rstrip('/')}/{HELD_OUT}"
+
+
 def image_key(row: int, image_format: str) -> str:
     """The member name of a row: at least nine digits, and the extension of the format."""
     return f"{row:09d}.{EXTENSIONS[image_format]}"
 
 
-_NOT_DATA = ("fingerprint", "left_out", "remarks")  # what is said of the source is no part of the data
+# What is said of the source, and what lies beside the images, which has hashes of its own, is no part of the data.
+_NOT_DATA = ("fingerprint", "left_out", "remarks", "held_out", "labels")
 
 
 def build(
@@ -167,10 +231,12 @@ def build(
     recipe: str,
     left_out: tuple[LeftOut, ...] = (),
     remarks: Mapping[str, int] | None = None,
+    held_out: HeldOut | None = None,
+    labels: LabelsEntry | None = None,
 ) -> tuple[bytes, bytes]:
     """The bytes of `index.json` and `images.bin`.
 
-    `left_out` and `remarks` are written only where there are any: glann 0.1 does not read an index with them.
+    The last four are written only where there are any: glann 0.1 does not read an index with them.
     """
     tree = {
         "format": FORMAT,
@@ -189,6 +255,10 @@ def build(
         tree["left_out"] = [group.model_dump() for group in left_out]
     if remarks:
         tree["remarks"] = dict(sorted(remarks.items()))
+    if held_out:
+        tree["held_out"] = held_out.model_dump()
+    if labels:
+        tree["labels"] = labels.model_dump(mode="json")
     return (json.dumps(tree, indent=1) + "\n").encode(), records
 
 

@@ -21,6 +21,7 @@ from ..storage.open import open_store
 from .cache import ShardCache
 from .codec import BadImage, decode_packed
 from .index import Index, Shard
+from .labels import Labels
 
 
 class CorruptImage(EnvironmentFault):
@@ -29,6 +30,11 @@ class CorruptImage(EnvironmentFault):
     def __init__(self, row: int, place: str, reason: str):
         super().__init__(f"corrupt image: row {row}, {place}: {reason}")
         self.row = row
+
+
+def read_labels(url: str, s3: S3Config | None = None) -> Labels | None:
+    """The labels of the packed data set at `url`, for judges; None if it has none. Raises UserError."""
+    return Index.load(url, s3).read_labels(open_store(url, s3))
 
 
 class ImageRows:

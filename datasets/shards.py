@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import tarfile
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -18,7 +19,8 @@ from ..errors import UserError
 from ..storage.base import Store
 from ..storage.files import read_at
 from ..storage.local import LocalStore
-from .index import IMAGES_FILE, INDEX_FILE, PACKING_FILE, RECORD, Sha256, Shard, build, image_key
+from .index import IMAGES_FILE, INDEX_FILE, LABELS_FILE, PACKING_FILE, RECORD, Sha256, Shard, build, image_key
+from .labels import LABEL, Labels, LabelsEntry
 from .left_out import Text
 from .sources.archives import MAX_MEMBER_BYTES, tar_members
 
@@ -57,10 +59,20 @@ class ShardWriter:
     """Writes encoded images to shards of bounded size, in order, and stores each shard once it is full.
 
     A shard is built in `folder`, then stored by a background thread while the next one is filled.
-    `position` is the position in the source from which packing continues.
+    `position` is the position in the source from which packing continues.  `labels` are those of the source by
+    position; those of a finished shard are stored beside it, and become one file at the end.
     """
 
-    def __init__(self, store: Store, packing: Packing, folder: Path, name: str, image_format: str, shard_bytes: int):
+    def __init__(
+        self,
+        store: Store,
+        packing: Packing,
+        folder: Path,
+        name: str,
+        image_format: str,
+        shard_bytes: int,
+        labels: Labels | None = None,
+    ):
         self._store, self._packing, self._folder = store, packing, folder
         self._name, self._image_format, self._shard_bytes = name, image_format, shard_bytes
         self._records = finished_records(store, packing, folder)
@@ -73,6 +85,7 @@ class ShardWriter:
         self._file: IO[bytes] | None = None
         self._tar: Any = None
         self._filled = 0
+        self._labels, self._positions = labels, array("q")  # of the images of the open shard
 
     def add(self, data: bytes, position: int, remarks: Iterable[str] = ()) -> None:
         """Append one image; `position` is the position in the source after it."""
@@ -88,29 +101,54 @@ class ShardWriter:
         self._tar.write({"__key__": key, extension: data})
         self._filled += _member_bytes(data)
         self._row += 1
+        self._positions.append(position - 1)
+        self.pass_over(position, remarks)
+
+    def pass_over(self, position: int, remarks: Iterable[str] = ()) -> None:
+        """Count the remarks on an image, which is not added; `position` is the position in the source after it."""
         self.position = position
         self._remarks.update(remarks)
 
-    def finish(self, **header: Any) -> tuple[bytes, bytes]:
-        """Store the last shard, then `images.bin`, then `index.json`; return the bytes of both files.
-
-        `header`: the other arguments of `index.build`.
-        """
+    def store_all(self) -> bytes:
+        """Store the unfinished shard too; returns the index records of all images so far."""
         if self._file is not None:
             self._close_shard()
         self._await_upload()
+        self._records = [b"".join(self._records)]
+        return self._records[0]
+
+    def finish(self, **header: Any) -> tuple[bytes, bytes]:
+        """Store the last shard, `labels.bin`, `images.bin`, then `index.json`; return the bytes of the latter two.
+
+        `header`: the other arguments of `index.build`.
+        """
+        records = self.store_all()
         shards = [finished.shard for finished in self._packing.finished]
-        index, images = build(
-            shards=shards,
-            records=b"".join(self._records),
-            recipe=self._packing.recipe,
-            remarks=self._remarks,
-            **header,
-        )
+        labels = self._store_labels(self._labels) if self._labels else None
+        index, images = build(shards=shards, records=records, remarks=self._remarks, labels=labels, **header)
         self._store.write(IMAGES_FILE, images)
         self._store.write(INDEX_FILE, index)
+        for shard in shards if labels else ():
+            self._store.delete(_labels_of(shard))
         self._store.delete(PACKING_FILE)
         return index, images
+
+    def _store_labels(self, labels: Labels) -> LabelsEntry:
+        """Join the labels of the shards, one shard in memory at a time."""
+        digest, width = hashlib.sha256(), len(labels.columns) * LABEL.itemsize
+
+        def parts() -> Iterator[memoryview]:
+            for finished in self._packing.finished:
+                part = self._store.read(_labels_of(finished.shard))
+                if len(part) != finished.shard.rows * width:
+                    raise UserError(
+                        f"{self._store.url}/{_labels_of(finished.shard)} is damaged; delete the destination, pack again"
+                    )
+                digest.update(part)
+                yield memoryview(part)
+
+        self._store.write(LABELS_FILE, parts())
+        return LabelsEntry(columns=labels.columns, sha256=digest.hexdigest(), source=labels.identity)
 
     def close(self) -> None:
         """Wait for the running upload and drop the unfinished shard; stored shards remain."""
@@ -130,7 +168,9 @@ class ShardWriter:
         self._close_files()
         self._await_upload()
         path, remarks = self._path(self._number), dict(self._remarks)
-        self._upload = self._uploader.submit(self._store_shard, path, self.position, remarks)
+        labels = self._labels.value_NL[np.array(self._positions, np.int64)].astype(LABEL) if self._labels else None
+        self._positions = array("q")
+        self._upload = self._uploader.submit(self._store_shard, path, self.position, remarks, labels)
         self._number += 1
 
     def _await_upload(self) -> None:
@@ -138,8 +178,10 @@ class ShardWriter:
             self._upload.result()
             self._upload = None
 
-    def _store_shard(self, path: Path, position: int, remarks: dict[str, int]) -> None:
+    def _store_shard(self, path: Path, position: int, remarks: dict[str, int], labels: np.ndarray | None) -> None:
         shard, records = scan(path, path.name)
+        if labels is not None:
+            self._store.write(_labels_of(shard), labels.tobytes())
         self._store.write(path.name, path)
         path.unlink()
         self._records.append(records)
@@ -151,6 +193,16 @@ class ShardWriter:
     def rows(self) -> int:
         """The number of images so far, with those of earlier runs."""
         return self._row
+
+    @property
+    def remarks(self) -> Counter[str]:
+        """The number of images by remark, with those of earlier runs."""
+        return self._remarks
+
+
+def _labels_of(shard: Shard) -> str:
+    """The file of a shard's labels while the data set is packed."""
+    return f"{shard.file.removesuffix('.tar')}.labels"
 
 
 def _member_bytes(data: bytes) -> int:

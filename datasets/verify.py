@@ -6,7 +6,7 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..storage.files import read_at
 from ..storage.local import LocalStore
 from ..storage.open import open_store
 from .codec import BadImage, decode_packed
-from .index import Index, Shard
+from .index import HELD_OUT, LABELS_FILE, Index, Shard, held_out_url
+from .labels import column_names
 from .left_out import in_words, remarks_in_words
 from .sources.archives import tar_members
 
@@ -42,7 +43,10 @@ def describe(url: str, s3: S3Config | None = None) -> dict[str, Any]:
     """The facts of the index at `url`, as JSON-compatible values. Only the index is read."""
     index = Index.load(url, s3)
     length_N = index.records_N["length"]
+    columns = index.labels.columns if index.labels else ()
     besides = {
+        "held_out": index.held_out.rows if index.held_out else 0,
+        "labels": column_names(columns),
         "left_out": in_words(index.header.left_out),
         "remarks": remarks_in_words(index.header.remarks),
     }
@@ -63,7 +67,7 @@ def describe(url: str, s3: S3Config | None = None) -> dict[str, Any]:
 
 
 def verify(url: str, s3: S3Config | None = None, progress: Progress | None = None) -> list[Fault]:
-    """Check everything: hash and member names of each shard, hash and pixels of each image.
+    """Check everything: hash and member names of each shard, hash and pixels of each image, labels, the held-out part.
 
     Args:
         progress: called with images checked and images in all, after each shard.
@@ -73,7 +77,22 @@ def verify(url: str, s3: S3Config | None = None, progress: Progress | None = Non
         UserError: the index itself cannot be used.
     """
     index = Index.load(url, s3)
-    store = open_store(url, s3)
+    held_out = index.held_out.rows if index.held_out else 0
+    done = lambda checked: progress(checked, index.rows + held_out) if progress else None  # noqa: E731
+    faults = _check_part(index, open_store(url, s3), done)
+    if not index.held_out:
+        return faults
+    store = open_store(held_out_url(url), s3)
+    try:
+        part = index.load_held_out(store)
+    except UserError as error:
+        return [*faults, Fault(HELD_OUT, "", str(error))]
+    of_part = _check_part(part, store, lambda checked: done(index.rows + checked))
+    return faults + [replace(fault, shard=f"{HELD_OUT}/{fault.shard}") for fault in of_part]
+
+
+def _check_part(index: Index, store: Store, done: Callable[[int], None]) -> list[Fault]:
+    """All faults of one packed data set. `done` is called with the number of images checked."""
     faults: list[Fault] = []
     for number, shard in enumerate(index.shards):
         first = int(index.first_S[number])
@@ -84,8 +103,11 @@ def verify(url: str, s3: S3Config | None = None, progress: Progress | None = Non
                 faults.append(Fault(shard.file, "", str(error)))
             else:
                 faults += _check_shard(index, shard, first, path)
-        if progress:
-            progress(first + shard.rows, index.rows)
+        done(first + shard.rows)
+    try:
+        index.read_labels(store)
+    except UserError as error:
+        faults.append(Fault(LABELS_FILE, "", str(error)))
     return faults
 
 

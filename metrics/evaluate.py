@@ -7,7 +7,7 @@ Shapes: B batch, C, H, W channels, height, width, N rows, D latent dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,6 @@ from torch import Tensor
 from ..cluster.checkpoints import reader, retention
 from ..cluster.placement import ranges
 from ..config.run import Config
-from ..datasets.fit import require_fit
-from ..datasets.loader import BadRows, PlannedBatch, batches
 from ..datasets.reader import ImageRows
 from ..errors import UserError
 from ..inference.model import DEFAULT_BATCH, SamplingModel
@@ -32,11 +30,11 @@ from .copying import nearest_pairs
 from .features.extractor import build_extractor
 from .panel import Panel, Tallied, build_panel, code_panel, held_out_metrics
 from .parallel import on_one_core_each
+from .reference import BATCH, held_out_images, moved, open_images, require_same, training_images, training_set
 from .result import BASELINE, FLOOR, HELD_OUT, OWN, RECONSTRUCTION, Result
 from .spec import Metric, Reconstructions, Samples, measured_with
 from .tally import KeptFeatures, Mean
 
-BATCH = 100
 RECONSTRUCTED = 2000  # rows used to measure reconstruction; more change the third digit
 CODES_AT_ONCE = 100_000  # rows of the latent table in memory
 
@@ -61,6 +59,7 @@ class Judge:
 
     real: tallies of the images compared with, in two parts that `tally_images` makes. named: name of their set; None is
         the training images. training: tallies of the training images, if those are held out.
+    held_out: the same of held-out images, if `real` are the training images: samples are compared with both.
     """
 
     panel: Panel
@@ -69,6 +68,7 @@ class Judge:
     seed: int
     named: str | None = None
     training: Tallied | None = None
+    held_out: Parts | None = None
 
     def measure(self, model: SamplingModel, sampler: str | None = None) -> list[Result]:
         """Draw once, by `sampler` or the model's own, and compute every metric of the panel."""
@@ -96,18 +96,23 @@ class Judge:
         return self._compare(panel, panel.tally(images), RECONSTRUCTION)
 
     def _compare(self, panel: Panel, drawn: Tallied, sampler: str) -> list[Result]:
-        return panel.compare(self.real.whole, drawn, sampler, named=self.named, training=self.training)
+        real = self.real.whole
+        results = panel.compare(real, drawn, sampler, named=self.named, training=self.training)
+        if self.held_out is None:
+            return results
+        return results + panel.compare(self.held_out.whole, drawn, sampler, named=HELD_OUT, training=real)
 
     def measure_floor(self) -> list[Result]:
-        """The metrics that real images bound, of some of them against the others: what no sampler gets below.
+        """The metrics that real images bound, of some of a set against the others of it: what no sampler gets below.
 
         The others are fewer than the images that samples are compared with, and a distance of small sets is larger: the
         floor is not too low.
         """
-        panel = self.panel.bounded()
-        if min(self.real.some.count, self.real.others.count) < 2:
-            return []
-        return panel.compare(self.real.others, self.real.some, FLOOR, named=self.named)
+        panel, results = self.panel.bounded(), list[Result]()
+        for real, named in ((self.real, self.named), (self.held_out, HELD_OUT)):
+            if real is not None and min(real.some.count, real.others.count) >= 2:
+                results += panel.compare(real.others, real.some, FLOOR, named=named)
+        return results
 
 
 def build_judge(
@@ -118,15 +123,19 @@ def build_judge(
     seed: int = 0,
     device: str = "cpu",
     training: ImageRows | None = None,
+    held_out: ImageRows | None = None,
 ) -> Judge:
     """A judge for those of `metrics` that need samples, against `images`, which are read once.
 
     Args:
         samples: number of images to draw from a model.
         training: the training images, if `images` are held out.
+        held_out: held-out images, if `images` are the training images.
     """
     panel = build_panel(metrics, device)
     judge = Judge(panel, tally_images(panel, images, config, samples), samples, seed)
+    if held_out is not None:
+        return replace(judge, held_out=tally_images(panel, held_out, config, samples))
     copies = panel.only(held_out_metrics(panel.metrics))
     if training is None or not copies.metrics:
         return judge
@@ -196,10 +205,12 @@ def evaluate(
     Returns:
         Results: of reconstructions, if the codes are available, and their pixels only if `data` holds the training
         images; of real images; then the metrics of samples, for the run's own sampler and for a Gaussian over the
-        codes (`gaussian`, the sampling of GLO). With other images than the training images, results name them as the
-        reference set, and copying is measured if the training images can be read at their own address.
+        codes (`gaussian`, the sampling of GLO). With held-out images (`held_out_images`) all but pixels are also
+        measured against them, copying as well, and name them as the reference set. With other images than the training
+        images as `data` they are the reference set, and copying is measured if the training images can be read at their
+        own address.
     Raises:
-        UserError: the images are not those that the model was trained for.
+        UserError: the images are not those that the model was trained for, or the held-out ones are not there.
     """
     at_home, config = config, moved(config, data)
     images = open_images(config)
@@ -207,7 +218,8 @@ def evaluate(
     trained_on_them = images.index.fingerprint == manifest.fingerprint
     metrics = measured_with(config.evaluation.extractor, config.evaluation.metrics)
     training = None if trained_on_them or not with_codes else training_set(at_home, manifest)
-    judge = build_judge(config, images, metrics, config.evaluation.samples, seed, device, training)
+    held_out = held_out_images(config, images.index) if trained_on_them else None
+    judge = build_judge(config, images, metrics, config.evaluation.samples, seed, device, training, held_out)
     if not trained_on_them:
         judge = replace(judge, named=HELD_OUT)
     results = []
@@ -318,56 +330,3 @@ def _kept(codes: Iterable[Tensor], count: int) -> KeptFeatures:
 
 def _channels_first(img_BHWC: np.ndarray) -> Tensor:
     return torch.from_numpy(img_BHWC).permute(0, 3, 1, 2)
-
-
-def training_images(images: ImageRows, count: int, config: Config) -> Iterator[Tensor]:
-    """The first `count` images in row order, uint8 [B, C, H, W]."""
-    parts: Sequence[range] = ranges(count, -(-count // BATCH))
-    plan = [
-        PlannedBatch(step, np.arange(part.start, part.stop), np.ones(len(part), np.float32))
-        for step, part in enumerate(parts)
-    ]
-    bad = BadRows(config.data.max_bad_fraction, len(images))
-    for batch in batches(images, plan, threads=config.data.threads, prefetch=config.data.prefetch, max_bad=bad):
-        yield batch.img_BCHW
-
-
-def open_images(config: Config) -> ImageRows:
-    """Open the data set of a run."""
-    data = config.data
-    return ImageRows(data.url, config.s3, cache_dir=data.cache_dir, cache_gb=data.cache_gb, max_rows=data.max_rows)
-
-
-def training_set(config: Config, manifest: ModelManifest) -> ImageRows | None:
-    """The training images at the address of the configuration; None if they are not there any more."""
-    try:
-        images = open_images(moved(config, None))
-    except UserError:
-        return None
-    return images if images.index.fingerprint == manifest.fingerprint else None
-
-
-def moved(config: Config, url: str | None) -> Config:
-    """Replace the address of the data, if another is given.
-
-    Raises:
-        UserError: none is given, and the password of the configured address was removed.
-    """
-    if url is None and "***@" in config.data.url:
-        raise UserError(
-            f"the password of {config.data.url} was not kept; give the address of the images with --data URL"
-        )
-    return config if url is None else config.model_copy(update={"data": config.data.model_copy(update={"url": url})})
-
-
-def require_same(images: ImageRows, manifest: ModelManifest, config: Config, given: str | None) -> None:
-    """Check that images have the model's resolution and channels and, without a given address, its fingerprint.
-
-    Raises:
-        UserError: they do not.
-    """
-    require_fit(images.index, config.data, 1)
-    if given is None and images.index.fingerprint != manifest.fingerprint:
-        raise UserError(
-            f"{config.data.url} holds other images than {manifest.name} was trained on; give them with --data URL"
-        )

@@ -20,6 +20,7 @@ OWN = "own"  # the run's own sampler, of whatever kind
 BASELINE = "gaussian"  # measured beside the run's own sampler
 RECONSTRUCTION = "reconstruction"  # the training codes themselves, in place of a sampler's
 FLOOR = "real"  # some images of the reference set, measured against the others of it
+TRAINING = "training"  # reference set of the images that the model was trained on
 HELD_OUT = "held-out"  # reference set of images that the model was not trained on
 OLD_SUFFIX = "_glo"  # of the baseline, in keys of the former format
 _WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -69,6 +70,11 @@ class Result:
     sampler: str | None = None
     reference: str | None = None
     deviation: float | None = None
+
+    @property
+    def against(self) -> str:
+        """The name of the set of images that it was measured against."""
+        return self.reference or TRAINING
 
 
 def to_key(metric: str, sampler: str | None = None, reference: str | None = None) -> str:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..config.run import redacted_config
-from ..metrics.result import OWN, from_key, sampler_label, to_key
+from ..metrics.result import OWN, TRAINING, from_key, sampler_label, to_key
 from ..metrics.spec import METRICS
 from .charts import line_chart
 from .codes import code_rows
@@ -98,7 +98,8 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
             words, drawn = sampler_label(sampler)
             title, meaning = f"{title}, {words}", f"{meaning}; {drawn}"
         if reference is not None:
-            title, meaning = f"{title}, {reference} images", f"{meaning}; against {reference} images"
+            title = f"{title}, {reference} images"
+        meaning = f"{meaning}; against {reference or TRAINING} images"
         rows.append((title, metric.format.format(value), meaning))
     return rows
 

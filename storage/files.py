@@ -182,18 +182,25 @@ def temporary_beside(target: Path, *, parents: bool = False) -> Iterator[IO[byte
     its remains from a file that is still being written.
 
     Args:
-        parents: make missing folders.
+        parents: make missing folders; after an error, those that are still empty are removed.
     """
-    while True:
-        with _open_beside(target, parents) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not os.fstat(file.fileno()).st_nlink:  # swept between its creation and its lock
-                continue
-            try:
-                yield file
-            finally:
-                Path(file.name).unlink(missing_ok=True)
-            return
+    missing = [folder for folder in target.parents if parents and not os.path.exists(folder)]
+    try:
+        while True:
+            with _open_beside(target, parents) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not os.fstat(file.fileno()).st_nlink:  # swept between its creation and its lock
+                    continue
+                try:
+                    yield file
+                finally:
+                    Path(file.name).unlink(missing_ok=True)
+                return
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # not there, or no longer empty
+                folder.rmdir()
+        raise
 
 
 def _open_beside(target: Path, parents: bool) -> IO[bytes]:

@@ -13,8 +13,10 @@ import torch
 
 from ..cluster.nodes.ray import ray_cluster, require_ray
 from ..config.run import Config
+from ..datasets.fit import held_out_of
 from ..errors import GlannError, UserError
 from ..metrics.features.extractor import build_extractor
+from ..metrics.result import from_key
 from ..reports.run_folder import RAY, REPORT
 from ..storage.files import write_whole
 from ..tracking.runs import TrackedRun
@@ -54,6 +56,11 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
         if not is_done(study, trials(study.folder).values()):
             require_ray(base)
         index = open_data(base, console)
+        if from_key(study.metric).reference and held_out_of(base, index) is None:
+            raise UserError(
+                f"metric={study.metric} needs held-out images, and {base.data.url} has none; pack it anew with "
+                "--holdout, or set evaluation.data"
+            )
         build_objective(base, torch.device("cpu"))  # downloads the weights once, before the trials need them
         build_extractor(base.evaluation.extractor)
         tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}

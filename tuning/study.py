@@ -40,8 +40,8 @@ from ..config.run import (
 from ..config.section import Section, Trait
 from ..errors import UserError
 from ..metrics.result import BASELINE as GAUSSIAN
-from ..metrics.result import OWN, RECONSTRUCTION, from_key, known_results, to_key
-from ..metrics.spec import METRICS, Metric, metric_families
+from ..metrics.result import HELD_OUT, OWN, RECONSTRUCTION, from_key, known_results, to_key
+from ..metrics.spec import METRICS, Metric, Samples, metric_families
 from ..reports.run_folder import CONFIG, read_config
 from ..trainers.run.preflight import may_change
 from .ledger import BASELINE
@@ -119,11 +119,17 @@ class StudyConfig(Section):
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, metric: str) -> str:
-        key, known = to_key(*from_key(metric)), known_results()
+        name, sampler, reference = from_key(metric)
+        key, known = to_key(name, sampler, reference), known_results()
         if key not in known:
-            names = [*metric_families(), "gaussian/NAME", "reconstruction/NAME", "NAME:held-out"]
+            names = [*metric_families(), "gaussian/NAME", "reconstruction/NAME", f"NAME:{HELD_OUT}"]
             raise ValueError(f"no such metric{suggest(metric, known)}; there are {', '.join(names)}")
-        return key
+        needs = METRICS[name].needs
+        if isinstance(needs, Samples) and needs.codes and reference:
+            raise ValueError(f"{name} looks at codes, and held-out images have none; use {to_key(name, sampler)}")
+        if METRICS[name].held_out and not reference:
+            raise ValueError(f"it is measured against held-out images only; use {to_key(name, sampler, HELD_OUT)}")
+        return to_key(name, sampler, reference)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

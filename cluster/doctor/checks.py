@@ -26,7 +26,7 @@ from packaging.specifiers import SpecifierSet
 from ...config.paths import expand
 from ...config.run import Config
 from ...datasets.assets.catalogue import cache_dir
-from ...datasets.fit import require_fit
+from ...datasets.fit import held_out_of, require_fit
 from ...datasets.index import Index
 from ...datasets.left_out import counted
 from ...errors import GlannError, UserError
@@ -231,7 +231,7 @@ def proxies(config: Config) -> Iterator[Check]:
     """Name the proxies between this machine and the servers of the run, and check that they answer."""
     tracker = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     urls = [tracker] if config.tracking.enabled else []
-    if any(url.startswith("s3://") for url in (config.data.url, config.data.source or "", config.checkpoint_url)):
+    if any(url.startswith("s3://") for url in config.places):
         with contextlib.suppress(UserError):  # the check of the transport reports a wrong endpoint
             urls.append(endpoint_of(config.s3) or "https://s3.amazonaws.com")
     for url in urls:
@@ -265,6 +265,7 @@ def _read_data(config: Config) -> str:
             return f"nothing at {data.url} yet; training will pack {data.source} into it"
         raise
     require_fit(index, data, config.cluster.max_workers)
+    held_out_of(config, index)
     store = open_store(data.url, config.s3)
     first_shard_end = int(index.first_S[1]) - 1 if len(index.first_S) > 1 else index.rows - 1
     for row in sorted({first_shard_end, index.rows - 1}):

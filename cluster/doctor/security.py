@@ -109,8 +109,7 @@ def _from_outside(split: SplitResult) -> str:
 
 def storage_transport(config: Config) -> Check | None:
     """Check that traffic with S3 is encrypted; None if the run does not use S3."""
-    urls = (config.data.url, config.data.source or "", config.checkpoint_url)
-    if not any(url.startswith("s3://") for url in urls):
+    if not any(url.startswith("s3://") for url in config.places):
         return None
     try:
         endpoint = endpoint_of(config.s3)

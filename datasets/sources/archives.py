@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import stat
 import struct
@@ -29,7 +30,7 @@ _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
 def open_zip(store: Store, key: str, rules: Rules) -> Source:
-    """The images of a zip file (StyleGAN's zips with `dataset.json` too; its labels are not used)."""
+    """The images of a zip file (StyleGAN's zips with `dataset.json` too; `--labels` reads its labels)."""
     where = f"{store.url}/{key}"
     try:
         with open_file(store, key) as file, zipfile.ZipFile(file) as archive:
@@ -51,7 +52,19 @@ def open_zip(store: Store, key: str, rules: Rules) -> Source:
             yield Item(f"{where}: {name}", partial(_read_member, store, key, member))
 
     contents = [(name, member.file_size, member.CRC) for name, member in images]
-    return _source(where, key, identity("zip", contents), selection, items)
+
+    def beside(path: str) -> bytes | None:
+        found = next((member for member in members if member.filename == path), None)
+        if found is None:
+            return None
+        _check_member(f"{where}: {path}", found)
+        try:
+            return _read_member(store, key, found)
+        except BadImage as error:
+            raise UserError(f"{where}: {path}: {error}") from error
+
+    source = _source(where, key, identity("zip", contents), selection, items, lambda: [name for name, _ in images])
+    return dataclasses.replace(source, beside=beside)
 
 
 def open_tar(store: Store, key: str, rules: Rules) -> Source:
@@ -73,7 +86,8 @@ def open_tar(store: Store, key: str, rules: Rules) -> Source:
         for name, size, place in images[start:]:
             yield Item(f"{where}: {name}", partial(store.read_range, key, place, size))
 
-    return _source(where, key, identity("tar", [store.size(key), images]), selection, items)
+    hashed = identity("tar", [store.size(key), images])
+    return _source(where, key, hashed, selection, items, lambda: [name for name, _, _ in images])
 
 
 def open_archives(store: Store, keys: list[str], name: str, rules: Rules) -> Source:
@@ -102,7 +116,11 @@ def open_archives(store: Store, keys: list[str], name: str, rules: Rules) -> Sou
 
     hashed = identity("archives", [source.identity for source in sources])
     doubts = tuple(f"{source.name}: {doubt}" for source in sources for doubt in source.doubts)[:MAX_PLACES]
-    return Source(name, sum(source.count for source in sources), hashed, items, tally.groups(), doubts)
+
+    def names() -> list[str]:
+        return [name for source in sources if source.names for name in source.names()]
+
+    return Source(name, sum(source.count for source in sources), hashed, items, tally.groups(), doubts, names)
 
 
 class Names:
@@ -155,11 +173,11 @@ class _Headers:
         return self._file.read(size)
 
 
-def _source(where: str, key: str, hashed: str, selection: Selection, items) -> Source:
+def _source(where: str, key: str, hashed: str, selection: Selection, items, names) -> Source:
     if not selection.taken:
         raise NoImages(where, selection.left_out())
     name = key.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-    return Source(name, selection.taken, hashed, items, selection.left_out(), selection.doubts())
+    return Source(name, selection.taken, hashed, items, selection.left_out(), selection.doubts(), names)
 
 
 def _check_member(where: str, member: zipfile.ZipInfo) -> None:

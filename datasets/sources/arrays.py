@@ -5,6 +5,8 @@ Legend: N images, H height, W width, C channels.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -18,9 +20,12 @@ import numpy as np
 
 from ...errors import UserError, first_line
 from ...storage.base import Store
+from ..labels import UNKNOWN, of_column
 from .base import Item, Source, identity
 
 MAX_ARRAY_BYTES = 16 << 30  # of an npz or idx file
+_LABELS = ("labels", "test_labels")
+_OWN = ("images", "test_images", *_LABELS)  # arrays of an npz file with a meaning
 
 
 def array_source(name: str, images: np.ndarray) -> Source:
@@ -33,25 +38,54 @@ def array_source(name: str, images: np.ndarray) -> Source:
     return Source(name.split(".")[0], len(images), identity("array", [shape, content]), items)
 
 
-def read_npz(store: Store, key: str) -> np.ndarray:
-    """The uint8 images [N, H, W] or [N, H, W, C] of an npz file: `images`, or the only array of such shape."""
+def npz_source(store: Store, key: str) -> Source:
+    """The images of an npz file, `images` or the only array of such shape, uint8 [N, H, W] or [N, H, W, C].
+
+    Beside `images`, `labels` [N] are their labels, and `test_images` with `test_labels` are held out.
+    """
     where = f"{store.url}/{key}"
-    data = store.read(key)
+    arrays = _read_npz(where, store.read(key))
+    candidates = [arrays["images"]] if "images" in arrays else list(arrays.values())
+    found = [array for array in candidates if array.ndim in (3, 4)]
+    if len(found) != 1:
+        raise UserError(f"{where} must hold one array of images, named `images`, of shape [N, H, W] or [N, H, W, C]")
+    source = _labelled(array_source(key, _images(where, found[0])), arrays.get("labels"))
+    if "images" not in arrays or "test_images" not in arrays:
+        return source
+    test = array_source(f"{key}: test_images", _images(f"{where}: test_images", arrays["test_images"]))
+    return dataclasses.replace(source, held_out=_labelled(test, arrays.get("test_labels")))
+
+
+def _labelled(source: Source, value_N: np.ndarray | None) -> Source:
+    """The source with labels, if they are one integer for each image."""
+    if value_N is None or value_N.shape != (source.count,) or value_N.dtype.kind not in "iu":
+        return source
+    if value_N.min() < UNKNOWN or value_N.max() >= 1 << 31:
+        return source
+    return dataclasses.replace(source, labels=of_column("class", value_N))
+
+
+def _read_npz(where: str, data: bytes) -> dict[str, np.ndarray]:
+    """The arrays with a meaning beside `images`, or all if there is no array of that name."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
             _refuse_bomb(where, sum(member.file_size for member in members.infolist()))
             for member in members.infolist():
                 _refuse_liar(where, members, member)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            names = ["images"] if "images" in arrays.files else arrays.files
-            found = [array for array in map(arrays.__getitem__, names) if array.ndim in (3, 4)]
+            read = {}
+            for name in _OWN if "images" in arrays.files else arrays.files:
+                if name in arrays.files:
+                    with contextlib.suppress(ValueError) if name in _LABELS else contextlib.nullcontext():
+                        read[name] = arrays[name]  # labels may be objects, which are not unpickled
+            return read
     except UserError:
         raise
     except Exception as error:  # zipfile and numpy raise many kinds for damaged files
         raise UserError(f"{where} is not a readable npz file of plain arrays ({first_line(error)})") from error
-    if len(found) != 1:
-        raise UserError(f"{where} must hold one array of images, named `images`, of shape [N, H, W] or [N, H, W, C]")
-    images = found[0]
+
+
+def _images(where: str, images: np.ndarray) -> np.ndarray:
     if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
         images = images.transpose(0, 2, 3, 1)
     if images.dtype != np.uint8 or not images.size or (images.ndim == 4 and images.shape[3] not in (1, 3)):

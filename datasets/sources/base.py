@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...errors import UserError
+from ..labels import Labels
 from ..left_out import LeftOut
 
 
@@ -34,6 +35,10 @@ class Source:
     """An ordered list of `count` images, and what the source holds besides.
 
     `identity` is a hash of the images, not of their location nor of what is left out.
+
+    names: of the images, as paths below the source; None where images have none. labels: of the images, if the source
+    has some. held_out: a second source, of images that training must not see, if the source says which they are.
+    beside: reads another file of the source by its path; None if there is none of that name.
     """
 
     name: str
@@ -42,6 +47,10 @@ class Source:
     items: Callable[[int], Iterator[Item]]  # the images from this position on
     left_out: tuple[LeftOut, ...] = ()
     doubts: tuple[str, ...] = ()  # warnings: what is perhaps no picture, and how to leave it out
+    names: Callable[[], Sequence[str]] | None = None
+    labels: Labels | None = None
+    held_out: Source | None = None
+    beside: Callable[[str], bytes | None] | None = None
 
 
 def member_name(where: str, name: str) -> str:

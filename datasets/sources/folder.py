@@ -6,17 +6,20 @@ listed once.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Iterator
 from functools import partial
 
+from ...config.sections import S3Config
 from ...errors import UserError
 from ...storage.base import Store
-from ...storage.local import LINK
+from ...storage.local import LINK, LocalStore
+from ...storage.open import open_store
 from ..codec import BadImage
-from ..index import IMAGES_FILE, INDEX_FILE, PACKING_FILE, Index
+from ..index import HELD_OUT, IMAGES_FILE, INDEX_FILE, LABELS_FILE, PACKING_FILE, Index, held_out_url
 from ..left_out import BESIDE, Tally, counted
 from .archives import open_archives
 from .base import Item, Source, identity, natural
@@ -26,6 +29,7 @@ from .parquet import inspected, parquet_source
 _ARCHIVES = (".tar", ".zip")
 _CONTAINERS = (*_ARCHIVES, ".parquet")
 _OURS = re.compile(rb'"format"\s*:\s*"glann-images"')
+_OUR_FILES = (INDEX_FILE, IMAGES_FILE, LABELS_FILE, PACKING_FILE)
 _HEAD = 4096  # bytes of an index.json in which the format is stated
 
 
@@ -42,7 +46,7 @@ class _Listing:
         for key, size, fault in store.entries():
             self.files += 1
             lower = key.lower()
-            if key.rsplit("/", 1)[-1] in (INDEX_FILE, IMAGES_FILE, PACKING_FILE) and not fault:
+            if key.rsplit("/", 1)[-1] in _OUR_FILES and not fault:
                 self.ours[key] = size
             if lower.endswith(_CONTAINERS) and rules.reason(key) == (extension(lower.rsplit("/", 1)[-1]), ""):
                 self.containers[key] = size
@@ -55,7 +59,7 @@ class _Listing:
         return {key: size for key, size in self.containers.items() if key.lower().endswith(suffixes)}
 
 
-def open_folder(store: Store, name: str, rules: Rules) -> Source | None:
+def open_folder(store: Store, name: str, rules: Rules, s3: S3Config | None = None) -> Source | None:
     """The images of a folder; None if there is no file in it.
 
     Raises:
@@ -65,7 +69,7 @@ def open_folder(store: Store, name: str, rules: Rules) -> Source | None:
     if not listing.files:
         return None
     if _is_packed(store, listing):
-        return _packed_source(store, listing)
+        return _packed_source(store, listing, s3)
     if _is_unfinished(store, listing):
         raise UserError(f"{store.url} is an unfinished pack; finish it with the command that began it, then use it")
     parquet = listing.of(".parquet")
@@ -97,7 +101,7 @@ def open_folder(store: Store, name: str, rules: Rules) -> Source | None:
         inner = open_archives(store, list(archives), name, rules)
         tally.add_all(inner.left_out)
         _count(tally, parquet)
-        return Source(inner.name, inner.count, inner.identity, inner.items, tally.groups(), inner.doubts)
+        return dataclasses.replace(inner, left_out=tally.groups())
     if found and found.without:
         raise next(iter(found.without.values()))
     raise NoImages(store.url, tally.groups())
@@ -130,7 +134,21 @@ def _images_source(store: Store, name: str, listing: _Listing, tally: Tally) -> 
             yield Item(f"{url}/{key}", partial(_refuse, fault) if fault else partial(store.read, key))
 
     hashed = identity("folder", [(key, size) for key, size, _ in images])
-    return Source(name, len(images), hashed, items, tally.groups(), listing.selection.doubts())
+
+    def beside(path: str) -> bytes | None:
+        inside = not {"", ".", ".."} & set(path.split("/"))  # others lead elsewhere, or are addresses
+        return store.read(path) if inside and store.exists(path) else None
+
+    return Source(
+        name,
+        len(images),
+        hashed,
+        items,
+        tally.groups(),
+        listing.selection.doubts(),
+        names=lambda: [key for key, _, _ in images],
+        beside=beside,
+    )
 
 
 def _refuse(fault: str) -> bytes:
@@ -155,14 +173,27 @@ def _refuse_data_sets(store: Store, listing: _Listing, archives: dict[str, int])
         raise UserError(f"{store.url} holds packed data sets ({', '.join(packed[:3])}); name one of them")
 
 
-def _packed_source(store: Store, listing: _Listing) -> Source:
-    """The images of a packed data set, to pack them again at another size."""
-    index = Index.load_from(store)
-    tally = Tally()
-    shards = sum(shard.file in listing.containers for shard in index.shards)
-    if beside := listing.files - shards - sum(key in (INDEX_FILE, IMAGES_FILE) for key in listing.ours):
-        tally.add(BESIDE, count=beside)
+def _packed_source(store: Store, listing: _Listing, s3: S3Config | None) -> Source:
+    """The images of a packed data set, to pack them again at another size, with its labels and its held-out part."""
+    index, tally = Index.load_from(store), Tally()
+    files, held_out = _files(index), None
+    if index.held_out:
+        url = held_out_url(store.url)
+        beside = LocalStore(store.root / HELD_OUT) if isinstance(store, LocalStore) else open_store(url, s3)
+        part = index.load_held_out(beside)
+        held_out = _packed_part(beside, part)
+        files += [f"{HELD_OUT}/{file}" for file in _files(part)]
+    if others := listing.files - sum(file in listing.containers or file in listing.ours for file in files):
+        tally.add(BESIDE, count=others)
+    return dataclasses.replace(_packed_part(store, index), left_out=tally.groups(), held_out=held_out)
 
+
+def _files(index: Index) -> list[str]:
+    """The files of a packed data set."""
+    return [INDEX_FILE, IMAGES_FILE, *([LABELS_FILE] if index.labels else []), *(shard.file for shard in index.shards)]
+
+
+def _packed_part(store: Store, index: Index) -> Source:
     def items(start: int) -> Iterator[Item]:
         for row in range(start, index.rows):
             shard = index.shards[index.shard_of(row)]
@@ -176,4 +207,5 @@ def _packed_source(store: Store, listing: _Listing) -> Source:
 
             yield Item(f"{store.url}/{shard.file}: {index.key(row)}", read)
 
-    return Source(index.name, index.rows, identity("packed", [index.fingerprint]), items, tally.groups())
+    hashed = identity("packed", [index.fingerprint])
+    return Source(index.name, index.rows, hashed, items, labels=index.read_labels(store))

@@ -8,10 +8,10 @@ from typing import NoReturn
 
 from ...config.paths import expand
 from ...config.sections import S3Config
-from ...errors import UserError
+from ...errors import EnvironmentFault, UserError
 from ...storage.base import Store, split_url
 from ...storage.open import open_store
-from .arrays import array_source, read_idx, read_npz
+from .arrays import array_source, npz_source, read_idx
 from .base import Source
 from .names import Rules
 
@@ -31,9 +31,7 @@ def open_source(source: str, s3: S3Config | None = None, rules: Rules | None = N
 
     rules = rules or Rules()
     if source in assets.ASSETS:
-        if assets.ASSETS[source].kind != "images":
-            raise UserError(f"{source} is a set of weights, not of images")
-        return dataclasses.replace(open_source(str(assets.fetch(source)), s3, rules), name=source)
+        return _asset_source(source, rules)
     suffix = _suffix(source)
     if suffix or _is_file(source):
         parent, file_name = split_url(source)
@@ -41,8 +39,26 @@ def open_source(source: str, s3: S3Config | None = None, rules: Rules | None = N
         if not store.exists(file_name):
             _refuse_missing(source)
         return _open_file(store, file_name, suffix, rules)
-    found = open_folder(open_store(source, s3), source.rstrip("/").rsplit("/", 1)[-1], rules)
+    found = open_folder(open_store(source, s3), source.rstrip("/").rsplit("/", 1)[-1], rules, s3)
     return found or _refuse_missing(source)
+
+
+def _asset_source(name: str, rules: Rules) -> Source:
+    """The images of a named asset; held out are its test images, or those of the asset that it names."""
+    from ..assets import catalogue as assets
+
+    asset = assets.ASSETS[name]
+    if asset.kind != "images":
+        raise UserError(f"{name} is a set of weights, not of images")
+    source = dataclasses.replace(open_source(str(assets.fetch(name)), rules=rules), name=name)
+    if asset.held_out is None:
+        return source
+    try:
+        held_out = _asset_source(asset.held_out, rules)
+    except EnvironmentFault as error:  # the training images suffice to train, and the warning is shown
+        doubt = f"no held-out images, so copying will not be measured: {error}; delete the destination to pack it again"
+        return dataclasses.replace(source, doubts=(*source.doubts, doubt))
+    return dataclasses.replace(source, held_out=held_out)
 
 
 def _is_file(source: str) -> bool:
@@ -82,7 +98,7 @@ def _open_file(store: Store, file_name: str, suffix: str, rules: Rules) -> Sourc
     if suffix == ".parquet":
         return open_parquet(store, file_name)
     if suffix == ".npz":
-        return array_source(file_name, read_npz(store, file_name))
+        return npz_source(store, file_name)
     if suffix == ".idx":
         return array_source(file_name, read_idx(store, file_name))
     raise UserError(f"{store.url}/{file_name} is no folder, zip, tar, npz, idx (…-ubyte) or parquet file")

@@ -33,7 +33,6 @@ def make_comparison(studies_dir: Path, **changes: Any) -> Comparison:
             "published": {"recipe": "paper-mnist", "loss.network": "squeezenet"},
         },
         "seeds": [0, 1],
-        "held_out": "data/held-out-28",
         "ratio": ["gmm", "imle"],
     }
     return Comparison.model_validate(settings | changes)

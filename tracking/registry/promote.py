@@ -13,7 +13,8 @@ from ...config.run import Config
 from ...errors import UserError, redact
 from ...inference.model import SamplingModel
 from ...inference.package import ModelManifest
-from ...metrics.evaluate import Judge, build_judge, moved, open_images, require_same
+from ...metrics.evaluate import Judge, build_judge
+from ...metrics.reference import moved, open_images, require_same
 from ...metrics.spec import METRICS, frechet_metric
 from ..source import open_model
 from . import catalogue

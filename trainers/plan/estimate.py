@@ -9,6 +9,7 @@ Legend: N rows, M candidates, D latent dimension, W workers.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from ...cluster.latent_rates import latent_lr, movement
 from ...cluster.placement import Share, ranges
 from ...config.run import Config
 from ...config.sections import ClusterConfig
-from ...datasets.fit import require_fit
+from ...datasets.fit import held_out_of, require_fit
 from ...datasets.index import Index
-from ...errors import GlannError
+from ...errors import EnvironmentFault, GlannError
 from ...models.cost import Cost
 from ...samplers.base import build_network
 from ..stage import StageCost, StageInfo, numbered, stage_infos, stages_of
@@ -149,6 +150,8 @@ def count_rows(config: Config) -> Rows:
         if data.max_rows is not None and data.max_rows < count:
             count, basis = data.max_rows, f"data.max_rows; {basis}"
         return Rows(count, basis, note)
+    with contextlib.suppress(EnvironmentFault):  # a plan does without what cannot be reached now
+        held_out_of(config.model_copy(update={"s3": s3}), index)
     return Rows(require_fit(index, data, config.cluster.max_workers), f"index of {data.url}")
 
 

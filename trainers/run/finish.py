@@ -20,7 +20,8 @@ from ...errors import EnvironmentFault, redact
 from ...inference.model import SamplingModel
 from ...inference.package import export_model, open_model
 from ...metrics.copying import nearest_images
-from ...metrics.evaluate import evaluate, open_images
+from ...metrics.evaluate import evaluate
+from ...metrics.reference import open_images
 from ...metrics.result import Result, by_key, deviations
 from ...reports import pictures
 from ...reports.card import write_card
@@ -134,6 +135,7 @@ def summary_of(config: Config) -> Group:
     table = Table(show_header=False, box=None, pad_edge=False)
     for title, value, bounds, _ in figure_rows(metrics, summary.get("deviations", {})):
         table.add_row(f"  {title}", value, *filter(None, [bounds]))
+    reference = Text("  against the training images, unless others are named")
     look = [f"{run}/{REPORT}", f"{run}/{IMAGES}/samples.png"]
     try_next = [
         shlex.join([program("glann"), "sample", str(run), "--n", "100", "--seed", "1", "--out", "more.png"]),
@@ -145,7 +147,7 @@ def summary_of(config: Config) -> Group:
             look.append(store)
         else:
             try_next.append(shlex.join([program("mlflow"), "ui", "--backend-store-uri", store]))
-    parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table]
+    parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table, reference]
     if held_back := verdict(metrics):
         parts.append(Text(f"  {held_back}"))
     for title, lines in (("look at", look), ("try next", try_next)):  # unwrapped, so that they can be copied

@@ -20,8 +20,9 @@ from ...datasets.index import Index
 from ...errors import UserError
 from ...inference.model import SamplingModel
 from ...inference.package import export_model, load_model
-from ...metrics.evaluate import Judge, build_judge, measure_codes, open_images, reconstruction
+from ...metrics.evaluate import Judge, build_judge, measure_codes, reconstruction
 from ...metrics.panel import code_panel
+from ...metrics.reference import held_out_images, open_images
 from ...metrics.result import Result, by_key
 from ...metrics.spec import measured_with
 from ...reports.run_folder import MODEL, read_config
@@ -47,7 +48,7 @@ class StageOne:
     """Results of a trained stage 1 that second stages share.
 
     generator: weights and buffers by name, of the moving average if there is one. z_ND: codes. results: those that do
-    not depend on stage 2. judge: measures samples against the training images.
+    not depend on stage 2. judge: measures samples against the training images, and held-out ones if there are any.
     """
 
     generator: dict[str, Tensor]
@@ -75,7 +76,7 @@ def load_stage_one(run_dir: Path, evaluation: EvaluationConfig) -> StageOne:
     z_ND = torch.from_numpy(reader.load_rows(store, step, range(len(images)))["z"])
     model = load_model(run_dir, s3=config.s3)
     measured = measured_with(evaluation.extractor, evaluation.metrics)
-    judge = build_judge(config, images, measured, evaluation.samples)
+    judge = build_judge(config, images, measured, evaluation.samples, held_out=held_out_images(config, images.index))
     results = [*reconstruction(config, model, images, measured), *judge.measure_floor()]
     results += judge.measure_reconstructions(model, [z_ND])
     return StageOne(final_weights(saved.networks[GENERATOR]), z_ND, index, results, judge)

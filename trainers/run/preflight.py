@@ -13,6 +13,7 @@ from ...config.section import Trait
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
 from ...errors import UserError
+from ...metrics.reference import held_out_images
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +25,8 @@ def open_data(config: Config, console: Console) -> Index:
     """The index of the data set, packed first if `data.source` is set and there is no data yet.
 
     Raises:
-        UserError: the data does not exist, or does not match the configured resolution, channels or number of rows.
+        UserError: the data does not exist, or does not match the configured resolution, channels or number of rows;
+            or so the held-out images.
     """
     data = config.data
     if data.source and not is_packed(config):
@@ -42,6 +44,7 @@ def open_data(config: Config, console: Console) -> Index:
         console.print(summary(index, data.url), markup=False)
     index = Index.load(data.url, config.s3)
     require_fit(index, data, config.cluster.max_workers)
+    held_out_images(config, index)  # refused now, and not after the training
     return index
 
 

@@ -26,7 +26,7 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ...config.address import Address, LocalPath
+from ...config.address import LocalPath
 from ...config.parse import explain, kind_of, plain_data, shown, suggest
 from ...config.paths import absolute
 from ...config.run import COMPARISONS, RECIPES, Config, canonical, find_recipe, kinds_first, known_keys, load, load_tree
@@ -73,10 +73,6 @@ class Comparison(Section):
         None,
         gt=0,
         description="minutes that a run may train, with its stage 1 if that is shared; one that needs more fails",
-    )
-    held_out: Address | None = Field(
-        None,
-        description="packed images that no method is trained on; empty: only training images are compared with",
     )
     evaluation: EvaluationConfig = Field(
         EvaluationConfig.model_validate(MEASURED), description="what is measured, of every method"
@@ -185,8 +181,10 @@ class Comparison(Section):
             for name, keys in self.methods.items()
         }
         here = {"studies_dir": absolute(self.studies_dir), "recipe": str(find_recipe(self.recipe).absolute())}
-        held_out = self.held_out and absolute(self.held_out)
-        return self.model_copy(update=here | {"methods": methods, "held_out": held_out})
+        evaluation = self.evaluation.model_copy(
+            update={"data": self.evaluation.data and absolute(self.evaluation.data)}
+        )
+        return self.model_copy(update=here | {"methods": methods, "evaluation": evaluation})
 
     def to_yaml(self) -> str:
         tree = self.model_dump(mode="json", exclude_defaults=True)

@@ -158,7 +158,7 @@ def run_cell(comparison: Comparison, cell: Cell, clock: Clock, bench: Bench, tra
     timings = summary["timings"]
     fit_s = float(timings.get("stage_2_s", 0.0))
     train_s = shared_s + float(timings.get("stage_1_s", 0.0)) + fit_s
-    return summary["metrics"] | bench.measure(config, stage_one=source == cell) | {FIT_S: fit_s, TRAIN_S: train_s}
+    return summary["metrics"] | bench.measure(config) | {FIT_S: fit_s, TRAIN_S: train_s}
 
 
 def log_of(comparison: Comparison, cell: Cell) -> Path:

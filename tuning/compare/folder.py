@@ -35,7 +35,7 @@ def refuse_other_comparison(comparison: Comparison) -> None:
     if not is_comparison(comparison.folder):
         return
     there, here = (each.model_dump(mode="json") for each in (saved_comparison(comparison.folder), comparison))
-    pairs = {key: (there[key], here[key]) for key in ("recipe", "overrides", "evaluation", "held_out")}
+    pairs = {key: (there[key], here[key]) for key in ("recipe", "overrides", "evaluation")}
     pairs |= {f"methods.{name}": (keys, here["methods"].get(name, keys)) for name, keys in there["methods"].items()}
     for key, (before, now) in pairs.items():
         if before != now:

@@ -1,7 +1,6 @@
 """What a comparison measures of a finished run, besides what the run has measured itself.
 
-That is the held-out images as reference set, copying with them; the curve of precision and recall; a strip of samples;
-and the speed of drawing.
+That is the curve of precision and recall, a strip of samples, and the speed of drawing.
 
 Legend: N images, A angles.
 """
@@ -18,13 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...config.run import Config
-from ...datasets.fit import require_fit
-from ...errors import UserError
 from ...inference.model import SamplingModel
 from ...inference.package import open_model
-from ...metrics.evaluate import Judge, build_judge, moved, open_images, stored_codes
+from ...metrics.evaluate import Judge, build_judge
 from ...metrics.prd import PrdCurve, compare_distributions
-from ...metrics.result import OWN, Result, by_key
+from ...metrics.reference import open_images
 from ...metrics.spec import measured_with
 from ...metrics.tally import KeptFeatures
 from ...reports import pictures
@@ -43,33 +40,18 @@ REAL = "real"  # name of the strip of training images
 
 @dataclass(frozen=True)
 class Bench:
-    """Measures the finished runs of a comparison, all alike.
-
-    held_out: whether the reference set of `judge` is held out; else the runs have compared with it themselves.
-    """
+    """Measures the finished runs of a comparison, all alike."""
 
     folder: Path
-    judge: Judge
-    held_out: bool
+    judge: Judge  # of the curve of precision and recall; runs measure their numbers themselves
 
     @classmethod
     def build(cls, comparison: Comparison, base: Config) -> Bench:
-        """Read the real images once.
-
-        Raises:
-            UserError: the held-out images are not there, or of another size than the training images.
-        """
-        evaluation, training = base.evaluation, open_images(base)
-        metrics = measured_with(evaluation.extractor, evaluation.metrics)
-        if comparison.held_out is None:
-            curve = [metric for metric in metrics if metric.group == "prd"]
-            return cls(comparison.folder, build_judge(base, training, curve, evaluation.samples), False)
-        images = open_images(moved(base, comparison.held_out))
-        require_fit(images.index, base.data, 1)
-        if images.index.fingerprint == training.index.fingerprint:
-            raise UserError(f"held_out={comparison.held_out} are the images that the methods are trained on")
-        judge = build_judge(base, images, metrics, evaluation.samples, training=training)
-        return cls(comparison.folder, judge, True)
+        """Read the training images once."""
+        evaluation = base.evaluation
+        measured = measured_with(evaluation.extractor, evaluation.metrics)
+        curve = [metric for metric in measured if metric.group == "prd"]
+        return cls(comparison.folder, build_judge(base, open_images(base), curve, evaluation.samples))
 
     def draw_real(self, base: Config) -> None:
         """Write the strip of training images, evenly spaced."""
@@ -77,25 +59,16 @@ class Bench:
         rows = np.linspace(0, len(images) - 1, min(STRIP, len(images))).astype(int)
         save_strip(self.folder, REAL, np.stack([images.decode(row).transpose(1, 2, 0) for row in rows.tolist()]))
 
-    def measure(self, config: Config, *, stage_one: bool) -> Metrics:
-        """Measure a run; its curve and its strip are written under its name.
-
-        Args:
-            stage_one: whether the run has trained its stage 1 itself, so that reconstructions are its own.
-        """
-        manifest, model = open_model(config.run_dir, s3=config.s3)
-        drawn, results = self.judge.tally(model), list[Result]()
-        if self.held_out:
-            results += self.judge.compare(drawn, OWN)
-            if stage_one:
-                results += self.judge.measure_floor()
-                results += self.judge.measure_reconstructions(model, stored_codes(config, manifest.rows))
+    def measure(self, config: Config) -> Metrics:
+        """The speed of drawing of a run; its curve and its strip are written under its name."""
+        _, model = open_model(config.run_dir, s3=config.s3)
+        drawn = self.judge.tally(model)
         kept = next((name for name in drawn.by_metric if name.startswith("f8_")), None)
         if kept is not None:
             real = cast(KeptFeatures, self.judge.real.whole.by_metric[kept])
             save_curve(self.folder, config.name, compare_distributions(real, cast(KeptFeatures, drawn.by_metric[kept])))
         save_strip(self.folder, config.name, model.sample(STRIP))
-        return by_key(results) | {DRAWS: speed(model)}
+        return {DRAWS: speed(model)}
 
 
 def speed(model: SamplingModel) -> float:

@@ -92,22 +92,21 @@ def build_table(comparison: Comparison, found: Collection[Trial]) -> Table:
     """The table of the runs so far: bounds first, then methods by their distance, and below them those that copy."""
     last = last_of_each(found)
     finished = {cell: trial.metrics for cell, trial in last.items() if trial.state == "finished"}
-    columns = [
-        column for column in all_columns(comparison) if any(column.key in metrics for metrics in finished.values())
-    ]
+    keys = set[str]().union(*finished.values())
+    against = HELD_OUT if any(key.endswith(f":{HELD_OUT}") for key in keys) else None
+    columns = [column for column in all_columns(comparison, against) if column.key in keys]
     methods = [_row(comparison, method, columns, last) for method in comparison.methods]
     ranked = columns[0].key if columns else ""
     methods.sort(key=lambda row: _place(row, ranked))
     return Table(columns, [*_bounds(comparison, columns, finished), *methods])
 
 
-def all_columns(comparison: Comparison) -> list[Column]:
+def all_columns(comparison: Comparison, against: str | None) -> list[Column]:
     """Every column that a comparison may have; the first is the one by which methods are ranked.
 
     The distance is shown against training and held-out images, other metrics against held-out ones where there are any.
     """
     evaluation = comparison.evaluation
-    against = HELD_OUT if comparison.held_out else None
     distance = frechet_name(evaluation.extractor)
     named = {None: "training", HELD_OUT: "held-out"}
     columns = [

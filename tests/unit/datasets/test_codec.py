@@ -59,6 +59,16 @@ def test_none_refuses_what_is_not_square():
         fit(Image.fromarray(noise(10, 12, 3)), 8, 3, "none")
 
 
+def test_a_number_cuts_so_many_pixels_from_the_middle():
+    """CelebA, 178 x 218, as Lucic et al. take it: rows 29 to 188, columns 9 to 168."""
+    img_HWC = noise(218, 178, 3)
+    np.testing.assert_array_equal(fit(Image.fromarray(img_HWC), 160, 3, "160"), img_HWC[29:189, 9:169])
+    smaller = fit(Image.fromarray(img_HWC), 64, 3, "160")
+    np.testing.assert_array_equal(smaller, fit(Image.fromarray(img_HWC[29:189, 9:169]), 64, 3, "center"))
+    with pytest.raises(BadImage, match="178 x 218 is smaller than crop=179; use a smaller crop"):
+        fit(Image.fromarray(img_HWC), 64, 3, "179")
+
+
 def test_shrinking_averages_instead_of_picking_pixels():
     checkers = np.indices((256, 256)).sum(0) % 2 * 255
     small = fit(Image.fromarray(checkers.astype(np.uint8)), 32, 1, "center")

@@ -96,6 +96,12 @@ def test_hostile_file_names_are_refused(name):
         ({"left_out": [{"reason": "mask", "count": 1, "places": ["x" * 1000]}]}, "left_out"),
         ({"left_out": [{"reason": f".{n}", "count": 1} for n in range(1000)]}, "left_out"),
         ({"remarks": {"x": -1}}, "remarks"),
+        ({"held_out": {"rows": 0, "fingerprint": HASH}}, "held_out.rows"),
+        ({"held_out": {"rows": 1, "fingerprint": "../x"}}, "held_out.fingerprint"),
+        ({"held_out": {"rows": 1, "fingerprint": HASH, "path": "../x"}}, "held_out.path"),
+        ({"labels": {"columns": [], "sha256": HASH, "source": HASH}}, "labels.columns"),
+        ({"labels": {"columns": [{"name": "a"}] * 5000, "sha256": HASH, "source": HASH}}, "labels.columns"),
+        ({"labels": {"columns": [{"name": "a", "values": [3]}], "sha256": HASH, "source": HASH}}, "labels.columns"),
     ],
 )
 def test_impossible_headers_are_refused(changes, match):

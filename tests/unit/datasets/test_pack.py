@@ -238,7 +238,7 @@ def test_a_full_disk_is_said_so_and_packing_goes_on_afterwards(folder, tmp_path,
     [
         ({"resolution": 0}, "resolution=0"),
         ({"channels": 4}, "channels=4 is not possible; use 1"),
-        ({"crop": "stretch"}, "crop=stretch is not possible; use one of center, pad, none"),
+        ({"crop": "stretch"}, "crop=stretch is not possible; use center, pad, none or a number of pixels"),
         ({"image_format": "gif"}, "format=gif"),
         ({"quality": 101}, "quality=101"),
         ({"shard_size_mb": 0}, "shard size 0"),
@@ -430,3 +430,15 @@ def test_one_image_is_counted_in_good_english(folder, tmp_path):
     for number in range(1, IMAGES):
         os.remove(os.path.join(folder, f"{number}.png"))
     assert summary(pack(folder, str(tmp_path / "set"), **OPTIONS), "set") == "1 image of 16 px in 1 shard: set"
+
+
+def test_images_that_are_smaller_than_the_crop_are_refused_or_left_out(folder, tmp_path):
+    """The pictures are 16 to 20 px high and 16 to 18 px wide: every third one is 18 px wide."""
+    with pytest.raises(UserError, match=r"corrupt images.*16 x 16 is smaller than crop=18"):
+        pack(folder, str(tmp_path / "all"), crop="18", **OPTIONS)
+    index = pack(folder, str(tmp_path / "some"), crop="18", skip_corrupt=True, **OPTIONS)
+    large = [number for number in range(IMAGES) if number % 3 == 2 and number % 5 >= 2]
+    assert index.rows == len(large)
+    assert in_words(index.header.left_out) == f"{IMAGES - len(large)} unreadable images"
+    with pytest.raises(UserError, match="already holds"):
+        pack(folder, str(tmp_path / "some"), crop="17", skip_corrupt=True, **OPTIONS)

@@ -7,9 +7,12 @@ import os
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from glann.config.run import find_recipe
+from glann.datasets.pack import pack
+from glann.errors import UserError
 from glann.inference.model import SamplingModel
 from glann.inference.package import open_model
 from glann.metrics import cache
@@ -176,7 +179,8 @@ def test_a_metric_more_is_one_entry_of_the_table_and_costs_no_pass(world, monkey
     assert Result("toy", values["gaussian/toy"], "gaussian") in results
 
     rows = {title: (value, meaning) for title, value, meaning in metric_rows(values)}
-    assert rows["Toy distance"] == (f"{values['toy']:.3f} lux", "how much brighter samples are; higher is better")
+    meaning = "how much brighter samples are; higher is better; against training images"
+    assert rows["Toy distance"] == (f"{values['toy']:.3f} lux", meaning)
     assert "Toy distance, Gaussian (GLO baseline)" in rows
     path = world.config.run_dir / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": values}))
@@ -224,9 +228,6 @@ def test_the_closest_pairs_are_those_of_all_samples_and_rows(world):
 
 def test_held_out_images_are_named_and_copying_is_measured_against_them(world, tmp_path):
     """The training images themselves, in another order, in place of held-out ones: no preference but for ties."""
-    import numpy as np
-    from glann.datasets.pack import pack
-
     images = evaluation.open_images(world.config)
     real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
     other = real.flip(0)[:150].permute(0, 2, 3, 1).numpy()
@@ -263,6 +264,89 @@ def test_the_floor_is_that_of_two_disjoint_parts_of_the_real_images(world, one_t
     values = by_key(evaluated(world))
     assert values["real/fd_squeezenet"] == pytest.approx(expected, rel=1e-9)
     assert values["real/fd_squeezenet"] < values["fd_squeezenet"]
+
+
+def packed(img_NHWC, folder, name: str, **options) -> str:
+    """The address of a packed data set of these images."""
+    np.savez(folder / f"{name}.npz", images=img_NHWC)
+    pack(str(folder / f"{name}.npz"), str(folder / name), channels=1, **({"resolution": 28} | options))
+    return str(folder / name)
+
+
+@pytest.fixture
+def unseen(world, tmp_path) -> str:
+    rng = np.random.default_rng(3)
+    return packed(rng.integers(0, 256, (120, 28, 28, 1), np.uint8), tmp_path, "unseen")
+
+
+def test_configured_held_out_images_are_measured_against_beside_the_training_images(world, unseen):
+    """One drawing serves both references; what is measured against the training images stays as it is without."""
+    before, drawn = by_key(evaluated(world)), list(world.seen["drawn"])
+    world.seen["drawn"].clear()
+    evaluation_section = world.config.evaluation.model_copy(update={"data": unseen})
+    world.config = world.config.model_copy(update={"evaluation": evaluation_section})
+    results = evaluated(world)
+    values = by_key(results)
+    assert world.seen["drawn"] == drawn
+    assert {key: value for key, value in values.items() if ":" not in key} == before
+    names = (*ALWAYS, "copying_squeezenet")
+    assert {key for key in values if ":" in key} == {
+        "real/fd_squeezenet:held-out",
+        "reconstruction/fd_squeezenet:held-out",
+        *(f"{sampler}{name}:held-out" for name in names for sampler in ("", "gaussian/")),
+    }
+    assert {result.against for result in results} == {"training", "held-out"}
+    direct = by_key(evaluation.evaluate(world.config, world.manifest, world.model, seed=SEED, data=unseen))
+    assert {key: value for key, value in values.items() if ":" in key} == pytest.approx(direct)
+
+
+def test_the_held_out_part_of_the_data_set_is_the_default(world, tmp_path, monkeypatch):
+    images = evaluation.open_images(world.config)
+    real_NHWC = torch.cat(list(evaluation.training_images(images, ROWS, world.config))).permute(0, 2, 3, 1).numpy()
+    rng = np.random.default_rng(3)
+    np.savez(tmp_path / "x.npz", images=real_NHWC, test_images=rng.integers(0, 256, (120, 28, 28, 1), np.uint8))
+    index = pack(str(tmp_path / "x.npz"), str(tmp_path / "x"), resolution=28, channels=1)
+    manifest = world.manifest.model_copy(update={"fingerprint": index.fingerprint})
+    data = world.config.data.model_copy(update={"url": str(tmp_path / "x")})
+    config = world.config.model_copy(update={"data": data})
+    values = by_key(evaluation.evaluate(config, manifest, world.model, seed=SEED))
+    assert {"fd_squeezenet", "fd_squeezenet:held-out", "copying_squeezenet:held-out"} <= values.keys()
+    (tmp_path / "x" / "held-out").rename(tmp_path / "x" / "elsewhere")
+    with pytest.raises(UserError, match=r"held-out images of x are not at .*x/held-out; copy this folder"):
+        evaluation.evaluate(config, manifest, world.model, seed=SEED)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda home, folder: str(folder / "nowhere"), "no data set at .*nowhere"),
+        (lambda home, folder: home.config.data.url, "holds the training images themselves"),
+        (
+            lambda home, folder: packed(np.ones((9, 28, 28, 1), np.uint8), folder, "a", resolution=32),
+            "has resolution 32",
+        ),
+        (lambda home, folder: packed(np.ones((1, 28, 28, 1), np.uint8), folder, "b"), "holds 1 image"),
+        (lambda home, folder: "s3://user:***@host/x", "the password of .* was not kept"),
+    ],
+)
+def test_held_out_images_that_cannot_be_compared_are_refused_before_training(world, home, tmp_path, make, said):
+    from glann.trainers.run.preflight import open_data
+    from rich.console import Console
+
+    url = make(home, tmp_path)
+    section = world.config.evaluation.model_copy(update={"data": url})
+    with pytest.raises(UserError, match=said) as caught:
+        open_data(world.config.model_copy(update={"evaluation": section}), Console())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_test_of_copying_without_enough_held_out_images_is_refused_before_training(world, unseen):
+    from glann.trainers.run.preflight import open_data
+    from rich.console import Console
+
+    section = world.config.evaluation.model_copy(update={"data": unseen, "metrics": ("copying",)})
+    with pytest.raises(UserError, match=r"needs 200 held-out images, and .*unseen holds 120"):
+        open_data(world.config.model_copy(update={"evaluation": section}), Console())
 
 
 def test_codes_are_compared_without_decoding(world, monkeypatch):

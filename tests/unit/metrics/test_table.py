@@ -97,11 +97,14 @@ def test_the_row_of_a_baseline_says_the_same_of_its_kind_as_the_row_of_the_model
     [(other_title, other_value, other_meaning)] = metric_rows({to_key(name, sampler): 8.625})
     assert other_title.startswith(f"{title}, ")
     assert other_value == value
-    assert other_meaning.startswith(f"{meaning}; samples drawn ")
+    both = "; against training images"
+    assert meaning.endswith(both)
+    assert other_meaning.startswith(f"{meaning.removesuffix(both)}; samples drawn ")
+    assert other_meaning.endswith(both)
     assert other_meaning.count(NOT_FID) == meaning.count(NOT_FID) == (name.startswith("fd_"))
     [(held_out_title, _, held_out_meaning)] = metric_rows({to_key(name, sampler, HELD_OUT): 8.625})
     assert held_out_title == f"{other_title}, held-out images"
-    assert held_out_meaning == f"{other_meaning}; against held-out images"
+    assert held_out_meaning == f"{other_meaning.removesuffix(both)}; against held-out images"
 
 
 @pytest.mark.parametrize("write", [write_report, write_card])
@@ -117,14 +120,19 @@ def test_fid_and_its_baseline_are_called_fid_in_report_and_card(tmp_path: Path, 
 
 
 def test_the_words_that_people_know_are_kept():
+    seen = "; against training images"
     assert metric_rows({"l1": 0.0401, "psnr": 19.1, "fid": 8.6, "fd_lite0": 57.951}) == [
-        ("L1 reconstruction error", "0.0401", "mean absolute difference of pixels, range 0 to 1; lower is better"),
-        ("PSNR of reconstructions", "19.10 dB", "peak signal-to-noise ratio in dB; higher is better"),
-        ("FID", "8.60", "Fréchet Inception Distance; lower is better"),
+        (
+            "L1 reconstruction error",
+            "0.0401",
+            f"mean absolute difference of pixels, range 0 to 1; lower is better{seen}",
+        ),
+        ("PSNR of reconstructions", "19.10 dB", "peak signal-to-noise ratio in dB; higher is better" + seen),
+        ("FID", "8.60", "Fréchet Inception Distance; lower is better" + seen),
         (
             "Fréchet distance (lite0)",
             "57.95",
-            "Fréchet distance of lite0 features; lower is better. Not FID: compare it only with itself",
+            "Fréchet distance of lite0 features; lower is better. Not FID: compare it only with itself" + seen,
         ),
     ]
 

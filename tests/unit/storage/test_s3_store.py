@@ -492,3 +492,41 @@ def test_keys_that_others_named_are_read_as_they_are(s3, tmp_path):
 def test_a_key_that_http_would_change_is_named_with_the_way_out(s3):
     with pytest.raises(UserError, match=r"s3://images/a/\.\./b is not a usable .* copy the object to a key without"):
         open_store("s3://images", s3).read("a/../b")
+
+
+def test_held_out_images_and_labels_live_on_s3_as_in_a_folder(s3, tmp_path):
+    """Packed after an interruption, verified, read, packed again from there, and found by a run's configuration."""
+    from glann.config.run import load
+    from glann.datasets.reader import read_labels
+    from glann.metrics.reference import held_out_images
+
+    images = np.random.default_rng(5).integers(0, 256, (200, 28, 28), np.uint8)
+    np.savez(tmp_path / "in.npz", images=images, labels=np.arange(200))
+    options = {"resolution": 28, "channels": 1, "shard_size_mb": 0.03, "holdout": 0.2, "name": "x"}
+    url = "s3://images/sets/x"
+
+    def stop(done, total):
+        if done == 150:
+            raise InterruptedError("stopped")
+
+    with pytest.raises(Exception, match="stopped"):
+        pack(str(tmp_path / "in.npz"), url, s3=s3, progress=stop, **options)
+    index = pack(str(tmp_path / "in.npz"), url, s3=s3, **options)
+    local = pack(str(tmp_path / "in.npz"), str(tmp_path / "local"), **options)
+    assert index.header == local.header
+    files = {
+        path.relative_to(tmp_path / "local").as_posix() for path in (tmp_path / "local").rglob("*") if path.is_file()
+    }
+    assert set(open_store(url, s3).list()) == files
+    assert verify(url, s3) == []
+    assert (read_labels(url, s3).value_NL == read_labels(str(tmp_path / "local")).value_NL).all()
+    config = load("digits", changes={"data.url": url, "data.cache_dir": str(tmp_path / "cache")})
+    unseen = held_out_images(config.model_copy(update={"s3": s3}), index)
+    held_out = {unseen.decode(row).tobytes() for row in range(len(unseen))}
+    assert held_out <= {image.tobytes() for image in images}
+    again = pack(url, str(tmp_path / "again"), resolution=28, channels=1, s3=s3)
+    assert again.held_out.rows == len(unseen)
+    open_store(f"{url}/held-out", s3).delete("index.json")
+    assert [fault.shard for fault in verify(url, s3)] == ["held-out"]
+    with pytest.raises(UserError, match="held-out images of x are not at s3://images/sets/x/held-out"):
+        held_out_images(config.model_copy(update={"s3": s3}), index)

@@ -346,3 +346,29 @@ def test_a_folder_goes_with_its_last_file(tmp_path):
     store.delete("step-000001/b")
     assert list((tmp_path / "store").iterdir()) == []
     store.delete("step-000001/b")  # already gone
+
+
+@pytest.mark.parametrize("made", [0, 1, 2])
+def test_a_refused_write_leaves_no_empty_folders(tmp_path, monkeypatch, made):
+    """As under umask 777: the first folder is made, and nothing can be made in it; or all are, and the disk is full."""
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    if made == 2:
+        monkeypatch.setattr(files, "fill", refuse)
+        monkeypatch.setattr("glann.storage.local.fill", refuse)
+    elif made:
+        monkeypatch.setattr(files, "open", refuse, raising=False)
+    else:
+        whole = os.mkdir
+        monkeypatch.setattr(
+            os, "mkdir", lambda path, *more: refuse() if str(path).endswith("b") else whole(path, *more)
+        )
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(UserError, match="no permission"):
+        LocalStore(tmp_path / "a" / "b").write("packing.json", b"{}", only_if_absent=True)
+    with pytest.raises(UserError, match="no permission"):
+        LocalStore(tmp_path / "kept" / "a" / "b").write("packing.json", b"{}")
+    assert os.listdir(tmp_path) == ["kept"]
+    assert os.listdir(tmp_path / "kept") == []

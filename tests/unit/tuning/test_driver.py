@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from glann.datasets.pack import pack
-from glann.errors import EnvironmentFault
+from glann.errors import EnvironmentFault, UserError
 from glann.trainers.run.recovery import RunStopped
 from glann.tuning import driver
 from glann.tuning.study import StudyConfig, load_study
@@ -107,3 +107,13 @@ def test_a_cluster_that_is_gone_is_noticed_before_data_are_packed(study: StudyCo
     with pytest.raises(EnvironmentFault, match=r"nothing answers at 127.0.0.1:1 \(RAY_ADDRESS\)"):
         run(study)
     assert not Path(study.folder).exists()
+
+
+def test_a_study_by_held_out_images_needs_some(study: StudyConfig, monkeypatch):
+    """Refused before there is a trial: the data set holds none out."""
+    monkeypatch.setattr(driver, "require_ray", lambda config: None)
+    Path("study.yaml").write_text(yaml.safe_dump(STUDY | {"metric": "fd_squeezenet:held-out"}))
+    changed = load_study("study.yaml")
+    with pytest.raises(UserError, match=r"metric=fd_squeezenet:held-out needs held-out images, and .*noise has none"):
+        run(changed)
+    assert not Path(changed.folder).exists()

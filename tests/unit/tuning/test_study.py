@@ -74,6 +74,9 @@ def test_studies_that_ship_can_be_started(path: Path):
         ({"scheduler": {"reduction": 1}}, "scheduler.reduction=1 is not possible"),
         ({"name": "../evil"}, "name='../evil' is not possible"),
         ({"metric": "fd_squeezenets"}, "no such metric (did you mean fd_squeezenet?)"),
+        ({"metric": "fd_lite0:test"}, "no such metric"),
+        ({"metric": "precision_codes:held-out"}, "held-out images have none; use precision_codes"),
+        ({"metric": "copying_lite0"}, "against held-out images only; use copying_lite0:held-out"),
         ({"space": {}}, "space={} is not possible"),
         ({"recipe": None}, "give one of: recipe (both stages), or stage_one"),
         ({"stage_one": "runs/x"}, "give one of: recipe (both stages), or stage_one"),
@@ -98,6 +101,13 @@ def test_the_own_sampler_may_be_named_by_its_kind_and_the_images_as_held_out(tmp
     other = {"space": {"glo.latent_lr": {"log_uniform": [0.003, 0.1]}}, "overrides": {"sampler.kind": "gmm"}}
     assert "imle/fd_lite0 is not measured" in refusal(tmp_path, other | {"metric": "imle/fd_lite0"})
     assert load_study(written(tmp_path, other | {"metric": "gmm/fd_lite0"})).metric == "fd_lite0"
+
+
+@pytest.mark.parametrize("metric", ["fd_lite0:held-out", "gaussian/fd_lite0:held-out", "copying_lite0:held-out"])
+def test_a_study_can_compare_by_held_out_images(tmp_path: Path, metric: str):
+    study = load_study(written(tmp_path, {"metric": metric}))
+    assert study.metric == metric
+    assert study.extractor_needed == "lite0"
 
 
 @pytest.mark.parametrize(

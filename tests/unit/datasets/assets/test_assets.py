@@ -24,6 +24,7 @@ from glann.datasets.assets import downloads
 from glann.datasets.assets.catalogue import ASSETS, PERCEPTUAL, Asset, cache_dir, fetch, load_weights
 from glann.datasets.assets.converters import ArrayUnpickler, digits_csv, folder
 from glann.datasets.assets.downloads import Address, ArchiveAddress, DebianPackage, PythonPackage, SourceError, unpack
+from glann.datasets.sources.open import open_source
 from glann.errors import EnvironmentFault, UserError
 from safetensors.torch import save_file
 
@@ -284,6 +285,7 @@ def test_every_asset_pins_its_content_and_gives_credit():
         assert asset.credit, name
         assert asset.sources, name
         assert bool(asset.convention) == (asset.kind == "weights"), name
+        assert asset.held_out is None or ASSETS[asset.held_out].kind == asset.kind == "images", name
     for names in PERCEPTUAL.values():
         assert all(ASSETS[name].convention in ("caffe", "torch") for name in names)
 
@@ -314,13 +316,27 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "mnist"])
-def test_image_sets_come_from_their_registries(name):
+@pytest.mark.parametrize(
+    ("name", "rows"), [("digits", 5000), ("fashion-mnist", 60_000), ("mnist", 60_000), ("mnist-test", 10_000)]
+)
+def test_image_sets_come_from_their_registries(name, rows):
     with np.load(fetch(name)) as data:
-        assert data["images"].shape == ((5000 if name == "digits" else 60_000), 28, 28)
+        assert data["images"].shape == (rows, 28, 28)
         assert data["images"].dtype == np.uint8
         assert (np.bincount(data["labels"]) > 450).all()
         assert (data["images"].min(), data["images"].max()) == (0, 255)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "mnist"])
+def test_image_sets_hold_out_ten_thousand_images(name):
+    source = open_source(name)
+    assert source.held_out.count == 10_000
+    assert (np.bincount(source.held_out.labels.column("class")) > 850).all()
+    assert len(source.labels.value_NL) == source.count
+    if name == "digits":
+        known = {item.read().tobytes() for item in source.items(0)}
+        assert not known & {item.read().tobytes() for item in source.held_out.items(0)}
 
 
 @pytest.mark.network

@@ -18,7 +18,7 @@ from glann.datasets.assets import catalogue as assets
 from glann.datasets.codec import BadImage
 from glann.datasets.pack import pack
 from glann.datasets.sources.open import open_source
-from glann.errors import UserError
+from glann.errors import EnvironmentFault, UserError
 from glann.storage.base import TruncatedObject
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -240,10 +240,37 @@ def test_a_packed_data_set_can_be_packed_again(tmp_path):
 
 
 def test_a_named_asset_is_fetched(tmp_path, monkeypatch):
-    np.savez(tmp_path / "digits.npz", images=np.zeros((3, 4, 4), np.uint8))
+    """With held-out images, its own or those of the asset that it names, and with labels."""
+    np.savez(tmp_path / "digits.npz", images=np.zeros((3, 4, 4), np.uint8), labels=np.array([7, 1, 2]))
+    np.savez(tmp_path / "mnist-test.npz", images=np.zeros((5, 4, 4), np.uint8), labels=np.arange(5))
+    np.savez(
+        tmp_path / "mnist.npz",
+        images=np.zeros((4, 4, 4), np.uint8),
+        labels=np.array([{}] * 4),  # objects, which are not unpickled
+        test_images=np.zeros((2, 4, 4), np.uint8),
+        test_labels=np.array([3, 4], np.uint8),
+    )
     monkeypatch.setattr(assets, "fetch", lambda name: tmp_path / f"{name}.npz")
     source = open_source("digits")
     assert (source.name, source.count) == ("digits", 3)
+    assert source.labels.column("class").tolist() == [7, 1, 2]
+    assert (source.held_out.name, source.held_out.count) == ("mnist-test", 5)
+    mnist = open_source("mnist")
+    assert (mnist.count, mnist.labels) == (4, None)
+    assert mnist.held_out.labels.value_NL.tolist() == [[3], [4]]
+
+
+def test_an_asset_without_reachable_held_out_images_is_packed_with_a_warning(tmp_path, monkeypatch, caplog):
+    def fetch(name):
+        if name == "mnist-test":
+            raise EnvironmentFault("cannot fetch mnist-test")
+        return tmp_path / f"{name}.npz"
+
+    np.savez(tmp_path / "digits.npz", images=np.arange(48, dtype=np.uint8).reshape(3, 4, 4))
+    monkeypatch.setattr(assets, "fetch", fetch)
+    index = pack("digits", str(tmp_path / "set"), resolution=4, channels=1)
+    assert (index.rows, index.held_out) == (3, None)
+    assert "no held-out images, so copying will not be measured: cannot fetch mnist-test" in caplog.text
 
 
 def test_weights_are_no_images():

@@ -36,6 +36,8 @@ def test_what_is_told_can_be_copied_from_a_narrow_terminal(tmp_path):
     lines = printed_lines(config)
     assert lines[0] == "mine: done"
     assert "5,000 images of 28 px" in lines[1]
+    assert lines[1].endswith("25 + 50 epochs, 2 workers, 1.5 min")
+    assert "against the training images, unless others are named" in lines
     assert any(line.split() == ["Fréchet", "distance", "(squeezenet)", "0.3797"] for line in lines)
     assert f"{config.run_dir}/report.html" in lines
     assert any(line.endswith(f"glann sample {config.run_dir} --n 100 --seed 1 --out more.png") for line in lines)

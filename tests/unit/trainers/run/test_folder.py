@@ -48,7 +48,7 @@ from glann.trainers.run.state import Position, Saved
 # What a disk, an editor or a careless copy makes of a file.
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
-    "cut": lambda data: data[: len(data) // 2],
+    "cut": lambda data: data[: data.rfind(b":", 0, len(data) // 2) or len(data) // 2],  # behind a key: never valid
     "cut at the start": lambda data: data[:3],
     "a list": lambda data: b"[]\n",
     "null": lambda data: b"null\n",
