@@ -97,6 +97,11 @@ def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) ->
     """
     key = ".".join(str(part) for part in fault["loc"] if part not in hidden)[:MAX_SHOWN]
     if fault["type"] == "extra_forbidden":
+        if key in known:  # of a section whose keys depend on its `kind`
+            kind = next(part for part in fault["loc"] if part in hidden)
+            return (
+                f"{key} is no key of {key.rpartition('.')[0]}.kind={str(kind).strip('<>')}; see `glann config --help`"
+            )
         return f"unknown key {key}{suggest(key, known)}; see `glann config --help`"
     if fault["type"] == "missing":
         field = known.get(key)

@@ -131,7 +131,10 @@ class LossConfig(Section):
         None, ge=1, le=8, description="scales (full size and halvings); empty means the paper's choice"
     )
     magnify: int = Field(
-        1, ge=1, le=8, description="enlarge images this many times before the frozen network, for small images"
+        1,
+        ge=1,
+        le=8,
+        description="perceptual: enlarge images this many times before the frozen network, for small images",
     )
     pixel_weight: float = Field(1.0, ge=0, description="weight of L1 on pixels")
     feature_weight: float = Field(1.0, ge=0, description="weight of L1 on each feature map")

@@ -159,8 +159,8 @@ def build_loss(config: LossConfig, resolution: int, features: FeatureNet | None 
             feature_weight=config.feature_weight,
             patch=config.patch,
         )
-    for option in ("patch", "taps", "magnify"):
-        if getattr(config, option) != type(config).model_fields[option].default:
+    for option in ("patch", "taps"):
+        if getattr(config, option) is not None:
             raise UserError(f"loss.{option} belongs to loss.kind=perceptual, not {config.kind}; remove it")
     if config.kind == "laplacian":
         return LaplacianLoss(levels, config.pixel_weight)

@@ -20,6 +20,7 @@ SMALL = (
     "loss.kind=l1",
     "glo.epochs=12",
     "glo.batch_size=40",
+    "evaluation.extractor=squeezenet",
     "imle.epochs=12",
     "imle.noise_dim=8",
     "checkpoint.every_epochs=1",

@@ -14,7 +14,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-SMALL = ("loss.kind=l1", "generator.width=16", "glo.epochs=1", "imle.epochs=1", "tracking.enabled=false")
+SMALL = (
+    *("loss.kind=l1", "generator.width=16", "glo.epochs=1", "imle.epochs=1"),
+    *("evaluation.extractor=squeezenet", "tracking.enabled=false"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -47,11 +47,15 @@ def test_four_in_five_samples_are_clear_digits_and_no_digit_is_rare(samples, dig
 
 
 def test_samples_are_not_copies(samples, digits):
+    """Hardly nearer to training digits than to as many that training has not seen, and no sample is one of them."""
     real_NP = digits[0].reshape(len(digits[0]), -1).astype(np.float64) / 255
-    from_samples = nearest_distances(samples.reshape(SAMPLES, -1) / 255.0, real_NP)
+    unseen_NP = np.load(assets.fetch("mnist-test"))["images"][: len(real_NP)].reshape(len(real_NP), -1) / 255.0
+    drawn_NP = samples.reshape(SAMPLES, -1) / 255.0
+    from_samples = nearest_distances(drawn_NP, real_NP)
+    share = (from_samples < nearest_distances(drawn_NP, unseen_NP)).mean()
     between_real = nearest_distances(real_NP, real_NP, same=True)
-    print(f"distance to the nearest real digit: samples {from_samples.mean():.3f}, real {between_real.mean():.3f}")
-    assert from_samples.mean() >= between_real.mean()
+    print(f"nearest digit is a training digit: {share:.1%}; nearest distance {from_samples.mean():.3f}")
+    assert share <= 0.65, "0.62 is the aim, and 0.015 its deviation for 1,000 samples"
     assert np.quantile(from_samples, 0.01) >= np.quantile(between_real, 0.01)
 
 

@@ -26,6 +26,7 @@ OVERRIDES = (
     "loss.kind=l1",
     f"glo.epochs={GLO_EPOCHS}",
     f"glo.batch_size={BATCH}",
+    "evaluation.extractor=squeezenet",
     f"imle.epochs={IMLE_EPOCHS}",
     "imle.batch_size=8",
     "imle.noise_dim=8",

@@ -80,6 +80,7 @@ def test_what_cannot_be_is_refused_and_named(override: str, expected: str):
         (["engine.kind=torch"], "set cluster.workers=1 and engine.zero=0"),
         (["sampler.batch_size=1", "sampler.statistics=batch"], "use at least 3, or set sampler.statistics=noise"),
         (["imle.batch_size=2", "imle.statistics=batch"], "use at least 3, or set sampler.statistics=noise"),
+        (["sampler.kind=gmm", "sampler.noise_dim=8"], "sampler.noise_dim is no key of sampler.kind=gmm"),
         (["loss.patch=64"], "loss.patch=64 is larger than data.resolution=28"),
     ],
 )

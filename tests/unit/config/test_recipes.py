@@ -168,6 +168,8 @@ def test_a_server_that_does_not_answer_does_not_stop_the_plan(monkeypatch: pytes
 class PackedAt:
     """What a plan needs of an index."""
 
+    held_out = None
+
     def __init__(self, resolution: int, channels: int, rows: int) -> None:
         self.resolution, self.channels, self.rows = resolution, channels, rows
 

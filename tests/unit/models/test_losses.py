@@ -175,7 +175,6 @@ def test_the_defaults_are_the_papers(resolution, taps, levels):
         ({"levels": 1, "patch": 32, "network": "squeezenet"}, 64, "loss.levels"),
         ({"kind": "l1", "patch": 32}, 64, "loss.patch"),
         ({"kind": "l2", "taps": ("conv1",)}, 64, "loss.taps"),
-        ({"kind": "laplacian", "magnify": 2}, 64, "loss.magnify"),
     ],
 )
 def test_impossible_options_are_refused(squeezenet, options, resolution, named):

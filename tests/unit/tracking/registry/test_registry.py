@@ -523,7 +523,11 @@ def test_registered_models_are_sampled_interpolated_and_evaluated(home, name, ca
     status, out, err = run(capsys, "evaluate", uri, "--samples", 50)
     assert status == 0
     names = ["fd_squeezenet", "precision_squeezenet", "recall_squeezenet"]
-    assert [line.split()[0] for line in out.splitlines()] == [*names, *(f"gaussian/{name}" for name in names)]
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "real/fd_squeezenet",
+        *names,
+        *(f"gaussian/{name}" for name in names),
+    ]
     assert err == "reconstruction is not measured: it needs a run folder with its codes, and their images\n"
     status, _, err = run(capsys, "evaluate", uri, "--data", "data-32")
     assert (status, "data.resolution is 28 but data-32 holds images of 32" in err) == (2, True)
