@@ -333,7 +333,7 @@ def test_a_study_that_is_not_there_is_told_with_those_that_are(tmp_path: Path):
 
 def test_a_trial_is_what_glann_train_makes_of_the_same_values(tmp_path: Path):
     study = load_study(written(tmp_path, {"overrides": {"cluster.workers": 2, "glo.epochs": 4}}))
-    shared = ["cluster.workers=2", "glo.epochs=4"]
+    shared = ["cluster.workers=2", "glo.epochs=4", "evaluation.extractor=squeezenet"]
     assert study.base() == load("digits", [*shared, "name=small", "runs_dir=studies"])
     named = ["name=small-0007", "runs_dir=studies/small/trials"]
     trial = study.trial(7, {"glo.latent_lr": 0.02, "sampler.noise_dim": 9})
@@ -361,7 +361,7 @@ def test_a_recipe_file_is_taken_as_it_is(tmp_path: Path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(load("digits", ["seed=5"]).to_yaml())
     study = load_study(written(tmp_path, {"recipe": str(recipe)}))
-    assert study.base() == load(recipe, ["name=small", "runs_dir=studies"])
+    assert study.base() == load(recipe, ["name=small", "runs_dir=studies", "evaluation.extractor=squeezenet"])
 
 
 @pytest.mark.parametrize(
