@@ -41,6 +41,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
+@pytest.mark.matrix
 def test_a_comparison_that_is_killed_makes_what_is_not_done_and_shares_its_stage_1(glann):
     (glann.folder / "sides.yaml").write_text(yaml.safe_dump(COMPARISON, sort_keys=False))
     folder, deadline = glann.folder / "studies" / "sides", time.monotonic() + 300
