@@ -10,9 +10,10 @@ from ..config.samplers import SamplerConfig
 from ..config.section import Trait
 from ..errors import redact
 from .facts import RunFacts
+from .figures import metric_rows
 from .limits import verdict
 from .page import environment, write_page
-from .run import commands, headline, metric_rows
+from .run import commands, headline
 from .run_folder import CARD, IMAGES
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from markupsafe import Markup
 
 from .. import __version__
 from ..config.run import redacted_config
-from ..metrics.result import OWN, TRAINING, from_key, sampler_label, to_key
-from ..metrics.spec import METRICS
 from .charts import line_chart
 from .codes import code_rows
 from .facts import RunFacts, series
-from .limits import BOUNDS, limits, verdict
+from .figures import figure_rows, main_rows, reference_of
+from .limits import verdict
 from .page import Figure, duration, environment, figure, number, write_page
 from .run_folder import REPORT
 
@@ -52,7 +50,9 @@ def render(facts: RunFacts) -> str:
             version=__version__,
             headline=headline(facts),
             codes=code_rows(facts),
-            figures=figure_rows(facts.metrics, facts.deviations),
+            figures=main_rows(facts.metrics, facts.deviations),
+            reference=reference_of(facts.metrics),
+            all_figures=figure_rows(facts.metrics, facts.deviations),
             verdict=verdict(facts.metrics),
             charts=_charts(facts),
             films=_films(facts),
@@ -81,44 +81,6 @@ def headline(facts: RunFacts) -> str:
         f"{config.generator.kind} generator with {config.generator.latent_dim}-dimensional codes; "
         f"{done or 'nothing trained yet'}.{state}"
     )
-
-
-def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
-    """Rows (title, formatted value, meaning) of the stored metrics."""
-    rows = []
-    for key, value in metrics.items():
-        if not isinstance(value, int | float):
-            continue
-        name, sampler, reference = from_key(key)
-        if (metric := METRICS.get(name)) is None:
-            rows.append((key.replace("_", " "), number(value), ""))
-            continue
-        title, meaning = metric.title, metric.explained()
-        if sampler not in (None, OWN):
-            words, drawn = sampler_label(sampler)
-            title, meaning = f"{title}, {words}", f"{meaning}; {drawn}"
-        if reference is not None:
-            title = f"{title}, {reference} images"
-        meaning = f"{meaning}; against {reference or TRAINING} images"
-        rows.append((title, metric.format.format(value), meaning))
-    return rows
-
-
-def figure_rows(
-    metrics: Mapping[str, float], deviations: Mapping[str, float] = MappingProxyType({})
-) -> list[tuple[str, str, str, str]]:
-    """Rows (title, formatted value, bounds, meaning): `metric_rows` with the bounds beside the figure they bound."""
-    bounded = {one.key: one for one in limits(metrics)}
-    beside = {to_key(name, bound, reference) for name, _, reference in map(from_key, bounded) for bound in BOUNDS}
-    rows = []
-    for key, value in metrics.items():
-        if key in beside or not isinstance(value, int | float):
-            continue
-        [(title, text, meaning)] = metric_rows({key: value})
-        if isinstance(deviation := deviations.get(key), int | float) and (metric := METRICS.get(from_key(key).metric)):
-            text += f" ± {metric.format.format(deviation).lstrip('+')}"
-        rows.append((title, text, bounded[key].beside() if key in bounded else "", meaning))
-    return rows
 
 
 def timing_rows(timings: Mapping[str, object]) -> list[tuple[str, str]]:

@@ -25,7 +25,8 @@ from glann.inference.package import export_model, load_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from glann.reports.facts import RunFacts
-from glann.reports.run import headline, metric_rows, render, timing_rows
+from glann.reports.figures import metric_rows
+from glann.reports.run import headline, render, timing_rows
 from glann.storage.local import LocalStore
 from glann.tracking.outbox import OutboxState
 from glann.trainers.run.state import load as load_saved

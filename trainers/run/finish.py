@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,12 @@ from ...inference.package import export_model, open_model
 from ...metrics.copying import nearest_images
 from ...metrics.evaluate import evaluate
 from ...metrics.reference import open_images
-from ...metrics.result import BASELINE, HELD_OUT, Result, by_key, deviations, from_key, to_key
-from ...metrics.spec import METRICS, Samples
+from ...metrics.result import Result, by_key, deviations
 from ...reports import pictures
 from ...reports.card import write_card
+from ...reports.figures import main_rows, reference_of
 from ...reports.limits import verdict
-from ...reports.run import figure_rows, write_report
+from ...reports.run import write_report
 from ...reports.run_folder import IMAGES, MODEL, REPORT, write_summary
 from ...storage.open import open_store
 from ...tracking.address import default_uri
@@ -135,11 +134,9 @@ def summary_of(config: Config) -> Group:
         f"{timings['train_s'] / 60:.1f} min"
     )
     table = Table(show_header=False, box=None, pad_edge=False)
-    reference = reference_of(metrics)
-    shown, deviations_shown = (headline(found, reference) for found in (metrics, summary.get("deviations", {})))
-    for title, value, bounds, _ in figure_rows(shown, deviations_shown):
+    for title, value, bounds, _ in main_rows(metrics, summary.get("deviations", {})):
         table.add_row(f"  {title}", value, *filter(None, [bounds]))
-    others = "images that training has not seen" if reference else "the training images"
+    others = "images that training has not seen" if reference_of(metrics) else "the training images"
     against = Text(f"  samples are compared with {others}; the report has all figures")
     look = [f"{run}/{REPORT}", f"{run}/{IMAGES}/samples.png"]
     try_next = [
@@ -158,27 +155,6 @@ def summary_of(config: Config) -> Group:
     for title, lines in (("look at", look), ("try next", try_next)):  # unwrapped, so that they can be copied
         parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]
     return Group(*parts)
-
-
-def reference_of(metrics: Mapping[str, float]) -> str | None:
-    """The reference set to show figures against: held-out images where a run was measured against them."""
-    return HELD_OUT if any(from_key(key).reference == HELD_OUT for key in metrics) else None
-
-
-def headline(metrics: Mapping[str, float], reference: str | None) -> dict[str, float]:
-    """The figures for the end of a run, under keys without a reference.
-
-    Of samples those against one reference set only, and of the baseline its distance.
-    """
-    chosen = {}
-    for key, value in metrics.items():
-        name, sampler, against = from_key(key)
-        metric = METRICS.get(name)
-        compared = metric is not None and isinstance(metric.needs, Samples) and not metric.needs.codes
-        if (compared and against != reference) or (sampler == BASELINE and not (metric and metric.bounded)):
-            continue
-        chosen[to_key(name, sampler)] = value
-    return chosen
 
 
 def program(name: str) -> str:

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from ... import __version__
 from ...config.run import redacted_config
 from ...errors import redact
+from ...reports.figures import metric_rows
 from ...reports.page import Figure, environment, figure, write_page
-from ...reports.run import metric_rows
 from ...reports.run_folder import IMAGES, JOURNAL, REPORT
 from ...storage import journal
 from .. import ledger

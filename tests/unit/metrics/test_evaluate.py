@@ -23,7 +23,7 @@ from glann.metrics.frechet import FeatureMoments, frechet_distance
 from glann.metrics.result import Result, by_key, deviations, to_key
 from glann.metrics.spec import METRICS, Metric, Reconstructions, Samples
 from glann.reports.card import write_card
-from glann.reports.run import metric_rows
+from glann.reports.figures import metric_rows
 from glann.tuning.study import load_study
 from registered_runs import DIM, ROWS, make_config, make_run
 from torch import Tensor, nn

@@ -29,8 +29,9 @@ from glann.metrics.result import (
 )
 from glann.metrics.spec import GROUPS, METRICS, frechet_metric, measured_with
 from glann.reports.card import write_card
+from glann.reports.figures import metric_rows
 from glann.reports.limits import BOUNDS
-from glann.reports.run import metric_rows, write_report
+from glann.reports.run import write_report
 
 OTHERS = [BASELINE, "imle", "flow"]  # one that this version does not know, too
 OF_SAMPLES = [name for name, metric in METRICS.items() if metric.of_samples]

@@ -8,8 +8,9 @@ import json
 import pytest
 from glann.config.run import load
 from glann.reports.card import write_card
+from glann.reports.figures import figure_rows, main_rows
 from glann.reports.limits import limits, verdict
-from glann.reports.run import figure_rows, write_report
+from glann.reports.run import write_report
 from glann.trainers.run.finish import summary_of
 from rich.console import Console
 
@@ -90,3 +91,31 @@ def test_report_card_and_the_end_of_the_command_say_it(tmp_path):
     ):
         assert verdict(figures) in text.replace("&#39;", "'")
     assert "reconstructions 82 · real images 8" in write_report(config.run_dir).read_text()
+
+
+def test_what_counts_is_against_one_reference_and_of_the_baseline_the_distance():
+    metrics = {
+        "l1": 0.02,
+        "real/fd_lite0": 13.0,
+        "reconstruction/fd_lite0": 35.0,
+        "fd_lite0": 60.0,
+        "real/fd_lite0:held-out": 10.0,
+        "reconstruction/fd_lite0:held-out": 40.0,
+        "fd_lite0:held-out": 65.0,
+        "copying_lite0:held-out": 0.52,
+        "copying_codes": 0.6,
+        "gaussian/fd_lite0": 160.0,
+        "gaussian/fd_lite0:held-out": 167.0,
+        "gaussian/recall_lite0:held-out": 0.5,
+    }
+    assert [
+        (title, value, bounds) for title, value, bounds, _ in main_rows(metrics, {"copying_lite0:held-out": 0.01})
+    ] == [
+        ("L1 reconstruction error", "0.0200", ""),
+        ("Fréchet distance (lite0)", "65", "reconstructions 40 · real images 10"),
+        ("Copying (lite0)", "0.52 ± 0.01", ""),
+        ("Copying (codes)", "0.60", ""),
+        ("Fréchet distance (lite0), Gaussian (GLO baseline)", "167", ""),
+    ]
+    trained = {key: value for key, value in metrics.items() if "held-out" not in key}
+    assert main_rows(trained) == figure_rows(trained), "where nothing is held out, all counts"

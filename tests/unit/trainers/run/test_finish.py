@@ -9,7 +9,7 @@ import shlex
 import pytest
 from glann.config.run import Config, load
 from glann.reports.run_folder import SUMMARY
-from glann.trainers.run.finish import headline, reference_of, summary_of
+from glann.trainers.run.finish import summary_of
 from glann.trainers.run.folder import require_summary
 from rich.console import Console
 
@@ -42,33 +42,6 @@ def test_what_is_told_can_be_copied_from_a_narrow_terminal(tmp_path):
     assert f"{config.run_dir}/report.html" in lines
     assert any(line.endswith(f"glann sample {config.run_dir} --n 100 --seed 1 --out more.png") for line in lines)
     assert not any("mlflow" in line for line in lines)
-
-
-def test_the_end_shows_samples_against_one_reference_and_of_the_baseline_its_distance():
-    metrics = {
-        "l1": 0.02,
-        "real/fd_lite0": 13.0,
-        "fd_lite0": 60.0,
-        "real/fd_lite0:held-out": 10.0,
-        "reconstruction/fd_lite0:held-out": 40.0,
-        "fd_lite0:held-out": 65.0,
-        "copying_lite0:held-out": 0.52,
-        "copying_codes": 0.6,
-        "gaussian/fd_lite0": 160.0,
-        "gaussian/fd_lite0:held-out": 167.0,
-        "gaussian/recall_lite0:held-out": 0.5,
-    }
-    assert headline(metrics, reference_of(metrics)) == {
-        "l1": 0.02,
-        "real/fd_lite0": 10.0,
-        "reconstruction/fd_lite0": 40.0,
-        "fd_lite0": 65.0,
-        "copying_lite0": 0.52,
-        "copying_codes": 0.6,
-        "gaussian/fd_lite0": 167.0,
-    }
-    trained = {key: value for key, value in metrics.items() if "held-out" not in key}
-    assert headline(trained, reference_of(trained)) == trained
 
 
 def test_what_is_to_be_copied_is_quoted_for_a_shell(tmp_path):
