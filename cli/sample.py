@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
 
     from numpy import uint8
     from numpy.typing import NDArray
+
+    from ..inference.model import SamplingModel
+
+COPIES = 2  # in memory: the batches, and the array or grid that is made of them
+SMALLEST_PNG = 67  # bytes
 
 
 def sample(
@@ -42,6 +49,7 @@ def sample(
 
     _check_out(out)
     model = load_model(source, s3=s3_at(endpoint, unsigned), device=device)
+    _require_room(n, model, out)
     _save_images(model.stream(n, seed, truncation, sampler), out)
     typer.echo(f"{n} images of {model.resolution} px: {out}")
 
@@ -69,6 +77,7 @@ def interpolate(
 
     _check_out(out)
     model = load_model(source, s3=s3_at(endpoint, unsigned), device=device)
+    _require_room(pairs * steps, model, out)
     ends = [(2 * pair, 2 * pair + 1) for pair in range(pairs)]
     images_PSHWC = model.interpolate(ends, steps, seed, truncation, sampler)
     _save_images(iter(images_PSHWC), out, columns=steps)
@@ -92,6 +101,24 @@ def _check_out(out: Path) -> None:
     folder = next(path for path in (*candidates, Path("/")) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {folder} cannot be written to; make it writable, or give another --out")
+
+
+def _require_room(count: int, model: SamplingModel, out: Path) -> None:
+    """Refuse more images than fit: a grid and an array are made in memory, a folder is written image by image."""
+    pixels = model.resolution**2 * model.channels
+    what = f"{count:,} images of {model.resolution} px"
+    if out.suffix:
+        needed, room = COPIES * count * pixels, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > room:
+            raise UserError(
+                f"{what} need {needed / 1e9:,.0f} GB of memory to become one file, and this machine has "
+                f"{room / 1e9:,.0f} GB; name a folder, which is written image by image: --out {out.with_suffix('')}"
+            )
+        return
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    needed, room = SMALLEST_PNG * count, shutil.disk_usage(there).free
+    if needed > room:
+        raise UserError(f"{what} need at least {needed / 1e9:,.0f} GB, and {there} has {room / 1e9:,.0f} GB left")
 
 
 def _save_images(batches: Iterable[NDArray[uint8]], out: Path, columns: int | None = None) -> None:

@@ -89,8 +89,10 @@ def test_the_stage_sampler_metric_and_extractor_of_the_page_are_trained_resumed_
     assert "| sampler | mean |" in card
     measured = json.loads((run_dir / "summary.json").read_text())["metrics"]
     of_samples = ["fd_shallow", "precision_shallow", "recall_shallow"]
+    of_samples += [f"{name}:held-out" for name in (*of_samples, "copying_shallow")]
+    bounds = [f"{bound}/fd_shallow{against}" for bound in ("real", "reconstruction") for against in ("", ":held-out")]
     assert list(measured) == [
-        *("l1", "psnr", "worst", "real/fd_shallow", "reconstruction/fd_shallow"),
+        *("l1", "psnr", "worst", *bounds),
         *(*of_samples, *(f"gaussian/{name}" for name in of_samples)),
     ]
     assert measured["l1"] < measured["worst"] <= 1

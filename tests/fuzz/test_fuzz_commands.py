@@ -195,7 +195,8 @@ class Place:
             make_odd_files(root / "cwd")
             before = look(root)
             outcome = self._outcome(case, root)
-            return outcome, verdict(outcome, before, look(root), "umask" in case.env)
+            above = any(word.split("=", 1)[-1] == ".." for word in case.arguments)
+            return outcome, verdict(outcome, before, look(root), unseen="umask" in case.env, above=above)
         finally:
             subprocess.run(["chmod", "-R", "u+rwx", root], check=True)
             shutil.rmtree(root)
@@ -235,8 +236,13 @@ def look(root: Path) -> set[str]:
     return {path for path in found if "mlflow.db" not in path}
 
 
-def verdict(outcome: Outcome, before: set[str], after: set[str], unseen: bool = False) -> str | None:
-    """What is wrong with an outcome; None where nothing is. `unseen`: it cannot look into a folder that it has made."""
+def verdict(
+    outcome: Outcome, before: set[str], after: set[str], unseen: bool = False, above: bool = False
+) -> str | None:
+    """What is wrong with an outcome; None where nothing is.
+
+    unseen: it cannot look into a folder that it has made. above: it was asked to write above its folder.
+    """
     text = outcome.out + outcome.err
     if outcome.status is None:
         return "it hangs"
@@ -251,7 +257,7 @@ def verdict(outcome: Outcome, before: set[str], after: set[str], unseen: bool = 
     made = after - before
     if outcome.status == 2 and made and not unseen:
         return f"it refused and left {sorted(made)}: {outcome.err[-300:]}"
-    if left := sorted(path for path in made if path.split("/")[0] not in ("cwd", "home", "cache")):
+    if left := sorted(path for path in made if path.split("/")[0] not in ("cwd", "home", "cache") and not above):
         return f"it left {left}"
     return None
 
