@@ -97,11 +97,12 @@ def explain(fault: Any, known: Mapping[str, Any], hidden: Iterable[str] = ()) ->
     """
     key = ".".join(str(part) for part in fault["loc"] if part not in hidden)[:MAX_SHOWN]
     if fault["type"] == "extra_forbidden":
-        if key in known:  # of a section whose keys depend on its `kind`
-            kind = next(part for part in fault["loc"] if part in hidden)
-            return (
-                f"{key} is no key of {key.rpartition('.')[0]}.kind={str(kind).strip('<>')}; see `glann config --help`"
-            )
+        section, _, last = key.rpartition(".")
+        kinds = [str(part).strip("<>") for part in fault["loc"] if part in hidden]
+        if key in known and kinds:  # of a section whose keys depend on its `kind`
+            return f"{key} is no key of {section}.kind={kinds[0]}; see `glann config --help`"
+        if key in known:
+            return f"unknown key '{key}': in a file a key stands in its section, `{section}: {{{last}: ...}}`"
         return f"unknown key {key}{suggest(key, known)}; see `glann config --help`"
     if fault["type"] == "missing":
         field = known.get(key)

@@ -40,6 +40,13 @@ def test_an_unknown_key_names_the_closest_known_one():
     assert refusal("glo.epoch=3").startswith("unknown key glo.epoch (did you mean glo.epochs?)")
 
 
+def test_a_key_with_its_section_in_front_is_shown_as_a_file_has_it(tmp_path: Path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(load("digits").to_yaml() + "data.url: elsewhere\n")
+    with pytest.raises(UserError, match=r"unknown key 'data.url': .* in its section, `data: \{url: ...\}`; in .*mine"):
+        load(recipe)
+
+
 def test_a_known_key_in_the_wrong_section_is_found():
     assert "did you mean generator.latent_dim?" in refusal("glo.latent_dims=64")
 
