@@ -77,7 +77,7 @@ def test_a_comparison_that_is_killed_makes_what_is_not_done_and_shares_its_stage
     printed = done.stdout
     for part in ("| **imle** |", "| **broken** |", "reconstructions of imle", "broken: seed 0 failed: ", "COPIES"):
         assert part in printed, part
-    assert printed.splitlines()[-1].startswith("ot over imle, Fréchet distance (squeezenet), training: ")
+    assert printed.splitlines()[-1].startswith("ot over imle, Fréchet distance (squeezenet), held-out: ")
     page = (folder / "report.html").read_text()
     assert page.count("<img") == 3
     assert page.count("<svg") == 1

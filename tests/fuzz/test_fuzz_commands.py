@@ -60,6 +60,7 @@ STUDY = {
     "space": {"glo.latent_lr": {"log_uniform": [0.005, 0.1]}},
     "metric": "psnr",
 }
+COMPARISON = {"name": "tiny-sides", "recipe": "recipe.yaml", "methods": {"same": {}, "gmm": {"sampler.kind": "gmm"}}}
 ROWS = 6
 
 # Good values, by parameter, or by command and parameter where one name has several meanings.
@@ -68,6 +69,7 @@ GOOD = {
     "submit config": "remote.yaml",
     "overrides": "name=another",
     "study": "study.yaml",
+    "comparison": "comparison.yaml",
     "source": "runs/tiny",
     "data pack source": "pictures",
     "run": "runs/tiny",
@@ -298,6 +300,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, cases: int, ran: Counter[str
     Path("recipe.yaml").write_text(json.dumps(TINY | {"name": "other"}))
     Path("remote.yaml").write_text(json.dumps(REMOTE))
     Path("study.yaml").write_text(json.dumps(STUDY))
+    Path("comparison.yaml").write_text(json.dumps(COMPARISON))
     config = make_tiny_run()
     track(config, f"sqlite:///{workshop}/mlflow.db", register_as="tiny")  # MLflow keeps stores by address
     os.chdir(before)

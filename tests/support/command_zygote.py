@@ -91,6 +91,7 @@ def bound() -> None:
     from glann.errors import EnvironmentFault
     from glann.trainers.run import driver
     from glann.tuning import driver as tuning
+    from glann.tuning.compare import driver as comparing
 
     def stop(*_: Any, **__: Any) -> NoReturn:
         raise EnvironmentFault(STOPPED)
@@ -98,7 +99,7 @@ def bound() -> None:
     def no_asset(name: str, *_: Any) -> NoReturn:
         raise EnvironmentFault(f"the sweep fetches no assets, so not {name}")
 
-    driver.ray_cluster = tuning.ray_cluster = stop  # type: ignore[assignment]
+    driver.ray_cluster = tuning.ray_cluster = comparing.ray_cluster = stop  # type: ignore[assignment]
     driver.build_extractor = tuning.build_extractor = lambda name: None  # type: ignore[assignment]
     catalogue._obtain = no_asset  # type: ignore[assignment]
     S3Config.model_fields["max_attempts"].default = 1
