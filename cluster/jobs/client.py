@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from ...config.run import Config
 from ...errors import EnvironmentFault, ExitStatus, UserError, redact
 from ...storage.proxy import proxy_hint
+from ..nodes.address import is_host
 from ..nodes.ray_private import enable_token_auth, quiet_job_client, with_timeout
 from . import shipping
 
@@ -97,7 +98,7 @@ def connect(address: str) -> JobSubmissionClient:
 def _is_http(address: str) -> bool:
     try:
         split = urlsplit(address)
-        return split.scheme in ("http", "https") and bool(split.hostname) and split.port != 0 and " " not in address
+        return split.scheme in ("http", "https") and is_host(split.hostname) and split.port != 0 and " " not in address
     except ValueError:  # half a bracket, or a port that is no number
         return False
 

@@ -55,12 +55,18 @@ def host_and_port(address: str, where: str) -> tuple[str, int]:
     """The parts of `host:port`; `where`: the address as errors show it. Raises UserError."""
     try:
         split = urlsplit(f"//{address}")
-        if split.hostname and split.port and split.netloc == address and "@" not in address:
-            return split.hostname, split.port
+        if is_host(split.hostname) and split.port and split.netloc == address and "@" not in address:
+            return str(split.hostname), split.port
     except ValueError:  # an invalid port, or brackets without a partner
         pass
     hint = ", or auto (the dashboard's is for `glann submit --address`)" if "://" in address else ", or auto"
     raise UserError(f"{where} is no address of a Ray head; {REMEDY}{hint}")
+
+
+def is_host(name: str | None) -> bool:
+    """Whether a name can be looked up (RFC 1035, section 2.3.4): libraries fail in their own ways at longer ones."""
+    labels = (name or "").rstrip(".").split(".")
+    return len(name or "") <= 253 and all(0 < len(label) <= 63 for label in labels)
 
 
 def listens(host: str, port: int) -> bool:

@@ -316,7 +316,9 @@ def test_an_address_must_be_the_dashboards():
         jobs.connect("127.0.0.1:1")
 
 
-@pytest.mark.parametrize("address", ["http://[::1", "http://", "http://head:port", "http:/head:8265", "head:99999"])
+@pytest.mark.parametrize(
+    "address", ["http://[::1", "http://", "http://head:port", "http:/head:8265", "head:99999", "x" * 64, "x." * 130]
+)
 def test_an_address_that_cannot_be_is_one_line(address: str):
     with pytest.raises(UserError, match="give the dashboard's"):
         jobs.connect(address)

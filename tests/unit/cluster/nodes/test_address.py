@@ -86,7 +86,8 @@ def test_a_head_is_not_asked_through_a_proxy(name: str, dashboard: str, monkeypa
 
 
 @pytest.mark.parametrize(
-    "where", ["", "10.0.0.1", "10.0.0.1:", "10.0.0.1:99999", "[::1", "a:b@c:6379", "10.0.0.1:6379/x"]
+    "where",
+    ["", "10.0.0.1", "10.0.0.1:", "10.0.0.1:99999", "[::1", "a:b@c:6379", "10.0.0.1:6379/x", f"{'x' * 64}:1", "a..b:1"],
 )
 def test_what_is_no_address_says_what_one_is(where: str):
     assert "is no address of a Ray head; give the head's HOST:PORT" in refused(where, UserError)
