@@ -49,7 +49,10 @@ def sample(
 
     _check_out(out)
     model = load_model(source, s3=s3_at(endpoint, unsigned), device=device)
-    _require_room(n, model, out)
+    if out.suffix:  # one file is made in memory, a folder is written image by image
+        _require_memory(n, model, f"name a folder, which is written image by image: --out {out.with_suffix('')}")
+    else:
+        _require_disk(n, model, out)
     _save_images(model.stream(n, seed, truncation, sampler), out)
     typer.echo(f"{n} images of {model.resolution} px: {out}")
 
@@ -77,7 +80,7 @@ def interpolate(
 
     _check_out(out)
     model = load_model(source, s3=s3_at(endpoint, unsigned), device=device)
-    _require_room(pairs * steps, model, out)
+    _require_memory(pairs * steps, model, "give fewer --pairs or --steps")
     ends = [(2 * pair, 2 * pair + 1) for pair in range(pairs)]
     images_PSHWC = model.interpolate(ends, steps, seed, truncation, sampler)
     _save_images(iter(images_PSHWC), out, columns=steps)
@@ -103,22 +106,26 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: {folder} cannot be written to; make it writable, or give another --out")
 
 
-def _require_room(count: int, model: SamplingModel, out: Path) -> None:
-    """Refuse more images than fit: a grid and an array are made in memory, a folder is written image by image."""
-    pixels = model.resolution**2 * model.channels
-    what = f"{count:,} images of {model.resolution} px"
-    if out.suffix:
-        needed, room = COPIES * count * pixels, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > room:
-            raise UserError(
-                f"{what} need {needed / 1e9:,.0f} GB of memory to become one file, and this machine has "
-                f"{room / 1e9:,.0f} GB; name a folder, which is written image by image: --out {out.with_suffix('')}"
-            )
-        return
+def _require_memory(count: int, model: SamplingModel, remedy: str) -> None:
+    """Refuse more images than fit into memory at once."""
+    needed = COPIES * count * model.resolution**2 * model.channels
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > room:
+        raise UserError(
+            f"{count:,} images of {model.resolution} px need {needed / 1e9:,.0f} GB of memory, and this machine has "
+            f"{room / 1e9:,.0f} GB; {remedy}"
+        )
+
+
+def _require_disk(count: int, model: SamplingModel, out: Path) -> None:
+    """Refuse more images than a folder can take even if each is as small as a PNG can be."""
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     needed, room = SMALLEST_PNG * count, shutil.disk_usage(there).free
     if needed > room:
-        raise UserError(f"{what} need at least {needed / 1e9:,.0f} GB, and {there} has {room / 1e9:,.0f} GB left")
+        raise UserError(
+            f"{count:,} images of {model.resolution} px need at least {needed / 1e9:,.0f} GB, and {there} has "
+            f"{room / 1e9:,.0f} GB left; draw fewer"
+        )
 
 
 def _save_images(batches: Iterable[NDArray[uint8]], out: Path, columns: int | None = None) -> None:

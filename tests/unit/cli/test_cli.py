@@ -369,10 +369,10 @@ def test_samples_are_saved_as_a_folder(model: Model, elsewhere: Path, capsys: py
     ("words", "remedy"),
     [
         (["sample", "runs/x", "--n", str(10**30)], "name a folder, which is written image by image: --out samples"),
-        (["sample", "runs/x", "--n", str(10**12), "--out", "x.npz"], "of memory to become one file"),
+        (["sample", "runs/x", "--n", str(10**12), "--out", "x.npz"], "of memory, and this machine has"),
         (["sample", "runs/x", "--n", str(10**30), "--out", "many/of"], "GB left"),
-        (["interpolate", "runs/x", "--pairs", str(10**15)], "of memory to become one file"),
-        (["interpolate", "runs/x", "--steps", str(10**15), "--out", "many"], "GB left"),
+        (["interpolate", "runs/x", "--pairs", str(10**15)], "give fewer --pairs or --steps"),
+        (["interpolate", "runs/x", "--steps", str(10**15), "--out", "many"], "give fewer --pairs or --steps"),
     ],
 )
 def test_more_images_than_fit_are_refused_at_once(model: Model, elsewhere: Path, capsys, words: list[str], remedy: str):
