@@ -17,7 +17,7 @@ import torch
 from glann.config.samplers import ImleConfig
 from glann.config.sections import GeneratorConfig
 from glann.inference.model import SamplingModel
-from glann.metrics import evaluate as evaluation
+from glann.metrics import judge
 from glann.metrics.features.extractor import Extractor, build_extractor
 from glann.metrics.panel import Panel, Tallied
 from glann.metrics.spec import GROUPS, Samples, measured_with
@@ -65,7 +65,7 @@ def draw(count: int) -> Iterator[Tensor]:
     """Images of a random model as an evaluation draws them, uint8 [B, 1, H, W]."""
     generator = build_generator(GeneratorConfig(kind="infogan", latent_dim=LATENT, width=WIDTH), SIDE, 1)
     mapping = build_mapping(ImleConfig(noise_dim=16), LATENT)
-    return evaluation.draw(SamplingModel(generator, {"imle": mapping}), count, seed=0)
+    return judge.draw(SamplingModel(generator, {"imle": mapping}), range(count), seed=0)
 
 
 @torch.inference_mode()

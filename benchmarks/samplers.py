@@ -27,7 +27,7 @@ from glann.cluster.neighbours import nearest
 from glann.config.samplers import SAMPLERS
 from glann.inference.model import SamplingModel
 from glann.inference.package import load_model
-from glann.metrics.evaluate import build_panel
+from glann.metrics.panel import build_panel
 from glann.metrics.reference import BATCH
 from glann.metrics.spec import frechet_metric
 from glann.models.noise import Stream, noise, stream_of

@@ -56,7 +56,7 @@ def evaluate(
     tree["evaluation"] |= {key: value for key, value in given.items() if value is not None}
     config = config.model_copy(update={"evaluation": validate(tree, "the options given").evaluation})
     manifest, model = open_model(run, s3=config.s3, device=device)
-    results = measure(config, manifest, model, seed=seed, device=device, data=data, with_codes=not is_registered(run))
+    results = measure(config, manifest, model, seed=seed, data=data, with_codes=not is_registered(run))
     if all(METRICS[result.metric].of_samples for result in results):
         typer.echo("reconstruction is not measured: it needs a run folder with its codes, and their images", err=True)
     elif any(result.reference for result in results) and not any(METRICS[r.metric].held_out for r in results):
@@ -71,7 +71,7 @@ def evaluate(
         images = training_set(config, manifest)
         if images is None:
             raise UserError(f"the training images are not at {redact(config.data.url)} any more; --pairs needs them")
-        samples_NHWC, training_NHWC = closest_pairs(config, model, images, PAIRS, seed, device)
+        samples_NHWC, training_NHWC = closest_pairs(config, model, images, PAIRS, seed)
         pictures.save(pictures.nearest(samples_NHWC, training_NHWC), pairs)
         typer.echo(f"{pairs}: the {PAIRS} samples most like a training image, nearest first")
 

@@ -288,6 +288,9 @@ class EvaluationConfig(Section):
         Field((), description="groups of metrics that are measured besides those of every run")
     )
     samples: int = Field(2000, ge=2, description="images drawn from each sampler")
+    memory_gb: float = Field(
+        2.0, gt=0, le=1000, description="memory for decoding images at once, of each worker's device, in GiB"
+    )
     data: Address | None = Field(
         None,
         description="packed images that training does not see; empty means the held-out part of `data.url`",

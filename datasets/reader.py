@@ -15,7 +15,7 @@ import numpy as np
 from ..config.paths import expand
 from ..config.sections import S3Config
 from ..errors import EnvironmentFault, UserError
-from ..storage.base import MissingObject, TruncatedObject
+from ..storage.base import MissingObject, Store, TruncatedObject
 from ..storage.local import LocalStore
 from ..storage.open import open_store
 from .cache import ShardCache
@@ -73,6 +73,11 @@ class ImageRows:
 
     def __len__(self) -> int:
         return self._rows
+
+    @property
+    def shared_store(self) -> Store | None:
+        """The store of the data; None if they are in a folder."""
+        return None if isinstance(self._store, LocalStore) else self._store
 
     def read(self, row: int) -> bytes:
         """Read the encoded image of `row`, verified against the index.

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 
 from ..config.parse import shown
 from ..errors import UserError
+from ..models.cost import inference_bytes
 from ..models.mapping import NoiseToCode
 from ..models.noise import Stream, noise, stream_of
 
 Images = NDArray[np.uint8]
-DEFAULT_BATCH = 64
+DEFAULT_BATCH = 64  # images in memory at once as results, and at most decoded at once
+DECODE_BYTES = 2 << 30
 OLD_NAMES = {"glo": "gaussian"}  # kinds by their names in `method`
 
 
@@ -53,13 +56,15 @@ def usable_device(device: torch.device | str) -> torch.device:
 class SamplingModel:
     """G and its samplers by kind, in eval mode.
 
-    `own` is the kind that the model was trained with; `source` is the origin of the model, for messages.
+    `own` is the kind that the model was trained with; `source` is the origin of the model, for messages; `memory` is
+    what G may take on its device, in bytes: as many images are decoded at once as fit, and always one.
     """
 
     generator: nn.Module
     samplers: dict[str, NoiseToCode]
     own: str = "imle"
     source: str = "this model"
+    memory: int = DECODE_BYTES
 
     def __post_init__(self) -> None:
         for network in (self.generator, *self.samplers.values()):
@@ -75,6 +80,12 @@ class SamplingModel:
     @property
     def channels(self) -> int:
         return int(self.generator.channels)  # type: ignore[arg-type]
+
+    @cached_property
+    def fitting(self) -> int:
+        """How many images G can decode at once within `memory`; at least 1."""
+        needed = inference_bytes(self.generator, (int(self.generator.latent_dim),))  # type: ignore[arg-type]
+        return max(1, self.memory // max(1, needed))
 
     def sample(
         self,
@@ -160,9 +171,13 @@ class SamplingModel:
             raise UserError(f"{self.source} has no sampler {kind[:100]!r}{missing}; it has {others}")
         return kind, self.samplers[kind]
 
-    @torch.inference_mode()
     def decode(self, z_BD: Tensor) -> Images:
         """G(z): uint8 [B, H, W, C]."""
+        parts = [self._decode(part_BD) for part_BD in z_BD.split(self.fitting)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @torch.inference_mode()
+    def _decode(self, z_BD: Tensor) -> Images:
         img_BCHW = self.generator(z_BD.to(self.device)).float().clamp(0, 1)
         return (img_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 

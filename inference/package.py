@@ -36,7 +36,6 @@ from ..errors import UserError, one_line
 from ..models.generators import build_generator
 from ..models.sphere import Constraint
 from ..samplers.base import build_network
-from ..samplers.gaussian import gaussian
 from ..storage.base import MissingObject
 from ..storage.files import os_fault, read_document, replacing_folder, write_whole
 from ..storage.open import local_folder, open_store
@@ -121,21 +120,22 @@ def export_model(
     config: Config,
     generator_state: dict[str, Tensor],
     sampler_state: dict[str, Tensor] | None,
-    z_ND: Tensor,
+    gaussian_state: dict[str, Tensor],
+    rows: int,
     fingerprint: str,
 ) -> Path:
     """Write the packaged model of a run atomically; an older one in `folder` is replaced.
 
     Args:
         sampler_state: weights of the configured sampler, or None after stage 1 (then only the Gaussian can sample).
-        z_ND: the codes of all training images; only their mean and covariance are written.
+        gaussian_state: of the Gaussian over the codes of the `rows` training images.
         fingerprint: fingerprint of the data set.
     Raises:
         UserError: weights or codes are not finite.
         EnvironmentFault: the disk is full or failing.
     """
     configs = {"gaussian": GAUSSIAN, config.sampler.kind: config.sampler}
-    states = {"gaussian": gaussian(z_ND)} | ({} if sampler_state is None else {config.sampler.kind: sampler_state})
+    states = {"gaussian": gaussian_state} | ({} if sampler_state is None else {config.sampler.kind: sampler_state})
     samplers = {kind: SamplerEntry(config=configs[kind], file=f"sampler-{kind}.safetensors") for kind in states}
     tensors = {GENERATOR: generator_state} | {samplers[kind].file: state for kind, state in states.items()}
     for file, state in tensors.items():
@@ -154,7 +154,7 @@ def export_model(
                 constraint=config.glo.constraint,
                 own=config.sampler.kind,
                 samplers=samplers,
-                rows=len(z_ND),
+                rows=rows,
                 fingerprint=fingerprint,
                 files={file: _entry(staging / file) for file in tensors},
             )

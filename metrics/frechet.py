@@ -75,6 +75,16 @@ class FeatureMoments:
         between_FF = np.outer(shift_F, shift_F) * (self.count * other.count / count)
         return FeatureMoments(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
 
+    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
+        return {"count": np.array([self.count]), "mean": self.mean_F, "scatter": self.scatter_FF}
+
+    def from_arrays(self, arrays: dict[str, NDArray[np.generic]]) -> FeatureMoments:
+        """The moments with these arrays. Raises ValueError if they are not of as many features."""
+        mean_F, scatter_FF = arrays["mean"].astype(np.float64), arrays["scatter"].astype(np.float64)
+        if mean_F.shape != self.mean_F.shape or scatter_FF.shape != self.scatter_FF.shape:
+            raise ValueError("these are no moments of as many features")
+        return FeatureMoments(int(arrays["count"].item()), mean_F, scatter_FF)
+
     def covariance_FF(self) -> Float64:
         """The unbiased covariance, as in the published FID.
 

@@ -17,6 +17,8 @@ from .result import Result
 from .spec import METRICS, Metric, Samples
 from .tally import Tally
 
+SharedKey = tuple[str | None, Any]  # extractor and kind of tally of metrics that share one
+
 
 @dataclass(frozen=True)
 class Tallied:
@@ -57,7 +59,7 @@ class Panel:
         self, batches: Iterable[Tensor], part_of: Callable[[Tensor], Tensor], parts: int, first: int = 0
     ) -> list[Tallied]:
         """Tally each of the `parts` of a set, as `tally` does; `part_of` gives the parts of images by their indices."""
-        tallies = [{_shared(needs): needs.tally() for needs in self.metrics.values()} for _ in range(parts)]
+        tallies = [{shared_key(needs): needs.tally() for needs in self.metrics.values()} for _ in range(parts)]
         counts, at = [0] * parts, first
         for seen in batches:
             index_B = torch.arange(at, at + len(seen))
@@ -71,7 +73,7 @@ class Panel:
                 counts[part] += len(own_B)
             at += len(seen)
         return [
-            Tallied(count, {name: tallied[_shared(needs)] for name, needs in self.metrics.items()})
+            Tallied(count, {name: tallied[shared_key(needs)] for name, needs in self.metrics.items()})
             for count, tallied in zip(counts, tallies, strict=True)
         ]
 
@@ -96,7 +98,7 @@ class Panel:
         for name, needs in self.metrics.items():
             if needs.held_out and training is None:
                 continue
-            key = (*_shared(needs), needs.compare)
+            key = (*shared_key(needs), needs.compare)
             if key not in comparisons:
                 before = [training.by_metric[name]] if needs.held_out and training else []
                 comparisons[key] = needs.compare(*before, reference.by_metric[name], drawn.by_metric[name])
@@ -116,7 +118,7 @@ class Panel:
         return Panel(metrics, {name: extract for name, extract in self.extractors.items() if name in needed})
 
 
-def build_panel(metrics: Iterable[Metric], device: str = "cpu") -> Panel:
+def build_panel(metrics: Iterable[Metric], device: torch.device | str = "cpu") -> Panel:
     """A panel of those of `metrics` that look at images of samples, with their extractors.
 
     Raises:
@@ -132,7 +134,7 @@ def code_panel(metrics: Iterable[Metric]) -> Panel:
     return Panel({m.name: m.needs for m in metrics if isinstance(m.needs, Samples) and m.needs.codes}, {})
 
 
-def _shared(needs: Samples) -> tuple[str | None, Any]:
+def shared_key(needs: Samples) -> SharedKey:
     """What metrics that share a tally have in common."""
     return needs.extractor, needs.tally
 

@@ -21,14 +21,16 @@ from ..inference.package import ModelManifest
 from .copying import CELLS, IN_A_CELL
 from .spec import ALL
 
-BATCH = 100
+BATCH, BATCH_BYTES = 100, 64 << 20  # images of a batch that is read, and their bytes, at most
 
 
-def training_images(images: ImageRows, count: int, config: Config) -> Iterator[Tensor]:
-    """The first `count` images in row order, uint8 [B, C, H, W]."""
-    parts: Sequence[range] = ranges(count, -(-count // BATCH))
+def training_images(images: ImageRows, rows: range, config: Config) -> Iterator[Tensor]:
+    """The images of consecutive rows, uint8 [B, C, H, W]."""
+    size = config.data.channels * config.data.resolution**2
+    at_once = max(1, min(BATCH, BATCH_BYTES // size))
+    parts: Sequence[range] = ranges(len(rows), -(-len(rows) // at_once)) if rows else []
     plan = [
-        PlannedBatch(step, np.arange(part.start, part.stop), np.ones(len(part), np.float32))
+        PlannedBatch(step, rows.start + np.arange(part.start, part.stop), np.ones(len(part), np.float32))
         for step, part in enumerate(parts)
     ]
     bad = BadRows(config.data.max_bad_fraction, len(images))

@@ -17,12 +17,16 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.noise import philox4x32
 
+INDICES_AT_ONCE = 1 << 20
 KEPT = 10_000  # feature vectors that metrics of neighbours keep of a set
 _KEY = (0x6B657074, 0)  # of the priorities; another key is another sample
 
 
 class Tally(Protocol):
-    """Sufficient statistics of a set of images. Immutable: `update` and `merge` return new ones."""
+    """Sufficient statistics of a set of images. Immutable: `update` and `merge` return new ones.
+
+    One that also has `to_arrays`, and `from_arrays` for an empty one of the same kind, is kept between evaluations.
+    """
 
     def update(self, seen: Tensor, index_B: Tensor, /) -> Self:
         """Add one batch: uint8 images [B, C, H, W], or their features [B, F].
@@ -99,6 +103,17 @@ class KeptFeatures:
             raise UserError("no images were seen, so there are no features to compare")
         return self._settled[1].double().numpy()
 
+    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
+        index_N, features_NF = self._settled
+        return {"index": index_N.numpy(), "features": features_NF.numpy()}
+
+    def from_arrays(self, arrays: dict[str, NDArray[np.generic]]) -> KeptFeatures:
+        """The sample with these arrays, of the same limit. Raises ValueError if they do not fit one another."""
+        index_N, features_NF = (torch.from_numpy(arrays[name]) for name in ("index", "features"))
+        if index_N.dtype != torch.int64 or features_NF.dtype != torch.float32 or len(index_N) != len(features_NF):
+            raise ValueError("these are no kept features")
+        return self._with((index_N, features_NF))
+
     def first(self, count: int) -> KeptFeatures:
         """A sample of at most `count` of the images, as if that had been the limit."""
         return KeptFeatures(min(count, self.limit), (_lowest(self._parts, min(count, self.limit)),))
@@ -132,6 +147,15 @@ def _lowest(parts: tuple[tuple[Tensor, Tensor], ...], limit: int) -> tuple[Tenso
     by_index_N = index_N.argsort()
     chosen_N = by_index_N[priority(index_N[by_index_N]).argsort(stable=True)[:limit]]
     return index_N[chosen_N], features_NF[chosen_N]
+
+
+def lowest_priorities(count: int, limit: int) -> Tensor:
+    """The `limit` indices below `count` that `KeptFeatures` would keep, ascending; block by block."""
+    chosen_N = torch.zeros(0, dtype=torch.int64)
+    for start in range(0, count, INDICES_AT_ONCE):
+        seen_N = torch.cat([chosen_N, torch.arange(start, min(start + INDICES_AT_ONCE, count))])
+        chosen_N = seen_N[priority(seen_N).argsort(stable=True)[:limit]].sort().values
+    return chosen_N
 
 
 def priority(index_B: Tensor) -> Tensor:

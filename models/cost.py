@@ -1,4 +1,4 @@
-"""Cost of a module per image: parameters, floating-point operations and activation memory.
+"""Cost of a module per image: parameters, floating-point operations, and memory in training and in use.
 
 Measured, not estimated by formula: the module's forward and backward pass run on `meta` tensors, which
 have shapes and no values, so 1024 px take seconds and no memory.
@@ -7,13 +7,16 @@ have shapes and no values, so 1024 px take seconds and no memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .norm import SharedBatchNorm
@@ -72,6 +75,50 @@ def cost(module: nn.Module, *input_shapes: Sequence[int]) -> Cost:
         backward_flops=backward.get_total_flops(),
         activation_bytes=saved.bytes,
     )
+
+
+def inference_bytes(module: nn.Module, *input_shapes: Sequence[int]) -> int:
+    """Most bytes of intermediate and final results alive at once while the module computes one image.
+
+    Without autograd, parameters and inputs, and without what the kernels of a device take for themselves: a 1024 px
+    generator on a CPU takes as much as this says for each of four images, and 1.3 times as much for a single one.
+    """
+    twin = _without_values(module).eval()
+    inputs = [torch.empty((1, *shape), device="meta") for shape in input_shapes]
+    live = _LiveBytes([*twin.parameters(), *twin.buffers(), *inputs])
+    with torch.no_grad(), live:
+        twin(*inputs)
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, without those of the given tensors."""
+
+    def __init__(self, own: list[Tensor]) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self.own = {tensor.untyped_storage()._cdata for tensor in own}
+        self.alive: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address not in self.own and address not in self.alive:
+            self.alive[address] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.remove, address)
+
+    def remove(self, address: int) -> None:
+        self.now -= self.alive.pop(address)
 
 
 class _SavedBytes:

@@ -80,7 +80,12 @@ def gaussian(z_nD: Tensor, total: int | None = None, device: torch.device | None
     for chunk_BD in z_nD.split(CHUNK):
         centred_BD = chunk_BD.double() - mean_D
         scatter_DD += centred_BD.T @ centred_BD
-    value_D, vector_DD = torch.linalg.eigh(shared(scatter_DD) / max(count - 1, 1))
+    return of_moments(count, mean_D, shared(scatter_DD))
+
+
+def of_moments(count: int, mean_D: Tensor, scatter_DD: Tensor) -> dict[str, Tensor]:
+    """Mean and root from the number of codes, their mean and their centred sum of squares, in float64."""
+    value_D, vector_DD = torch.linalg.eigh(scatter_DD / max(count - 1, 1))
     root_DD = (vector_DD * value_D.clamp(min=0).sqrt()) @ vector_DD.T
     return {"mean": mean_D.float(), "root": root_DD.float()}
 

@@ -6,6 +6,7 @@ A file that differs from what was saved raises DamagedCheckpoint, so that the ca
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,11 @@ def load_tensors(store: Store, step: int, group: str) -> dict[str, Tensor]:
     return tensors
 
 
-def load_rows(store: Store, step: int, rows: range) -> Arrays:
-    """The latent table of any range of rows, for `LatentTable.restore`.
+def load_rows(store: Store, step: int, rows: range, only: Collection[str] | None = None) -> Arrays:
+    """The latent table of any range of rows, for `LatentTable.restore`. One of its files is in memory besides them.
 
+    Args:
+        only: names of the arrays; None is all of them.
     Raises:
         UserError: a row is missing. DamagedCheckpoint: a block differs from what was saved.
     """
@@ -78,6 +81,7 @@ def load_rows(store: Store, step: int, rows: range) -> Arrays:
         data = read_verified(store, manifest, name)
         with checked_safetensors(f"{where}/{name}", data):
             held = safetensors.numpy.load(data)
+        held = {key: array for key, array in held.items() if only is None or key in only}
         _check_block(held, block, arrays, f"{where}/{name}")
         first, last = max(block.start, rows.start), min(block.stop, rows.stop)
         for key, array in held.items():

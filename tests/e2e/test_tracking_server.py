@@ -18,6 +18,7 @@ from glann.inference.package import export_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from glann.reports.run_folder import TRACKING
+from glann.samplers.gaussian import gaussian
 from glann.tracking import connection, outbox
 from glann.tracking.runs import TrackedRun
 from glann.tracking.source import load_model
@@ -34,6 +35,7 @@ from pathlib import Path
 from glann.config.run import load
 from glann.tracking import connection
 from glann.tracking.runs import TrackedRun
+from glann.samplers.gaussian import gaussian
 
 connection.START_TIMEOUT_S = 300
 folder = Path(sys.argv[1])
@@ -82,7 +84,9 @@ def make_config(server, name, **tracking):
 def package(folder: Path, config: Config) -> Path:
     torch.manual_seed(1)
     generator, mapping = build_generator(config.generator, 28, 1), build_mapping(config.sampler, 6)
-    return export_model(folder, config, generator.state_dict(), mapping.state_dict(), torch.randn(20, 6), "f00d")
+    return export_model(
+        folder, config, generator.state_dict(), mapping.state_dict(), gaussian(torch.randn(20, 6)), 20, "f00d"
+    )
 
 
 def grid(path: Path) -> Path:

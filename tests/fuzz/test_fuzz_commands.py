@@ -30,6 +30,7 @@ from glann.datasets.pack import pack
 from glann.inference.package import export_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
+from glann.samplers.gaussian import gaussian
 from odd_values import FEW_VALUES, VALUES, make_odd_files
 from registered_runs import track
 
@@ -271,7 +272,7 @@ def make_tiny_run() -> Config:
     mapping = build_mapping(config.sampler, 4).state_dict()
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, 4), dim=1)
     fingerprint = Index.load("squares").fingerprint
-    export_model(config.run_dir / "model", config, generator, mapping, z_ND, fingerprint)
+    export_model(config.run_dir / "model", config, generator, mapping, gaussian(z_ND), len(z_ND), fingerprint)
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
     entry = {"time": 1.5, "stage": "glo", "epoch": 1, "loss": 0.5, "images_per_s": 3.0, "seconds": 1.0, "step": 1}
     (config.run_dir / "metrics.jsonl").write_text(json.dumps(entry) + "\n")

@@ -27,6 +27,7 @@ from glann.models.mapping import build_mapping
 from glann.reports.facts import RunFacts
 from glann.reports.figures import metric_rows
 from glann.reports.run import headline, render, timing_rows
+from glann.samplers.gaussian import gaussian
 from glann.storage.local import LocalStore
 from glann.tracking.outbox import OutboxState
 from glann.trainers.run.state import load as load_saved
@@ -66,7 +67,7 @@ def make_run(root: Path) -> None:
     generator = build_generator(config.generator, 28, 1).state_dict()
     mapping = build_mapping(config.sampler, 4).state_dict()
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, 4), dim=1)
-    export_model(run / "model", config, generator, mapping, z_ND, "f" * 64)
+    export_model(run / "model", config, generator, mapping, gaussian(z_ND), len(z_ND), "f" * 64)
     (run / "config.yaml").write_text(config.to_yaml())
     entry = {"time": 1.5, "stage": "glo", "epoch": 1, "loss": 0.5, "images_per_s": 3.0, "seconds": 1.0, "step": 1}
     lines = [entry, entry | {"step": 2, "time": 2.5}, {"stage": "evaluation", "fd_squeezenet": 3.0, "step": 3}]

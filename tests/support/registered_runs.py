@@ -15,6 +15,7 @@ from glann.metrics.evaluate import evaluate
 from glann.metrics.result import by_key
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
+from glann.samplers.gaussian import gaussian
 from glann.storage.journal import Journal
 from glann.tracking.registry.lineage import FINGERPRINT
 from glann.tracking.runs import TrackedRun
@@ -70,7 +71,9 @@ def make_run(config: Config, share: float = 0.0, metrics: dict[str, float] | Non
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
     torch.manual_seed(2)
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1)
-    export_model(config.run_dir / "model", config, *networks(config, share), z_ND, index.fingerprint)
+    export_model(
+        config.run_dir / "model", config, *networks(config, share), gaussian(z_ND), len(z_ND), index.fingerprint
+    )
     found = {"l1": 0.0625, "psnr": 21.5, "fd_squeezenet": 2.5, "gaussian/fd_squeezenet": 3.5} | (metrics or {})
     journal = Journal(config.run_dir / "metrics.jsonl")
     for epoch in range(1, 4):
@@ -109,6 +112,6 @@ def measured(source: str, extractor: str, samples: int, seed: int = 0) -> dict[s
 
 def _pack(config: Config) -> None:
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1)
-    model = load_model(export_model(Path("artist"), config, *networks(config), z_ND, "none"))
+    model = load_model(export_model(Path("artist"), config, *networks(config), gaussian(z_ND), len(z_ND), "none"))
     np.savez("drawn.npz", images=model.sample(ROWS, seed=99))
     pack("drawn.npz", config.data.url, resolution=config.data.resolution, channels=1)

@@ -36,6 +36,7 @@ from glann.inference.package import export_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from glann.reports.facts import RunFacts
+from glann.samplers.gaussian import gaussian
 from glann.storage import journal
 from glann.storage.open import open_store
 from glann.tracking.outbox import OutboxState
@@ -257,7 +258,7 @@ def model(tmp_path):
     )
     generator = build_generator(config.generator, 28, 1).state_dict()
     mapping = build_mapping(config.sampler, 4).state_dict()
-    return export_model(tmp_path / "model", config, generator, mapping, torch.randn(9, 4), "f")
+    return export_model(tmp_path / "model", config, generator, mapping, gaussian(torch.randn(9, 4)), 9, "f")
 
 
 def replace(folder: Path, name: str, content: bytes) -> None:

@@ -13,7 +13,7 @@ from ...config.run import Config
 from ...errors import UserError, redact
 from ...inference.model import SamplingModel
 from ...inference.package import ModelManifest
-from ...metrics.evaluate import Judge, build_judge
+from ...metrics.judge import Judge, build_judge
 from ...metrics.reference import moved, open_images, require_same
 from ...metrics.spec import METRICS, frechet_metric
 from ..source import open_model

@@ -1,4 +1,4 @@
-"""Driver of `glann train`: trains or resumes a run, then packages, measures and reports it."""
+"""Driver of `glann train`: trains or resumes a run on workers that also measure it, then packages and reports it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...cluster.nodes.ray import ray_cluster, require_ray
 from ...config.run import Config, require_trainable
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
-from ...errors import GlannError
+from ...errors import EnvironmentFault, GlannError
 from ...metrics.features.extractor import build_extractor
 from ...reports.run_folder import JOURNAL
 from ...storage.journal import entries
@@ -23,6 +23,7 @@ from ...storage.open import open_store
 from ...tracking.runs import TrackedRun
 from ..objective import build_objective
 from . import finish, stage_one
+from .evaluation import Evaluated
 from .events import CheckpointStarted, Event
 from .folder import is_finished, refuse_other_configuration, require_checkpoint, take_back_tracking
 from .hooks import NO_HOOKS, Hooks
@@ -30,7 +31,7 @@ from .lifecycle import open_run
 from .log import RunLog
 from .mirror import RunMirror, take_back
 from .preflight import is_worked_on, open_data
-from .recovery import RESUMES, RunStopped, run_workers
+from .recovery import MEASURES, RESUMES, RunStopped, run_workers
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -117,10 +118,14 @@ def run(
     mirror: RunMirror,
     hooks: Hooks,
 ) -> None:
-    """Train on the workers, then package, measure and report."""
+    """Train and measure on the workers, then package and report."""
+    evaluated: Evaluated | None = None
 
     def on_event(event: Event) -> None:
+        nonlocal evaluated
         log(event)
+        if isinstance(event, Evaluated):
+            evaluated = event
         if isinstance(event, CheckpointStarted):
             mirror.send_soon()
         hooks.notify(event)
@@ -133,5 +138,7 @@ def run(
     with ray_cluster(config), RunLog(config, tracked, console) as log:
         run_workers(config, on_event, lease, hooks)
     if why := hooks.stop():
-        raise RunStopped(f"{why}: the run is trained, but not packaged or measured; {RESUMES}")
-    finish.finish(config, index, tracked, console, log.timings())
+        raise RunStopped(f"{why}: the run is trained, but not packaged; {RESUMES}")
+    if evaluated is None:
+        raise EnvironmentFault(f"the results of the evaluation were lost on their way; {MEASURES}")
+    finish.finish(config, index, tracked, log.timings(), evaluated)

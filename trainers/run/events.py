@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..stage import Pictures
+from .evaluation import Evaluated
 from .state import Position
 
 # From the workers ------------------------------------------------------------------------------
@@ -98,6 +99,15 @@ class CheckpointDamaged:
     reason: str
 
 
+@dataclass(frozen=True)
+class Evaluating:
+    """Progress of the evaluation: images that a worker has worked on, of all its images."""
+
+    rank: int
+    images: int
+    total: int
+
+
 # From the driver -------------------------------------------------------------------------------
 
 
@@ -150,7 +160,18 @@ class Stopping:
 
 
 FromWorker = (
-    Joined | Resumed | Phase | Progress | EpochDone | Preview | BadStep | Warned | CheckpointStarted | CheckpointDamaged
+    Joined
+    | Resumed
+    | Phase
+    | Progress
+    | EpochDone
+    | Preview
+    | BadStep
+    | Warned
+    | CheckpointStarted
+    | CheckpointDamaged
+    | Evaluating
+    | Evaluated
 )
 Event = FromWorker | Waiting | Training | WorkersLost | NodeDraining | CapacityFound | Stopping
 

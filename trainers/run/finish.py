@@ -1,4 +1,4 @@
-"""Final part of a run: package the model, measure it, draw pictures and write the report."""
+"""Final part of a run, in the driver: package the model, and write and track results, pictures and the report."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ...cluster.checkpoints import reader, retention
+from ...cluster.checkpoints import retention
 from ...config.run import Config
+from ...datasets.fit import require_fit
 from ...datasets.index import Index
-from ...datasets.reader import ImageRows
 from ...errors import EnvironmentFault, redact
-from ...inference.model import SamplingModel
-from ...inference.package import export_model, open_model
-from ...metrics.copying import nearest_images
-from ...metrics.evaluate import evaluate
-from ...metrics.reference import open_images
+from ...inference.package import export_model
 from ...metrics.result import Result, by_key, deviations
 from ...reports import pictures
 from ...reports.card import write_card
@@ -35,32 +28,30 @@ from ...tracking.runs import TrackedRun
 from ..glo import GENERATOR
 from ..sampler import MAPPING
 from ..stage import DONE, final_weights, stage_infos
+from .evaluation import Evaluated
 from .folder import require_summary
 from .state import load
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
+    from torch import Tensor
 
 PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples to interpolate between
 
 
-def finish(config: Config, index: Index, tracked: TrackedRun, console: Console, timings: dict[str, float]) -> None:
-    """Write and track the remaining files of a finished run folder; the report comes last.
+def finish(config: Config, index: Index, tracked: TrackedRun, timings: dict[str, float], evaluated: Evaluated) -> None:
+    """Write and track the remaining files of a finished run folder; the report comes last. No image is decoded here.
 
     Args:
         timings: seconds and rates of the training, by name.
     """
-    began = monotonic()
-    console.print("packaging, measuring and drawing")
-    images = open_images(config)
-    package(config, index, len(images))
-    manifest, model = open_model(config.run_dir)
-    drawn = drawn_from(model, config.preview.images) | {"nearest": beside_nearest(model, images)}
-    results = evaluate(config, manifest, model)
-    conclude(config, tracked, drawn, results, timings | {"finish_s": monotonic() - began}, index, len(images))
+    rows = require_fit(index, config.data, 1)
+    package(config, index, rows, evaluated.gaussian)
+    timings = timings | {"train_s": timings["train_s"] - evaluated.seconds, "finish_s": evaluated.seconds}
+    conclude(config, tracked, evaluated.drawn, evaluated.results, timings, index, rows)
 
 
 def conclude(
@@ -89,30 +80,15 @@ def conclude(
     tracked.log_artifact(write_report(config.run_dir))  # last: a run with a report is finished
 
 
-def package(config: Config, index: Index, rows: int) -> None:
-    """Write `model/` from the last checkpoint."""
+def package(config: Config, index: Index, rows: int, gaussian: dict[str, Tensor]) -> None:
+    """Write `model/` from the last checkpoint and the state of the Gaussian over the codes."""
     store = open_store(config.checkpoint_url, config.s3)
     step = retention.latest(store)
     saved = load(store, step, index, rows) if step is not None else None
     if saved is None or step is None or saved.position.stage != DONE:
         raise EnvironmentFault(f"{store.url} holds no finished checkpoint; run the same command again to resume it")
-    z_ND = torch.from_numpy(reader.load_rows(store, step, range(rows))["z"])
     weights, sampler = final_weights(saved.networks[GENERATOR]), saved.networks[MAPPING]["weights"]
-    export_model(config.run_dir / MODEL, config, weights, sampler, z_ND, index.fingerprint)
-
-
-def drawn_from(model: SamplingModel, count: int) -> dict[str, Image]:
-    """Pictures of samples and interpolations of the packaged model."""
-    return {
-        "samples": pictures.grid(model.sample(count)),
-        "interpolations": pictures.strips(model.interpolate(PAIRS, steps=9)),
-    }
-
-
-def beside_nearest(model: SamplingModel, images: ImageRows) -> Image:
-    """Picture of samples with their nearest training images."""
-    samples = model.sample(2 * len(PAIRS))
-    return pictures.nearest(samples, nearest_images(samples, images).img_NHWC)
+    export_model(config.run_dir / MODEL, config, weights, sampler, gaussian, rows, index.fingerprint)
 
 
 def summary_of(config: Config) -> Group:

@@ -20,18 +20,22 @@ from ...datasets.index import Index
 from ...errors import UserError
 from ...inference.model import SamplingModel
 from ...inference.package import export_model, load_model
-from ...metrics.evaluate import Judge, build_judge, measure_codes, reconstruction
+from ...metrics.evaluate import measure_codes, reconstruction
+from ...metrics.judge import Codes as CodeBlocks
+from ...metrics.judge import Judge, build_judge
 from ...metrics.panel import code_panel
 from ...metrics.reference import held_out_images, open_images
 from ...metrics.result import Result, by_key
 from ...metrics.spec import measured_with
 from ...reports.run_folder import MODEL, read_config
 from ...samplers.base import Codes, build_sampler
+from ...samplers.gaussian import gaussian
 from ...storage.open import open_store
 from ...tracking.runs import TrackedRun
 from ..glo import GENERATOR
 from ..stage import final_weights, stage_infos
 from . import finish
+from .evaluation import drawn_from
 from .events import EpochDone
 from .folder import is_finished, refuse_other_configuration, require_summary, take_back_tracking
 from .hooks import Hooks
@@ -73,12 +77,13 @@ def load_stage_one(run_dir: Path, evaluation: EvaluationConfig) -> StageOne:
         raise UserError(
             f"{run_dir} has not completed stage 1; give a finished run, or let the study train one (recipe: ...)"
         )
-    z_ND = torch.from_numpy(reader.load_rows(store, step, range(len(images)))["z"])
+    z_ND = torch.from_numpy(reader.load_rows(store, step, range(len(images)), ("z",))["z"])
     model = load_model(run_dir, s3=config.s3)
     measured = measured_with(evaluation.extractor, evaluation.metrics)
     judge = build_judge(config, images, measured, evaluation.samples, held_out=held_out_images(config, images.index))
-    results = [*reconstruction(config, model, images, measured), *judge.measure_floor()]
-    results += judge.measure_reconstructions(model, [z_ND])
+    codes = code_blocks(z_ND)
+    results = [*reconstruction(config, model, codes, images, measured), *judge.measure_floor()]
+    results += judge.measure_reconstructions(model, codes, len(z_ND))
     return StageOne(final_weights(saved.networks[GENERATOR]), z_ND, index, results, judge)
 
 
@@ -106,11 +111,11 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, hooks: Hooks) 
     weights = fit_sampler(config, shared.z_ND, tracked, hooks)
     trained_s = monotonic() - began
     fingerprint = shared.index.fingerprint
-    export_model(config.run_dir / MODEL, config, shared.generator, weights, shared.z_ND, fingerprint)
+    export_model(config.run_dir / MODEL, config, shared.generator, weights, gaussian(shared.z_ND), rows, fingerprint)
     model = load_model(config.run_dir)
     results = [*shared.results, *measure_samples(config, model, shared)]
     timings = {"train_s": trained_s, "finish_s": monotonic() - began - trained_s}
-    drawn = finish.drawn_from(model, config.preview.images)
+    drawn = drawn_from(model, config.preview.images)
     finish.conclude(config, tracked, drawn, results, timings, shared.index, rows)
     return by_key(results)
 
@@ -142,4 +147,10 @@ def measure_samples(config: Config, model: SamplingModel, shared: StageOne) -> l
     evaluation = config.evaluation
     measured = measured_with(evaluation.extractor, evaluation.metrics)
     results = shared.judge.measure(model)
-    return results + measure_codes(code_panel(measured), model, [shared.z_ND], evaluation.samples)
+    codes, rows = code_blocks(shared.z_ND), len(shared.z_ND)
+    return results + measure_codes(code_panel(measured), model, codes, rows, evaluation.samples)
+
+
+def code_blocks(z_ND: Tensor) -> CodeBlocks:
+    """The codes as one block of any rows."""
+    return lambda rows: iter([z_ND[rows.start : rows.stop]])

@@ -18,6 +18,7 @@ from ...reports.run_folder import IMAGES
 from ...tracking.runs import TrackedRun
 from ..stage import DONE, numbered, stage_infos
 from . import events
+from .evaluation import EVALUATION, Evaluated
 from .events import Event
 from .state import Position
 
@@ -35,6 +36,8 @@ class RunLog:
         self.stalled = self.stalled_before = 0.0
         self.seconds = dict.fromkeys(self.stages, 0.0)
         self.images_per_s = 0.0
+        self.workers, self.tenths = 1, 0
+        self.evaluated: dict[int, tuple[int, int]] = {}  # images and their total by rank
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -77,7 +80,9 @@ class RunLog:
                 self.print(f"[yellow]damaged checkpoint[/] of step {event.step} is skipped: {escape(event.reason)}")
             case events.Training():
                 self.on_training(event)
-            case events.Joined() | events.Resumed():  # used by the driver only
+            case events.Evaluating():
+                self.on_evaluating(event)
+            case events.Joined() | events.Resumed() | Evaluated():  # used by the driver only
                 pass
             case _:
                 self.on_trouble(event)
@@ -102,6 +107,18 @@ class RunLog:
         every = max(1, epochs // 10)
         if not draws_bars(self.console) and (event.epoch % every == 0 or event.epoch == epochs):
             self.console.print(f"{numbered(self.stages, event.stage)}  {note}  {event.numbers['seconds']:.1f} s")
+
+    def on_evaluating(self, event: events.Evaluating) -> None:
+        """Show the progress of all workers; without a terminal, a line for every tenth."""
+        self.evaluated[event.rank] = event.images, event.total
+        images, total = (sum(numbers) for numbers in zip(*self.evaluated.values(), strict=True))
+        total = max(total, event.total * self.workers)  # of the workers that were not heard of yet
+        note = f"{images:,} of {total:,} images"
+        self.bar.update(self.task, description=EVALUATION, total=total, completed=images, note=note)
+        tenths = 10 * images // max(total, 1)
+        if not draws_bars(self.console) and tenths > self.tenths:
+            self.tenths = tenths
+            self.console.print(f"{EVALUATION}  {note}")
 
     def on_preview(self, event: events.Preview) -> None:
         for kind, images in event.pictures.items():
@@ -129,6 +146,7 @@ class RunLog:
     def on_training(self, event: events.Training) -> None:
         """Report the first step of a group; after a restart the event has `why` and `gap_s`."""
         restarted, place = event.why is not None, event.position
+        self.workers, self.tenths, self.evaluated = event.workers, 0, {}
         facts = {"workers": event.workers, "why": event.why, "gap_s": event.gap_s}
         known = {key: value for key, value in facts.items() if value is not None}
         self.note(

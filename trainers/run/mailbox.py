@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import EnvironmentFault
 from .control import Request
-from .events import FromWorker, Message, Phase, Progress
+from .events import Evaluating, FromWorker, Message, Phase, Progress
 
 PROGRESS_EVERY = 0.5  # seconds; a bar needs no more
 STOPPED = "stopped"  # return value of a worker that stopped on request
@@ -47,7 +47,7 @@ class Reporter:
     def send(self, event: FromWorker) -> None:
         self.answer = self.mailbox.send.remote(Message(self.group, event))
 
-    def progress(self, event: Progress) -> None:
+    def progress(self, event: Progress | Evaluating) -> None:
         """Send a progress event, at most one every `PROGRESS_EVERY` seconds."""
         now = monotonic()
         if now - self.last_progress >= PROGRESS_EVERY:

@@ -25,12 +25,14 @@ from ...errors import EnvironmentFault, ExitStatus, GlannError
 from ...storage.open import open_store
 from ..stage import DONE
 from .control import Request
+from .evaluation import EVALUATION
 from .events import (
     CapacityFound,
     EpochDone,
     Event,
     Joined,
     NodeDraining,
+    Phase,
     Progress,
     Resumed,
     Stopping,
@@ -51,6 +53,7 @@ SETTLE_S = 3.0  # an elastic run starts once capacity has not grown for so long;
 PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)  # before a retry, by the number of failures in a row without progress
 ANSWER_S = 10.0
 RESUMES = "the same command resumes from the last checkpoint"
+MEASURES = "the same command measures it"
 
 
 class RunStopped(GlannError):
@@ -60,7 +63,7 @@ class RunStopped(GlannError):
 
 
 def run_workers(config: Config, on_event: Callable[[Event], None], lease: HeldLease, hooks: Hooks = NO_HOOKS) -> None:
-    """Train on groups of workers until the run is done, passing every event to `on_event`.
+    """Train and evaluate on groups of workers until the run is done, passing every event to `on_event`.
 
     Raises:
         UserError, or the error of a bug: not retried. Also if another command works on the run.
@@ -122,7 +125,7 @@ class Groups:
         self.number += 1
         self.nodes: set[str] = set()
         self.position: Position | None = None
-        self.training = False
+        self.training = self.evaluating = False
         self.request, self.reason = Request.NOTHING, ""
 
     def stop(self, why: str = "the run was stopped") -> None:
@@ -257,6 +260,7 @@ class Groups:
                 case event:
                     if isinstance(event, Progress | EpochDone):
                         self.note_training()
+                    self.evaluating |= event == Phase(EVALUATION)
                     self.on_event(event)
 
     def note_training(self) -> None:
@@ -284,6 +288,8 @@ class Groups:
         cause = classify_failure(error)
         if not isinstance(cause, EnvironmentFault) or isinstance(cause, CannotImport):
             raise cause from (error if cause is not error else None)
+        if self.stopping and self.evaluating:
+            raise RunStopped(f"{self.stopping} before it was measured; it is trained and saved, and {MEASURES}")
         if self.stopping:
             raise RunStopped(f"{self.stopping}, but not saved ({cause}); {self.resumes()}") from error
         self.failures = 1 if self.refresh_latest_checkpoint() else self.failures + 1

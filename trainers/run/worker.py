@@ -17,16 +17,19 @@ from ...cluster.latents import LatentTable
 from ...cluster.placement import ranges
 from ...config.run import Config
 from ...datasets.reader import ImageRows
+from ...errors import EnvironmentFault
 from ...models.comm import rank, world_size
 from ...storage.open import open_store
 from ..plan.devices import peak_of
 from ..stage import DONE, Stage, StageContext, StageStep, stage_infos, stages_of
-from .control import Control
+from .control import Control, Request
+from .evaluation import EVALUATION, evaluate_trained
 from .events import (
     BadStep,
     CheckpointDamaged,
     CheckpointStarted,
     EpochDone,
+    Evaluating,
     Joined,
     Preview,
     Progress,
@@ -100,7 +103,7 @@ class Worker:
         self.saved_at = monotonic()
 
     def run(self) -> None:
-        """Train the remaining stages, starting at the position of the last checkpoint."""
+        """Train the remaining stages from the position of the last checkpoint, then evaluate."""
         self.saved = self.resume()
         context = StageContext(self.config, self.images, self.latents, self.device, self.reporter.enter)
         names = [*self.infos, DONE]
@@ -108,6 +111,27 @@ class Worker:
         for name, kind in list(zip(names, stages_of(self.config), strict=False))[left:]:
             self.train(name, kind(context, self.saved.networks), following=names[names.index(name) + 1])
         self.writer.wait()
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        """Measure the trained run, and send the result to the driver.
+
+        Raises:
+            EnvironmentFault: the driver requested a stop. There is nothing to save, and the error also ends the workers
+                that wait for this one.
+        """
+
+        def on_images(done: int, total: int) -> None:
+            if self.reporter.requested() == Request.STOP:
+                raise EnvironmentFault("the evaluation was stopped")
+            self.reporter.progress(Evaluating(self.rank, done, total))
+
+        self.reporter.enter(EVALUATION)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the training held
+        evaluated = evaluate_trained(self.config, self.images, self.saved.networks, self.device, on_images)
+        if evaluated is not None:
+            self.reporter.send(evaluated)
 
     def train(self, name: str, stage: Stage, following: str) -> None:
         """Train the remaining steps of a stage, and save after the last one."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...config.run import Config
 from ...inference.model import SamplingModel
 from ...inference.package import open_model
-from ...metrics.evaluate import Judge, build_judge
+from ...metrics.judge import Judge, build_judge
 from ...metrics.prd import PrdCurve, compare_distributions
 from ...metrics.reference import open_images
 from ...metrics.spec import measured_with

@@ -58,7 +58,9 @@ def exported(tmp_path_factory):
     generator, mapping = make_networks(config)
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, 6), dim=1)
     folder = tmp_path_factory.mktemp("exported") / "model"
-    return export_model(folder, config, generator.state_dict(), mapping.state_dict(), z_ND, "f" * 64)
+    return export_model(
+        folder, config, generator.state_dict(), mapping.state_dict(), gaussian(z_ND), len(z_ND), "f" * 64
+    )
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def test_glo_codes_have_the_moments_of_the_training_codes(tmp_path):
     generator, _ = make_networks(config)
     mix = torch.randn(6, 6) * 0.05
     z_ND = torch.randn(4000, 6) @ mix + 0.1
-    folder = export_model(tmp_path / "model", config, generator.state_dict(), None, z_ND, "f")
+    folder = export_model(tmp_path / "model", config, generator.state_dict(), None, gaussian(z_ND), len(z_ND), "f")
     model = load_model(folder)
     drawn = model.codes(model.noise(torch.arange(20000), 0, "gaussian"), "gaussian")
     torch.testing.assert_close(drawn.mean(0), z_ND.mean(0), atol=6e-3, rtol=0)
@@ -299,7 +301,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, fold
     state = generator.state_dict()
     state["fc1.weight"][0, 0] = float("nan")
     with pytest.raises(UserError, match="NaN or infinity"):
-        export_model(tmp_path / "bad", config, state, mapping.state_dict(), torch.randn(4, 6), "f")
+        export_model(tmp_path / "bad", config, state, mapping.state_dict(), gaussian(torch.randn(4, 6)), 4, "f")
     assert not (tmp_path / "bad").exists()
     safetensors.torch.save_file(state, folder / GENERATOR)
     from glann.inference.package import _entry
@@ -311,7 +313,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(tmp_path, fold
 
 def test_exporting_again_replaces_the_model_and_leaves_nothing_behind(folder, config):
     generator, _ = make_networks(config, seed=1)
-    export_model(folder, config, generator.state_dict(), None, torch.randn(4, 6), "g")
+    export_model(folder, config, generator.state_dict(), None, gaussian(torch.randn(4, 6)), 4, "g")
     assert sorted(os.listdir(folder)) == sorted([GENERATOR, GAUSSIAN, MANIFEST])
     assert os.listdir(folder.parent) == ["model"]
     assert list(load_model(folder).samplers) == ["gaussian"]
@@ -324,7 +326,7 @@ def test_a_resnet_is_packaged_too(tmp_path):
     )
     generator, mapping = make_networks(config)
     folder = export_model(
-        tmp_path / "model", config, generator.state_dict(), mapping.state_dict(), torch.randn(9, 6), "f"
+        tmp_path / "model", config, generator.state_dict(), mapping.state_dict(), gaussian(torch.randn(9, 6)), 9, "f"
     )
     assert load_model(folder).sample(2).shape == (2, 64, 64, 3)
 

@@ -12,18 +12,23 @@ import pytest
 import torch
 from glann.config.run import find_recipe
 from glann.datasets.pack import pack
-from glann.errors import UserError
+from glann.errors import EnvironmentFault, UserError
 from glann.inference.model import SamplingModel
 from glann.inference.package import open_model
-from glann.metrics import cache
+from glann.metrics import cache, judge
 from glann.metrics import evaluate as evaluation
+from glann.metrics.cache import TallyCache
 from glann.metrics.features import extractor
 from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
 from glann.metrics.frechet import FeatureMoments, frechet_distance
+from glann.metrics.panel import build_panel, code_panel
+from glann.metrics.reference import open_images, training_images
 from glann.metrics.result import Result, by_key, deviations, to_key
 from glann.metrics.spec import METRICS, Metric, Reconstructions, Samples
+from glann.metrics.tally import KeptFeatures, priority
 from glann.reports.card import write_card
 from glann.reports.figures import metric_rows
+from glann.storage.local import LocalStore
 from glann.tuning.study import load_study
 from registered_runs import DIM, ROWS, make_config, make_run
 from torch import Tensor, nn
@@ -97,8 +102,10 @@ def world(home, monkeypatch):
     monkeypatch.setattr(extractor, "load_weights", lambda name: ({}, ""))
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1).numpy()
     monkeypatch.setattr(evaluation.retention, "latest", lambda store: 1)
-    monkeypatch.setattr(evaluation.reader, "load_rows", lambda store, step, rows: {"z": z_ND[rows.start : rows.stop]})
-    decode, draw = evaluation.training_images, evaluation.draw
+    monkeypatch.setattr(
+        evaluation.reader, "load_rows", lambda store, step, rows, only: {"z": z_ND[rows.start : rows.stop]}
+    )
+    decode, draw = training_images, judge.draw
     features = extractor.Extractor.__call__
 
     def read(*args):
@@ -106,19 +113,25 @@ def world(home, monkeypatch):
             seen["read"] += len(batch)
             yield batch
 
-    def drawn(model, n, *args, **how):
-        seen["drawn"].append(n)
-        return draw(model, n, *args, **how)
+    def drawn(model, part, *args, **how):
+        seen["drawn"].append(len(part))
+        return draw(model, part, *args, **how)
 
     def looked(self, img_BCHW):
         seen["features"] += len(img_BCHW)
         return features(self, img_BCHW)
 
     monkeypatch.setattr(evaluation, "training_images", read)
-    monkeypatch.setattr(evaluation, "draw", drawn)
+    monkeypatch.setattr(judge, "training_images", read)
+    monkeypatch.setattr(judge, "draw", drawn)
     monkeypatch.setattr(extractor.Extractor, "__call__", looked)
     manifest, model = open_model(home.config.run_dir, s3=home.config.s3)
     return SimpleNamespace(config=home.config, manifest=manifest, model=model, seen=seen, z_ND=z_ND)
+
+
+def blocks_of(z_ND, size: int = 37):
+    """The codes of consecutive rows, in blocks."""
+    return lambda rows: iter(torch.from_numpy(z_ND[rows.start : rows.stop]).split(size))
 
 
 def evaluated(world) -> list[Result]:
@@ -151,8 +164,8 @@ def one_thread():
 
 
 def test_values_are_those_of_the_images_as_users_draw_them(world, one_thread):
-    images = evaluation.open_images(world.config)
-    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    images = open_images(world.config)
+    real = torch.cat(list(training_images(images, range(ROWS), world.config)))
     look = extractor.build_extractor("squeezenet")
     values = by_key(evaluated(world))
     for key, method in (("fd_squeezenet", "imle"), ("gaussian/fd_squeezenet", "glo")):
@@ -213,12 +226,12 @@ def test_without_the_codes_only_samples_and_real_images_are_measured(world):
 
 def test_the_closest_pairs_are_those_of_all_samples_and_rows(world):
     """Image by image: no sample is nearer to a training image than those that are shown."""
-    images = evaluation.open_images(world.config)
+    images = open_images(world.config)
     samples, training = evaluation.closest_pairs(world.config, world.model, images, 3, SEED)
     assert samples.shape == training.shape == (3, 28, 28, 1)
     look = extractor.build_extractor("squeezenet")
     drawn_NHWC = world.model.sample(200, SEED)
-    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    real = torch.cat(list(training_images(images, range(ROWS), world.config)))
     drawn = torch.from_numpy(drawn_NHWC).permute(0, 3, 1, 2)
     distance_NR = torch.cdist(look(drawn).double(), look(real).double(), compute_mode="donot_use_mm_for_euclid_dist")
     order_N = distance_NR.min(1).values.argsort()[:3]
@@ -228,8 +241,8 @@ def test_the_closest_pairs_are_those_of_all_samples_and_rows(world):
 
 def test_held_out_images_are_named_and_copying_is_measured_against_them(world, tmp_path):
     """The training images themselves, in another order, in place of held-out ones: no preference but for ties."""
-    images = evaluation.open_images(world.config)
-    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    images = open_images(world.config)
+    real = torch.cat(list(training_images(images, range(ROWS), world.config)))
     other = real.flip(0)[:150].permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "other.npz", images=other)
     pack(str(tmp_path / "other.npz"), str(tmp_path / "other"), resolution=28, channels=1)
@@ -255,10 +268,10 @@ def test_held_out_images_are_named_and_copying_is_measured_against_them(world, t
 
 def test_the_floor_is_that_of_two_disjoint_parts_of_the_real_images(world, one_thread):
     """As many random images as samples, at most half of all, against all the others; no image is read again for it."""
-    images = evaluation.open_images(world.config)
-    real = torch.cat(list(evaluation.training_images(images, ROWS, world.config)))
+    images = open_images(world.config)
+    real = torch.cat(list(training_images(images, range(ROWS), world.config)))
     features_NF = extractor.build_extractor("squeezenet")(real)
-    chosen = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))[: min(200, ROWS // 2)]
+    chosen = priority(torch.arange(ROWS)).argsort()[: min(200, ROWS // 2)]
     others = torch.tensor([row not in set(chosen.tolist()) for row in range(ROWS)])
     expected = frechet_distance(FeatureMoments.of(features_NF[others]), FeatureMoments.of(features_NF[chosen]))
     values = by_key(evaluated(world))
@@ -301,8 +314,8 @@ def test_configured_held_out_images_are_measured_against_beside_the_training_ima
 
 
 def test_the_held_out_part_of_the_data_set_is_the_default(world, tmp_path, monkeypatch):
-    images = evaluation.open_images(world.config)
-    real_NHWC = torch.cat(list(evaluation.training_images(images, ROWS, world.config))).permute(0, 2, 3, 1).numpy()
+    images = open_images(world.config)
+    real_NHWC = torch.cat(list(training_images(images, range(ROWS), world.config))).permute(0, 2, 3, 1).numpy()
     rng = np.random.default_rng(3)
     np.savez(tmp_path / "x.npz", images=real_NHWC, test_images=rng.integers(0, 256, (120, 28, 28, 1), np.uint8))
     index = pack(str(tmp_path / "x.npz"), str(tmp_path / "x"), resolution=28, channels=1)
@@ -356,10 +369,10 @@ def test_codes_are_compared_without_decoding(world, monkeypatch):
     values = by_key(evaluated(world))
     names = [f"{name}_codes" for name in ("precision", "recall", "density", "coverage", "copying")]
     assert [key for key in values if key.endswith("_codes")] == [*names, *(f"gaussian/{name}" for name in names)]
-    panel = evaluation.code_panel(METRICS[name] for name in names)
+    panel = code_panel(METRICS[name] for name in names)
     decoded = []
     monkeypatch.setattr(SamplingModel, "decode", lambda *_: decoded.append(1))
-    results = evaluation.measure_codes(panel, world.model, [torch.from_numpy(world.z_ND)], 200, SEED)
+    results = evaluation.measure_codes(panel, world.model, blocks_of(world.z_ND), ROWS, 200, SEED)
     assert not decoded
     assert by_key(results) == {key: value for key, value in values.items() if key.endswith("_codes")}
 
@@ -369,7 +382,7 @@ def test_features_kept_by_workers_give_the_same_results_to_the_last_bit(workers:
     """A worker has a range of the set, and numbers its images as they are in the whole."""
     images = torch.randint(0, 256, (47, 1, 28, 28), dtype=torch.uint8)
     names = [f"{name}_squeezenet" for name in ("precision", "recall", "density", "coverage", "kid", "modes")]
-    panel = evaluation.build_panel(METRICS[name] for name in names)
+    panel = build_panel(METRICS[name] for name in names)
     panel = replace(panel, extractors={"squeezenet": lambda img: img.flatten(1).float()})
     parts, at = [], 0
     for part in images.tensor_split(workers):
@@ -384,62 +397,103 @@ def test_features_kept_by_workers_give_the_same_results_to_the_last_bit(workers:
 
 
 @pytest.fixture
-def kept_features(tmp_path, monkeypatch):
+def kept_tallies(tmp_path, monkeypatch):
     """A cache folder, and the toy extractor as one of a known asset."""
     monkeypatch.setenv("GLANN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(EXTRACTORS, "squeezenet", replace(EXTRACTORS["squeezenet"], weights="squeezenet-caffe"))
-    return tmp_path / "cache" / "features"
+    return tmp_path / "cache" / "tallies"
 
 
-def test_features_of_real_images_are_computed_once(world, kept_features):
-    """The second evaluation reads and extracts no real image for the samples' metrics, and ends in the same bits."""
-    first, cost = by_key(evaluated(world)), world.seen["features"]
-    assert cost == ROWS + 3 * 200
-    again = by_key(evaluated(world))
-    assert world.seen["features"] - cost == 3 * 200
-    assert again == first
-    [file] = kept_features.iterdir()
-    file.write_bytes(file.read_bytes()[:-9])
-    cost = world.seen["features"]
-    assert by_key(evaluated(world)) == first, "a damaged file is made again"
-    assert world.seen["features"] - cost == ROWS + 3 * 200
+def test_real_images_are_tallied_once(world, kept_tallies):
+    """The second evaluation reads no real image for the samples' metrics, and ends in the same bits."""
+    first, cost = by_key(evaluated(world)), dict(world.seen)
+    assert cost["features"] == ROWS + 3 * 200
+    assert by_key(evaluated(world)) == first
+    assert world.seen["features"] - cost["features"] == 3 * 200
+    assert world.seen["read"] - cost["read"] == ROWS, "of the reconstructions' errors"
+    files = list(kept_tallies.iterdir())
+    assert len(files) == 2, "moments, and features"
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-9])
+    cost = dict(world.seen)
+    assert by_key(evaluated(world)) == first, "damaged files are made again"
+    assert world.seen["features"] - cost["features"] == ROWS + 3 * 200
 
 
-def test_kept_features_are_those_of_the_same_images_and_extractor(world, kept_features):
-    look = extractor.build_extractor("squeezenet")
-    path = cache.path_of("a", 5, look)
-    assert path == cache.path_of("a", 5, look)
+def test_one_more_metric_reads_the_images_for_that_alone(world, kept_tallies, monkeypatch):
+    """What is kept of the others is not made again, and they stay the same."""
+    first = by_key(evaluated(world))
+    names = {file.name for file in kept_tallies.iterdir()}
+    monkeypatch.setitem(METRICS, TOYS[1].name, TOYS[1])
+    updated = []
+    update = FeatureMoments.update
+    monkeypatch.setattr(FeatureMoments, "update", lambda self, *seen: updated.append(1) or update(self, *seen))
+    assert first.items() < by_key(evaluated(world)).items()
+    assert len(updated) == 3 * -(-200 // 64), "of samples and reconstructions only"
+    assert {file.name for file in kept_tallies.iterdir()} == names, "the toy's tally has no arrays"
+
+
+def test_kept_tallies_are_those_of_the_same_images_parts_and_extractor(world, kept_tallies):
+    look, moments = extractor.build_extractor("squeezenet"), FeatureMoments.empty(48)
+    tallies = TallyCache("a", 9, 3)
     others = [
-        cache.path_of("b", 5, look),
-        cache.path_of("a", 6, look),
-        cache.path_of("a", 5, replace(look, name="vgg16")),
+        tallies.name(look, moments),
+        tallies.name(look, KeptFeatures()),
+        tallies.name(replace(look, name="vgg16"), moments),
+        *(TallyCache(*which).name(look, moments) for which in (("b", 9, 3), ("a", 8, 3), ("a", 9, 4))),
     ]
-    assert len({path, *others}) == 4
-    assert cache.path_of("a", 10**9, look) is None
-    assert cache.load(path, 5, 48) is None
-    cache.save(path, torch.full((5, 48), torch.nan))
-    assert cache.load(path, 5, 48) is None
-    cache.save(path, torch.ones(5, 48))
-    assert torch.equal(cache.load(path, 5, 48), torch.ones(5, 48))
-    assert cache.load(path, 6, 48) is None
+    assert len(set(others)) == 6
+    assert tallies.name(look, moments) == others[0]
+    assert tallies.name(look, Brightness()) is None, "it has no arrays"
+    features = torch.rand(5, 48)
+    for empty in (moments, KeptFeatures(), KeptFeatures(3)):
+        seen = [empty.update(features, torch.arange(5)), empty]
+        name = tallies.name(look, empty)
+        assert tallies.load(name, empty) is None or empty is not moments
+        tallies.save(name, seen)
+        for got, expected in zip(tallies.load(name, empty), seen, strict=True):
+            for key, array in expected.to_arrays().items():
+                assert np.array_equal(got.to_arrays()[key], array)
+    bad = replace(moments, count=5, mean_F=np.full(48, np.nan))
+    tallies.save("bad.safetensors", [bad, moments])
+    assert tallies.load("bad.safetensors", moments) is None
+    assert tallies.load(tallies.name(look, moments), FeatureMoments.empty(7)) is None
 
 
-def test_the_cache_of_features_stays_small_and_a_read_only_one_is_reported(kept_features, monkeypatch, caplog):
+def test_the_cache_of_tallies_stays_small_and_a_read_only_one_is_reported(kept_tallies, monkeypatch, caplog):
     monkeypatch.setattr(cache, "LARGEST_FOLDER", 3000)
+    tallies, kept = TallyCache("a", 9, 3), KeptFeatures().update(torch.ones(25, 8), torch.arange(25))
     for number in range(4):
-        cache.save(kept_features / f"{number}.safetensors", torch.ones(25, 10))
-        os.utime(kept_features / f"{number}.safetensors", (number, number))
-    cache.save(kept_features / "9.safetensors", torch.ones(25, 10))
-    assert sorted(file.name for file in kept_features.glob("*.safetensors")) == ["3.safetensors", "9.safetensors"]
-    (kept_features.parent / "file").write_text("")
-    cache.save(kept_features.parent / "file" / "x.safetensors", torch.ones(2, 2))
+        tallies.save(f"{number}.safetensors", [kept, KeptFeatures()])
+        os.utime(kept_tallies / f"{number}.safetensors", (number, number))
+    tallies.save("9.safetensors", [kept, KeptFeatures()])
+    assert sorted(file.name for file in kept_tallies.glob("*.safetensors")) == ["3.safetensors", "9.safetensors"]
+    monkeypatch.setenv("GLANN_CACHE", str(kept_tallies / "9.safetensors"))
+    tallies.save("x.safetensors", [kept, KeptFeatures()])
     assert "are not kept" in caplog.text
+
+
+def test_tallies_beside_shared_data_serve_other_machines(kept_tallies, tmp_path, monkeypatch, caplog):
+    kept, store = KeptFeatures().update(torch.ones(25, 8), torch.arange(25)), LocalStore(tmp_path / "shared")
+    TallyCache("a", 9, 3, store).save("x.safetensors", [kept, KeptFeatures()])
+    monkeypatch.setenv("GLANN_CACHE", str(tmp_path / "another machine"))
+    some, _ = TallyCache("a", 9, 3, store).load("x.safetensors", KeptFeatures())
+    assert np.array_equal(some.index_N, kept.index_N)
+    assert TallyCache("a", 9, 3).load("x.safetensors", KeptFeatures()) is not None, "now it is on this machine too"
+
+    def refuse(*_, **__):
+        raise EnvironmentFault("AccessDenied")
+
+    monkeypatch.setattr(store, "write", refuse)
+    TallyCache("a", 9, 3, store).save("y.safetensors", [kept, KeptFeatures()])
+    assert "not kept beside them: AccessDenied" in caplog.text
+    assert TallyCache("a", 9, 3).load("y.safetensors", KeptFeatures()) is not None
 
 
 def test_tallies_of_workers_merge(world):
     """What two workers have seen is what one sees, up to rounding."""
     images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
-    panel = evaluation.build_panel(METRICS[name] for name in ("fd_squeezenet", "l1"))
+    panel = build_panel(METRICS[name] for name in ("fd_squeezenet", "l1"))
     whole, one, two = (panel.tally([part]) for part in (images, images[:7], images[7:]))
     assert list(whole.by_metric) == ["fd_squeezenet"]
     assert (whole.count, one.count, two.count) == (20, 7, 13)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from glann.datasets.reader import CorruptImage
 from glann.errors import EnvironmentFault, UserError
-from glann.metrics.copying import nearest_images
+from glann.metrics.nearest import nearest_images
 from glann.reports import pictures
 from PIL import Image
 

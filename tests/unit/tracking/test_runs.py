@@ -19,6 +19,7 @@ from glann.inference.package import export_model
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from glann.reports.run_folder import TRACKING
+from glann.samplers.gaussian import gaussian
 from glann.storage import journal
 from glann.storage.files import os_fault
 from glann.storage.journal import Journal, entries
@@ -359,7 +360,13 @@ def test_the_model_is_logged_registered_and_loads_back(tmp_path, server, monkeyp
     torch.manual_seed(1)
     generator, mapping = build_generator(config.generator, 28, 1), build_mapping(config.sampler, 6)
     folder = export_model(
-        tmp_path / "model", config, generator.state_dict(), mapping.state_dict(), torch.randn(20, 6), "f00d"
+        tmp_path / "model",
+        config,
+        generator.state_dict(),
+        mapping.state_dict(),
+        gaussian(torch.randn(20, 6)),
+        20,
+        "f00d",
     )
     run = TrackedRun.open(config, tmp_path)
     run.log_model(folder)

@@ -32,6 +32,7 @@ from glann.reports.run_folder import (
     write_config,
     write_summary,
 )
+from glann.samplers.gaussian import gaussian
 from glann.storage.open import open_store
 from glann.tracking.outbox import OutboxState
 from glann.trainers.run.folder import (
@@ -87,7 +88,7 @@ def finish(config: Config) -> None:
     mapping = build_mapping(config.sampler, config.generator.latent_dim, config.glo.constraint)
     z_ND = torch.nn.functional.normalize(torch.randn(8, config.generator.latent_dim), dim=1)
     folder = config.run_dir / MODEL
-    export_model(folder, config, generator.state_dict(), mapping.state_dict(), z_ND, "f" * 64)
+    export_model(folder, config, generator.state_dict(), mapping.state_dict(), gaussian(z_ND), len(z_ND), "f" * 64)
     write_summary(config.run_dir, {"metrics": {"l1": 0.1}, "timings": {"train_s": 9.0}, "rows": 8, "fingerprint": "f"})
     OutboxState(key="k", uri="sqlite:///x").save(config.run_dir)
     (config.run_dir / REPORT).touch()

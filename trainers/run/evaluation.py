@@ -1,0 +1,144 @@
+"""Evaluation of a trained run by its workers, on their devices: the driver may be on a small head node without a GPU.
+
+Shapes: D latent dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...config.run import Config
+from ...config.samplers import GaussianConfig
+from ...datasets.reader import ImageRows
+from ...inference.model import SamplingModel
+from ...metrics.evaluate import RECONSTRUCTED, ImageSets, Trained, measure, stored_codes
+from ...metrics.frechet import FeatureMoments
+from ...metrics.judge import Codes
+from ...metrics.nearest import DEFAULT_LIMIT, nearest_images
+from ...metrics.reference import held_out_images
+from ...metrics.result import Result
+from ...metrics.team import Team
+from ...models.generators import generator_of
+from ...reports import pictures
+from ...samplers.base import build_network
+from ...samplers.gaussian import of_moments
+from ..glo import GENERATOR
+from ..sampler import MAPPING
+from ..stage import State, final_weights
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EVALUATION = "evaluation"  # phase of the workers, and stage of its entry in the journal
+PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples to interpolate between
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Results and pictures of a trained run, and what its package needs of the codes.
+
+    gaussian: state of the Gaussian over the codes. seconds: duration.
+    """
+
+    gaussian: dict[str, Tensor]
+    results: list[Result]
+    drawn: dict[str, Image]
+    seconds: float
+
+
+def evaluate_trained(
+    config: Config,
+    images: ImageRows,
+    networks: Mapping[str, State],
+    device: torch.device,
+    on_images: Callable[[int, int], None],
+) -> Evaluated | None:
+    """Measure a trained run and draw its pictures, each worker a part; None except on rank 0. Collective.
+
+    Args:
+        images: the training images.
+        networks: final states by name, on every worker.
+        on_images: called with the images that this worker has worked on, and the number of all its images.
+    """
+    began, done = monotonic(), 0
+    held_out = held_out_images(config, images.index)
+    kinds = len({config.sampler.kind, "gaussian"})
+    total = work(config, len(images), 0 if held_out is None else len(held_out), kinds)
+
+    def count(number: int) -> None:
+        nonlocal done
+        done += number
+        on_images(done, max(done, total // team.world))
+
+    team = Team.of_all(count)
+
+    def codes(rows: range) -> Iterator[Tensor]:
+        return stored_codes(config, rows)
+
+    gaussian = gaussian_of(codes, len(images), team)
+    model = model_of(config, networks, gaussian, device)
+    results = measure(config, Trained(model, len(images), codes), ImageSets(images, held_out=held_out), team=team)
+    drawn = draw_pictures(model, images, config.preview.images, team)
+    return Evaluated(gaussian, results, drawn, monotonic() - began) if team.leads else None
+
+
+def work(config: Config, rows: int, held_out: int, kinds: int) -> int:
+    """Images that an evaluation reads or decodes, in all, if no tallies of real images are kept.
+
+    Args:
+        rows, held_out: numbers of images. kinds: samplers that are measured.
+    """
+    samples = config.evaluation.samples
+    return rows + held_out + min(rows, RECONSTRUCTED) + min(rows, samples) + kinds * samples + min(rows, DEFAULT_LIMIT)
+
+
+def gaussian_of(codes: Codes, rows: int, team: Team) -> dict[str, Tensor]:
+    """State of the Gaussian over all codes, on every worker. Collective."""
+    moments: FeatureMoments | None = None
+    for z_BD in codes(team.part(rows)):
+        block = FeatureMoments.of(z_BD)
+        moments = block if moments is None else moments.merge(block)
+    parts = [part for part in team.shared((moments,)) if part[0] is not None]
+    whole = reduce(FeatureMoments.merge, (part for (part,) in parts if part is not None))
+    return of_moments(whole.count, torch.from_numpy(whole.mean_F), torch.from_numpy(whole.scatter_FF))
+
+
+def model_of(
+    config: Config, networks: Mapping[str, State], gaussian: dict[str, Tensor], device: torch.device
+) -> SamplingModel:
+    """The model that will be packaged, on a device."""
+    generator = generator_of(config)
+    generator.load_state_dict(final_weights(networks[GENERATOR]))
+    latent_dim, constraint = config.generator.latent_dim, config.glo.constraint
+    own, baseline = build_network(config.sampler, latent_dim, constraint), GaussianConfig()
+    own.load_state_dict(networks[MAPPING]["weights"])
+    samplers = {baseline.kind: build_network(baseline, latent_dim, constraint)}
+    samplers[baseline.kind].load_state_dict(gaussian)
+    memory = int(config.evaluation.memory_gb * 2**30)
+    return SamplingModel(
+        generator.to(device), samplers | {config.sampler.kind: own}, config.sampler.kind, memory=memory
+    )
+
+
+def draw_pictures(model: SamplingModel, images: ImageRows, count: int, team: Team) -> dict[str, Image]:
+    """Samples, interpolations, and samples beside their nearest training images, on rank 0. Collective."""
+    samples = model.sample(2 * len(PAIRS))
+    nearest = nearest_images(samples, images, team=team)
+    if nearest is None:
+        return {}
+    return {**drawn_from(model, count), "nearest": pictures.nearest(samples, nearest.img_NHWC)}
+
+
+def drawn_from(model: SamplingModel, count: int) -> dict[str, Image]:
+    """Pictures of samples and interpolations."""
+    return {
+        "samples": pictures.grid(model.sample(count)),
+        "interpolations": pictures.strips(model.interpolate(PAIRS, steps=9)),
+    }
