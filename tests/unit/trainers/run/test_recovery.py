@@ -50,6 +50,7 @@ def groups_of(saved: int, why: str = "worker 0 lost") -> Groups:
     """The groups of a run after a loss, without a cluster. saved: serial of the newest checkpoint, 0 for none."""
     groups = Groups.__new__(Groups)
     groups.config, groups.saved, groups.why, groups.failures, groups.stopping = load("digits"), saved, why, 0, ""
+    groups.evaluating = False
     groups.refresh_latest_checkpoint = lambda: False  # type: ignore[method-assign]
     return groups
 
