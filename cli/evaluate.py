@@ -31,7 +31,7 @@ def evaluate(
         Path | None, typer.Option(metavar="PNG", help="picture of the samples that are most like a training image")
     ] = None,
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Evaluate a finished run: reconstruction error, Frechet distance, precision and recall of a named extractor.
 

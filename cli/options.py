@@ -21,7 +21,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="the same seed dra
 Truncation = Annotated[
     float, typer.Option(min=0.0, max=10.0, help="factor of the noise; below 1: higher quality, less variety")
 ]
-Device = Annotated[str, typer.Option(help="device: cpu, cuda, cuda:1")]
+Device = Annotated[str, typer.Option(help="device: cpu, cuda, cuda:1; auto is a GPU, where there is one")]
 SamplerName = Annotated[
     str | None,
     typer.Option(

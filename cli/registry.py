@@ -117,13 +117,13 @@ def promote(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="images to draw; empty: as configured in the run")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of the images that both draw")] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Promote the challenger to champion if it is not worse.
 
     \b
     glann registry promote digits --why "twice the epochs"
-    glann registry promote faces --version 3 --extractor lite0 --samples 10000 --device cuda
+    glann registry promote faces --version 3 --extractor lite0 --samples 10000
     glann registry promote faces --data s3://bucket/faces-held-out
 
     Both are evaluated: Frechet distance of the same number of samples of the same seed to the same images. A worse

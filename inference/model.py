@@ -32,14 +32,18 @@ OLD_NAMES = {"glo": "gaussian"}  # kinds by their names in `method`
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device to compute on: `cpu`, `cuda` or `cuda:N`.
+    """The device to compute on: `cpu`, `cuda`, `cuda:N`, or `auto`: the first GPU, where there is one.
 
     Raises:
         UserError: another device, or one that this machine, or this torch, does not have.
     """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"(?:cpu|cuda(?::([0-9]{1,4}))?)", str(device))
     if match is None:
-        raise UserError(f"--device {shown(str(device))} is not possible; use cpu, cuda, or cuda:1 for the second GPU")
+        raise UserError(
+            f"--device {shown(str(device))} is not possible; use auto, cpu, cuda, or cuda:1 for the second GPU"
+        )
     if str(device) == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

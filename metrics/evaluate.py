@@ -28,6 +28,7 @@ from ..storage.open import open_store
 from .copying import nearest_pairs
 from .features.extractor import build_extractor
 from .judge import Codes, batches_of, build_judge, channels_first, draw, tally_images
+from .nearest import DEFAULT_LIMIT
 from .panel import Panel, code_panel
 from .reference import held_out_images, moved, open_images, require_same, training_images, training_set
 from .result import BASELINE, HELD_OUT, OWN, Result
@@ -37,6 +38,7 @@ from .team import Team
 
 RECONSTRUCTED = 2000  # rows used to measure reconstruction; more change the third digit
 CODES_AT_ONCE = 100_000  # rows of the latent table in memory
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def evaluate(
     unseen = images.index.fingerprint != manifest.fingerprint
     training = training_set(at_home, manifest) if unseen and with_codes else None
     sets = ImageSets(images, unseen, training, None if unseen else held_out_images(config, images.index))
+    model = replace(model, memory=int(config.evaluation.memory_gb * GIB))
     trained = Trained(model, manifest.rows, (lambda rows: stored_codes(config, rows)) if with_codes else None)
     return measure(config, trained, sets, seed=seed)
 
@@ -126,6 +129,16 @@ def measure(
     if codes is not None:
         results += measure_codes(code_panel(metrics), model, codes, trained.rows, samples, seed, team)
     return results
+
+
+def images_in_all(config: Config, rows: int, held_out: int, kinds: int) -> int:
+    """Images that the evaluation of a run draws or reads, with its pictures, if no tallies of real images are kept.
+
+    Args:
+        rows, held_out: numbers of images. kinds: samplers that are measured.
+    """
+    samples = config.evaluation.samples
+    return rows + held_out + min(rows, RECONSTRUCTED) + min(rows, samples) + kinds * samples + min(rows, DEFAULT_LIMIT)
 
 
 def reconstruction(

@@ -162,7 +162,7 @@ def shared_stage_one(context: StudyContext) -> Path:
         began = monotonic()
         if study.stage_one:
             config = read_config(run_dir).model_copy(update={"evaluation": context.base.evaluation})
-            manifest, model = open_model(run_dir, s3=config.s3)
+            manifest, model = open_model(run_dir, s3=config.s3, device="auto")
             metrics = by_key(evaluate(config, manifest, model))
         else:
             config = context.for_trials(train_both_stages).config(BASELINE, {})

@@ -27,7 +27,7 @@ from ...models.perceptual import build_features
 from ..parallel import on_one_core_each
 from . import efficientnet_lite, inception
 
-BATCH = 16  # on a CPU: small batches stay in the cache
+BATCH, BATCH_BYTES = 16, 32 << 20  # on a CPU: small batches stay in the cache; of float32 pixels
 
 Weights = dict[str, Tensor]
 Maps = Callable[[Any, Tensor], list[Tensor]]  # network, prepared images -> feature maps [B, C, H, W]
@@ -41,6 +41,8 @@ class ExtractorSpec:
     [B, 1 or 3, H, W], to that module's input; `weights` is the default asset.  It is a single asset, without
     alternatives: other weights would be another metric under the same name.
 
+    `gflop` is the cost of one image, a multiply-add counted as two.
+
     `maps` gives the feature maps of a perceptual distance; `head` names weight and bias of the classifier behind the
     features among the weights, the bias empty if none is used.
     """
@@ -51,6 +53,7 @@ class ExtractorSpec:
     prepare: Callable[[Tensor], Tensor]
     maps: Maps | None = None
     head: tuple[str, str] | None = None
+    gflop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Extractor:
             return torch.zeros(0, self.dim)
         if self.device.type != "cpu":
             return self._features(img_BCHW)
-        return torch.cat(list(on_one_core_each(self._features, img_BCHW.split(BATCH))))
+        batch = max(1, min(BATCH, BATCH_BYTES // (4 * img_BCHW[0].numel())))
+        return torch.cat(list(on_one_core_each(self._features, img_BCHW.split(batch))))
 
     @torch.inference_mode()
     def maps(self, img_BCHW: Tensor) -> list[Tensor]:
@@ -184,7 +188,7 @@ def _as_in_fid(img_BCHW: Tensor) -> Tensor:
     return (inception.resize(img_BCHW) - 128.0) / 128.0
 
 
-def _lite0(side: int) -> ExtractorSpec:
+def _lite0(side: int, gflop: float) -> ExtractorSpec:
     return ExtractorSpec(
         "lite0",
         efficientnet_lite.HEAD,
@@ -192,6 +196,7 @@ def _lite0(side: int) -> ExtractorSpec:
         _resized(side, 127.0, 128.0),
         efficientnet_lite.EfficientNetLite0.maps,
         ("_fc.weight", "_fc.bias"),
+        gflop,
     )
 
 
@@ -206,14 +211,21 @@ VGG16_MAPS = _maps_at("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
 EXTRACTORS: dict[str, ExtractorSpec] = {
     # 128 px keeps the last feature map at 7 x 7 and an image at 0.2 GFLOP: cheap enough for a CPU.
     "squeezenet": ExtractorSpec(
-        "squeezenet-caffe", 512, _perceptual("squeezenet", "fire9"), _resized(128, 0.0, 255.0), SQUEEZENET_MAPS
+        "squeezenet-caffe",
+        512,
+        _perceptual("squeezenet", "fire9"),
+        _resized(128, 0.0, 255.0),
+        SQUEEZENET_MAPS,
+        gflop=0.16,
     ),
-    "vgg16": ExtractorSpec("vgg16-caffe", 512, _perceptual("vgg16", "relu5_3"), _resized(224, 0.0, 255.0), VGG16_MAPS),
-    "lite0": _lite0(224),  # as it was trained
+    "vgg16": ExtractorSpec(
+        "vgg16-caffe", 512, _perceptual("vgg16", "relu5_3"), _resized(224, 0.0, 255.0), VGG16_MAPS, gflop=30.7
+    ),
+    "lite0": _lite0(224, 0.768),  # as it was trained
     # The published score takes the classes without their bias, as the graph has no other output.
     "inception": ExtractorSpec(
-        "inception", 2048, lambda weights, _: inception.build(weights), _as_in_fid, head=("fc.weight", "")
+        "inception", 2048, lambda weights, _: inception.build(weights), _as_in_fid, head=("fc.weight", ""), gflop=11.4
     ),
     # For images of up to 64 px: larger inputs only magnify, at a fifth of the speed.
-    "lite0-96": _lite0(96),
+    "lite0-96": _lite0(96, 0.141),
 }

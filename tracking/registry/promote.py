@@ -44,7 +44,7 @@ class Conditions:
     extractor: str | None = None
     samples: int | None = None
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
 
 
 def promote(
@@ -99,7 +99,7 @@ def _measure(
     extractor = conditions.extractor or config.evaluation.extractor
     samples = conditions.samples or config.evaluation.samples
     metric = frechet_metric(extractor)
-    judge = build_judge(config, images, [metric], samples, conditions.seed, conditions.device)
+    judge = build_judge(config, images, [metric], samples, conditions.seed, challenger.model.device)
     values = [_value(judge, contender, say) for contender in contenders]
     return Measured(
         metric=metric.name,

@@ -25,7 +25,11 @@ from ...config.sections import ClusterConfig
 from ...datasets.fit import held_out_of, require_fit
 from ...datasets.index import Index
 from ...errors import EnvironmentFault, GlannError
-from ...models.cost import Cost
+from ...inference.model import DEFAULT_BATCH
+from ...metrics.evaluate import RECONSTRUCTED, images_in_all
+from ...metrics.features.extractor import extractor_spec
+from ...models.cost import Cost, inference_bytes
+from ...models.generators import generator_of
 from ...samplers.base import build_network
 from ..stage import StageCost, StageInfo, numbered, stage_infos, stages_of
 from .costs import build_networks, training_costs
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 KNOWN_ROWS = {"digits": 5_000, "mnist": 60_000, "fashion-mnist": 60_000, "orl-faces": 400}
 ASSUMED_ROWS = 30_000  # CelebA-HQ
 ASSUMED_UTILISATION = 0.3
+ASSUMED_PIXELS = 30e6  # decoded from PNG in a second by one thread
 TIMED_FLOPS, TIMED_SECONDS = 20_000_000_000, 5.0  # upper bounds of the timed step on CPUs
 FLOAT = 4  # bytes
 GIB = 1 << 30
@@ -44,16 +49,20 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Rows:
-    """Number of images. basis: its source. note: why the index could not be read, if so."""
+    """Number of images. basis: its source. note: why the index could not be read, if so. held_out: unseen images."""
 
     count: int
     basis: str
     note: str = ""
+    held_out: int = 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Duration on `workers` workers of one kind of device. basis: source of the rate. fits: memory suffices."""
+    """Duration on `workers` workers of one kind of device. basis: source of the rate. fits: memory suffices.
+
+    hours: of training and evaluation. evaluation: hours of the latter.
+    """
 
     device: str
     workers: int
@@ -62,6 +71,28 @@ class Estimate:
     hours: float
     device_hours: float
     fits: bool
+    evaluation: float
+
+
+@dataclass(frozen=True)
+class EvaluationCost:
+    """Work of the workers at the end of a run.
+
+    images: drawn or read, over all workers. pixels: of those that are read. flops: of the generator and the extractor.
+    at_once: images that are drawn at once on a worker. memory: bytes for them, and for the weights of the generator.
+    """
+
+    images: int
+    pixels: int
+    flops: float
+    at_once: int
+    memory: int
+
+    def hours(self, config: Config, workers: int, flops_per_second: float) -> float:
+        """Duration on workers with so many FLOP/s each: images are read first, and compared then."""
+        threads = config.data.threads if config.cluster.gpus_per_worker else _threads(config)
+        reading = self.pixels / (ASSUMED_PIXELS * threads)
+        return (reading + self.flops / flops_per_second) / workers / 3600
 
 
 @dataclass(frozen=True)
@@ -78,6 +109,7 @@ class Plan:
     latent_bytes: int
     stages: dict[str, StageInfo]
     costs: dict[str, StageCost]
+    evaluation: EvaluationCost
     estimates: tuple[Estimate, ...]
 
     def __rich__(self) -> RenderableType:
@@ -111,6 +143,7 @@ def make_plan(config: Config) -> Plan:
     if config.stage_one is not None:
         costs[next(iter(costs))] = StageCost(0, 0.0)  # taken over from another run
     total_flops = sum(stage.flops for stage in costs.values())
+    evaluation = evaluation_cost(config, rows, generator)
     return Plan(
         config=config,
         rows=rows,
@@ -122,6 +155,7 @@ def make_plan(config: Config) -> Plan:
         latent_bytes=latent_bytes(config, largest),
         stages=infos,
         costs=costs,
+        evaluation=evaluation,
         estimates=tuple(
             estimate
             for workers in sorted({config.cluster.min_workers, config.cluster.max_workers})
@@ -130,6 +164,7 @@ def make_plan(config: Config) -> Plan:
                 workers,
                 flops_per_image,
                 total_flops,
+                evaluation,
                 memory_per_worker(config, generator, loss, workers),
             )
         ),
@@ -150,9 +185,31 @@ def count_rows(config: Config) -> Rows:
         if data.max_rows is not None and data.max_rows < count:
             count, basis = data.max_rows, f"data.max_rows; {basis}"
         return Rows(count, basis, note)
+    held_out = 0
     with contextlib.suppress(EnvironmentFault):  # a plan does without what cannot be reached now
-        held_out_of(config.model_copy(update={"s3": s3}), index)
-    return Rows(require_fit(index, data, config.cluster.max_workers), f"index of {data.url}")
+        found = held_out_of(config.model_copy(update={"s3": s3}), index)
+        held_out = 0 if found is None else found[1].rows
+    rows = require_fit(index, data, config.cluster.max_workers)
+    return Rows(rows, f"index of {data.url}", held_out=held_out)
+
+
+def evaluation_cost(config: Config, rows: Rows, generator: Cost) -> EvaluationCost:
+    """Cost of measuring the trained run, in float32 and forward only."""
+    measured, kinds = config.evaluation, len({config.sampler.kind, "gaussian"})
+    with torch.device("meta"):
+        decoder = generator_of(config)
+    needed = inference_bytes(decoder, (config.generator.latent_dim,))
+    at_once = max(1, min(DEFAULT_BATCH, int(measured.memory_gb * GIB) // needed))
+    reconstructed, compared = min(rows.count, measured.samples), min(rows.count, RECONSTRUCTED)
+    drawn, images = kinds * measured.samples + reconstructed, images_in_all(config, rows.count, rows.held_out, kinds)
+    features = (drawn + rows.count + rows.held_out) * extractor_spec(measured.extractor).gflop * 1e9
+    return EvaluationCost(
+        images,
+        (images - drawn) * config.data.resolution**2,
+        (drawn + compared) * generator.forward_flops + features,
+        at_once,
+        at_once * needed + FLOAT * generator.parameters,
+    )
 
 
 def memory_per_worker(config: Config, generator: Cost, loss: Cost, workers: int) -> dict[str, int]:
@@ -196,7 +253,12 @@ def latent_bytes(config: Config, rows: int) -> int:
 
 
 def estimates(
-    config: Config, workers: int, flops_per_image: int, total_flops: float, memory: dict[str, int]
+    config: Config,
+    workers: int,
+    flops_per_image: int,
+    total_flops: float,
+    evaluation: EvaluationCost,
+    memory: dict[str, int],
 ) -> tuple[Estimate, ...]:
     """Estimates for the whole run with `workers` workers: on CPUs such as this machine's, or on each known GPU."""
     if not config.cluster.gpus_per_worker:
@@ -204,20 +266,23 @@ def estimates(
         share = min(1.0, (os.cpu_count() or 1) / (workers * config.cluster.cpus_per_worker))
         if config.cluster.address is not None:
             share = 1.0  # the workers have machines of their own
-        hours = total_flops / (rate * workers * share) / 3600
+        judged = evaluation.hours(config, workers, rate * share)
+        hours = total_flops / (rate * workers * share) / 3600 + judged
         threads = _threads(config)
         basis = f"measured: one step on this machine, {threads} thread{'s' if threads > 1 else ''} a worker"
         cores = workers * config.cluster.cpus_per_worker
-        return (Estimate("CPU", workers, rate * share, basis, hours, hours * cores, True),)
+        return (Estimate("CPU", workers, rate * share, basis, hours, hours * cores, True, judged),)
     found = []
     for gpu in GPUS:
         peak = gpu.peak(config.engine)
-        rate = peak * ASSUMED_UTILISATION * min(1.0, config.cluster.gpus_per_worker)
-        hours = total_flops / (rate * workers) / 3600
+        share = ASSUMED_UTILISATION * min(1.0, config.cluster.gpus_per_worker)
+        rate = peak * share
+        judged = evaluation.hours(config, workers, gpu.fp32 * 1e12 * share)
+        hours = total_flops / (rate * workers) / 3600 + judged
         basis = f"assumed: {ASSUMED_UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s"
         fits = sum(memory.values()) < gpu.memory * GIB * min(1.0, config.cluster.gpus_per_worker)
         gpu_hours = hours * workers * config.cluster.gpus_per_worker
-        found.append(Estimate(gpu.name, workers, rate, basis, hours, gpu_hours, fits))
+        found.append(Estimate(gpu.name, workers, rate, basis, hours, gpu_hours, fits, judged))
     return tuple(found)
 
 
@@ -265,6 +330,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("latent rate", _latent_rate(config, plan.rows.count)),
         ("steps", ", ".join(f"{cost.steps:,} of {numbered(plan.stages, name)}" for name, cost in plan.costs.items())),
         ("total", ", ".join(f"{_flops(cost.flops)} in stage {n}" for n, cost in enumerate(plan.costs.values(), 1))),
+        ("evaluation", _evaluation(plan)),
         ("memory", f"{_bytes(sum(plan.memory.values()))} on each worker's device{_with_fewest(cluster)}"),
         *(("", f"{_bytes(size):>9}  {name}") for name, size in plan.memory.items()),
         ("", f"{_bytes(plan.latent_bytes):>9}  latent table, in its node's main memory"),
@@ -273,9 +339,19 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         cost_text = f"{estimate.device_hours:,.1f} {'GPU' if cluster.gpus_per_worker else 'core'}-hours"
         warning = "" if estimate.fits else "; does NOT fit its memory"
         device = estimate.device + (f" x {estimate.workers}" if cluster.min_workers < cluster.max_workers else "")
-        text = f"{device}: {_duration(estimate.hours)}, {cost_text} ({estimate.basis}){warning}"
+        share = f"{_duration(estimate.hours)} with {_duration(estimate.evaluation)} of evaluation"
+        text = f"{device}: {share}, {cost_text} ({estimate.basis}){warning}"
         lines.append(("" if number else "time", text))
     return lines
+
+
+def _evaluation(plan: Plan) -> str:
+    """What the workers do at the end."""
+    cost = plan.evaluation
+    return (
+        f"{cost.images:,} images drawn or read, {_flops(cost.flops)}; {cost.at_once} decoded at once, with "
+        f"{_bytes(cost.memory)} on each worker's device"
+    )
 
 
 def _latent_rate(config: Config, rows: int) -> str:

@@ -18,10 +18,10 @@ from ...config.run import Config
 from ...config.samplers import GaussianConfig
 from ...datasets.reader import ImageRows
 from ...inference.model import SamplingModel
-from ...metrics.evaluate import RECONSTRUCTED, ImageSets, Trained, measure, stored_codes
+from ...metrics.evaluate import GIB, ImageSets, Trained, images_in_all, measure, stored_codes
 from ...metrics.frechet import FeatureMoments
 from ...metrics.judge import Codes
-from ...metrics.nearest import DEFAULT_LIMIT, nearest_images
+from ...metrics.nearest import nearest_images
 from ...metrics.reference import held_out_images
 from ...metrics.result import Result
 from ...metrics.team import Team
@@ -70,7 +70,7 @@ def evaluate_trained(
     began, done = monotonic(), 0
     held_out = held_out_images(config, images.index)
     kinds = len({config.sampler.kind, "gaussian"})
-    total = work(config, len(images), 0 if held_out is None else len(held_out), kinds)
+    total = images_in_all(config, len(images), 0 if held_out is None else len(held_out), kinds)
 
     def count(number: int) -> None:
         nonlocal done
@@ -87,16 +87,6 @@ def evaluate_trained(
     results = measure(config, Trained(model, len(images), codes), ImageSets(images, held_out=held_out), team=team)
     drawn = draw_pictures(model, images, config.preview.images, team)
     return Evaluated(gaussian, results, drawn, monotonic() - began) if team.leads else None
-
-
-def work(config: Config, rows: int, held_out: int, kinds: int) -> int:
-    """Images that an evaluation reads or decodes, in all, if no tallies of real images are kept.
-
-    Args:
-        rows, held_out: numbers of images. kinds: samplers that are measured.
-    """
-    samples = config.evaluation.samples
-    return rows + held_out + min(rows, RECONSTRUCTED) + min(rows, samples) + kinds * samples + min(rows, DEFAULT_LIMIT)
 
 
 def gaussian_of(codes: Codes, rows: int, team: Team) -> dict[str, Tensor]:
@@ -121,7 +111,7 @@ def model_of(
     own.load_state_dict(networks[MAPPING]["weights"])
     samplers = {baseline.kind: build_network(baseline, latent_dim, constraint)}
     samplers[baseline.kind].load_state_dict(gaussian)
-    memory = int(config.evaluation.memory_gb * 2**30)
+    memory = int(config.evaluation.memory_gb * GIB)
     return SamplingModel(
         generator.to(device), samplers | {config.sampler.kind: own}, config.sampler.kind, memory=memory
     )

@@ -78,9 +78,10 @@ def load_stage_one(run_dir: Path, evaluation: EvaluationConfig) -> StageOne:
             f"{run_dir} has not completed stage 1; give a finished run, or let the study train one (recipe: ...)"
         )
     z_ND = torch.from_numpy(reader.load_rows(store, step, range(len(images)), ("z",))["z"])
-    model = load_model(run_dir, s3=config.s3)
+    model = load_model(run_dir, s3=config.s3, device="auto")
     measured = measured_with(evaluation.extractor, evaluation.metrics)
-    judge = build_judge(config, images, measured, evaluation.samples, held_out=held_out_images(config, images.index))
+    held_out = held_out_images(config, images.index)
+    judge = build_judge(config, images, measured, evaluation.samples, device=model.device, held_out=held_out)
     codes = code_blocks(z_ND)
     results = [*reconstruction(config, model, codes, images, measured), *judge.measure_floor()]
     results += judge.measure_reconstructions(model, codes, len(z_ND))
@@ -112,7 +113,7 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, hooks: Hooks) 
     trained_s = monotonic() - began
     fingerprint = shared.index.fingerprint
     export_model(config.run_dir / MODEL, config, shared.generator, weights, gaussian(shared.z_ND), rows, fingerprint)
-    model = load_model(config.run_dir)
+    model = load_model(config.run_dir, device="auto")
     results = [*shared.results, *measure_samples(config, model, shared)]
     timings = {"train_s": trained_s, "finish_s": monotonic() - began - trained_s}
     drawn = drawn_from(model, config.preview.images)

@@ -3,6 +3,7 @@ the ones named after the paper hold the paper's numbers."""
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from glann.datasets.index import Index
 from glann.errors import EnvironmentFault, UserError
 from glann.trainers.plan import estimate as planning
 from glann.trainers.plan.estimate import make_plan
+from rich.console import Console
 
 ALL = [path.stem for path in bundled_recipes()]
 PAPER = ["paper-mnist", "paper-fashion", "paper-cifar10", "paper-celeba"]
@@ -45,6 +47,25 @@ def test_a_recipe_can_be_planned_offline_without_its_data(name: str):
     assert all(size > 0 for size in plan.memory.values())
     assert all(estimate.hours > 0 and estimate.basis for estimate in plan.estimates)
     assert any(estimate.fits for estimate in plan.estimates)
+    assert all(0 < estimate.evaluation < estimate.hours for estimate in plan.estimates)
+    assert 0 < plan.evaluation.memory < 4 * 2**30
+
+
+def test_the_evaluation_of_a_1024_px_run_is_planned():
+    """8 images of a quarter of a GiB at once; 30,000 images are read twice: for the metrics, and for near copies."""
+    plan = make_plan(load("celebahq-1024"))
+    assert plan.evaluation.at_once == 8
+    samples = load("celebahq-1024").evaluation.samples
+    assert plan.evaluation.images == 2 * 30_000 + 2_000 + 3 * samples
+    assert plan.evaluation.pixels == 62_000 * 1024**2
+    fewer = make_plan(load("celebahq-1024", ["evaluation.memory_gb=0.3"])).evaluation
+    assert (fewer.at_once, fewer.flops) == (1, plan.evaluation.flops)
+    twice = make_plan(load("celebahq-1024", ["cluster.workers=16"]))
+    for one, other in zip(plan.estimates, twice.estimates, strict=True):
+        assert other.evaluation == pytest.approx(one.evaluation / 2)
+    console = Console(width=200, file=io.StringIO())
+    console.print(plan)
+    assert "92,000 images drawn or read" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("name", PAPER)

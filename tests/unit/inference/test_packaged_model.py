@@ -396,7 +396,7 @@ def test_a_model_is_loaded_from_s3_and_only_what_it_names_is_fetched(bucket, fol
     [
         ("cuda", rf"--device cuda: this machine has no CUDA device \(torch {re.escape(torch.__version__)}\)"),
         ("cuda:7", "--device cuda:7: this machine has no CUDA device"),
-        ("gpu", "--device 'gpu' is not possible; use cpu, cuda, or cuda:1"),
+        ("gpu", "--device 'gpu' is not possible; use auto, cpu, cuda, or cuda:1"),
         ("meta", "--device 'meta' is not possible"),
         ("", "--device '' is not possible"),
     ],

@@ -14,7 +14,9 @@ from glann.metrics.features import efficientnet_lite, extractor, inception
 from glann.metrics.features.extractor import EXTRACTORS, build_extractor, classifier_head
 from glann.metrics.parallel import on_one_core_each
 from glann.metrics.perceptual import perceptual_distance
+from glann.models.perceptual import SqueezeNet, Vgg16
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def random_lite0():
@@ -63,6 +65,25 @@ def test_grey_is_the_rgb_image_of_equal_channels_and_no_image_has_no_features(li
     grey = images(2, 1, 28)
     torch.testing.assert_close(lite0(grey), lite0(grey.expand(-1, 3, -1, -1)))
     assert lite0(grey[:0]).shape == (0, lite0.dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "side"),
+    [
+        ("lite0", efficientnet_lite.EfficientNetLite0, 224),
+        ("lite0-96", efficientnet_lite.EfficientNetLite0, 96),
+        ("inception", inception.Inception, inception.SIDE),
+        ("squeezenet", lambda: extractor._PooledTap(SqueezeNet("caffe"), "fire9"), 128),
+        ("vgg16", lambda: extractor._PooledTap(Vgg16("caffe"), "relu5_3"), 224),
+    ],
+)
+def test_the_stated_cost_of_an_extractor_is_that_of_its_network(name, build, side):
+    """Plans count it without weights."""
+    with torch.device("meta"):
+        network = build().eval()
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        network(torch.zeros(1, 3, side, side, device="meta"))
+    assert EXTRACTORS[name].gflop == pytest.approx(counted.get_total_flops() / 1e9, rel=2e-3)
 
 
 def test_wrong_names_weights_and_images_are_one_line(lite0, monkeypatch):
