@@ -7,7 +7,8 @@ before anything starts, with the key, the given value, the allowed values and th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Self, get_args
@@ -172,10 +173,10 @@ def load(
         UserError: one line per error.
     """
     path = find_recipe(recipe)
-    tree = load_tree(path)
-    for key, value in [*map(_read_override, overrides), *changes.items()]:
+    tree, given = load_tree(path), [*map(_read_override, overrides), *changes.items()]
+    for key, value in given:
         set_key(tree, key, value)
-    config = validate(tree, str(path))
+    config = validate(tree, str(path), [canonical(key) for key, _ in given])
     require_trainable(config)
     return config
 
@@ -241,15 +242,21 @@ def bundled_recipes() -> list[Path]:
     return sorted(path for path in RECIPES.glob("*.yaml") if not path.name.startswith(COMPARISONS))
 
 
-def validate(tree: dict[str, Any], where: str) -> Config:
-    """Validate plain data as a configuration; raises UserError with one line per error."""
+def validate(tree: dict[str, Any], where: str, given: Iterable[str] = ()) -> Config:
+    """Validate plain data as a configuration; raises UserError with one line per error.
+
+    Args:
+        where: origin of the data. An error that names one of the `given` keys, which are not from there, leaves it out.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         lines = [explain(fault, known_keys(), (*UNION_TAGS, *TAGS)) for fault in faults[:MAX_FAULTS]]
         lines += [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        raise UserError("\n       ".join([f"{lines[0]}; in {where}", *lines[1:]])) from error
+        named = any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", lines[0]) for key in given)
+        first = lines[0] if named else f"{lines[0]}; in {where}"
+        raise UserError("\n       ".join([first, *lines[1:]])) from error
 
 
 def _read_override(override: str) -> tuple[str, Any]:

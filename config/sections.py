@@ -190,15 +190,19 @@ class GloConfig(Section):
 class EngineConfig(Section):
     """How the generator is trained on each worker."""
 
-    traits = (Trait.RESUMABLE,)
-
-    kind: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: plain PyTorch, one worker")
-    zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    kind: Annotated[Literal["deepspeed", "torch"], Trait.RESUMABLE] = Field(
+        "deepspeed", description="torch: plain PyTorch, one worker"
+    )
+    zero: Annotated[Literal[0, 1, 2, 3], Trait.RESUMABLE] = Field(0, description="DeepSpeed ZeRO stage")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights and optimiser in fp32")
     accumulation: int = Field(1, ge=1, description="micro-batches per step; 1 with BatchNorm")
     clip_norm: float = Field(0.0, ge=0, description="global gradient norm to clip to; 0 is off")
-    activation_checkpointing: bool = Field(False, description="recompute the generator's blocks in backward")
-    compile: bool = Field(False, description="torch.compile the loss network and the generator")
+    activation_checkpointing: Annotated[bool, Trait.RESUMABLE] = Field(
+        False, description="recompute the generator's blocks in backward"
+    )
+    compile: Annotated[bool, Trait.RESUMABLE] = Field(
+        False, description="torch.compile the loss network and the generator"
+    )
 
 
 WorkerCount = Annotated[int, Field(ge=1, le=4096)]

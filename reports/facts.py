@@ -36,8 +36,8 @@ class Preview:
 class StageFacts:
     """Figures of a stage, from the journal.
 
-    first_loss, last_loss: means over the first and the last twentieth of its entries. seconds: from its first to its
-    last entry, without interruptions.
+    steps: of the networks; 0 if unknown. first_loss, last_loss: means over the first and the last twentieth of its
+    entries. seconds: from its first to its last entry, without interruptions.
     """
 
     name: str
@@ -123,6 +123,12 @@ def stage_titles(entries: list[Entry]) -> dict[str, str]:
     return {name: name.upper() for name in names}
 
 
+def _steps(entries: list[Entry]) -> int:
+    """Steps of all epochs; 0 if their number was not recorded, as by glann 0.1. A repeated epoch counts once."""
+    by_epoch = {int(e["epoch"]): int(e["steps"]) for e in entries if e.get("epoch") and e.get("steps")}
+    return sum(by_epoch.values())
+
+
 def _stage(name: str, title: str, entries: list[Entry]) -> StageFacts:
     _, losses = series(entries, "loss")
     _, speeds = series(entries, "images_per_s")
@@ -136,7 +142,7 @@ def _stage(name: str, title: str, entries: list[Entry]) -> StageFacts:
         name=name,
         title=title,
         epochs=max((int(e.get("epoch") or 0) for e in entries), default=0),
-        steps=max((int(e["step"]) for e in entries if e.get("step") is not None), default=0),
+        steps=_steps(entries),
         first_loss=statistics.fmean(losses[:share]) if losses else None,
         last_loss=statistics.fmean(losses[-share:]) if losses else None,
         seconds=sum(gap for gap in gaps if gap <= usual),

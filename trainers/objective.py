@@ -5,16 +5,42 @@ Shapes: B rows of a batch, C channels, H, W height and width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..config.paths import expand
 from ..config.run import Config
-from ..datasets.assets.catalogue import PERCEPTUAL, load_weights
+from ..datasets.assets.catalogue import ASSETS, PERCEPTUAL, load_weights
+from ..errors import UserError
 from ..models.losses import build_loss
 from ..models.perceptual import build_features
+from ..storage.files import os_fault
+
+
+def loss_weights(config: Config) -> str | None:
+    """SHA-256 of the weights of the loss network; None without one.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if config.loss.kind != "perceptual":
+        return None
+    name = config.loss.weights or PERCEPTUAL[config.loss.network][0]
+    if name in ASSETS:
+        return ASSETS[name].sha256  # what is fetched has no other
+    try:
+        with expand(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no such weights: {name}; loss.weights names an asset or a file that all nodes have"
+        ) from error
+    except OSError as error:
+        raise os_fault(error, expand(name)) from error
 
 
 def build_objective(config: Config, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

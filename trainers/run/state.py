@@ -56,22 +56,30 @@ class Saved:
             if isinstance(tensors, dict)
         }
 
-    def state(self, index: Index, rows: int, config: Config) -> dict[str, Any]:
-        """Counters, and what they belong to; the configuration in it survives a damaged config.yaml."""
+    def state(self, index: Index, rows: int, config: Config, weights: str | None = None) -> dict[str, Any]:
+        """Counters, and what they belong to; the configuration in it survives a damaged config.yaml.
+
+        Args:
+            weights: SHA-256 of the weights of the loss network; None if nothing is trained with it.
+        """
         return {
             "position": asdict(self.position),
             "updates": {network: state["updates"] for network, state in self.networks.items()},
             "rows": rows,
             "fingerprint": index.fingerprint,
+            "loss_weights": weights,
             "config": redacted_config(config).model_dump(mode="json"),
         }
 
 
-def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
+def load(store: Store, serial: int, index: Index, rows: int, weights: str | None = None) -> Saved:
     """The networks and counters of a checkpoint.
 
+    Args:
+        weights: SHA-256 of the weights of the loss network, to resume with; None if nothing is trained with it.
     Raises:
-        UserError: the checkpoint was made with other data. DamagedCheckpoint: its contents are not what was written.
+        UserError: the checkpoint was made with other data or other weights. DamagedCheckpoint: its contents are not
+            what was written.
     """
     state = checked_state(reader.load_state(store, serial), f"{store.url}: the state of step {serial}")
     if (state["rows"], state["fingerprint"]) != (rows, index.fingerprint):
@@ -79,6 +87,12 @@ def load(store: Store, serial: int, index: Index, rows: int) -> Saved:
             f"{store.url} was trained on other data ({state['rows']} rows, fingerprint "
             f"{str(state['fingerprint'])[:12]}) than data.url holds ({rows} rows, {index.fingerprint[:12]}); "
             "start a new run with name=..."
+        )
+    before = state.get("loss_weights")
+    if weights is not None and before is not None and weights != before:
+        raise UserError(
+            f"{store.url} was trained with other weights of the loss network (SHA-256 {before[:12]}) than loss.weights "
+            f"holds now ({weights[:12]}); put the former file back, or start a new run with name=..."
         )
     present = reader.names(store, serial)
     networks = {}
@@ -101,7 +115,8 @@ class _State(BaseModel):
     updates: dict[Name, Annotated[float, Field(ge=0, lt=2**62)] | None] = Field(min_length=1)
     rows: Count
     fingerprint: str
-    config: dict[str, Any] | None = None  # earlier versions did not save it
+    config: dict[str, Any] | None = None  # earlier versions did not save it, nor the next
+    loss_weights: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 def checked_state(state: dict[str, Any], where: str) -> dict[str, Any]:

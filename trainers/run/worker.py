@@ -20,6 +20,7 @@ from ...datasets.reader import ImageRows
 from ...errors import EnvironmentFault
 from ...models.comm import rank, world_size
 from ...storage.open import open_store
+from ..objective import loss_weights
 from ..plan.devices import peak_of
 from ..stage import DONE, Stage, StageContext, StageStep, stage_infos, stages_of
 from .control import Control, Request
@@ -98,7 +99,7 @@ class Worker:
             batch=config.glo.batch_size,
             init_scale=config.glo.init_scale,
         )
-        self.infos = stage_infos(config)
+        self.infos, self.loss_weights = stage_infos(config), loss_weights(config)
         self.control = Control(reporter.requested, self.save_due)
         self.saved_at = monotonic()
 
@@ -182,7 +183,7 @@ class Worker:
 
     def end_epoch(self, name: str, stage: Stage, step: StageStep, meter: Meter) -> None:
         if self.rank == 0:
-            measured = {"loss": meter.loss(), "seconds": meter.seconds()}
+            measured = {"loss": meter.loss(), "seconds": meter.seconds(), "steps": float(step.steps)}
             numbers = measured | dict(step.facts) | meter.speed()
             self.reporter.send(EpochDone(name, step.epoch + 1, self.saved.position.serial, numbers))
         if step.epoch + 1 == self.infos[name].epochs or (step.epoch + 1) % stage.preview_every == 0:
@@ -215,7 +216,7 @@ class Worker:
             saved.position.serial,
             tensors=saved.files(),
             latents=self.latents,
-            state=saved.state(self.images.index, len(self.images), self.config),
+            state=saved.state(self.images.index, len(self.images), self.config, self.loss_weights),
         )
         if stop:
             self.writer.wait()
@@ -230,7 +231,7 @@ class Worker:
         finders: dict[int, int] = {}  # by step: the lowest rank that found it damaged
         while (serial := self.agreed(next(steps, -1))) >= 0:
             try:
-                saved = load(self.store, serial, self.images.index, len(self.images))
+                saved = load(self.store, serial, self.images.index, len(self.images), self.loss_weights)
                 restore_rows(self.store, serial, self.latents, self.rows, saved.position)
             except layout.DamagedCheckpoint as error:
                 faults[serial] = str(error)

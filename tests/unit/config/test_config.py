@@ -114,6 +114,41 @@ def test_workers_are_a_number_or_a_range():
     assert "cluster.workers='many' is not possible" in refusal("cluster.workers=many")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "blames"),
+    [
+        (["glo.epochs=0"], False),
+        (["engine.kind=torch"], False),
+        (["imle.hidden_dim=-1"], False),
+        (["seed=3"], True),
+        (["glo.latent=3"], False),
+    ],
+)
+def test_a_fault_of_the_command_line_does_not_blame_the_file(tmp_path, overrides: list[str], blames: bool):
+    """The file's own fault does, also beside good overrides."""
+    recipe = tmp_path / "mine.yaml"
+    glo = SMALL["glo"] | {"epochs": 0} if blames else SMALL["glo"]
+    recipe.write_text(yaml.safe_dump(SMALL | {"glo": glo, "cluster": {"workers": 2}}))
+    with pytest.raises(UserError) as caught:
+        load(recipe, overrides)
+    assert ("mine.yaml" in str(caught.value)) == blames
+
+
+@pytest.mark.parametrize(
+    ("key", "free"),
+    [
+        *((f"engine.{name}", True) for name in ("kind", "zero", "activation_checkpointing", "compile")),
+        *((f"engine.{name}", False) for name in ("clip_norm", "precision", "accumulation")),
+        ("cluster.workers", True),
+        ("glo.latent_lr", False),
+    ],
+)
+def test_what_may_change_on_resume_changes_no_number(key: str, free: bool):
+    from glann.trainers.run.preflight import may_change
+
+    assert may_change(key) == free
+
+
 def test_every_fault_is_told_at_once():
     message = refusal("glo.epoch=3", "engine.zero=9")
     assert "glo.epoch" in message

@@ -128,7 +128,17 @@ def test_facts_leave_interruptions_out_of_the_time(tmp_path):
         journal.append({"stage": "glo", "epoch": 1, "step": step, "loss": 1.0, "time": 10.0 * step + away})
     (stage,) = RunFacts.read(run_dir).stages
     assert stage.seconds == 80
-    assert (stage.steps, stage.epochs, stage.images_per_s) == (10, 1, None)
+    assert (stage.steps, stage.epochs, stage.images_per_s) == (0, 1, None), "their number was not recorded"
+
+
+def test_the_steps_of_a_stage_are_its_own_and_a_repeated_epoch_counts_once(tmp_path):
+    """`step` counts over all stages, and a stage without resumable steps has one an epoch."""
+    run_dir = begin(tmp_path / "tiny")
+    journal = Journal(run_dir / "metrics.jsonl")
+    for at, (stage, epoch, steps) in enumerate([("glo", 1, 40), ("glo", 1, 40), ("glo", 2, 50), ("imle", 1, 7)]):
+        journal.append({"stage": stage, "epoch": epoch, "step": 100 + at, "steps": float(steps), "loss": 1.0})
+    assert [stage.steps for stage in RunFacts.read(run_dir).stages] == [90, 7]
+    assert "2 epochs, 90 steps |" in write_card(run_dir).read_text()
 
 
 def test_the_card_is_a_table_of_what_matters(run_dir):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from glann.cluster.latents import LatentTable
 from glann.config.run import load
 from glann.errors import UserError
 from glann.storage.local import LocalStore
+from glann.trainers.objective import loss_weights
 from glann.trainers.run.events import CheckpointDamaged, Resumed
 from glann.trainers.run.state import Position, Saved
 from glann.trainers.run.worker import Worker
@@ -19,6 +21,7 @@ from glann.trainers.run.worker import Worker
 ROWS = range(12)
 CONFIG = load("digits")
 INDEX = SimpleNamespace(fingerprint="f" * 64)
+WEIGHTS = "a" * 64
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def store(tmp_path):
         generator = {"weights": tensors, "exp_avg": tensors, "exp_avg_sq": tensors, "updates": float(step)}
         saved = Saved(Position("glo", 1, step, step), {"generator": generator})
         table.apply(0, step, list(ROWS), torch.ones(len(ROWS), 4), 0.1)
-        writer.save(step, saved.files(), table, saved.state(INDEX, len(ROWS), CONFIG))
+        writer.save(step, saved.files(), table, saved.state(INDEX, len(ROWS), CONFIG, WEIGHTS))
         writer.wait()
     return store
 
@@ -41,7 +44,7 @@ class Images(list):
     index = INDEX
 
 
-def resumed(store):
+def resumed(store, weights: str | None = WEIGHTS):
     """A worker's `resume` alone, and the events that it sent."""
     events = []
     worker = Worker.__new__(Worker)
@@ -49,7 +52,7 @@ def resumed(store):
     worker.images, worker.device = Images(ROWS), torch.device("cpu")
     worker.latents = LatentTable.in_process(ROWS, 4, 99)
     worker.reporter = SimpleNamespace(send=events.append)
-    worker.infos = {"glo": None, "imle": None}
+    worker.infos, worker.loss_weights = {"glo": None, "imle": None}, weights
     return worker.resume(), worker.latents, events
 
 
@@ -103,3 +106,23 @@ def test_where_all_are_damaged_nothing_is_begun_anew_and_nothing_marked(store):
 def test_a_run_without_checkpoints_begins(tmp_path):
     saved, _, events = resumed(LocalStore(tmp_path))
     assert (saved.position, events) == (Position("glo"), [])
+
+
+def test_other_weights_of_the_loss_network_are_refused(store):
+    """Their address may be the same: it is the file that counts."""
+    with pytest.raises(UserError, match=r"other weights of the loss network \(SHA-256 aaaaaaaaaaaa\) than .*\(bbbbbb"):
+        resumed(store, "b" * 64)
+    assert resumed(store, None)[0].position.serial == 3, "a run without a loss network"
+
+
+def test_the_weights_of_a_file_are_known_by_its_content(tmp_path):
+    path = tmp_path / "vgg.safetensors"
+    given = load("digits", [f"loss.weights={path}"])
+    with pytest.raises(UserError, match=r"vgg\.safetensors"):
+        loss_weights(given)
+    path.write_bytes(b"one")
+    one = loss_weights(given)
+    path.write_bytes(b"two")
+    assert loss_weights(given) != one == hashlib.sha256(b"one").hexdigest()
+    assert loss_weights(load("digits", ["loss.kind=l1"])) is None
+    assert len(loss_weights(load("digits"))) == 64, "of a named asset, which need not be there yet"
