@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UserError, redact
 from .options import Device, Seed
+from .progress import counted
 
 PAIRS = 16  # of a sample and its nearest training image, in a picture
 
@@ -56,7 +57,10 @@ def evaluate(
     tree["evaluation"] |= {key: value for key, value in given.items() if value is not None}
     config = config.model_copy(update={"evaluation": validate(tree, "the options given").evaluation})
     manifest, model = open_model(run, s3=config.s3, device=device)
-    results = measure(config, manifest, model, seed=seed, data=data, with_codes=not is_registered(run))
+    with counted("evaluating", "images") as on_images:
+        results = measure(
+            config, manifest, model, seed=seed, data=data, with_codes=not is_registered(run), on_images=on_images
+        )
     if all(METRICS[result.metric].of_samples for result in results):
         typer.echo("reconstruction is not measured: it needs a run folder with its codes, and their images", err=True)
     elif any(result.reference for result in results) and not any(METRICS[r.metric].held_out for r in results):

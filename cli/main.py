@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="glann",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -57,14 +56,14 @@ def root(
 ) -> None:
     """Train GLANN on a cluster: non-adversarial image generation with one latent code per image.
 
-        \b
-        glann train digits                          5,000 digits, two workers, no GPU
-        glann train celebahq-1024 --dry-run         the estimated cost, without training
-        glann sample runs/digits --out samples.png  new images from a finished run
-        glann doctor celebahq-1024                  check that this cluster is ready for it
-        glann submit celebahq-1024 ...              train on a remote cluster
-    search for better values of a recipe
-        glann compare samplers                      train and measure methods side by side
+    \b
+    glann train digits                          5,000 digits, two workers, no GPU
+    glann train celebahq-1024 --dry-run         the estimated cost, without training
+    glann sample runs/digits --out samples.png  new images from a finished run
+    glann doctor celebahq-1024                  check that this cluster is ready for it
+    glann submit celebahq-1024 ...              train on a remote cluster
+    glann tune digits                           search for better values of a recipe
+    glann compare samplers                      train and measure methods side by side
     """
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import Device
+from .progress import counted
 from .table import print_table
 
 if TYPE_CHECKING:
@@ -132,8 +133,9 @@ def promote(
     from ..tracking.registry.promote import Conditions
     from ..tracking.registry.promote import promote as run
 
-    conditions = Conditions(data, extractor, samples, seed, device)
-    run(name, version, conditions, why=why, force=force, say=typer.echo)
+    with counted("evaluating", "images") as on_images:
+        conditions = Conditions(data, extractor, samples, seed, device, on_images)
+        run(name, version, conditions, why=why, force=force, say=typer.echo)
 
 
 @registry_app.command()

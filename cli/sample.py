@@ -32,7 +32,7 @@ def sample(
     sampler: SamplerName = None,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="x.png: one grid; x.npz: `images` uint8 [n,H,W,C]; else a folder of PNGs"),
+        typer.Option("--out", "-o", help="x.png: a grid; x.npz: `images` uint8 \\[n, H, W, C]; else a folder of PNGs"),
     ] = Path("samples.png"),
     device: Device = "cpu",
     endpoint: Endpoint = None,
@@ -42,7 +42,7 @@ def sample(
 
     \b
     glann sample runs/digits --n 100 --seed 1 --out grid.png
-    glann sample models:/faces@best --n 10000 --out faces.npz --device cuda
+    glann sample models:/faces@champion --n 10000 --out faces.npz --device cuda
     glann sample s3://bucket/runs/celebahq-1024/model --n 16 --truncation 0.8 --out folder
     """
     from ..tracking.source import load_model

@@ -8,7 +8,7 @@ Shapes: B batch, C, H, W channels, height, width, N rows, D latent dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import cast
@@ -34,7 +34,7 @@ from .reference import held_out_images, moved, open_images, require_same, traini
 from .result import BASELINE, HELD_OUT, OWN, Result
 from .spec import Metric, Reconstructions, Samples, measured_with
 from .tally import KeptFeatures, Mean
-from .team import Team
+from .team import Team, counting
 
 RECONSTRUCTED = 2000  # rows used to measure reconstruction; more change the third digit
 CODES_AT_ONCE = 100_000  # rows of the latent table in memory
@@ -72,6 +72,7 @@ def evaluate(
     seed: int = 0,
     data: str | None = None,
     with_codes: bool = True,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
     """Measure what `evaluation` configures, in this process and on the model's device.
 
@@ -80,6 +81,7 @@ def evaluate(
         manifest, model: the packaged model of the run.
         data: address of the images to compare with: the training images, if they were moved, or others.
         with_codes: whether the checkpoints of the run are available; reconstruction needs its codes.
+        on_images: called with the images that were worked on, and their number in all.
     Returns:
         What `measure` returns. Copying is measured against other images than the training images if these can be read
         at their own address.
@@ -94,7 +96,9 @@ def evaluate(
     sets = ImageSets(images, unseen, training, None if unseen else held_out_images(config, images.index))
     model = replace(model, memory=int(config.evaluation.memory_gb * GIB))
     trained = Trained(model, manifest.rows, (lambda rows: stored_codes(config, rows)) if with_codes else None)
-    return measure(config, trained, sets, seed=seed)
+    unseen_rows = 0 if sets.held_out is None else len(sets.held_out)
+    total = images_in_all(config, len(images), unseen_rows, len(samplers_of(model)), pictures=False)
+    return measure(config, trained, sets, seed=seed, team=Team(on_images=counting(on_images, total)))
 
 
 def measure(
@@ -131,14 +135,16 @@ def measure(
     return results
 
 
-def images_in_all(config: Config, rows: int, held_out: int, kinds: int) -> int:
+def images_in_all(config: Config, rows: int, held_out: int, kinds: int, pictures: bool = True) -> int:
     """Images that the evaluation of a run draws or reads, with its pictures, if no tallies of real images are kept.
 
     Args:
-        rows, held_out: numbers of images. kinds: samplers that are measured.
+        rows, held_out: numbers of images. kinds: samplers that are measured. pictures: whether the nearest training
+            images are searched for a picture.
     """
     samples = config.evaluation.samples
-    return rows + held_out + min(rows, RECONSTRUCTED) + min(rows, samples) + kinds * samples + min(rows, DEFAULT_LIMIT)
+    searched = min(rows, DEFAULT_LIMIT) if pictures else 0
+    return rows + held_out + min(rows, RECONSTRUCTED) + min(rows, samples) + kinds * samples + searched
 
 
 def reconstruction(

@@ -22,6 +22,18 @@ Item = TypeVar("Item")
 PATIENCE = timedelta(hours=24)
 
 
+def counting(report: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """An `on_images` that reports (images so far, images in all); `total` is raised if there are more."""
+    done = 0
+
+    def count(number: int) -> None:
+        nonlocal done
+        done += number
+        report(done, max(done, total))
+
+    return count
+
+
 @dataclass(frozen=True)
 class Team:
     """The workers that evaluate together; by default this process alone.

@@ -97,6 +97,18 @@ class RunFacts:
     def timings(self) -> dict[str, Any]:
         return self.summary.get("timings", {})
 
+    @property
+    def made(self) -> dict[str, str]:
+        """When, where and with what the run was made; empty for an unfinished one, or one of glann 0.1.
+
+        The names are time, host, hardware, version, commit and mlflow, the address of its page.
+        """
+        held = self.summary.get("made")
+        made = {str(name): str(value) for name, value in held.items() if value} if isinstance(held, dict) else {}
+        if not made.get("mlflow", "").startswith(("http://", "https://")):
+            made.pop("mlflow", None)
+        return made
+
     def picture(self, name: str) -> Path | None:
         """Path of images/<name>.png, if it exists."""
         path = self.run_dir / IMAGES / f"{name}.png"

@@ -54,6 +54,7 @@ class OutboxState(Section):
     key: str = Field(description="value of the tag glann.run_id, generated before the run is created")
     uri: str = Field(description="tracking server, without credentials")
     run_id: str | None = None
+    experiment: str | None = Field(None, description="id of the run's experiment")
     sent_bytes: int = Field(0, ge=0, description="bytes of metrics.jsonl that were sent")
     parcels: tuple[Parcel, ...] = ()
     ended: bool = Field(False, description="whether everything, the final status included, was sent")

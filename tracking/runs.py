@@ -75,7 +75,7 @@ class TrackedRun:
         state.save(run_dir)  # save the key before the run is created, so that a crash in between does not lose the run
         tags = _all_tags(config, tags or {}, state.key, parent_run_id)
         lineage = state.lineage | {name: tags[name] for name in (STUDY, TRIAL, PARENT) if name in tags}
-        client, run_id = reach(uri, lambda client: (client, _enter(client, config, state, tags)))
+        client, (run_id, experiment) = reach(uri, lambda client: (client, _enter(client, config, state, tags)))
         if state.run_id not in (None, run_id):
             log.warning(
                 "MLflow run %s of %s no longer exists at %s; everything is sent to a new one",
@@ -84,7 +84,9 @@ class TrackedRun:
                 state.uri,
             )
             state = state.model_copy(update={"sent_bytes": 0})
-        state = state.model_copy(update={"run_id": run_id, "lineage": lineage, "ended": False})
+        state = state.model_copy(
+            update={"run_id": run_id, "experiment": experiment, "lineage": lineage, "ended": False}
+        )
         state.save(run_dir)
         write_whole(run_dir / TRACKED_CONFIG, redacted_config(config).to_yaml())
         run = cls(run_dir, Outbox(client, run_id, run_dir, state, config.tracking.register_as))
@@ -109,6 +111,18 @@ class TrackedRun:
     def run_id(self) -> str | None:
         """MLflow's id of the run; None where tracking is off."""
         return self._outbox.run_id if self._outbox else None
+
+    @property
+    def link(self) -> str | None:
+        """Address of the run's page; None where tracking is off, or in a file.
+
+        Without the workflow type MLflow opens on a page that has no model registry.
+        """
+        state = self._outbox.state if self._outbox else None
+        if state is None or state.experiment is None or not state.uri.startswith(("http://", "https://")):
+            return None
+        page = f"experiments/{state.experiment}/runs/{state.run_id}"
+        return f"{state.uri.rstrip('/')}/#/{page}?workflowType=machine_learning"
 
     @property
     def model(self) -> PublishedModel | None:
@@ -185,8 +199,8 @@ def _all_tags(config: Config, tags: dict[str, str], key: str, parent_run_id: str
     return {name: redact(str(value)) for name, value in all_tags.items()}
 
 
-def _enter(client: MlflowClient, config: Config, state: OutboxState, tags: dict[str, str]) -> str:
-    """Find or create the run, and update its tags and parameters."""
+def _enter(client: MlflowClient, config: Config, state: OutboxState, tags: dict[str, str]) -> tuple[str, str]:
+    """Find or create the run, and update its tags and parameters; returns its id and its experiment's."""
     from mlflow.entities import Param, RunTag
 
     experiment = experiment_id(client, config.tracking.experiment)
@@ -205,7 +219,7 @@ def _enter(client: MlflowClient, config: Config, state: OutboxState, tags: dict[
     for start in range(0, max(len(fresh), len(run_tags)), MAX_PARAMS):
         chunk = slice(start, start + MAX_PARAMS)
         client.log_batch(run.info.run_id, params=fresh[chunk], tags=run_tags[chunk])
-    return run.info.run_id
+    return run.info.run_id, experiment
 
 
 def _params(config: Config) -> dict[str, Any]:

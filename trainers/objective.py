@@ -36,9 +36,7 @@ def loss_weights(config: Config) -> str | None:
         with expand(name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
-        raise UserError(
-            f"no such weights: {name}; loss.weights names an asset or a file that all nodes have"
-        ) from error
+        raise UserError(f"no such weights: {name}; loss.weights is an asset or a file on all nodes") from error
     except OSError as error:
         raise os_fault(error, expand(name)) from error
 

@@ -16,6 +16,7 @@ from ...inference.package import ModelManifest
 from ...metrics.judge import Judge, build_judge
 from ...metrics.reference import moved, open_images, require_same
 from ...metrics.spec import METRICS, frechet_metric
+from ...metrics.team import Team, counting
 from ..source import open_model
 from . import catalogue
 from . import history as promotion
@@ -38,13 +39,17 @@ class Contender:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How the contenders are measured; None takes the configuration of the challenger's run."""
+    """How the contenders are measured; None takes the configuration of the challenger's run.
+
+    on_images: called with the images that were worked on, and their number in all.
+    """
 
     data: str | None = None
     extractor: str | None = None
     samples: int | None = None
     seed: int = 0
     device: str = "auto"
+    on_images: Callable[[int, int], None] = lambda done, total: None
 
 
 def promote(
@@ -99,7 +104,8 @@ def _measure(
     extractor = conditions.extractor or config.evaluation.extractor
     samples = conditions.samples or config.evaluation.samples
     metric = frechet_metric(extractor)
-    judge = build_judge(config, images, [metric], samples, conditions.seed, challenger.model.device)
+    team = Team(on_images=counting(conditions.on_images, len(images) + len(contenders) * samples))
+    judge = build_judge(config, images, [metric], samples, conditions.seed, challenger.model.device, team=team)
     values = [_value(judge, contender, say) for contender in contenders]
     return Measured(
         metric=metric.name,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -38,3 +41,15 @@ def peak_of(device: torch.device, engine: EngineConfig) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((gpu.peak(engine) for gpu in GPUS if gpu.mark in name), None)
+
+
+def name_of(device: torch.device) -> str:
+    """The product name of a GPU, or of this machine's CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

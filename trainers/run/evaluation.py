@@ -5,6 +5,7 @@ Shapes: D latent dimension.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -24,12 +25,14 @@ from ...metrics.judge import Codes
 from ...metrics.nearest import nearest_images
 from ...metrics.reference import held_out_images
 from ...metrics.result import Result
-from ...metrics.team import Team
+from ...metrics.team import Team, counting
+from ...models.comm import world_size
 from ...models.generators import generator_of
 from ...reports import pictures
 from ...samplers.base import build_network
 from ...samplers.gaussian import of_moments
 from ..glo import GENERATOR
+from ..plan.devices import name_of
 from ..sampler import MAPPING
 from ..stage import State, final_weights
 
@@ -44,13 +47,14 @@ PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples to interpolate b
 class Evaluated:
     """Results and pictures of a trained run, and what its package needs of the codes.
 
-    gaussian: state of the Gaussian over the codes. seconds: duration.
+    gaussian: state of the Gaussian over the codes. seconds: duration. hardware: the devices of the workers.
     """
 
     gaussian: dict[str, Tensor]
     results: list[Result]
     drawn: dict[str, Image]
     seconds: float
+    hardware: str
 
 
 def evaluate_trained(
@@ -67,17 +71,12 @@ def evaluate_trained(
         networks: final states by name, on every worker.
         on_images: called with the images that this worker has worked on, and the number of all its images.
     """
-    began, done = monotonic(), 0
+    began = monotonic()
     held_out = held_out_images(config, images.index)
     kinds = len({config.sampler.kind, "gaussian"})
     total = images_in_all(config, len(images), 0 if held_out is None else len(held_out), kinds)
 
-    def count(number: int) -> None:
-        nonlocal done
-        done += number
-        on_images(done, max(done, total // team.world))
-
-    team = Team.of_all(count)
+    team = Team.of_all(counting(on_images, total // world_size()))
 
     def codes(rows: range) -> Iterator[Tensor]:
         return stored_codes(config, rows)
@@ -86,7 +85,9 @@ def evaluate_trained(
     model = model_of(config, networks, gaussian, device)
     results = measure(config, Trained(model, len(images), codes), ImageSets(images, held_out=held_out), team=team)
     drawn = draw_pictures(model, images, config.preview.images, team)
-    return Evaluated(gaussian, results, drawn, monotonic() - began) if team.leads else None
+    devices = Counter(team.collected(name_of(device)))
+    hardware = ", ".join(f"{number} x {name}" for name, number in devices.items())
+    return Evaluated(gaussian, results, drawn, monotonic() - began, hardware) if team.leads else None
 
 
 def gaussian_of(codes: Codes, rows: int, team: Team) -> dict[str, Tensor]:

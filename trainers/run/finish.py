@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import socket
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ... import __version__
 from ...cluster.checkpoints import retention
 from ...config.run import Config
 from ...datasets.fit import require_fit
@@ -24,7 +27,7 @@ from ...reports.run import write_report
 from ...reports.run_folder import IMAGES, MODEL, REPORT, write_summary
 from ...storage.open import open_store
 from ...tracking.address import default_uri
-from ...tracking.runs import TrackedRun
+from ...tracking.runs import TrackedRun, code_revision
 from ..glo import GENERATOR
 from ..sampler import MAPPING
 from ..stage import DONE, final_weights, stage_infos
@@ -51,7 +54,7 @@ def finish(config: Config, index: Index, tracked: TrackedRun, timings: dict[str,
     rows = require_fit(index, config.data, 1)
     package(config, index, rows, evaluated.gaussian)
     timings = timings | {"train_s": timings["train_s"] - evaluated.seconds, "finish_s": evaluated.seconds}
-    conclude(config, tracked, evaluated.drawn, evaluated.results, timings, index, rows)
+    conclude(config, tracked, evaluated.drawn, evaluated.results, timings, index, rows, evaluated.hardware)
 
 
 def conclude(
@@ -62,8 +65,13 @@ def conclude(
     timings: dict[str, float],
     index: Index,
     rows: int,
+    hardware: str,
 ) -> None:
-    """Write and track pictures (by name), results, card and report of a packaged model."""
+    """Write and track pictures (by name), results, card and report of a packaged model.
+
+    Args:
+        hardware: the devices that trained or measured it.
+    """
     folder = config.run_dir / IMAGES
     folder.mkdir(exist_ok=True)
     for name, picture in drawn.items():
@@ -73,6 +81,14 @@ def conclude(
     tracked.log_metrics({"stage": "evaluation"} | metrics, sum(info.epochs for info in stage_infos(config).values()))
     summary: dict[str, Any] = {"metrics": metrics, "deviations": deviations(results), "timings": timings}
     summary |= {"rows": rows, "fingerprint": index.fingerprint}
+    made = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "host": socket.gethostname()}
+    made |= {
+        "hardware": hardware,
+        "version": __version__,
+        "commit": code_revision() or "",
+        "mlflow": tracked.link or "",
+    }
+    summary["made"] = made
     (config.run_dir / REPORT).unlink(missing_ok=True)
     write_summary(config.run_dir, summary)
     tracked.log_artifact(write_card(config.run_dir, tracked.tracked_as))
@@ -122,7 +138,7 @@ def summary_of(config: Config) -> Group:
     if config.tracking.enabled:
         store = redact(default_uri(config.tracking.uri))
         if store.startswith(("http://", "https://")):  # a server has its own page
-            look.append(store)
+            look.append(summary.get("made", {}).get("mlflow") or store)
         else:
             try_next.append(shlex.join([program("mlflow"), "ui", "--backend-store-uri", store]))
     parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table, against]

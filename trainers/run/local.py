@@ -33,6 +33,7 @@ from ...samplers.gaussian import gaussian
 from ...storage.open import open_store
 from ...tracking.runs import TrackedRun
 from ..glo import GENERATOR
+from ..plan.devices import name_of
 from ..stage import final_weights, stage_infos
 from . import finish
 from .evaluation import drawn_from
@@ -117,7 +118,7 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, hooks: Hooks) 
     results = [*shared.results, *measure_samples(config, model, shared)]
     timings = {"train_s": trained_s, "finish_s": monotonic() - began - trained_s}
     drawn = drawn_from(model, config.preview.images)
-    finish.conclude(config, tracked, drawn, results, timings, shared.index, rows)
+    finish.conclude(config, tracked, drawn, results, timings, shared.index, rows, f"1 x {name_of(model.device)}")
     return by_key(results)
 
 

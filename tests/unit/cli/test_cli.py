@@ -412,7 +412,8 @@ def test_a_run_is_evaluated_as_asked(
     monkeypatch.setattr(source, "open_model", lambda run, s3, device: ("manifest", SimpleNamespace(own="imle")))
     status, out, _ = run(capsys, "evaluate", "runs/digits", "--extractor", "vgg16")
     assert (status, out.split()) == (0, ["fd_vgg16", "12.5", "gaussian/fd_vgg16", "13.5"])
-    how = {"seed": 0, "device": "cpu", "data": None, "with_codes": True}
+    assert callable(asked.arguments[-1].pop("on_images"))
+    how = {"seed": 0, "data": None, "with_codes": True}
     assert asked.arguments == ("vgg16", 2000, "manifest", SimpleNamespace(own="imle"), how)
     status, _, err = run(capsys, "evaluate", "runs/digits", "--extractor", "resnet")
     assert status == 2
@@ -440,3 +441,49 @@ def test_a_data_set_is_packed_described_and_verified(elsewhere: Path, capsys: py
     assert (status, out) == (1, "")
     assert shard.name in err
     assert os.path.exists("packed/index.json")
+
+
+def test_help_shows_every_word(capsys):
+    """Square brackets are markup to the printer of help, and vanish unless they are escaped."""
+    import typer
+    from rich.text import Text
+
+    def texts(command):
+        yield command.help or ""
+        for parameter in command.params:
+            yield getattr(parameter, "help", None) or ""
+        for inner in getattr(command, "commands", {}).values():
+            yield from texts(inner)
+
+    found = [text for text in texts(typer.main.get_command(cli.app)) if text]
+    assert len(found) > 100
+    for text in found:
+        assert Text.from_markup(text).plain == text.replace("\\[", "[").replace("\b", ""), text
+
+
+def test_examples_in_help_are_commands_that_there_are():
+    """Indented lines that begin with glann, and nothing else: a line without its command once stood among them."""
+    import typer
+
+    def commands(command, path=("glann",)):
+        yield path, command
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from commands(inner, (*path, name))
+
+    known = dict(commands(typer.main.get_command(cli.app)))
+    for path, command in known.items():
+        _, mark, examples = (command.help or "").partition("\b\n")
+        for line in examples.split("\n\n")[0].splitlines() if mark else ():
+            words = line.split()
+            assert words[0] == "glann", f"{' '.join(path)}: {line}"
+            assert tuple(words[:2]) in known, line
+
+
+def test_a_long_command_shows_how_far_it_is(capsys, monkeypatch):
+    """Without a terminal a line every so often, on stderr: the output is for other programs."""
+    from glann.cli import progress
+
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    with progress.counted("evaluating", "images") as show:
+        show(1000, 2906)
+    assert capsys.readouterr() == ("", "evaluating  1,000 of 2,906 images\n")
