@@ -40,10 +40,10 @@ def train(recipe: str | Path, **overrides: Any) -> Path:
     from rich.console import Console
 
     from .config.parse import flatten
-    from .config.run import load
+    from .trainers.plan.own_images import load_recipe
     from .trainers.run.driver import train as run
 
-    config, console = load(recipe, changes=flatten(overrides)), Console()
+    config, console = load_recipe(recipe, changes=flatten(overrides)), Console()
     console.print(run(config, console), soft_wrap=True)
     return config.run_dir
 

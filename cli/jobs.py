@@ -57,10 +57,10 @@ def submit(
     """
     from ..cluster.jobs import client as jobs
     from ..cluster.jobs import shipping, versions
-    from ..config.run import load
+    from ..trainers.plan.own_images import load_recipe
 
     given = [*(overrides or []), *([f"name={name}"] if name else [])]
-    resolved = shipping.for_cluster(load(config, given))
+    resolved = shipping.for_cluster(load_recipe(config, given, here=False))
     variables = shipping.environment(env or [])
     with _connected(address) as client:
         last = jobs.last_attempt(client, resolved.name)

@@ -24,6 +24,7 @@ def train(
 
     \b
     glann train digits
+    glann train own-images data.url=data/mine
     glann train configs/celebahq-256.yaml glo.epochs=100 cluster.workers=8
     glann train celebahq-1024 data.url=s3://bucket/celebahq-1024 checkpoint.url=s3://bucket/runs --dry-run
     """
@@ -107,6 +108,6 @@ def doctor(config: MaybeRecipeArg = None, overrides: Overrides = None) -> None:
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:
-    from ..config.run import load
+    from ..trainers.plan.own_images import load_recipe
 
-    return load(config, overrides or [])
+    return load_recipe(config, overrides or [])
