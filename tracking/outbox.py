@@ -36,16 +36,24 @@ POLL_S = 2.0
 MAX_DELAY_S = 60.0
 PATIENCE_S = 30.0  # how long a run that has ended waits for a failing server
 MAX_METRICS = 1000  # per request, MLflow's limit
+DESCRIPTION, MAX_DESCRIPTION = "mlflow.note.content", 8000  # tag, and the most characters of a value
 _NOT_METRICS = ("stage", "step", "time")
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9_.\- :/]")
 
 
-class Parcel(Section):
-    """A file (or the model folder) to send; `path` is relative if it lies in the run folder."""
+ParcelKind = Literal["artifact", "image", "description", "model"]
 
-    kind: Literal["artifact", "model"]
+
+class Parcel(Section):
+    """A file (or the model folder) to send; `path` is relative if it lies in the run folder.
+
+    target: folder of an artifact, or series of an image, which has a `step`.
+    """
+
+    kind: ParcelKind
     path: str
     target: str | None = None
+    step: int | None = None
 
 
 class OutboxState(Section):
@@ -170,6 +178,17 @@ class Outbox:
         with self._lock:
             self._update(sent_bytes=end)
 
+    def _send_image(self, path: Path, parcel: Parcel) -> None:
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except OSError as error:
+            log.warning("%s is not shown in MLflow: %s", path, one_line(error))
+        else:
+            self._client.log_image(self.run_id, image, key=parcel.target, step=parcel.step, synchronous=True)
+
     def _send_parcels(self) -> None:
         for parcel in self._state.parcels:
             path = self._run_dir / parcel.path
@@ -178,6 +197,10 @@ class Outbox:
             elif parcel.kind == "model":
                 self._send_metrics()  # the run's own evaluation becomes tags of the version
                 self.model = publish(self._client, self.run_id, path, self._register_as)
+            elif parcel.kind == "image":
+                self._send_image(path, parcel)
+            elif parcel.kind == "description":
+                self._client.set_tag(self.run_id, DESCRIPTION, path.read_text("utf-8")[:MAX_DESCRIPTION])
             else:
                 self._client.log_artifact(self.run_id, str(path), parcel.target)
             with self._lock:

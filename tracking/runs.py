@@ -11,9 +11,13 @@ that is unavailable when the run starts is an error; one that becomes unavailabl
 
 from __future__ import annotations
 
+import contextlib
+import getpass
+import json
 import logging
 import subprocess
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -26,17 +30,31 @@ from ..storage.files import os_fault, write_whole
 from ..storage.journal import Journal
 from .address import default_uri
 from .connection import experiment_id, reach
-from .outbox import Outbox, OutboxState, Parcel
+from .outbox import Outbox, OutboxState, Parcel, ParcelKind
 from .registry.lineage import PARENT, STUDY, TRIAL
 from .registry.models import PublishedModel
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
 log = logging.getLogger("glann.tracking")
 RUN_TAG = "glann.run_id"
+SOURCE = {"mlflow.source.name": "glann", "mlflow.source.type": "JOB"}
+MAX_DIGEST = 36  # characters of a data set's digest in MLflow
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 MAX_KEY, MAX_VALUE, MAX_PARAMS = 250, 6000, 100  # MLflow's limits
 FINISH_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """The training images of a run, as MLflow's data set input. digest: their fingerprint."""
+
+    url: str
+    digest: str
+    rows: int
+    resolution: int
+    channels: int
 
 
 class TrackedRun:
@@ -55,12 +73,14 @@ class TrackedRun:
         tags: dict[str, str] | None = None,
         *,
         parent_run_id: str | None = None,
+        data: DataInput | None = None,
     ) -> Self:
         """Open the run of this folder: that of before a restart, or a new one.
 
         Args:
             tags: tags of the run, such as the fingerprint of its data.
             parent_run_id: MLflow run of the study that this run is part of.
+            data: its training images.
         Raises:
             UserError: the tracking server does not respond, or rejects the request.
         """
@@ -75,7 +95,7 @@ class TrackedRun:
         state.save(run_dir)  # save the key before the run is created, so that a crash in between does not lose the run
         tags = _all_tags(config, tags or {}, state.key, parent_run_id)
         lineage = state.lineage | {name: tags[name] for name in (STUDY, TRIAL, PARENT) if name in tags}
-        client, (run_id, experiment) = reach(uri, lambda client: (client, _enter(client, config, state, tags)))
+        client, (run_id, experiment) = reach(uri, lambda client: (client, _enter(client, config, state, tags, data)))
         if state.run_id not in (None, run_id):
             log.warning(
                 "MLflow run %s of %s no longer exists at %s; everything is sent to a new one",
@@ -133,9 +153,19 @@ class TrackedRun:
         """Append numbers, with their `stage` and `epoch`, to the journal.  Never waits for the server."""
         self.journal.append(metrics | {"step": step})
 
-    def log_image(self, path: Path) -> None:
-        """Queue a picture of the run folder for MLflow, under images/."""
+    def log_image(self, path: Path, key: str | None = None, step: int | None = None) -> None:
+        """Queue a picture of the run folder for MLflow, under images/.
+
+        Args:
+            key: series of pictures that it belongs to, which MLflow shows by `step`.
+        """
         self.log_artifact(path, IMAGES)
+        if key is not None:
+            self._send("image", path, key, step)
+
+    def describe(self, card: Path) -> None:
+        """Queue the model card as the description of the run."""
+        self._send("description", card, None)
 
     def log_artifact(self, path: Path, target: str | None = None) -> None:
         """Queue a file for MLflow, in the folder `target` of the run's artifacts."""
@@ -155,13 +185,13 @@ class TrackedRun:
                 self.run_dir,
             )
 
-    def _send(self, kind: Literal["artifact", "model"], path: Path, target: str | None) -> None:
+    def _send(self, kind: ParcelKind, path: Path, target: str | None, step: int | None = None) -> None:
         if self._outbox is None:
             return
         path = path.absolute()
         home = self.run_dir.absolute()
         name = path.relative_to(home) if path.is_relative_to(home) else path
-        self._outbox.put(Parcel(kind=kind, path=str(name), target=target))
+        self._outbox.put(Parcel(kind=kind, path=str(name), target=target, step=step))
 
 
 def code_revision(folder: Path = Path(__file__).parent) -> str | None:
@@ -191,7 +221,9 @@ def _state_of(run_dir: Path, uri: str) -> OutboxState:
 
 
 def _all_tags(config: Config, tags: dict[str, str], key: str, parent_run_id: str | None) -> dict[str, str]:
-    all_tags = {RUN_TAG: key, "glann.data": redact(config.data.url), **tags}
+    all_tags = {RUN_TAG: key, "glann.data": redact(config.data.url), **SOURCE, **tags}
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a container without a passwd entry
+        all_tags["mlflow.user"] = getpass.getuser()
     if parent_run_id:
         all_tags["mlflow.parentRunId"] = parent_run_id
     if revision := code_revision():
@@ -199,7 +231,9 @@ def _all_tags(config: Config, tags: dict[str, str], key: str, parent_run_id: str
     return {name: redact(str(value)) for name, value in all_tags.items()}
 
 
-def _enter(client: MlflowClient, config: Config, state: OutboxState, tags: dict[str, str]) -> tuple[str, str]:
+def _enter(
+    client: MlflowClient, config: Config, state: OutboxState, tags: dict[str, str], data: DataInput | None
+) -> tuple[str, str]:
     """Find or create the run, and update its tags and parameters; returns its id and its experiment's."""
     from mlflow.entities import Param, RunTag
 
@@ -210,6 +244,8 @@ def _enter(client: MlflowClient, config: Config, state: OutboxState, tags: dict[
         client.update_run(run.info.run_id, status="RUNNING")
     else:
         run = client.create_run(experiment, tags=tags, run_name=config.name)
+    if data is not None and not (run.inputs and run.inputs.dataset_inputs):
+        client.log_inputs(run.info.run_id, [_data_input(data)])
     params = {key[:MAX_KEY]: str(value)[:MAX_VALUE] for key, value in _params(config).items()}
     known = run.data.params
     fresh = [Param(key, value) for key, value in params.items() if key not in known]
@@ -220,6 +256,21 @@ def _enter(client: MlflowClient, config: Config, state: OutboxState, tags: dict[
         chunk = slice(start, start + MAX_PARAMS)
         client.log_batch(run.info.run_id, params=fresh[chunk], tags=run_tags[chunk])
     return run.info.run_id, experiment
+
+
+def _data_input(data: DataInput) -> DatasetInput:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    url = redact(data.url)
+    dataset = Dataset(
+        name=url.rstrip("/").rpartition("/")[2] or url,
+        digest=data.digest[:MAX_DIGEST],
+        source_type="s3" if url.startswith("s3://") else "local",
+        source=json.dumps({"uri": url}),
+        schema=json.dumps({"resolution": data.resolution, "channels": data.channels}),
+        profile=json.dumps({"num_rows": data.rows}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
 def _params(config: Config) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ...metrics.features.extractor import build_extractor
 from ...reports.run_folder import JOURNAL
 from ...storage.journal import entries
 from ...storage.open import open_store
-from ...tracking.runs import TrackedRun
+from ...tracking.runs import DataInput, TrackedRun
 from ..objective import build_objective
 from . import finish, stage_one
 from .evaluation import Evaluated
@@ -74,10 +74,11 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         rows = require_fit(index, config.data, config.cluster.max_workers)
         tags = {"glann.fingerprint": index.fingerprint, "glann.latent_lr": f"{latent_lr(config.glo, rows):.6g}"}
         tags |= hooks.tags
+        data = DataInput(config.data.url, index.fingerprint, rows, index.resolution, index.channels)
         try:
             with (
                 hold(store, console.print) as lease,
-                open_run(config, config.run_dir, "train", tags, hooks.parent_run_id) as tracked,
+                open_run(config, config.run_dir, "train", tags, hooks.parent_run_id, data) as tracked,
             ):
                 opened = True
                 run(config, index, tracked, console, lease, mirror, hooks)

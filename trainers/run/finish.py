@@ -31,7 +31,7 @@ from ...tracking.runs import TrackedRun, code_revision
 from ..glo import GENERATOR
 from ..sampler import MAPPING
 from ..stage import DONE, final_weights, stage_infos
-from .evaluation import Evaluated
+from .evaluation import EVALUATION, Evaluated
 from .folder import require_summary
 from .state import load
 
@@ -52,9 +52,9 @@ def finish(config: Config, index: Index, tracked: TrackedRun, timings: dict[str,
         timings: seconds and rates of the training, by name.
     """
     rows = require_fit(index, config.data, 1)
-    package(config, index, rows, evaluated.gaussian)
+    step = package(config, index, rows, evaluated.gaussian)
     timings = timings | {"train_s": timings["train_s"] - evaluated.seconds, "finish_s": evaluated.seconds}
-    conclude(config, tracked, evaluated.drawn, evaluated.results, timings, index, rows, evaluated.hardware)
+    conclude(config, tracked, evaluated.drawn, evaluated.results, timings, index, rows, evaluated.hardware, step)
 
 
 def conclude(
@@ -66,19 +66,20 @@ def conclude(
     index: Index,
     rows: int,
     hardware: str,
+    step: int,
 ) -> None:
     """Write and track pictures (by name), results, card and report of a packaged model.
 
     Args:
-        hardware: the devices that trained or measured it.
+        hardware: the devices that trained or measured it. step: the last one of the run, over all stages.
     """
     folder = config.run_dir / IMAGES
     folder.mkdir(exist_ok=True)
     for name, picture in drawn.items():
         pictures.save(picture, folder / f"{name}.png")
-        tracked.log_image(folder / f"{name}.png")
+        tracked.log_image(folder / f"{name}.png", f"final {name}", step)
     metrics = by_key(results)
-    tracked.log_metrics({"stage": "evaluation"} | metrics, sum(info.epochs for info in stage_infos(config).values()))
+    tracked.log_metrics({"stage": EVALUATION} | metrics, step)
     summary: dict[str, Any] = {"metrics": metrics, "deviations": deviations(results), "timings": timings}
     summary |= {"rows": rows, "fingerprint": index.fingerprint}
     made = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "host": socket.gethostname()}
@@ -91,13 +92,15 @@ def conclude(
     summary["made"] = made
     (config.run_dir / REPORT).unlink(missing_ok=True)
     write_summary(config.run_dir, summary)
-    tracked.log_artifact(write_card(config.run_dir, tracked.tracked_as))
+    card = write_card(config.run_dir, tracked.tracked_as)
+    tracked.log_artifact(card)
+    tracked.describe(card)
     tracked.log_model(config.run_dir / MODEL)
     tracked.log_artifact(write_report(config.run_dir))  # last: a run with a report is finished
 
 
-def package(config: Config, index: Index, rows: int, gaussian: dict[str, Tensor]) -> None:
-    """Write `model/` from the last checkpoint and the state of the Gaussian over the codes."""
+def package(config: Config, index: Index, rows: int, gaussian: dict[str, Tensor]) -> int:
+    """Write `model/` from the last checkpoint and the state of the Gaussian over the codes; returns the last step."""
     store = open_store(config.checkpoint_url, config.s3)
     step = retention.latest(store)
     saved = load(store, step, index, rows) if step is not None else None
@@ -105,6 +108,7 @@ def package(config: Config, index: Index, rows: int, gaussian: dict[str, Tensor]
         raise EnvironmentFault(f"{store.url} holds no finished checkpoint; run the same command again to resume it")
     weights, sampler = final_weights(saved.networks[GENERATOR]), saved.networks[MAPPING]["weights"]
     export_model(config.run_dir / MODEL, config, weights, sampler, gaussian, rows, index.fingerprint)
+    return saved.position.serial
 
 
 def summary_of(config: Config) -> Group:

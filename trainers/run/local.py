@@ -31,7 +31,7 @@ from ...reports.run_folder import MODEL, read_config
 from ...samplers.base import Codes, build_sampler
 from ...samplers.gaussian import gaussian
 from ...storage.open import open_store
-from ...tracking.runs import TrackedRun
+from ...tracking.runs import DataInput, TrackedRun
 from ..glo import GENERATOR
 from ..plan.devices import name_of
 from ..stage import final_weights, stage_infos
@@ -102,7 +102,9 @@ def train_second_stage(config: Config, console: Console, hooks: Hooks, shared: S
     if is_finished(config):
         return require_summary(config)["metrics"]
     tags = {"glann.fingerprint": shared.index.fingerprint, **hooks.tags}
-    with open_run(config, config.run_dir, "train", tags, hooks.parent_run_id) as tracked:
+    index = shared.index
+    data = DataInput(config.data.url, index.fingerprint, len(shared.z_ND), index.resolution, index.channels)
+    with open_run(config, config.run_dir, "train", tags, hooks.parent_run_id, data) as tracked:
         metrics = _train(config, shared, tracked, hooks)
     console.print(f"{config.name} is trained and measured")
     return metrics
@@ -118,7 +120,8 @@ def _train(config: Config, shared: StageOne, tracked: TrackedRun, hooks: Hooks) 
     results = [*shared.results, *measure_samples(config, model, shared)]
     timings = {"train_s": trained_s, "finish_s": monotonic() - began - trained_s}
     drawn = drawn_from(model, config.preview.images)
-    finish.conclude(config, tracked, drawn, results, timings, shared.index, rows, f"1 x {name_of(model.device)}")
+    last, hardware = sum(info.epochs for info in stage_infos(config).values()), f"1 x {name_of(model.device)}"
+    finish.conclude(config, tracked, drawn, results, timings, shared.index, rows, hardware, last)
     return by_key(results)
 
 

@@ -35,7 +35,7 @@ class RunLog:
         self.began = monotonic()
         self.stalled = self.stalled_before = 0.0
         self.seconds = dict.fromkeys(self.stages, 0.0)
-        self.images_per_s = 0.0
+        self.images_per_s, self.serial = 0.0, 0
         self.workers, self.tenths = 1, 0
         self.evaluated: dict[int, tuple[int, int]] = {}  # images and their total by rank
         self.bar = Progress(
@@ -98,7 +98,7 @@ class RunLog:
     def on_epoch(self, event: events.EpochDone) -> None:
         numbers: dict[str, object] = {"stage": event.stage, "epoch": event.epoch} | event.numbers
         self.tracked.log_metrics(numbers | {"checkpoint_stall_s": self.stalled - self.stalled_before}, event.serial)
-        self.stalled_before = self.stalled
+        self.stalled_before, self.serial = self.stalled, event.serial
         self.seconds[event.stage] += event.numbers["seconds"]
         self.images_per_s = event.numbers.get("images_per_s", self.images_per_s)
         epochs = self.stages[event.stage].epochs
@@ -125,14 +125,14 @@ class RunLog:
             if not len(images):
                 continue
             path = self.config.run_dir / IMAGES / f"{event.stage}-epoch-{event.epoch:03d}-{kind}.png"
-            self.save_picture(path, kind, images)
+            self.save_picture(path, kind, images, event.stage)
 
-    def save_picture(self, path: Path, kind: str, images: np.ndarray) -> None:
-        """Save a grid of samples [P, H, W, C] or of pairs [P, 2, H, W, C] to `path`, and track it."""
+    def save_picture(self, path: Path, kind: str, images: np.ndarray, stage: str) -> None:
+        """Save a grid of samples [P, H, W, C] or of pairs [P, 2, H, W, C] to `path`, and track it at the last step."""
         path.parent.mkdir(exist_ok=True)
         picture = pictures.grid(images) if kind == "samples" else pictures.reconstructions(images[:, 0], images[:, 1])
         pictures.save(picture, path)
-        self.tracked.log_image(path)
+        self.tracked.log_image(path, f"{stage} {kind}", self.serial)
 
     def on_bad_step(self, event: events.BadStep) -> None:
         rows = ", ".join(str(row) for row in event.rows[:8]) + (" ..." if len(event.rows) > 8 else "")

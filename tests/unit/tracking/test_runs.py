@@ -24,9 +24,10 @@ from glann.storage import journal
 from glann.storage.files import os_fault
 from glann.storage.journal import Journal, entries
 from glann.tracking import connection, outbox
-from glann.tracking.runs import RUN_TAG, TrackedRun
+from glann.tracking.runs import RUN_TAG, DataInput, TrackedRun
 from glann.tracking.source import load_model
 from mlflow import MlflowClient
+from PIL import Image
 
 
 def make_config(uri, **tracking):
@@ -142,6 +143,52 @@ def test_a_run_reaches_mlflow_with_configuration_metrics_and_files(tmp_path, ser
     assert history(server, run.run_id, "glo/loss") == [(step, 1 / step) for step in range(1, 6)]
     assert set(stored.data.metrics) == {"glo/loss", "glo/epoch"}
     assert [file.path for file in client.list_artifacts(run.run_id, "images")] == ["images/a.png"]
+
+
+def test_mlflow_shows_who_what_on_which_data_and_how_it_looks(tmp_path, server, caplog):
+    """User, source, the data as an input, pictures by step, and the card as description; the password stays here."""
+    url = "s3://reader:hunter2@bucket/digits"
+    data = DataInput(url, "f" * 64, 5000, 28, 1)
+    (tmp_path / "images").mkdir()
+    for epoch in (1, 2):
+        Image.fromarray(np.full((28, 28), epoch, np.uint8)).save(tmp_path / "images" / f"{epoch}.png")
+    (tmp_path / "images" / "bad.png").write_bytes(b"png")
+    (tmp_path / "MODEL_CARD.md").write_text("# tiny\n")
+    for start in range(2):  # a resumed run has its data once
+        run = TrackedRun.open(make_config(server), tmp_path, data=data)
+        run.log_image(tmp_path / "images" / f"{start + 1}.png", "glo samples", 40 * start)
+        run.log_image(tmp_path / "images" / "bad.png", "glo samples", 99)
+        run.describe(tmp_path / "MODEL_CARD.md")
+        run.finish()
+    client = MlflowClient(server)
+    stored = client.get_run(run.run_id)
+    assert stored.data.tags["mlflow.user"]
+    assert stored.data.tags["mlflow.source.name"] == "glann"
+    assert stored.data.tags["mlflow.note.content"] == "# tiny\n"
+    [used] = stored.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest, json.loads(used.dataset.profile)) == (
+        "digits",
+        "f" * 36,
+        {"num_rows": 5000},
+    )
+    assert "hunter2" not in used.dataset.source
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+    names = [file.path for file in client.list_artifacts(run.run_id, "images")]
+    shown = [name for name in names if "glo" in name and name.endswith(".png")]
+    assert len(shown) == 2, "one a step; the damaged one is left out, and says so"
+    assert [name.split("+")[:3] for name in sorted(shown)] == [
+        ["images/glo samples", "step", step] for step in ("0", "40")
+    ]
+    assert "bad.png is not shown in MLflow" in caplog.text
+
+
+def test_the_page_of_a_run_is_linked_where_there_is_a_server(tmp_path, server):
+    run = TrackedRun.open(make_config(server), tmp_path)
+    run.finish()
+    assert run.link is None, "a file has no page"
+    outbox_state = run._outbox.state.model_copy(update={"uri": "https://mlflow.example/", "experiment": "7"})
+    run._outbox._state = outbox_state
+    assert run.link == f"https://mlflow.example/#/experiments/7/runs/{run.run_id}?workflowType=machine_learning"
 
 
 def test_after_a_restart_the_same_run_goes_on_and_nothing_is_sent_twice(tmp_path, server):

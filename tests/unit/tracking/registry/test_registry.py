@@ -12,7 +12,7 @@ import pytest
 from glann.cli import main as cli
 from glann.config.run import load
 from glann.errors import UserError
-from glann.metrics import evaluate as evaluation
+from glann.metrics import judge
 from glann.metrics.features import extractor
 from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
 from glann.metrics.spec import METRICS
@@ -345,9 +345,9 @@ def test_the_real_images_are_read_once_for_both(home, name, monkeypatch):
     register_run("runs/good", name)
     promote(name, 1)
     register_run("runs/fair", name)
-    read, images = [], evaluation.training_images
+    read, images = [], judge.training_images
     monkeypatch.setattr(
-        evaluation, "training_images", lambda *args: (read.append(len(batch)) or batch for batch in images(*args))
+        judge, "training_images", lambda *args: (read.append(len(batch)) or batch for batch in images(*args))
     )
     promote(name, force=True)
     assert sum(read) == ROWS
