@@ -12,7 +12,7 @@ import pytest
 from glann.cli import main as cli
 from glann.config.run import load
 from glann.errors import UserError
-from glann.metrics import judge
+from glann.metrics import judge, reference
 from glann.metrics.features import extractor
 from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
 from glann.metrics.spec import METRICS
@@ -412,7 +412,7 @@ def test_a_champion_that_changed_while_it_was_measured_is_not_overwritten(home, 
     for each in ("good", "fair", "bad"):
         register_run(f"runs/{each}", name)
     promote(name, 2)
-    opened = evaluation.open_images
+    opened = reference.open_images
 
     def meanwhile(config):
         home.client.set_registered_model_alias(name, "champion", "3")
