@@ -42,6 +42,18 @@ def test_processes_are_killed_around_checkpoints(cluster, undisturbed, strikes):
     ends_like(undisturbed, script.job)
 
 
+def test_a_worker_is_killed_while_it_measures(cluster, undisturbed, strikes):
+    """The training is saved: nothing of it is done again, and the numbers are those of the undisturbed run."""
+    script = strikes(Job(cluster, "measured").start())
+    strike = script.strike("training worker SIGKILL", "evaluation", lambda: script.kill_process(TRAINER))
+    again = script.job.wait_for_note("restarted", strike.at)
+    strike.back_s = again["time"] - strike.at
+    assert again["place"]["stage"] == "done"
+    ends_like(undisturbed, script.job)
+    for key, value in evaluation_of(undisturbed.job).items():
+        assert evaluation_of(script.job)[key] == pytest.approx(value, rel=1e-6), key
+
+
 @pytest.mark.parametrize("phase", ["checkpoint", "neighbour search"])
 def test_a_node_dies_and_there_is_a_spare(cluster, undisturbed, strikes, phase):
     script = strikes(Job(cluster, f"spare-{phase.split()[-1]}").start())
@@ -238,6 +250,12 @@ def ends_like(undisturbed, job):
     np.testing.assert_array_equal(end.visits_N, np.full(ROWS, GLO_EPOCHS))
     assert end.differences(undisturbed.end) == []
     assert trained(end.state) == trained(undisturbed.end.state)
+
+
+def evaluation_of(job):
+    """The metrics of a finished job by key."""
+    [entry] = (entry for entry in job.entries() if entry["stage"] == "evaluation")
+    return {key: value for key, value in entry.items() if key not in ("stage", "step", "time", "at")}
 
 
 def trained(state):

@@ -63,7 +63,7 @@ class Script:
     def strike(self, fault: str, phase: str, act: Callable[[], Any]) -> Strike:
         """Wait for a random moment of the phase, act, and note it. Raises Missed if there is none left."""
         try:
-            place = MOMENTS[phase](self)
+            place = (MOMENTS | AFTER_TRAINING)[phase](self)
         except (RuntimeError, TimeoutError) as error:
             raise Missed(f"{fault} found no moment of {phase}: {error}") from error
         at = time.time()
@@ -227,6 +227,16 @@ def _some_epoch(script: Script, stage: str, epochs: int) -> int:
     return script.random.randint(first, max(first, epochs - 3))
 
 
+def in_evaluation(script: Script) -> str:
+    """The workers measure the trained run."""
+    trained = script.job.wait_for_epoch("imle", IMLE_EPOCHS)
+    script.job.wait_for_phase("evaluation", trained["time"] - 0.5)
+    later = script.uniform(0, 2.0)
+    time.sleep(later)
+    return f"{later:.2f} s into the evaluation"
+
+
+AFTER_TRAINING: dict[str, Callable[[Script], str]] = {"evaluation": in_evaluation}  # no step follows
 MOMENTS: dict[str, Callable[[Script], str]] = {  # in the order of a run
     "GLO": in_glo,
     "checkpoint": in_save,
