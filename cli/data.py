@@ -60,7 +60,7 @@ def pack(
     image_format: Annotated[Format | None, typer.Option("--format", help="empty: png up to 64 px, jpeg above")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="quality of jpeg and webp")] = 95,
     shard_size: Annotated[float, typer.Option(min=0.001, help="megabytes per shard")] = 256.0,
-    workers: Annotated[int, typer.Option(min=1, help="encoding threads")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="encoding threads")] = 2,
     name: Annotated[str | None, typer.Option(help="prefix of the shards; empty: the last part of DST")] = None,
     skip_corrupt: Annotated[
         bool, typer.Option("--skip-corrupt", help="leave out unreadable images; each is logged")

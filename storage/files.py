@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import io
 import os
 import shutil
 import stat
@@ -51,17 +52,27 @@ def read_at(descriptor: int, offset: int, length: int) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
+class NotRegular(ValueError):
+    """A pipe or a device, which would block the reader or never end."""
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file for reading. Raises OSError, or NotRegular."""
+    nonblocking = lambda name, flags: os.open(name, flags | os.O_NONBLOCK)  # a pipe would block  # noqa: E731
+    file = open(path, "rb", opener=nonblocking)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise NotRegular("it is not a regular file")
+    return file
+
+
 def read_document(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
     """Read a small file.
 
     Raises:
         ValueError: more than `limit` bytes, or not a regular file. OSError: it cannot be read.
     """
-    with open(
-        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-    ) as file:  # a pipe would block
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is not a regular file")
+    with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it has more than {limit} bytes")
@@ -238,7 +249,7 @@ def sweep(folder: Path) -> None:
 
 def fill(file: IO[bytes], data: Data) -> None:
     if isinstance(data, Path):
-        with open(data, "rb") as source:
+        with open_regular(data) as source:
             shutil.copyfileobj(source, file, 1 << 20)
     else:
         for piece in [data] if isinstance(data, bytes) else data:

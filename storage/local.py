@@ -12,7 +12,18 @@ from pathlib import Path
 from ..config.paths import expand
 from ..errors import UserError
 from .base import Data, Entry, MissingObject, ObjectExists, TruncatedObject, check_inside, check_key
-from .files import TEMPORARY, fill, os_fault, read_at, replacing, sweep, sync_folder, temporary_beside
+from .files import (
+    TEMPORARY,
+    NotRegular,
+    fill,
+    open_regular,
+    os_fault,
+    read_at,
+    replacing,
+    sweep,
+    sync_folder,
+    temporary_beside,
+)
 
 LINK = "a link to"
 _KINDS = {
@@ -45,11 +56,11 @@ class LocalStore:
         return path
 
     def read(self, key: str) -> bytes:
-        with self._faults(key):
-            return self.path(key).read_bytes()
+        with self._faults(key), open_regular(self.path(key)) as file:
+            return file.read()
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
-        with self._faults(key), open(self.path(key), "rb") as file:
+        with self._faults(key), open_regular(self.path(key)) as file:
             data = read_at(file.fileno(), offset, length)
         if len(data) != length:
             raise TruncatedObject(f"{self.path(key)} ends before byte {offset + length}")
@@ -133,6 +144,8 @@ class LocalStore:
             raise MissingObject(f"no such file: {self.root / key}") from error
         except IsADirectoryError as error:
             raise UserError(f"{self.root / key} is a folder, not a file") from error
+        except NotRegular as error:
+            raise UserError(f"{self.root / key} is no file to read: {error}") from error
         except OSError as error:
             raise os_fault(error, self.root / key) from error
 

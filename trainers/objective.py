@@ -18,7 +18,7 @@ from ..datasets.assets.catalogue import ASSETS, PERCEPTUAL, load_weights
 from ..errors import UserError
 from ..models.losses import build_loss
 from ..models.perceptual import build_features
-from ..storage.files import os_fault
+from ..storage.files import NotRegular, open_regular, os_fault
 
 
 def loss_weights(config: Config) -> str | None:
@@ -33,9 +33,9 @@ def loss_weights(config: Config) -> str | None:
     if name in ASSETS:
         return ASSETS[name].sha256  # what is fetched has no other
     try:
-        with expand(name).open("rb") as file:
+        with open_regular(expand(name)) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotRegular) as error:
         raise UserError(f"no such weights: {name}; loss.weights is an asset or a file on all nodes") from error
     except OSError as error:
         raise os_fault(error, expand(name)) from error

@@ -372,3 +372,23 @@ def test_a_refused_write_leaves_no_empty_folders(tmp_path, monkeypatch, made):
         LocalStore(tmp_path / "kept" / "a" / "b").write("packing.json", b"{}")
     assert os.listdir(tmp_path) == ["kept"]
     assert os.listdir(tmp_path / "kept") == []
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["pipe", "endless"])
+def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, name: str):
+    """`--labels /dev/full` read until the memory was full, `--labels pipe` for ever."""
+    if name == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    store = LocalStore(tmp_path)
+    for read in (
+        lambda: store.read(name),
+        lambda: store.read_range(name, 0, 3),
+        lambda: store.download(name, tmp_path / "copy"),
+        lambda: store.write("copy", tmp_path / name),
+    ):
+        with pytest.raises(UserError, match="is no file to read: it is not a regular file"):
+            read()
+    assert not (tmp_path / "copy").exists()
