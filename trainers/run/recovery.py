@@ -9,11 +9,11 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from time import monotonic, sleep
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from ...cluster.checkpoints.lease import HeldLease
 from ...cluster.checkpoints.retention import latest
@@ -46,7 +46,9 @@ from .launch import fit_workers
 from .mailbox import Mailbox
 from .state import Position
 
+T = TypeVar("T")
 POLL_S = 0.2
+END_S = 10.0  # for the thread of a group whose workers were ended
 WATCH_S = 2.0  # between checks for draining and new nodes
 RELEASE_S = 5.0  # in which Ray notices that the controller of a group has ended
 SETTLE_S = 3.0  # an elastic run starts once capacity has not grown for so long; Ray retries placement every second
@@ -143,13 +145,16 @@ class Groups:
         self.refresh_latest_checkpoint()
         self.workers = self.reserve()
         self.begin()
-        with ThreadPoolExecutor(1, "ray-train") as pool:
-            self.fit = pool.submit(fit_workers, self.config, self.workers, self.mailbox, self.number, self.lease.ticket)
-            try:
-                self.watch(self.fit)
-            except BaseException:
-                self.end_workers()  # which also ends the thread that waits for them
-                raise
+        self.fit = in_background(
+            lambda: fit_workers(self.config, self.workers, self.mailbox, self.number, self.lease.ticket)
+        )
+        try:
+            self.watch(self.fit)
+        except BaseException:
+            self.end_workers()
+            with suppress(Exception):
+                self.fit.exception(END_S)
+            raise
         if (error := self.fit.exception()) is not None:
             self.after_loss(error)
             return False
@@ -313,6 +318,26 @@ class Groups:
             before, self.saved = self.saved, max(self.saved, latest(self.store) or 0)
             return self.saved > before
         return False
+
+
+def in_background(function: Callable[[], T]) -> Future[T]:
+    """The future result of a function that runs in a thread which nothing has to wait for.
+
+    A thread that waits for workers usually ends with Ray, but sometimes waits for ever in Ray's own code: the command
+    would not end then, nor would Python with a thread of a pool.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    return future
 
 
 @contextmanager

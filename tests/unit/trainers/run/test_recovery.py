@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from glann.config.run import load
@@ -89,3 +92,24 @@ def test_what_would_fail_again_is_not_started_again(error: Exception, monkeypatc
     groups.on_event = lambda event: pytest.fail(f"started again: {event}")
     with pytest.raises((AttributeError, CannotImport)):
         groups.after_loss(ControllerError(error))
+
+
+WAITS_FOR_EVER = """
+import threading
+from concurrent.futures import TimeoutError
+from glann.trainers.run.recovery import in_background
+
+future = in_background(threading.Event().wait)
+try:
+    future.exception(0.1)
+except TimeoutError:
+    print("left behind")
+assert in_background(lambda: 3).result(10) == 3
+assert isinstance(in_background(lambda: 1 / 0).exception(10), ZeroDivisionError)
+"""
+
+
+def test_a_thread_that_waits_for_ever_keeps_no_command_from_its_end():
+    """Ray does not always wake the thread that waits for workers when it is shut down: a full disk hung the command."""
+    done = subprocess.run([sys.executable, "-c", WAITS_FOR_EVER], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "left behind\n"), done.stderr
