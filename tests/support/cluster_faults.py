@@ -231,7 +231,7 @@ def in_evaluation(script: Script) -> str:
     """The workers measure the trained run."""
     trained = script.job.wait_for_epoch("imle", IMLE_EPOCHS)
     script.job.wait_for_phase("evaluation", trained["time"] - 0.5)
-    later = script.uniform(0, 2.0)
+    later = script.uniform(0, 1.0)
     time.sleep(later)
     return f"{later:.2f} s into the evaluation"
 

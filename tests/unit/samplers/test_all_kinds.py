@@ -80,7 +80,7 @@ def ready():
 class Decoder(nn.Module):
     """An image of 2 x 3 pixels that holds a code's numbers."""
 
-    resolution, channels = 2, 1
+    resolution, channels, latent_dim = 2, 1, 6
 
     def __init__(self) -> None:
         super().__init__()
