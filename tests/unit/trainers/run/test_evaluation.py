@@ -78,7 +78,7 @@ from glann.metrics.spec import METRICS
 from glann.metrics.team import Team
 from glann.trainers.run.evaluation import gaussian_of
 
-ROWS, DIM, BLOCK = 1_000_000, 64, 100_000
+ROWS, DIM, BLOCK = 1_000_000, 64, 20_000
 
 def codes(rows):
     for start in range(rows.start, rows.stop, BLOCK):
