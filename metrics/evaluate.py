@@ -34,7 +34,7 @@ from .reference import held_out_images, moved, open_images, require_same, traini
 from .result import BASELINE, HELD_OUT, OWN, Result
 from .spec import Metric, Reconstructions, Samples, measured_with
 from .tally import KeptFeatures, Mean
-from .team import Team, counting
+from .team import ALONE, Team, counting
 
 RECONSTRUCTED = 2000  # rows used to measure reconstruction; more change the third digit
 CODES_AT_ONCE = 100_000  # rows of the latent table in memory
@@ -107,7 +107,7 @@ def measure(
     sets: ImageSets,
     *,
     seed: int = 0,
-    team: Team = Team(),  # noqa: B008
+    team: Team = ALONE,
 ) -> list[Result]:
     """Measure what `evaluation` configures, for the run's own sampler and the baseline. Collective.
 
@@ -153,7 +153,7 @@ def reconstruction(
     codes: Codes,
     images: ImageRows,
     metrics: Iterable[Metric],
-    team: Team = Team(),  # noqa: B008
+    team: Team = ALONE,
 ) -> list[Result]:
     """Measure reconstructions G(z_i) of the first rows against x_i. Collective."""
     measures = {metric.name: metric.needs for metric in metrics if isinstance(metric.needs, Reconstructions)}
@@ -183,7 +183,7 @@ def measure_codes(
     rows: int,
     samples: int,
     seed: int = 0,
-    team: Team = Team(),  # noqa: B008
+    team: Team = ALONE,
 ) -> list[Result]:
     """Measure the model's own sampler and the baseline in the space of codes; no image is decoded. Collective.
 

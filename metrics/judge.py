@@ -24,7 +24,7 @@ from .reference import training_images
 from .result import FLOOR, HELD_OUT, OWN, RECONSTRUCTION, Result
 from .spec import Metric
 from .tally import Tally, lowest_priorities
-from .team import Team
+from .team import ALONE, Team
 
 Item = TypeVar("Item")
 Codes = Callable[[range], Iterator[Tensor]]  # codes z_BD of consecutive rows, block by block
@@ -61,7 +61,7 @@ class Judge:
     named: str | None = None
     training: Tallied | None = None
     held_out: Parts | None = None
-    team: Team = Team()  # noqa: RUF009
+    team: Team = ALONE
 
     def measure(self, model: SamplingModel, sampler: str | None = None) -> list[Result]:
         """Draw once, by `sampler` or the model's own, and compute every metric of the panel."""
@@ -125,7 +125,7 @@ def build_judge(
     device: torch.device | str = "cpu",
     training: ImageRows | None = None,
     held_out: ImageRows | None = None,
-    team: Team = Team(),  # noqa: B008
+    team: Team = ALONE,
 ) -> Judge:
     """A judge for those of `metrics` that need samples, against `images`, which are read once. Collective.
 
@@ -145,7 +145,7 @@ def build_judge(
     return replace(judge, named=HELD_OUT, training=tallied)
 
 
-def tally_images(panel: Panel, images: ImageRows, config: Config, samples: int, team: Team = Team()) -> Parts:  # noqa: B008
+def tally_images(panel: Panel, images: ImageRows, config: Config, samples: int, team: Team = ALONE) -> Parts:
     """The tallies of all images of a data set. They are made once, and kept (`cache.py`). Collective.
 
     Args:

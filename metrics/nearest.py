@@ -18,7 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..datasets.reader import CorruptImage, ImageRows
 from ..errors import UserError
-from .team import Team
+from .team import ALONE, Team
 
 # Larger images are averaged down to this side: copies stay recognisable, and a million rows affordable.
 COMPARED_SIDE = 64
@@ -42,7 +42,7 @@ def nearest_images(
     *,
     threads: int = 2,
     limit: int = DEFAULT_LIMIT,
-    team: Team = Team(),  # noqa: B008
+    team: Team = ALONE,
 ) -> NearestImages | None:
     """Search the training images (evenly spaced ones if there are more than `limit`) by pixel distance. Collective.
 

@@ -89,3 +89,6 @@ class Team:
         """The tallies of all workers together, on rank 0; its own on each other. Collective."""
         parts = self.collected(tallied)
         return reduce(Tallied.merge, parts) if parts else tallied
+
+
+ALONE = Team()
