@@ -75,8 +75,9 @@ types: $(VENV)/.installed-dev  ## check types
 	@mkdir -p .mypy_cache/root && ln -sfn ../.. .mypy_cache/root/glann
 	@$(BIN)/mypy
 
-docs: $(VENV)/.installed-run  ## write the tables of keys in docs/ from the models
+docs: $(VENV)/.installed-test  ## write the tables of keys in docs/ from the models, and the API reference into docs/site/
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/python docs/reference.py
 
 clean:  ## remove the environment and the caches (not runs/ and data/)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

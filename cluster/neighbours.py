@@ -297,6 +297,7 @@ def agreed_sizes(z_nD: Tensor, block_mD: Tensor, group: dist.ProcessGroup | None
 
 
 def check_shapes(z_ND: Tensor, candidates_MD: Tensor) -> None:
+    """Refuse what cannot be compared. Raises UserError unless both are float32 [*, D]."""
     if z_ND.ndim != 2 or candidates_MD.ndim != 2 or z_ND.shape[1] != candidates_MD.shape[1] or not z_ND.shape[1]:
         raise UserError(f"cannot compare codes of shapes {tuple(z_ND.shape)} and {tuple(candidates_MD.shape)}")
     if z_ND.dtype != torch.float32 or candidates_MD.dtype != torch.float32:

@@ -128,6 +128,7 @@ class Config(Section):
 
     @property
     def run_dir(self) -> Path:
+        """The run folder: `runs_dir/name`."""
         return Path(self.runs_dir) / self.name
 
     @property
@@ -158,6 +159,7 @@ class Config(Section):
         )
 
     def to_yaml(self) -> str:
+        """The whole configuration as YAML, which `load` takes."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 

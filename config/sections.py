@@ -242,10 +242,12 @@ class ClusterConfig(Section):
 
     @property
     def min_workers(self) -> int:
+        """The fewest workers to train with."""
         return self.workers if isinstance(self.workers, int) else self.workers.min
 
     @property
     def max_workers(self) -> int:
+        """The most workers to train with."""
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
 

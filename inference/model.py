@@ -79,10 +79,12 @@ class SamplingModel:
 
     @property
     def resolution(self) -> int:
+        """Side of its images, in pixels."""
         return int(self.generator.resolution)  # type: ignore[arg-type]
 
     @property
     def channels(self) -> int:
+        """Channels of its images: 1 or 3."""
         return int(self.generator.channels)  # type: ignore[arg-type]
 
     @cached_property

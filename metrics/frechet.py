@@ -35,6 +35,7 @@ class FeatureMoments:
 
     @classmethod
     def empty(cls, dim: int) -> FeatureMoments:
+        """The moments of no images, of `dim` features."""
         return cls(0, np.zeros(dim), np.zeros((dim, dim)))
 
     @classmethod
@@ -76,6 +77,7 @@ class FeatureMoments:
         return FeatureMoments(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Count, mean [F] and scatter [F, F], for `from_arrays`."""
         return {"count": np.array([self.count]), "mean": self.mean_F, "scatter": self.scatter_FF}
 
     def from_arrays(self, arrays: dict[str, NDArray[np.generic]]) -> FeatureMoments:

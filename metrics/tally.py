@@ -49,9 +49,11 @@ class Mean:
     total: float = 0.0
 
     def update(self, value_B: Tensor, index_B: Tensor, /) -> Mean:
+        """Add the numbers of one batch, [B]."""
         return self.merge(Mean(len(value_B), float(value_B.sum())))
 
     def merge(self, other: Mean, /) -> Mean:
+        """The mean over the union of both sets."""
         return Mean(self.count + other.count, self.total + other.total)
 
     def value(self) -> float:
@@ -83,6 +85,7 @@ class KeptFeatures:
         return self._with((index_B.long().cpu(), features_BF.detach().flatten(1).cpu()))
 
     def merge(self, other: KeptFeatures, /) -> KeptFeatures:
+        """The sample of the union of both sets. Raises UserError if their limits differ."""
         if self.limit != other.limit:
             raise UserError(f"samples of at most {self.limit} and {other.limit} images cannot be merged")
         return self._with(*other._parts)
@@ -104,6 +107,7 @@ class KeptFeatures:
         return self._settled[1].double().numpy()
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Indices [N] and features [N, F] of the kept images, for `from_arrays`."""
         index_N, features_NF = self._settled
         return {"index": index_N.numpy(), "features": features_NF.numpy()}
 

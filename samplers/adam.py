@@ -43,6 +43,7 @@ class Batch:
 
     @property
     def index_B(self) -> Tensor:
+        """What the noise of this worker's rows is numbered by, int64 [B]."""
         return torch.as_tensor(self.index_T)[self.own_B]
 
 

@@ -276,6 +276,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, shards: list[Tensor]) -> None:
+        """Move the average towards these weights by `1 - decay`."""
         torch._foreach_lerp_(self.shards, shards, 1 - self.decay)
 
 
@@ -296,4 +297,5 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def is_finite(number: float) -> bool:
+    """Whether a number is neither NaN nor infinite."""
     return number - number == 0.0
