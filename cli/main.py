@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from ..cluster.nodes.threads import let_threads_sleep
 from ..errors import ExitStatus, GlannError, one_line, redact
 from .compare import compare
 from .data import data_app
@@ -85,6 +86,7 @@ app.command(hidden=True)(leave)
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit; errors are printed to stderr in one line."""
     open_streams()
+    let_threads_sleep()
     given = sys.argv[1:] if arguments is None else arguments
     show = "--traceback" in given  # at any position: it is often added to the end of a failed command
     given = [argument for argument in given if argument != "--traceback"]

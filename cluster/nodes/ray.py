@@ -17,6 +17,7 @@ from ...config.sections import ClusterConfig
 from ...errors import EnvironmentFault, UserError, one_line, redact
 from .address import ray_address, require_head
 from .ray_private import hide_worker_output, isolated_job, session_folder, set_process_title
+from .threads import let_threads_sleep
 
 # Read by Ray in the driver and in the processes that it starts. A variable that is set already is kept.
 RAY_ENV = {
@@ -24,7 +25,6 @@ RAY_ENV = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "180",  # for a living worker that does not answer
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # the reservation was ready a moment before; the driver retries
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver has its own, which requests a checkpoint first
-    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES as it is where workers take no GPU
     # An unreachable node is declared dead after (5 + 1) s x 3; with the defaults, after a minute. For a cluster that
     # is joined, these belong in the environment of `ray start --head`.
@@ -139,7 +139,8 @@ def no_ray(address: str | None, error: Exception) -> EnvironmentFault:
 
 
 def set_ray_env() -> None:
-    """Set the variables of `RAY_ENV` that the environment does not set."""
+    """Set the variables of `RAY_ENV` that the environment does not set, and those of threads."""
+    let_threads_sleep()
     for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
 
@@ -168,8 +169,17 @@ def hide_passwords() -> None:
 
 
 def quiet_raylet() -> None:
-    """Hide Ray's ten lines about a lost worker, for which it has no option (2.60): the driver reports it in one."""
-    hide_worker_output(lambda line: line.startswith("A worker died or was killed"))
+    """Hide what Ray says about processes at length, for which it has no option (2.60).
+
+    Ten lines about a lost worker, which the driver reports in one; and a warning of many processes that start at once,
+    as the trials of a study and the actors of their codes do.
+    """
+    hide_worker_output(is_noise)
+
+
+def is_noise(line: str) -> bool:
+    """Whether a line of Ray's is one of those that `quiet_raylet` hides."""
+    return line.startswith("A worker died or was killed") or "worker processes have been started on node" in line
 
 
 def refuse_too_few_gpus(config: Config, resources: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...cluster.checkpoints.lease import Ticket
 from ...cluster.nodes.ray import resources_of, set_ray_env
+from ...cluster.nodes.threads import WAIT_POLICY, let_threads_sleep
 from ...config.run import Config, redacted_config
 from ...reports.run_folder import RAY
 from .mailbox import STOPPED
@@ -40,6 +41,8 @@ def fit_workers(config: Config, workers: int, mailbox: Any, group: int, lease: T
         run_config=train.RunConfig(
             name=f"workers-{group}",
             storage_path=str((config.run_dir / RAY).absolute()),
+            # Ray's workers on other nodes have the environment of their node
+            worker_runtime_env={"env_vars": {WAIT_POLICY: let_threads_sleep()}},
             failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
