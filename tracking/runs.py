@@ -145,6 +145,11 @@ class TrackedRun:
         return f"{state.uri.rstrip('/')}/#/{page}?workflowType=machine_learning"
 
     @property
+    def address(self) -> str | None:
+        """Address of the run's page, or of the database that holds it; None where tracking is off."""
+        return self.link or (self._outbox.state.uri if self._outbox else None)
+
+    @property
     def model(self) -> PublishedModel | None:
         """The model in MLflow, once it was sent (after `finish`)."""
         return self._outbox.model if self._outbox else None

@@ -92,6 +92,7 @@ class CheckpointWriter:
         attempt: str | None = None,
         block_bytes: int = BLOCK_BYTES,
         fence: Callable[[], None] = lambda: None,
+        on_commit: Callable[[int], None] = lambda step: None,
     ):
         """Collective: all ranks construct it together, in the thread that uses torch.distributed.
 
@@ -102,9 +103,10 @@ class CheckpointWriter:
                 None: rank 0 removes the remains of earlier attempts and draws an id for all ranks.
             block_bytes: size of a file of tensors or of latent rows.
             fence: raises if another command has taken over the run; rank 0 calls it before a commit or a removal.
+            on_commit: rank 0 calls it with the step of a checkpoint that is complete, in the thread that wrote it.
         """
         self._store, self._rank, self._world, self._keep = store, rank, world, keep
-        self._timeout, self._block_bytes, self._fence = timeout, block_bytes, fence
+        self._timeout, self._block_bytes, self._fence, self._on_commit = timeout, block_bytes, fence, on_commit
         self._attempt = self._begin() if attempt is None else attempt
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -186,6 +188,7 @@ class CheckpointWriter:
         self._report = SaveReport(job.step, written, seconds)
         log.info("saved step %d: %.1f MB of rank %d in %.2f s", job.step, written / 1e6, self._rank, seconds)
         if self._rank == 0:
+            self._on_commit(job.step)
             self._fence()
             retain(self._store, self._keep)
 

@@ -39,8 +39,13 @@ def peak_of(device: torch.device, engine: EngineConfig) -> float | None:
     """Peak FLOP/s of a device, or None where no data sheet is known (CPUs, other GPUs)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((gpu.peak(engine) for gpu in GPUS if gpu.mark in name), None)
+    gpu = gpu_of(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.peak(engine)
+
+
+def gpu_of(name: str) -> Gpu | None:
+    """The data sheet of a GPU by the name that CUDA reports; None if it is not known."""
+    return next((gpu for gpu in GPUS if gpu.mark in name), None)
 
 
 def name_of(device: torch.device) -> str:

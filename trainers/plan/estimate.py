@@ -138,10 +138,7 @@ def make_plan(config: Config) -> Plan:
     # memory per worker is largest with the fewest workers
     memory = memory_per_worker(config, generator, loss, config.cluster.min_workers)
     largest = len(ranges(rows.count, config.cluster.min_workers)[0])
-    infos = stage_infos(config)
-    costs = {name: kind.cost(config, rows.count) for name, kind in zip(infos, stages_of(config), strict=True)}
-    if config.stage_one is not None:
-        costs[next(iter(costs))] = StageCost(0, 0.0)  # taken over from another run
+    costs = stage_costs(config, rows.count)
     total_flops = sum(stage.flops for stage in costs.values())
     evaluation = evaluation_cost(config, rows, generator)
     return Plan(
@@ -153,7 +150,7 @@ def make_plan(config: Config) -> Plan:
         flops_per_image=flops_per_image,
         memory=memory,
         latent_bytes=latent_bytes(config, largest),
-        stages=infos,
+        stages=stage_infos(config),
         costs=costs,
         evaluation=evaluation,
         estimates=tuple(
@@ -193,6 +190,14 @@ def count_rows(config: Config) -> Rows:
         held_out = 0 if found is None else found[1].rows
     rows = require_fit(index, data, config.cluster.max_workers)
     return Rows(rows, f"index of {data.url}", held_out=held_out)
+
+
+def stage_costs(config: Config, rows: int) -> dict[str, StageCost]:
+    """Costs of the stages of a run on `rows` images, by name, in order."""
+    costs = {name: kind.cost(config, rows) for name, kind in zip(stage_infos(config), stages_of(config), strict=True)}
+    if config.stage_one is not None:
+        costs[next(iter(costs))] = StageCost(0, 0.0)  # taken over from another run
+    return costs
 
 
 def evaluation_cost(config: Config, rows: Rows, generator: Cost) -> EvaluationCost:

@@ -22,6 +22,7 @@ from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import DataInput, TrackedRun
 from ..objective import build_objective
+from ..plan.remaining import Remaining, Work
 from . import finish, stage_one
 from .evaluation import Evaluated
 from .events import CheckpointStarted, Event
@@ -32,6 +33,8 @@ from .log import RunLog
 from .mirror import RunMirror, take_back
 from .preflight import is_worked_on, open_data
 from .recovery import MEASURES, RESUMES, RunStopped, run_workers
+from .status_file import StatusFile, status_file
+from .telemetry import Telemetry
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -81,7 +84,9 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
                 open_run(config, config.run_dir, "train", tags, hooks.parent_run_id, data) as tracked,
             ):
                 opened = True
-                run(config, index, tracked, console, lease, mirror, hooks)
+                remaining = Remaining(config, Work.of(config, index, rows))
+                with status_file(config, Telemetry(config, remaining, tracked.address)) as status:
+                    run(config, index, tracked, console, lease, mirror, hooks, status)
         finally:
             if opened and has_begun(config):
                 mirror.close(console.print)
@@ -118,12 +123,15 @@ def run(
     lease: HeldLease,
     mirror: RunMirror,
     hooks: Hooks,
+    status: StatusFile,
 ) -> None:
     """Train and measure on the workers, then package and report."""
     evaluated: Evaluated | None = None
 
     def on_event(event: Event) -> None:
         nonlocal evaluated
+        status.telemetry(event)
+        status(event)
         log(event)
         if isinstance(event, Evaluated):
             evaluated = event
@@ -136,7 +144,7 @@ def run(
     if config.stage_one is not None and retention.latest(store) is None:
         console.print(f"starting from the codes and the generator of {config.stage_one}")
         stage_one.start_from(config, index, store, lambda: require(store, lease.ticket))
-    with ray_cluster(config), RunLog(config, tracked, console) as log:
+    with ray_cluster(config), RunLog(config, tracked, console, status.telemetry) as log:
         run_workers(config, on_event, lease, hooks)
     if why := hooks.stop():
         raise RunStopped(f"{why}: the run is trained, but not packaged; {RESUMES}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...reports.status import DeviceUse
 from ..stage import Pictures
 from .evaluation import Evaluated
 from .state import Position
@@ -92,6 +93,21 @@ class CheckpointStarted:
 
 
 @dataclass(frozen=True)
+class CheckpointSaved:
+    """The checkpoint of a step of the run is complete."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class DeviceSampled:
+    """The use of a worker's device; `numbers` has that of its node and device under MLflow's names."""
+
+    use: DeviceUse
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
 class CheckpointDamaged:
     """A damaged checkpoint was skipped."""
 
@@ -169,7 +185,9 @@ FromWorker = (
     | BadStep
     | Warned
     | CheckpointStarted
+    | CheckpointSaved
     | CheckpointDamaged
+    | DeviceSampled
     | Evaluating
     | Evaluated
 )

@@ -1,8 +1,8 @@
-"""Output of a run during training: progress bar or plain lines, journal, MLflow and pictures."""
+"""Output of a run during training: progress bar and lines, journal, MLflow and pictures."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -10,59 +10,61 @@ from typing import TYPE_CHECKING, Self, assert_never
 
 import numpy as np
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ...config.run import Config
 from ...reports import pictures
 from ...reports.run_folder import IMAGES
+from ...reports.status import health, progress
+from ...reports.status_bar import StatusBar, draws_bars
 from ...tracking.runs import TrackedRun
 from ..stage import DONE, numbered, stage_infos
 from . import events
-from .evaluation import EVALUATION, Evaluated
+from .evaluation import Evaluated
 from .events import Event
+from .heartbeat import repeated
 from .state import Position
+from .telemetry import Telemetry
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-class RunLog:
-    """Handler of the events of a run, in the driver. Use as a context manager."""
+LINE_EVERY_S = 55.0  # without a terminal there is a line a minute, whatever happens
+EPOCH_LINES = 20  # of a stage with short epochs; every epoch has one that takes longer than `LINE_EVERY_S`
 
-    def __init__(self, config: Config, tracked: TrackedRun, console: Console) -> None:
-        self.config, self.tracked, self.console = config, tracked, console
+
+class RunLog:
+    """Handler of the events of a run, in the driver. Use as a context manager.
+
+    Args:
+        telemetry: has taken every event into account before it is handled here.
+    """
+
+    def __init__(self, config: Config, tracked: TrackedRun, console: Console, telemetry: Telemetry) -> None:
+        self.config, self.tracked, self.console, self.telemetry = config, tracked, console, telemetry
         self.stages = stage_infos(config)
-        self.began = monotonic()
+        self.began = self.printed_at = monotonic()
         self.stalled = self.stalled_before = 0.0
         self.seconds = dict.fromkeys(self.stages, 0.0)
         self.images_per_s, self.serial = 0.0, 0
-        self.workers, self.tenths = 1, 0
-        self.evaluated: dict[int, tuple[int, int]] = {}  # images and their total by rank
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not draws_bars(console),
-        )
-        self.task = self.bar.add_task("starting the workers", total=None, note="")
+        self.tenths = 0
+        self.bar, self.held = StatusBar(console), ExitStack()
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        if draws_bars(self.console):
+            self.held.enter_context(self.bar)
+        else:
+            self.held.enter_context(repeated(self.print_now_and_then, 1.0, "log-lines"))
         stages = [{"name": info.name, "title": info.title} for info in self.stages.values()]
         self.note("stages", stages=stages)  # for readers of the folder, which do not import the stages
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.bar.stop()
+        self.held.close()
 
     def __call__(self, event: Event) -> None:
         """Handle one event."""
         match event:
-            case events.Progress():
-                self.on_progress(event)
             case events.EpochDone():
                 self.on_epoch(event)
             case events.Preview():
@@ -81,19 +83,16 @@ class RunLog:
             case events.Training():
                 self.on_training(event)
             case events.Evaluating():
-                self.on_evaluating(event)
+                self.on_evaluating()
+            case events.Progress() | events.CheckpointSaved() | events.DeviceSampled():
+                pass  # on the bar
             case events.Joined() | events.Resumed() | Evaluated():  # used by the driver only
                 pass
             case _:
                 self.on_trouble(event)
+        self.bar.show(self.telemetry.status())
 
     # Progress --------------------------------------------------------------------------------
-
-    def on_progress(self, event: events.Progress) -> None:
-        share = event.epoch + event.step / max(event.steps, 1)
-        note = f"epoch {event.epoch + 1}/{self.stages[event.stage].epochs}"
-        note += f"  loss {event.loss:.4f}" if event.loss is not None else ""
-        self.advance(event.stage, share, note + speed(event.speed))
 
     def on_epoch(self, event: events.EpochDone) -> None:
         numbers: dict[str, object] = {"stage": event.stage, "epoch": event.epoch} | event.numbers
@@ -102,23 +101,16 @@ class RunLog:
         self.seconds[event.stage] += event.numbers["seconds"]
         self.images_per_s = event.numbers.get("images_per_s", self.images_per_s)
         epochs = self.stages[event.stage].epochs
-        note = f"epoch {event.epoch}/{epochs}  loss {event.numbers['loss']:.4f}" + speed(event.numbers)
-        self.advance(event.stage, event.epoch, note)
-        every = max(1, epochs // 10)
-        if not draws_bars(self.console) and (event.epoch % every == 0 or event.epoch == epochs):
-            self.console.print(f"{numbered(self.stages, event.stage)}  {note}  {event.numbers['seconds']:.1f} s")
+        due = event.epoch % max(1, epochs // EPOCH_LINES) == 0 or event.epoch == epochs
+        if due or monotonic() - self.printed_at >= LINE_EVERY_S:
+            self.print_status(f"  {event.numbers['seconds']:.1f} s/epoch")
 
-    def on_evaluating(self, event: events.Evaluating) -> None:
-        """Show the progress of all workers; without a terminal, a line for every tenth."""
-        self.evaluated[event.rank] = event.images, event.total
-        images, total = (sum(numbers) for numbers in zip(*self.evaluated.values(), strict=True))
-        total = max(total, event.total * self.workers)  # of the workers that were not heard of yet
-        note = f"{images:,} of {total:,} images"
-        self.bar.update(self.task, description=EVALUATION, total=total, completed=images, note=note)
-        tenths = 10 * images // max(total, 1)
-        if not draws_bars(self.console) and tenths > self.tenths:
+    def on_evaluating(self) -> None:
+        """Print a line for every tenth."""
+        images, total = self.telemetry.current.images or (0, 1)
+        if (tenths := 10 * images // total) > self.tenths:
             self.tenths = tenths
-            self.console.print(f"{EVALUATION}  {note}")
+            self.print_status()
 
     def on_preview(self, event: events.Preview) -> None:
         for kind, images in event.pictures.items():
@@ -146,7 +138,7 @@ class RunLog:
     def on_training(self, event: events.Training) -> None:
         """Report the first step of a group; after a restart the event has `why` and `gap_s`."""
         restarted, place = event.why is not None, event.position
-        self.workers, self.tenths, self.evaluated = event.workers, 0, {}
+        self.tenths = 0
         facts = {"workers": event.workers, "why": event.why, "gap_s": event.gap_s}
         known = {key: value for key, value in facts.items() if value is not None}
         self.note(
@@ -201,31 +193,23 @@ class RunLog:
             "images_per_s": self.images_per_s,
         }
 
-    def advance(self, stage: str, epochs_done: float, note: str) -> None:
-        self.bar.update(
-            self.task,
-            description=numbered(self.stages, stage),
-            total=self.stages[stage].epochs,
-            completed=epochs_done,
-            note=note,
-        )
-
     def describe(self, place: Position) -> str:
         """Format a position of the run."""
         if place.stage == DONE:
             return "the end"
         return f"{numbered(self.stages, place.stage)}, epoch {place.epoch}, step {place.step}"
 
+    def print_status(self, more: str = "") -> None:
+        """Print how the run stands."""
+        status = self.telemetry.status()
+        words = "  ".join(word for word in (status.stage, progress(status) + more, health(status)) if word)
+        self.print(escape(words))
+
+    def print_now_and_then(self) -> None:
+        """Print how the run stands if nothing was printed for a while."""
+        if monotonic() - self.printed_at >= LINE_EVERY_S:
+            self.print_status()
+
     def print(self, line: str) -> None:
-        self.console.print(line)
-
-
-def draws_bars(console: Console) -> bool:
-    """Whether it can draw over what it has drawn: a terminal, or a notebook with what rich needs for that."""
-    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
-
-
-def speed(numbers: dict[str, float]) -> str:
-    """Format throughput and utilisation, where measured."""
-    words = f"  {numbers['images_per_s']:,.0f} img/s" if "images_per_s" in numbers else ""
-    return words + (f"  {numbers['mfu']:.0%} MFU" if "mfu" in numbers else "")
+        self.printed_at = monotonic()
+        self.console.print(line, soft_wrap=True, highlight=False)

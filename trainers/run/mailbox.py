@@ -47,6 +47,10 @@ class Reporter:
     def send(self, event: FromWorker) -> None:
         self.answer = self.mailbox.send.remote(Message(self.group, event))
 
+    def post(self, event: FromWorker) -> None:
+        """Send an event from another thread of the worker."""
+        self.mailbox.send.remote(Message(self.group, event))
+
     def progress(self, event: Progress | Evaluating) -> None:
         """Send a progress event, at most one every `PROGRESS_EVERY` seconds."""
         now = monotonic()

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from ...config.run import Config
 from ...errors import GlannError
+from ...reports import status
 from ...reports.run_folder import CHECKPOINTS, CONFIG, JOURNAL, RAY, TRACKING
 from ...storage.base import Store, check_key
 from ...storage.open import open_store
 
 log = logging.getLogger(__name__)
 
-ELSEWHERE = (CHECKPOINTS, RAY)  # checkpoints, and Ray's own files
+ELSEWHERE = (CHECKPOINTS, RAY, status.FILE)  # Ray's own files; the others are written there anyway
 
 
 class RunMirror:

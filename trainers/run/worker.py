@@ -28,6 +28,7 @@ from .evaluation import EVALUATION, evaluate_trained
 from .events import (
     BadStep,
     CheckpointDamaged,
+    CheckpointSaved,
     CheckpointStarted,
     EpochDone,
     Evaluating,
@@ -88,6 +89,7 @@ class Worker:
             keep=config.checkpoint.keep,
             timeout=config.checkpoint.timeout_s,
             fence=lambda: require(self.store, lease),
+            on_commit=lambda step: reporter.post(CheckpointSaved(step)),
         )
         self.latents = LatentTable.spawn(
             self.rows,

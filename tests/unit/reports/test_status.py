@@ -1,0 +1,93 @@
+"""The status of a run in words, and a status that nobody writes any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from glann.errors import UserError
+from glann.reports.status import (
+    FILE,
+    DeviceUse,
+    Status,
+    devices_in_words,
+    duration,
+    health,
+    progress,
+    read_status,
+    status_folder,
+    write_status,
+)
+from glann.storage.local import LocalStore
+
+GIB = 1 << 30
+STATUS = Status(
+    name="faces",
+    state="running",
+    began=0.0,
+    updated=1000.0,
+    stage="stage 1 (GLO)",
+    epoch=6,
+    epochs=60,
+    done=0.1,
+    loss=0.2378,
+    images_per_s=1004.0,
+    mfu=0.34,
+    left_s=12_000.0,
+    checkpoint_step=7,
+    checkpoint_at=760.0,
+)
+
+
+def device(rank: int, use: float | None, memory: float, gpu: bool = True) -> DeviceUse:
+    name = "NVIDIA H100"
+    return DeviceUse(rank=rank, node="a", device=name, gpu=gpu, use=use, memory=int(memory * GIB), total=int(80 * GIB))
+
+
+def test_progress_in_words():
+    assert progress(STATUS, 1000.0) == "epoch 6/60  loss 0.2378  1,004 img/s  34% MFU  3 h 20 min left"
+    assert progress(STATUS, 4600.0).endswith("2 h 20 min left"), "the file is an hour old"
+    assert health(STATUS, 1000.0) == "checkpoint 4 min ago"
+
+
+def test_devices_in_words():
+    gpus = STATUS.model_copy(update={"devices": (device(0, 0.9, 61.0), device(1, 1.0, 40.0))})
+    assert devices_in_words(gpus) == "2 GPUs 95%, 61.0 of 80.0 GiB"
+    assert devices_in_words(STATUS.model_copy(update={"devices": (device(0, None, 1.0, gpu=False),)})) == (
+        "1 worker, 1.0 of 80.0 GiB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(-3, "0 s"), (99, "99 s"), (100, "2 min"), (5900, "98 min"), (6000, "1 h 40 min"), (200_000, "2 d 7 h")],
+)
+def test_durations(seconds: float, words: str):
+    assert duration(seconds) == words
+
+
+def test_a_running_status_that_is_not_renewed_is_stale_and_a_finished_one_never():
+    assert not STATUS.is_stale(1100.0)
+    assert STATUS.is_stale(1200.0)
+    assert not STATUS.model_copy(update={"state": "finished"}).is_stale(1e9)
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    store = LocalStore(tmp_path)
+    assert read_status(store) is None
+    write_status(store, STATUS)
+    assert read_status(store) == STATUS
+
+
+def test_a_newer_version_may_write_more_and_a_damaged_file_is_one_line(tmp_path: Path):
+    (tmp_path / FILE).write_text(STATUS.model_dump_json().replace("{", '{"newer": 1, ', 1))
+    assert read_status(LocalStore(tmp_path)) == STATUS
+    for text in ("", "[", '{"name": 3}', "[" * 100_000):
+        (tmp_path / FILE).write_text(text)
+        with pytest.raises(UserError, match=r"status.json is damaged") as caught:
+            read_status(LocalStore(tmp_path))
+        assert "\n" not in str(caught.value)
+
+
+def test_it_lies_beside_the_checkpoints():
+    assert status_folder("s3://bucket/runs/faces/checkpoints") == "s3://bucket/runs/faces"
