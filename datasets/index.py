@@ -77,6 +77,7 @@ class Header(BaseModel):
     remarks: dict[Text, Annotated[int, Field(ge=1)]] = Field({}, max_length=20)  # images taken in part, by reason
     held_out: HeldOut | None = None
     labels: LabelsEntry | None = None
+    asset: str | None = Field(None, pattern=r"^[a-z0-9-]{1,100}$")  # the named asset that was packed
     recipe: Sha256  # hash of the source's contents and the packing options; equal hashes give equal bytes
     fingerprint: Sha256
 
@@ -120,6 +121,11 @@ class Index:
     @property
     def labels(self) -> LabelsEntry | None:
         return self.header.labels
+
+    @property
+    def asset(self) -> str | None:
+        """The named asset whose images these are; None of others, and of data packed by glann 0.1."""
+        return self.header.asset
 
     @property
     def fingerprint(self) -> str:
@@ -217,7 +223,7 @@ def image_key(row: int, image_format: str) -> str:
 
 
 # What is said of the source, and what lies beside the images, which has hashes of its own, is no part of the data.
-_NOT_DATA = ("fingerprint", "left_out", "remarks", "held_out", "labels")
+_NOT_DATA = ("fingerprint", "left_out", "remarks", "held_out", "labels", "asset")
 
 
 def build(
@@ -233,10 +239,11 @@ def build(
     remarks: Mapping[str, int] | None = None,
     held_out: HeldOut | None = None,
     labels: LabelsEntry | None = None,
+    asset: str | None = None,
 ) -> tuple[bytes, bytes]:
     """The bytes of `index.json` and `images.bin`.
 
-    The last four are written only where there are any: glann 0.1 does not read an index with them.
+    The last five are written only where there are any: glann 0.1 does not read an index with them.
     """
     tree = {
         "format": FORMAT,
@@ -259,6 +266,8 @@ def build(
         tree["held_out"] = held_out.model_dump()
     if labels:
         tree["labels"] = labels.model_dump(mode="json")
+    if asset:
+        tree["asset"] = asset
     return (json.dumps(tree, indent=1) + "\n").encode(), records
 
 

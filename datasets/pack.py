@@ -201,12 +201,13 @@ def _finish(images: Source, training: Part, held_out: Part | None) -> Index:
     missing, named = images.count - training.rows, None
     if held_out is not None:
         if own := images.held_out:
-            index = held_out.finish(left_out=_left_out(own, own.count - held_out.rows - held_out.remarks[IN_TRAINING]))
+            missed = own.count - held_out.rows - held_out.remarks[IN_TRAINING]
+            index = held_out.finish(left_out=_left_out(own, missed), asset=own.asset)
         else:
-            index = held_out.finish()
+            index = held_out.finish(asset=images.asset)
             missing -= index.rows
         named = HeldOut(rows=index.rows, fingerprint=index.fingerprint)
-    return training.finish(left_out=_left_out(images, missing), held_out=named)
+    return training.finish(left_out=_left_out(images, missing), held_out=named, asset=images.asset)
 
 
 def summary(index: Index, destination: str) -> str:

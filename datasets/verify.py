@@ -18,6 +18,7 @@ from ..storage.base import MissingObject, Store, TruncatedObject
 from ..storage.files import read_at
 from ..storage.local import LocalStore
 from ..storage.open import open_store
+from .assets.catalogue import ASSETS
 from .codec import BadImage, decode_packed
 from .index import HELD_OUT, LABELS_FILE, Index, Shard, held_out_url
 from .labels import column_names
@@ -49,6 +50,7 @@ def describe(url: str, s3: S3Config | None = None) -> dict[str, Any]:
         "labels": column_names(columns),
         "left_out": in_words(index.header.left_out),
         "remarks": remarks_in_words(index.header.remarks),
+        "credit": ASSETS[index.asset].attribution() if index.asset in ASSETS else "",
     }
     return {
         "name": index.name,

@@ -1,4 +1,4 @@
-"""Writes what follows from the models into docs/: configuration.md, tables in studies.md and compare.md: `make docs`.
+"""Writes what follows from the code into docs/: configuration.md, and tables in other pages: `make docs`.
 
 A test checks that they are current.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from glann.config.reference import Key, describe_keys, summary
+from glann.datasets.assets.catalogue import ASSETS, LICENCES
 from glann.metrics.spec import metric_families
 from glann.tuning.compare.comparison import Comparison
 from glann.tuning.space import Dimension
@@ -16,6 +17,7 @@ from glann.tuning.study import StudyConfig
 PAGE = Path(__file__).with_name("configuration.md")
 STUDIES = Path(__file__).with_name("studies.md")
 COMPARISONS = Path(__file__).with_name("compare.md")
+DATA = Path(__file__).with_name("data.md")
 BEGIN, END = "<!-- Written by docs/generate.py: {} -->\n", "<!-- to here -->\n"
 
 INTRODUCTION = """\
@@ -59,22 +61,36 @@ def page() -> str:
 def studies_page(text: str) -> str:
     """docs/studies.md with its tables as the models have them."""
     keys = [key for key in describe_keys(StudyConfig) if not key.name.startswith("space.")]
-    for name, written in (
-        ("keys", table(keys)),
-        ("dimensions", table(describe_keys(Dimension))),
-        ("metrics", metrics()),
-    ):
-        begin = BEGIN.format(name)
-        before, _, rest = text.partition(begin)
-        text = before + begin + written + END + rest.partition(END)[2]
-    return text
+    text = filled(text, "keys", table(keys))
+    text = filled(text, "dimensions", table(describe_keys(Dimension)))
+    return filled(text, "metrics", metrics())
 
 
 def comparisons_page(text: str) -> str:
     """docs/compare.md with its table of keys as the model has it."""
-    begin = BEGIN.format("keys")
+    return filled(text, "keys", table(describe_keys(Comparison)))
+
+
+def data_page(text: str) -> str:
+    """docs/data.md with its table of assets as the catalogue has them."""
+    return filled(text, "assets", assets())
+
+
+def filled(text: str, name: str, written: str) -> str:
+    """The text with the part of this name replaced."""
+    begin = BEGIN.format(name)
     before, _, rest = text.partition(begin)
-    return before + begin + table(describe_keys(Comparison)) + END + rest.partition(END)[2]
+    return before + begin + written + END + rest.partition(END)[2]
+
+
+def assets() -> str:
+    """A Markdown table of the assets."""
+    rows = ["| asset | what | whose | licence | fetched from |", "|---|---|---|---|---|"]
+    for name, asset in ASSETS.items():
+        licence = f"[{asset.licence}]({LICENCES[asset.licence]})"
+        sources = ", then ".join(f"`{source}`" for source in asset.sources)
+        rows.append(f"| `{name}` | {asset.kind} | [{asset.credit}]({asset.page}) | {licence} | {sources} |")
+    return "\n".join(rows) + "\n"
 
 
 def metrics() -> str:
@@ -108,4 +124,5 @@ if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
     COMPARISONS.write_text(comparisons_page(COMPARISONS.read_text(encoding="utf-8")), encoding="utf-8")
     STUDIES.write_text(studies_page(STUDIES.read_text(encoding="utf-8")), encoding="utf-8")
-    print(PAGE, STUDIES, sep="\n")
+    DATA.write_text(data_page(DATA.read_text(encoding="utf-8")), encoding="utf-8")
+    print(PAGE, STUDIES, COMPARISONS, DATA, sep="\n")

@@ -9,6 +9,7 @@ from .. import __version__
 from ..config.samplers import SamplerConfig
 from ..config.section import Trait
 from ..errors import redact
+from .assets import used_assets
 from .facts import RunFacts
 from .figures import metric_rows
 from .limits import verdict
@@ -53,6 +54,7 @@ def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
             verdict=verdict(facts.metrics),
             commands=commands(facts),
             tracked=tracked,
+            assets=used_assets(facts),
             sampler=describe_sampler(facts.config.sampler),
             samples=f"{IMAGES}/samples.png" if facts.picture("samples") else None,
         )

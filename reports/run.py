@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..config.run import redacted_config
+from .assets import used_assets
 from .charts import line_chart
 from .codes import code_rows
 from .facts import RunFacts, series
@@ -62,6 +63,7 @@ def render(facts: RunFacts) -> str:
                 if (path := facts.picture(name))
             ],
             timings=timing_rows(facts.timings),
+            assets=used_assets(facts),
             settings=redacted_config(facts.config).to_yaml(),
             commands=commands(facts),
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config.paths import expand
 from ..config.run import Config
-from ..datasets.assets.catalogue import ASSETS, PERCEPTUAL, load_weights
+from ..datasets.assets.catalogue import ASSETS, load_weights, weights_of
 from ..errors import UserError
 from ..models.losses import build_loss
 from ..models.perceptual import build_features
@@ -27,9 +27,9 @@ def loss_weights(config: Config) -> str | None:
     Raises:
         UserError: there is no such file.
     """
-    if config.loss.kind != "perceptual":
+    name = weights_of(config.loss)
+    if name is None:
         return None
-    name = config.loss.weights or PERCEPTUAL[config.loss.network][0]
     if name in ASSETS:
         return ASSETS[name].sha256  # what is fetched has no other
     try:
@@ -50,8 +50,7 @@ def build_objective(config: Config, device: torch.device) -> Callable[[Tensor, T
         UserError: weights, taps or levels that do not fit. EnvironmentFault: the weights cannot be downloaded.
     """
     features = None
-    if config.loss.kind == "perceptual":
-        name = config.loss.weights or PERCEPTUAL[config.loss.network][0]
+    if (name := weights_of(config.loss)) is not None:
         features = build_features(config.loss.network, *load_weights(name))
     loss = build_loss(config.loss, config.data.resolution, features).to(device)
     if device.type == "cuda":

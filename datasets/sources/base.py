@@ -39,6 +39,7 @@ class Source:
     names: of the images, as paths below the source; None where images have none. labels: of the images, if the source
     has some. held_out: a second source, of images that training must not see, if the source says which they are.
     beside: reads another file of the source by its path; None if there is none of that name.
+    asset: the named asset that these images are of, by which their licence is known.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Source:
     labels: Labels | None = None
     held_out: Source | None = None
     beside: Callable[[str], bytes | None] | None = None
+    asset: str | None = None
 
 
 def member_name(where: str, name: str) -> str:

@@ -208,4 +208,4 @@ def _packed_part(store: Store, index: Index) -> Source:
             yield Item(f"{store.url}/{shard.file}: {index.key(row)}", read)
 
     hashed = identity("packed", [index.fingerprint])
-    return Source(index.name, index.rows, hashed, items, labels=index.read_labels(store))
+    return Source(index.name, index.rows, hashed, items, labels=index.read_labels(store), asset=index.asset)

@@ -50,7 +50,7 @@ def _asset_source(name: str, rules: Rules) -> Source:
     asset = assets.ASSETS[name]
     if asset.kind != "images":
         raise UserError(f"{name} is a set of weights, not of images")
-    source = dataclasses.replace(open_source(str(assets.fetch(name)), rules=rules), name=name)
+    source = dataclasses.replace(open_source(str(assets.fetch(name)), rules=rules), name=name, asset=name)
     if asset.held_out is None:
         return source
     try:

@@ -6,18 +6,22 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """`addresses` that the page names, `elements` in order, and those still `open` at its end (none, in a good one)."""
+    """What a page holds.
+
+    addresses: what it loads. links: where a click leads. elements: in order. open: those not closed at its end.
+    """
 
     VOID = ("meta", "img", "link", "br", "wbr", "input")
 
     def __init__(self, text):
         super().__init__()
-        self.addresses, self.elements, self.open = [], [], []
+        self.addresses, self.links, self.elements, self.open = [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.elements.append(tag)
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
+        named = self.links if tag == "a" else self.addresses
+        named += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
         if tag not in self.VOID:
             self.open.append(tag)
 

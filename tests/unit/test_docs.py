@@ -39,6 +39,8 @@ def test_the_references_are_current():
     assert studies == module.studies_page(studies), "run `make docs`"
     comparisons = (ROOT / "docs" / "compare.md").read_text()
     assert comparisons == module.comparisons_page(comparisons), "run `make docs`"
+    data = (ROOT / "docs" / "data.md").read_text()
+    assert data == module.data_page(data), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -81,7 +81,7 @@ def conclude(
     metrics = by_key(results)
     tracked.log_metrics({"stage": EVALUATION} | metrics, step)
     summary: dict[str, Any] = {"metrics": metrics, "deviations": deviations(results), "timings": timings}
-    summary |= {"rows": rows, "fingerprint": index.fingerprint}
+    summary |= {"rows": rows, "fingerprint": index.fingerprint, "asset": index.asset or ""}
     made = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "host": socket.gethostname()}
     made |= {
         "hardware": hardware,

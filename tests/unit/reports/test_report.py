@@ -62,6 +62,7 @@ def test_the_page_needs_no_network_runs_nothing_and_is_well_formed(run_dir):
     assert page.open == []
     assert page.addresses
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    assert all(link.startswith(("#", "https://", "http://")) for link in page.links)
     assert "script" not in page.elements
     assert "url(http" not in text
     assert "@import" not in text
@@ -149,6 +150,36 @@ def test_the_card_is_a_table_of_what_matters(run_dir):
     assert "| PSNR of reconstructions | 21.50 dB |" in text
     assert "![samples](images/samples.png)" in text
     assert "## Limits" in text
+
+
+def test_work_of_others_is_credited_with_its_licence(run_dir):
+    """The weights of the loss (CC BY 4.0 asks for it), the extractor once it was used, and images by the index."""
+    summary = json.loads((run_dir / "summary.json").read_text()) | {"asset": "digits"}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    page, card = write_report(run_dir).read_text(), write_card(run_dir).read_text()
+    for text in (page, card):
+        for part in (
+            "VGG-16, Simonyan &",
+            "Zisserman, Visual Geometry Group, University of Oxford; converted to safetensors, values unchanged",
+            "https://creativecommons.org/licenses/by/4.0/",
+            "SqueezeNet 1.1",
+            "the first 500 of each digit",
+            "the 10,000 test images",
+            "CC BY-SA 3.0",
+        ):
+            assert part in text, part
+    assert "Simonyan & Zisserman" in card, "markdown is not HTML"
+
+
+def test_a_run_without_others_work_credits_no_one_and_a_file_is_named(tmp_path):
+    run_dir = begin(tmp_path / "own")
+    tree = CONFIG | {"loss": {"kind": "laplacian"}}
+    (run_dir / "config.yaml").write_text(Config.model_validate(tree).to_yaml())
+    assert "Work of others" not in write_report(run_dir).read_text() + write_card(run_dir).read_text()
+    tree = CONFIG | {"loss": {"weights": "/home/me/secret/vgg.safetensors"}}
+    (run_dir / "config.yaml").write_text(Config.model_validate(tree).to_yaml())
+    card = write_card(run_dir).read_text()
+    assert "| frozen network of the loss | the file vgg.safetensors | not known to glann: ask its publisher |" in card
 
 
 def test_charts_take_their_ink_from_the_page_and_bound_their_size():

@@ -14,6 +14,7 @@ import pytest
 from glann.errors import EnvironmentFault, UserError
 from glann.storage import files
 from glann.storage.files import TEMPORARY, read_document, replacing_folder, write_whole
+from glann.storage.local import LocalStore
 
 
 def names(folder: Path) -> list[str]:
@@ -36,6 +37,23 @@ def test_what_was_given_is_what_is_there(tmp_path, data, stored):
     write_whole(path, data)
     assert path.read_bytes() == stored
     assert names(tmp_path) == [path.name]
+
+
+def test_files_and_folders_have_the_modes_of_the_users_umask(tmp_path):
+    """They go through temporary files, and a server of another user reads them."""
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "file", "new")
+        with replacing_folder(tmp_path / "folder") as staging:
+            write_whole(staging / "inside", b"new")
+        store = LocalStore(tmp_path / "store")
+        store.write("a/b", b"new")
+        store.download("a/b", tmp_path / "back")
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {name: 0o750 if (tmp_path / name).is_dir() else 0o640 for name in modes}
+    assert len(modes) == 7
 
 
 def test_an_error_on_the_way_leaves_the_old_file(tmp_path):

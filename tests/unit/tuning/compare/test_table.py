@@ -78,7 +78,7 @@ def test_the_page_needs_no_network_is_well_formed_and_holds_no_secret(comparison
     text = write_report(comparison).read_text()
     page = Page(text)
     assert page.open == []
-    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses + page.links)
     assert "script" not in page.elements
     assert "hunter2" not in text + (comparison.folder / TABLE).read_text()
     assert text.count("<img") == 4, "the training images and three methods"

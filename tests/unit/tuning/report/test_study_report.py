@@ -63,7 +63,7 @@ def test_the_page_needs_no_network_runs_nothing_and_is_well_formed(study):
     parsed = Page(page)
     assert parsed.open == []
     assert parsed.addresses
-    assert all(address.startswith(("data:image/", "#")) for address in parsed.addresses)
+    assert all(address.startswith(("data:image/", "#")) for address in parsed.addresses + parsed.links)
     assert "script" not in parsed.elements
     assert "default-src 'none'" in page
     assert "url(http" not in page
