@@ -16,7 +16,7 @@ from .table import print_table
 if TYPE_CHECKING:
     from ..cluster.jobs.client import Job, JobSubmissionClient
 
-jobs_app = typer.Typer(no_args_is_help=True, help="List submitted runs, read their logs, stop them.")
+jobs_app = typer.Typer(no_args_is_help=True, help="List submitted runs, watch them, read their logs, stop them.")
 
 AddressOption = Annotated[
     str,
@@ -25,6 +25,12 @@ AddressOption = Annotated[
     ),
 ]
 HERE = "http://127.0.0.1:8265"
+RunsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--runs", metavar="URL", help="the checkpoint.url of the runs: read it there without asking a cluster"
+    ),
+]
 NameArg = Annotated[str, typer.Argument(metavar="NAME", help="name of the run, or of one attempt such as faces.2")]
 
 
@@ -78,6 +84,7 @@ def submit(
         if hint := shipping.forgotten_keys(resolved, variables):
             typer.echo(f"note: {hint}", err=True)
         if not wait:
+            typer.echo(f"watch: glann jobs watch {job.name}{_at(address)}")
             typer.echo(f"log: glann jobs logs {job.name} --follow{_at(address)}")
             typer.echo(f"stop: glann jobs stop {job.name}{_at(address)}")
             return
@@ -89,32 +96,59 @@ def submit(
 
 
 @jobs_app.command("list")
-def list_jobs(address: AddressOption = HERE) -> None:
+def list_jobs(address: AddressOption = HERE, runs: RunsOption = None) -> None:
     """List the submitted runs of a cluster, every attempt, the newest first; tab-separated if not on a terminal.
 
     \b
     glann jobs list
     glann jobs list --address http://10.0.0.5:8265
+    glann jobs list --runs s3://bucket/runs         also if the cluster is gone
     """
-    from ..cluster.jobs import client as jobs
+    import time
 
-    with _connected(address) as client:
+    from ..cluster.jobs import client as jobs
+    from .run_status import all_in, hint_at_runs, of_jobs
+
+    if runs is not None:
+        seen = all_in(runs)
+        head: tuple[str, ...] = ("RUN", "STATE", "STARTED", "PROGRESS", "MLFLOW")
+        rows: list[tuple[str, ...]] = [
+            (one.status.name, one.status.state, _clock(one.status.began), one.line(time.time()), one.mlflow)
+            for one in seen
+            if one.status is not None
+        ]
+        print_table(head, rows, f"no runs have written their status to {runs} yet")
+        return
+    with hint_at_runs(), _connected(address) as client:
         found = jobs.list_jobs(client)
-    head = ("RUN", "ATTEMPT", "STATE", "STARTED", "TOOK", "CHECKPOINTS")
-    rows = [(job.name, job.id, _state(job), _clock(job.started), _took(job), job.checkpoints) for job in found]
+    newest = {job.name: job.id for job in sorted(found, key=lambda job: job.attempt)}
+    last = [job for job in found if newest[job.name] == job.id]
+    seen_by_id = dict(zip((job.id for job in last), of_jobs(last), strict=True))
+    head = ("RUN", "ATTEMPT", "STATE", "STARTED", "TOOK", "CHECKPOINTS", "PROGRESS", "MLFLOW")
+    rows = []
+    for job in found:
+        shown = seen_by_id.get(job.id)
+        progress = (shown.line(time.time()), shown.mlflow) if shown else ("", "")
+        rows.append((job.name, job.id, _state(job), _clock(job.started), _took(job), job.checkpoints, *progress))
     print_table(head, rows, f"no runs were submitted to {address} yet")
 
 
 @jobs_app.command()
-def status(name: NameArg, address: AddressOption = HERE) -> None:
-    """Show the status of a submitted run.
+def status(name: NameArg, address: AddressOption = HERE, runs: RunsOption = None) -> None:
+    """Show how a submitted run stands: its job, progress, time left, devices, last checkpoint and page in MLflow.
 
     \b
     glann jobs status celebahq-1024
+    glann jobs status celebahq-1024 --runs s3://bucket/runs      also if the cluster is gone
     """
     from ..cluster.jobs import client as jobs
+    from .run_status import described, hint_at_runs, of_job, of_name
 
-    with _connected(address) as client:
+    if runs is not None:
+        seen = of_name(runs, name)
+        _print_pairs({"run": name} | described(seen))
+        return
+    with hint_at_runs(), _connected(address) as client:
         job = jobs.find(client, name)
         if job.active:
             how = job.state + (f": {job.message}" if job.state == "pending" else "")
@@ -126,11 +160,37 @@ def status(name: NameArg, address: AddressOption = HERE) -> None:
         "state": how,
         "started": _clock(job.started),
         "took": _took(job),
+        **described(of_job(job)),
         "checkpoints": job.checkpoints,
         "environment": ", ".join(job.variables) or "no variables were passed",
     }
-    for key, value in shown.items():
-        typer.echo(f"{key:12} {value}")
+    _print_pairs(shown)
+
+
+@jobs_app.command()
+def watch(name: NameArg, address: AddressOption = HERE, runs: RunsOption = None) -> None:
+    """Show the progress bar of a submitted run until it ends, and exit with its status; a line a minute in a log file.
+
+    \b
+    glann jobs watch celebahq-1024
+    glann jobs watch celebahq-1024 --runs s3://bucket/runs       also if the cluster is gone
+
+    Ctrl-C leaves the job running. The exit status is 1 if the run ended without a word.
+    """
+    from ..cluster.jobs import client as jobs
+    from .run_status import hint_at_runs
+    from .watch import watch_folder, watch_job
+
+    try:
+        if runs is not None:
+            ended = watch_folder(runs, name)
+        else:
+            with hint_at_runs(), _connected(address) as client:
+                ended = watch_job(client, jobs.find(client, name), address)
+    except KeyboardInterrupt:
+        typer.echo(f"\n{name} is not affected; watch again: glann jobs watch {name}{_at(address)}", err=True)
+        raise typer.Exit(ExitStatus.INTERRUPTED) from None
+    raise typer.Exit(ended)
 
 
 @jobs_app.command()
@@ -188,6 +248,11 @@ def stop(
         typer.echo(f"{job.id}: {jobs.outcome(job, status)}")
     if job.state == "stopped" and status not in (ExitStatus.OK, ExitStatus.STOPPED):
         raise typer.Exit(ExitStatus.ENVIRONMENT)
+
+
+def _print_pairs(shown: dict[str, str]) -> None:
+    for key, value in shown.items():
+        typer.echo(f"{key:12} {value}")
 
 
 @contextmanager

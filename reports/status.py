@@ -117,6 +117,15 @@ def write_status(store: Store, status: Status) -> None:
 # In words --------------------------------------------------------------------------------------
 
 
+def summary(status: Status, now: float | None = None) -> str:
+    """One line: `stage 1 (GLO)  epoch 6/60 ...`, `waiting for capacity  room for 1 of 2 workers`, `stopped  why`."""
+    if status.ended:
+        return "  ".join(word for word in (status.state, status.message) if word)
+    stopping = "stopping" if status.state == "stopping" else ""
+    numbers = progress(status, now) or status.message
+    return "  ".join(word for word in (stopping, status.stage, numbers) if word)
+
+
 def progress(status: Status, now: float | None = None) -> str:
     """How far the stage is and how fast: `epoch 6/60  loss 0.2378  1,004 img/s  34% MFU  12 min left`."""
     now = time.time() if now is None else now

@@ -45,6 +45,10 @@ class StatusBar:
         known = None if status.done is None else 1.0
         self.bar.update(self.task, description=status.stage, total=known, completed=status.done or 0.0, note=words)
 
+    def note(self, words: str) -> None:
+        """Draw words where no status is known."""
+        self.bar.update(self.task, description="", total=None, note=words)
+
 
 def draws_bars(console: Console) -> bool:
     """Whether it can draw over what it has drawn: a terminal, or a notebook with what rich needs for that."""

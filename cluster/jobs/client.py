@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # read by Ray; it would override the given address
 NAME, ATTEMPT, DIGEST, CHECKPOINTS = "glann.name", "glann.attempt", "glann.config", "glann.checkpoints"
+S3, JOB_NAME = "glann.s3", "job_name"  # how to reach the checkpoints, as JSON; the name that Ray knows a job by
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 120.0
 POLL_S = 1.0
 SILENCE_S = 30.0  # without a line of log for so long, check that the cluster still answers
@@ -54,6 +55,7 @@ class Job:
     ended: float | None
     digest: str
     checkpoints: str
+    s3: str
     variables: tuple[str, ...]  # names only
 
     @property
@@ -154,6 +156,7 @@ def from_details(details: JobDetails) -> Job | None:
         ended=details.end_time / 1000 if details.end_time else None,
         digest=metadata.get(DIGEST, ""),
         checkpoints=metadata.get(CHECKPOINTS, ""),
+        s3=metadata.get(S3, ""),
         variables=tuple(name for name in variables if name != "RAY_JOB_STOP_WAIT_TIME_S"),
     )
 
@@ -226,6 +229,8 @@ def start(client: JobSubmissionClient, config: Config, variables: dict[str, str]
                     ATTEMPT: str(attempt),
                     DIGEST: shipping.digest(config),
                     CHECKPOINTS: redact(config.checkpoint_url),
+                    S3: redact(config.s3.model_dump_json()),
+                    JOB_NAME: config.name,
                 },
             )
         except RuntimeError as error:

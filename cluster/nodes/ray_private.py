@@ -6,6 +6,7 @@ of Ray that removes one fails there. Ray is imported inside the functions: `glan
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -260,3 +261,34 @@ def with_timeout(client: type[Client], connect_s: float, answer_s: float) -> typ
 def server_version(client: JobSubmissionClient) -> str:
     """Ray's version on the cluster, as the client learned it when it connected; empty if unknown."""
     return client._server_ray_version or ""
+
+
+# The job of this process ---------------------------------------------------------------------
+
+
+def submitted_job() -> str | None:
+    """Id of the submitted job that this process is the driver of; None if it was not submitted."""
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+    from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY
+
+    config = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    return (config.get("metadata") or {}).get(JOB_ID_METADATA_KEY)
+
+
+def update_job_metadata(head: str, job: str, changes: Mapping[str, str]) -> bool:
+    """Change the metadata of a running job, which the dashboard shows; False if it does not run.
+
+    Ray takes metadata at submission only, so its record is written anew. Only the job's own driver may do this: the
+    head writes the record before the driver starts and after it has ended, and nobody else does meanwhile.
+    """
+    from ray._private.ray_constants import KV_NAMESPACE_JOB
+    from ray.dashboard.modules.job.common import JobInfoStorageClient, JobStatus
+
+    gcs, key = _gcs_client(head), JobInfoStorageClient.JOB_DATA_KEY.format(job_id=job).encode()
+    held = gcs.internal_kv_get(key, namespace=KV_NAMESPACE_JOB, timeout=CALL_TIMEOUT_S)
+    record = json.loads(held) if held else {}
+    if record.get("status") != JobStatus.RUNNING.value:
+        return False
+    record["metadata"] = {**(record.get("metadata") or {}), **changes}
+    gcs.internal_kv_put(key, json.dumps(record).encode(), True, namespace=KV_NAMESPACE_JOB, timeout=CALL_TIMEOUT_S)
+    return True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+import urllib.request
 from importlib import metadata
 from pathlib import Path
 
@@ -56,17 +58,37 @@ def words(glann, shared: Path, name: str) -> list[str]:
     return ["submit", "mine.yaml", *glann.small, "glo.epochs=40", *places, "--name", name, "--env", "PLANTED"]
 
 
+def metadata_of(head: Head, job: str) -> dict[str, str]:
+    """What Ray's dashboard shows as the metadata of a job."""
+    token = Path(head.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request(f"{head.address}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["metadata"]
+
+
 def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path, head: Head):
     submit = words(cluster, shared, "trial")
     watching = cluster.start(*submit, "--wait")
     checkpoints = shared / "runs" / "trial" / "checkpoints"
     wait_until(lambda: any(checkpoints.glob("step-*/manifest.json")), watching)
+    wait_until(lambda: "checkpoint " in cluster("jobs", "status", "trial").stdout, watching)
+    shown = cluster("jobs", "status", "trial").stdout
+    assert "progress     stage 1 (GLO)  epoch" in shown
+    assert "mlflow       sqlite:///mlflow.db" in shown
+    assert "\t".join(("trial", "trial.1", "running")) in cluster("jobs", "list").stdout
+    assert "stage 1 (GLO)  epoch" in cluster("jobs", "list", "--runs", str(shared / "runs")).stdout
+    metadata = metadata_of(head, "trial.1")
+    assert metadata["job_name"] == "trial"
+    assert metadata["glann.progress"].startswith("stage 1 (GLO)  epoch"), "in Ray's dashboard"
+    bar = cluster.start("jobs", "watch", "trial")
 
     stopped = cluster("jobs", "stop", "trial")
     assert stopped.returncode == 0, stopped.stderr
     assert "trial.1: stopped and saved" in stopped.stdout
     out, err = watching.communicate(timeout=60)
     assert watching.returncode == STOPPED_AND_SAVED, err
+    assert bar.wait(60) == STOPPED_AND_SAVED
+    assert cluster("jobs", "watch", "trial", "--runs", str(shared / "runs")).returncode == STOPPED_AND_SAVED
     assert "submitted trial.1" in out
     assert "the run was stopped and is saved" in out
     assert "stopped and saved; the same `glann submit` resumes it" in cluster("jobs", "status", "trial").stdout
@@ -78,6 +100,7 @@ def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path,
     assert "trial.2: finished" in finished.stderr
     assert (head.home / "glann-jobs" / "runs" / "trial" / "report.html").exists()
 
+    assert "progress     finished" in cluster("jobs", "status", "trial").stdout
     listed = cluster("jobs", "list").stdout
     rows = [line.split("\t")[:3] for line in listed.splitlines()]
     assert ["trial", "trial.2", "succeeded"] in rows

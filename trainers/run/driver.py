@@ -10,6 +10,7 @@ import torch
 from ...cluster.checkpoints import retention
 from ...cluster.checkpoints.layout import survey
 from ...cluster.checkpoints.lease import HeldLease, hold, require
+from ...cluster.jobs.progress import dashboard
 from ...cluster.latent_rates import latent_lr
 from ...cluster.nodes.ray import ray_cluster, require_ray
 from ...config.run import Config, require_trainable
@@ -18,6 +19,7 @@ from ...datasets.index import Index
 from ...errors import EnvironmentFault, GlannError
 from ...metrics.features.extractor import build_extractor
 from ...reports.run_folder import JOURNAL
+from ...reports.status import summary
 from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import DataInput, TrackedRun
@@ -85,7 +87,8 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
             ):
                 opened = True
                 remaining = Remaining(config, Work.of(config, index, rows))
-                with status_file(config, Telemetry(config, remaining, tracked.address)) as status:
+                telemetry, show = Telemetry(config, remaining, tracked.address), dashboard()
+                with status_file(config, telemetry, lambda now: show(summary(now), now.mlflow)) as status:
                     run(config, index, tracked, console, lease, mirror, hooks, status)
         finally:
             if opened and has_begun(config):

@@ -12,10 +12,12 @@ import glann
 import pytest
 import yaml
 from glann.cli import main as cli
+from glann.cli import run_status
 from glann.cluster.jobs import client as jobs
 from glann.cluster.jobs import probe, shipping, versions
 from glann.config.run import Config, load
 from glann.errors import EnvironmentFault, UserError
+from job_server import Cluster
 from packaging.specifiers import SpecifierSet
 from ray.job_submission import JobStatus
 
@@ -25,53 +27,6 @@ SHARED = ("data.url=s3://faces/packed", "checkpoint.url=s3://faces/runs")
 
 def config(*overrides: str) -> Config:
     return shipping.for_cluster(load("digits", [*SHARED, *overrides]))
-
-
-class Cluster:
-    """Stands in for Ray's job server: it takes an id once, and keeps what it was given."""
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, SimpleNamespace] = {}
-        self.logs: dict[str, str] = {}
-        self.shipped: dict[str, list[str]] = {}
-
-    def submit_job(self, *, entrypoint, submission_id, runtime_env, metadata=None):
-        if submission_id in self.jobs:
-            raise RuntimeError(f"Request failed with status code 400: {submission_id} already exists.")
-        self.shipped[submission_id] = sorted(
-            path.relative_to(folder).as_posix()
-            for folder in map(Path, [*runtime_env.get("py_modules", []), runtime_env["working_dir"]])
-            for path in folder.rglob("*")
-            if path.is_file()
-        )
-        self.jobs[submission_id] = SimpleNamespace(
-            submission_id=submission_id,
-            entrypoint=entrypoint,
-            metadata=metadata,
-            runtime_env=runtime_env,
-            status=JobStatus.RUNNING,
-            driver_exit_code=None,
-            message="Job is currently running.",
-            start_time=1_000 * len(self.jobs) + 1,
-            end_time=None,
-        )
-        self.logs[submission_id] = ""
-        return submission_id
-
-    def ends(self, job: str, status: JobStatus, code: int | None = None, log: str = "") -> None:
-        self.jobs[job].status, self.jobs[job].driver_exit_code, self.logs[job] = status, code, log
-
-    def list_jobs(self):
-        return list(self.jobs.values())
-
-    def get_job_info(self, job):
-        return self.jobs[job]
-
-    def get_job_logs(self, job):
-        return self.logs[job]
-
-    def delete_job(self, job):
-        del self.jobs[job]
 
 
 @pytest.fixture
@@ -191,7 +146,9 @@ def test_a_job_brings_the_package_its_configuration_and_time_to_save(cluster: Cl
     assert job.runtime_env["env_vars"] == {"KEY": "planted", "RAY_JOB_STOP_WAIT_TIME_S": "160"}
     assert "planted" not in job.entrypoint + str(job.metadata)
     # read back from jobs that another version submitted, so these names stay
-    assert set(job.metadata) == {"glann.name", "glann.attempt", "glann.config", "glann.checkpoints"}
+    known = {"glann.name", "glann.attempt", "glann.config", "glann.checkpoints", "glann.s3"}
+    assert set(job.metadata) == known | {"job_name"}
+    assert job.metadata["job_name"] == "digits", "its name in Ray"
 
 
 def test_a_listing_shows_names_of_variables_and_no_values(
@@ -200,6 +157,7 @@ def test_a_listing_shows_names_of_variables_and_no_values(
     jobs.start(cluster, config(), {"KEY": "planted"}, None)
     cluster.jobs["other"] = SimpleNamespace(submission_id="other", metadata=None)
     monkeypatch.setattr(jobs, "connect", lambda address: cluster)
+    monkeypatch.setattr(run_status, "look", lambda *_: run_status.Seen(why="not read here"))
     for command in (["list"], ["status", "digits"]):
         with pytest.raises(SystemExit) as caught:
             cli.main(["jobs", *command])
@@ -334,7 +292,9 @@ def test_a_dead_proxy_before_the_dashboard_is_named(monkeypatch: pytest.MonkeyPa
     assert "export NO_PROXY=10.0.0.1" in str(caught.value)
 
 
-@pytest.mark.parametrize("command", [["submit"], ["jobs"], ["jobs", "list"], ["jobs", "status"], ["jobs", "logs"]])
+@pytest.mark.parametrize(
+    "command", [["submit"], ["jobs"], ["jobs", "list"], ["jobs", "status"], ["jobs", "watch"], ["jobs", "logs"]]
+)
 def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         cli.main([*command, "--help"])

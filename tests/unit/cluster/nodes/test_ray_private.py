@@ -17,7 +17,8 @@ from glann.cluster.nodes import ray_private
 
 # A head of its own, in a process of its own: it counts its nodes and actors, and one node is drained.
 CLUSTER = """
-import json, sys, time, ray
+import asyncio, json, os, sys, time, ray
+import ray.dashboard.modules.job.common
 from glann.cluster.nodes import ray_private
 
 @ray.remote(num_cpus=0)
@@ -61,6 +62,16 @@ for group in abandoned:
     ray.util.remove_placement_group(group)
 found["abandoned"].append(len(ray_private.abandoned_reservations()))
 found["free"] = ray.util.placement_group([{"CPU": 1}]).wait(30)
+os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"metadata": {"job_submission_id": "faces.1"}})
+found["job"], found["metadata"] = ray_private.submitted_job(), []
+gcs, jobs = ray._private.worker.global_worker.gcs_client, ray.dashboard.modules.job.common
+for state in ("RUNNING", "SUCCEEDED"):
+    info = jobs.JobInfo(status=jobs.JobStatus(state), entrypoint="sh", metadata={"glann.name": "faces"})
+    asyncio.run(jobs.JobInfoStorageClient(gcs).put_info("faces.1", info))
+    changed = ray_private.update_job_metadata(head, "faces.1", {"glann.progress": "half"})
+    read = asyncio.run(jobs.JobInfoStorageClient(gcs).get_info("faces.1"))
+    found["metadata"].append([changed, read.status.value, read.metadata])
+found["metadata"].append(ray_private.update_job_metadata(head, "dogs.1", {}))
 deadline = time.time() + 600
 found["accepted"], found["refusal"] = ray_private.request_drain(head, node, "a test", deadline)
 found["left_ms"] = ray_private.draining_nodes().get(node, 0) - 1000 * deadline
@@ -87,6 +98,12 @@ def test_nodes_actors_and_reservations_of_a_real_cluster(tmp_path: Path):
     assert not {str(tmp_path), str(script.parent), "", "."} & {*found["path"]}, "a folder of the driver"
     assert found["refusal_of_head"] is None
     assert found["reserved"] is True
+    assert found["job"] == "faces.1"
+    assert found["metadata"] == [
+        [True, "RUNNING", {"glann.name": "faces", "glann.progress": "half"}],
+        [False, "SUCCEEDED", {"glann.name": "faces"}],
+        False,
+    ], "a job that has ended is not changed, nor one that was never there"
     assert found["abandoned"] == [0, 1, 0], "not while its creator lives, not what the driver reserved, not twice"
     assert found["free"] is True
     assert (found["accepted"], found["refusal"]) == (True, "")
