@@ -33,6 +33,7 @@ from .connection import experiment_id, reach
 from .outbox import Outbox, OutboxState, Parcel, ParcelKind
 from .registry.lineage import PARENT, STUDY, TRIAL
 from .registry.models import PublishedModel
+from .tensorboard import EventFiles
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,8 +61,8 @@ class DataInput:
 class TrackedRun:
     """One run: open it with `TrackedRun.open`, end it with `finish`.  Without MLflow only the journal is written."""
 
-    def __init__(self, run_dir: Path, outbox: Outbox | None) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, outbox: Outbox | None, event_files: EventFiles | None = None) -> None:
+        self.run_dir, self.event_files = run_dir, event_files
         self.journal = Journal(run_dir / JOURNAL)
         self._outbox = outbox
 
@@ -88,8 +89,9 @@ class TrackedRun:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise os_fault(error, run_dir) from error
+        event_files = EventFiles(run_dir) if config.tracking.tensorboard else None
         if not config.tracking.enabled:
-            return cls(run_dir, None)
+            return cls(run_dir, None, event_files)
         uri = default_uri(config.tracking.uri)
         state = _state_of(run_dir, redact(uri))
         state.save(run_dir)  # save the key before the run is created, so that a crash in between does not lose the run
@@ -109,7 +111,7 @@ class TrackedRun:
         )
         state.save(run_dir)
         write_whole(run_dir / TRACKED_CONFIG, redacted_config(config).to_yaml())
-        run = cls(run_dir, Outbox(client, run_id, run_dir, state, config.tracking.register_as))
+        run = cls(run_dir, Outbox(client, run_id, run_dir, state, config.tracking.register_as), event_files)
         run.log_artifact(run_dir / TRACKED_CONFIG)
         return run
 
@@ -157,6 +159,8 @@ class TrackedRun:
     def log_metrics(self, metrics: dict[str, Any], step: int) -> None:
         """Append numbers, with their `stage` and `epoch`, to the journal.  Never waits for the server."""
         self.journal.append(metrics | {"step": step})
+        if self.event_files:
+            self.event_files.add_numbers(metrics, step)
 
     def log_image(self, path: Path, key: str | None = None, step: int | None = None) -> None:
         """Queue a picture of the run folder for MLflow, under images/.
@@ -167,6 +171,8 @@ class TrackedRun:
         self.log_artifact(path, IMAGES)
         if key is not None:
             self._send("image", path, key, step)
+            if self.event_files and step is not None:
+                self.event_files.add_image(path, key, step)
 
     def describe(self, card: Path) -> None:
         """Queue the model card as the description of the run."""
@@ -183,6 +189,8 @@ class TrackedRun:
     def finish(self, status: Status = "FINISHED", timeout_s: float = FINISH_TIMEOUT_S) -> None:
         """End the run; warn of what could not be sent within `timeout_s`, which stays queued."""
         self.journal.close()
+        if self.event_files:
+            self.event_files.close()
         if self._outbox and not self._outbox.close(status, timeout_s):
             log.warning(
                 "%s not sent to MLflow, kept in %s; run the same command again to send the rest",

@@ -23,6 +23,7 @@ from ...reports.status import summary
 from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import DataInput, TrackedRun
+from ...tracking.tensorboard import require_tensorboard
 from ..objective import build_objective
 from ..plan.remaining import Remaining, Work
 from . import finish, stage_one
@@ -69,6 +70,8 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         require_checkpoint(config)
         require_trainable(config)
         require_ray(config)
+        if config.tracking.tensorboard:
+            require_tensorboard()
         if config.stage_one is not None:
             stage_one.require_same_stage_one(config)
         index = open_data(config, console)

@@ -49,6 +49,15 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class StepsDone:
+    """Numbers of the last `tracking.every_steps` steps, up to the step `serial` of the run."""
+
+    stage: str
+    serial: int
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
 class EpochDone:
     """The end of an epoch, counted from 1; `numbers` has loss, seconds and the numbers of the stage."""
 
@@ -180,6 +189,7 @@ FromWorker = (
     | Resumed
     | Phase
     | Progress
+    | StepsDone
     | EpochDone
     | Preview
     | BadStep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, assert_never
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 LINE_EVERY_S = 55.0  # without a terminal there is a line a minute, whatever happens
+SYSTEM_EVERY_S = 60.0  # between entries of a worker's device
 EPOCH_LINES = 20  # of a stage with short epochs; every epoch has one that takes longer than `LINE_EVERY_S`
 
 
@@ -48,6 +50,8 @@ class RunLog:
         self.seconds = dict.fromkeys(self.stages, 0.0)
         self.images_per_s, self.serial = 0.0, 0
         self.tenths = 0
+        self.samples: dict[int, list[dict[str, float]]] = {}  # by rank
+        self.sampled_at: dict[int, float] = {}
         self.bar, self.held = StatusBar(console), ExitStack()
 
     def __enter__(self) -> Self:
@@ -67,6 +71,11 @@ class RunLog:
         match event:
             case events.EpochDone():
                 self.on_epoch(event)
+            case events.StepsDone():
+                self.serial = event.serial
+                self.tracked.log_metrics({"stage": f"{event.stage}/step"} | event.numbers, event.serial)
+            case events.DeviceSampled():
+                self.on_device(event)
             case events.Preview():
                 self.on_preview(event)
             case events.CheckpointStarted():
@@ -84,7 +93,7 @@ class RunLog:
                 self.on_training(event)
             case events.Evaluating():
                 self.on_evaluating()
-            case events.Progress() | events.CheckpointSaved() | events.DeviceSampled():
+            case events.Progress() | events.CheckpointSaved():
                 pass  # on the bar
             case events.Joined() | events.Resumed() | Evaluated():  # used by the driver only
                 pass
@@ -104,6 +113,19 @@ class RunLog:
         due = event.epoch % max(1, epochs // EPOCH_LINES) == 0 or event.epoch == epochs
         if due or monotonic() - self.printed_at >= LINE_EVERY_S:
             self.print_status(f"  {event.numbers['seconds']:.1f} s/epoch")
+
+    def on_device(self, event: events.DeviceSampled) -> None:
+        """Track the means of a minute under the names of MLflow's system metrics, by worker."""
+        if not (self.config.tracking.system_metrics and self.telemetry.current.workers):
+            return  # before the first step nobody knows which step it is
+        rank, now = event.use.rank, monotonic()
+        samples = self.samples.setdefault(rank, [])
+        samples.append(event.numbers)
+        if now - self.sampled_at.get(rank, -SYSTEM_EVERY_S) >= SYSTEM_EVERY_S:
+            means = {name: fmean(sample[name] for sample in samples) for name in event.numbers}
+            self.tracked.log_metrics({"stage": f"system/worker-{rank}"} | means, self.serial)
+            self.sampled_at[rank] = now
+            samples.clear()
 
     def on_evaluating(self) -> None:
         """Print a line for every tenth."""
@@ -138,7 +160,7 @@ class RunLog:
     def on_training(self, event: events.Training) -> None:
         """Report the first step of a group; after a restart the event has `why` and `gap_s`."""
         restarted, place = event.why is not None, event.position
-        self.tenths = 0
+        self.tenths, self.serial = 0, place.serial if place else self.serial
         facts = {"workers": event.workers, "why": event.why, "gap_s": event.gap_s}
         known = {key: value for key, value in facts.items() if value is not None}
         self.note(

@@ -19,6 +19,7 @@ from ...reports import status
 from ...reports.run_folder import CHECKPOINTS, CONFIG, JOURNAL, RAY, TRACKING
 from ...storage.base import Store, check_key
 from ...storage.open import open_store
+from ...tracking import tensorboard
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class RunMirror:
         for path in sorted(files, key=lambda path: (path.name != TRACKING, path.name != JOURNAL)):
             stat = path.stat()
             if self.sent.get(self.key(path)) != (stat.st_size, stat.st_mtime_ns):
-                growing = path.name == JOURNAL
+                growing = path.name == JOURNAL or path.parent.name == tensorboard.FOLDER
                 store.write(self.key(path), path.read_bytes() if growing else path)
                 self.sent[self.key(path)] = (stat.st_size, stat.st_mtime_ns)
 

@@ -24,6 +24,7 @@ from ..objective import loss_weights
 from ..plan.devices import peak_of
 from ..stage import DONE, Stage, StageContext, StageStep, stage_infos, stages_of
 from .control import Control, Request
+from .device_use import SAMPLE_EVERY_S, DeviceSampler
 from .evaluation import EVALUATION, evaluate_trained
 from .events import (
     BadStep,
@@ -36,8 +37,10 @@ from .events import (
     Preview,
     Progress,
     Resumed,
+    StepsDone,
     Warned,
 )
+from .heartbeat import repeated
 from .mailbox import STOPPED, Reporter
 from .meter import Meter
 from .state import Position, Saved, load, restore_rows
@@ -60,10 +63,13 @@ def train_worker(task: dict[str, Any]) -> str | None:
     config = Config.model_validate(task["config"])
     reporter = Reporter(task["mailbox"], ray.train.get_context().get_world_rank(), task["group"])
     reporter.send(Joined(ray.get_runtime_context().get_node_id()))
-    try:
-        Worker(config, reporter, get_device(), task["lease"]).run()
-    except Stopped:
-        return STOPPED
+    device = get_device()
+    sampler = DeviceSampler(reporter.rank, device, config.cluster.cpus_per_worker, reporter.post)
+    with repeated(sampler, SAMPLE_EVERY_S, "device-use"):
+        try:
+            Worker(config, reporter, device, task["lease"]).run()
+        except Stopped:
+            return STOPPED
     return None
 
 
@@ -139,18 +145,22 @@ class Worker:
     def train(self, name: str, stage: Stage, following: str) -> None:
         """Train the remaining steps of a stage, and save after the last one."""
         position, meter, stop = self.saved.position, self.meter_of(stage), False
+        window = Meter(meter.flops, meter.peak)
         for network in stage.lazy_state():
             self.saved.networks.pop(network, None)  # the stage holds it; do not keep a second copy
         for step in stage.steps(position.epoch, position.step, self.control.write):
             self.reporter.enter(name)
             signals = self.control.read(step.piggyback_K)
-            meter.add(step.loss, len(step.rows_B) * self.world)
+            for counter in (meter, window):
+                counter.add(step.loss, len(step.rows_B) * self.world)
             self.report(name, step, meter)
             if not step.resumable:
                 if signals.stop:
                     self.save(stage, stop=True)  # the epoch is repeated from its beginning
                 continue
             self.advance(position, step)
+            if position.serial % self.config.tracking.every_steps == 0:
+                window = self.report_steps(name, step, window)
             if step.ends_epoch:
                 self.end_epoch(name, stage, step, meter)
                 meter = Meter(meter.flops, meter.peak)
@@ -182,6 +192,13 @@ class Worker:
             self.reporter.send(Warned(name, step.warning))
         if self.rank == 0 and step.step < step.steps:
             self.reporter.progress(Progress(name, step.epoch, step.step, step.steps, step.loss, meter.speed()))
+
+    def report_steps(self, name: str, step: StageStep, window: Meter) -> Meter:
+        """Report the numbers of a window of steps, if their losses are known; returns the next window."""
+        if self.rank == 0 and window.steps:
+            numbers = {"loss": window.loss()} | dict(step.facts) | window.speed()
+            self.reporter.send(StepsDone(name, self.saved.position.serial, numbers))
+        return Meter(window.flops, window.peak)
 
     def end_epoch(self, name: str, stage: Stage, step: StageStep, meter: Meter) -> None:
         if self.rank == 0:

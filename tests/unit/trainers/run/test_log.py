@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 from glann.config.run import load
 from glann.reports import status_bar
+from glann.reports.status import DeviceUse
 from glann.trainers.plan.estimate import EvaluationCost
 from glann.trainers.plan.remaining import Remaining, Work
 from glann.trainers.run import log
-from glann.trainers.run.events import EpochDone, Evaluating, Progress
+from glann.trainers.run.events import DeviceSampled, EpochDone, Evaluating, Progress, StepsDone, Training
 from glann.trainers.run.log import RunLog
+from glann.trainers.run.state import Position
 from glann.trainers.run.telemetry import Telemetry
 from rich.console import Console
 
@@ -26,7 +28,9 @@ class Log:
     def __init__(self, console: Console, epochs: int = 2) -> None:
         self.lines: list[str] = []
         console.print = lambda line, **options: self.lines.append(str(line))  # type: ignore[method-assign]
-        tracked = SimpleNamespace(log_metrics=lambda numbers, step: None)
+        self.tracked: list[tuple[dict, int]] = []
+        tracked = SimpleNamespace(log_metrics=lambda numbers, step: self.tracked.append((numbers, step)))
+        tracked.journal = SimpleNamespace(append=lambda entry: None)
         config = load("digits", [f"glo.epochs={epochs}"])
         self.telemetry = Telemetry(config, Remaining(config, WORK))
         self.log = RunLog(config, tracked, console, self.telemetry)  # type: ignore[arg-type]
@@ -81,6 +85,33 @@ def test_an_evaluation_has_a_line_for_every_tenth():
             run(Evaluating(rank, images, 100))
     assert len(run.lines) == 10
     assert run.lines[0].startswith("evaluation  20 of 200 images")
+
+
+def test_steps_and_devices_are_tracked_under_names_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    """MLflow shows `system/...` as system metrics; every worker has its own."""
+    clock = [0.0]
+    monkeypatch.setattr(log, "monotonic", lambda: clock[0])
+    run = Log(Console(quiet=True))
+
+    def sample(rank: int, percent: float) -> DeviceSampled:
+        use = DeviceUse(rank=rank, node="a", device="CPU", gpu=False, use=1.0, memory=1, total=2)
+        return DeviceSampled(use, {"cpu_utilization_percentage": percent})
+
+    run(sample(0, 10.0))
+    assert run.tracked == [], "nothing is trained yet, so there is no step"
+    run(Training(2, Position("glo", serial=200)))
+    for second in range(0, 71, 10):
+        clock[0] = second
+        run(sample(0, float(second)))
+        run(sample(1, 50.0))
+    run(StepsDone("glo", 300, {"loss": 0.5, "images_per_s": 100.0}))
+    assert run.tracked == [
+        ({"stage": "system/worker-0", "cpu_utilization_percentage": 0.0}, 200),
+        ({"stage": "system/worker-1", "cpu_utilization_percentage": 50.0}, 200),
+        ({"stage": "system/worker-0", "cpu_utilization_percentage": 35.0}, 200),
+        ({"stage": "system/worker-1", "cpu_utilization_percentage": 50.0}, 200),
+        ({"stage": "glo/step", "loss": 0.5, "images_per_s": 100.0}, 300),
+    ]
 
 
 def test_a_terminal_gets_a_bar_with_all_that_is_known():
