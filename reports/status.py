@@ -127,21 +127,21 @@ def summary(status: Status, now: float | None = None) -> str:
 
 
 def progress(status: Status, now: float | None = None) -> str:
-    """How far the stage is and how fast: `epoch 6/60  loss 0.2378  1,004 img/s  34% MFU  12 min left`."""
+    """How far the stage is and how fast: `epoch 6/60  12 min left  loss 0.2378  1,004 img/s  34% MFU`."""
     now = time.time() if now is None else now
     words = []
     if status.epoch is not None and status.epochs is not None:
         words.append(f"epoch {status.epoch}/{status.epochs}")
     if status.images is not None:
         words.append(f"{status.images[0]:,} of {status.images[1]:,} images")
+    if (left := left_in_words(status, now)) is not None:
+        words.append(f"{left} left")  # early: a narrow terminal cuts the end off
     if status.loss is not None:
         words.append(f"loss {status.loss:.4f}")
     if status.images_per_s is not None:
         words.append(f"{status.images_per_s:,.0f} img/s")
     if status.mfu is not None:
         words.append(f"{status.mfu:.0%} MFU")
-    if (left := left_in_words(status, now)) is not None:
-        words.append(f"{left} left")
     return "  ".join(words)
 
 

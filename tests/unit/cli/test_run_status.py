@@ -80,7 +80,7 @@ def test_a_status_shows_all_that_is_known(cluster: Cluster, runs: Path, without_
     assert glann("status", "faces", *words) == 0
     shown = capsys.readouterr().out
     for line in (
-        "progress     stage 1 (GLO)  epoch 6/60  loss 0.2500  12 min left",
+        "progress     stage 1 (GLO)  epoch 6/60  12 min left  loss 0.2500",
         "saved        checkpoint 4 min ago, step 7",
         "devices      1 GPU 90%, 61.0 of 80.0 GiB",
         "  worker 0   H100 on w-1, 90%, 61.0 of 80.0 GiB",
@@ -128,7 +128,7 @@ def test_a_listing_shows_the_progress_of_each_run_once(cluster: Cluster, runs: P
     write(runs)
     glann("list")
     lines = {line.split("\t")[1]: line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]}
-    assert lines["faces.2"][6:] == ["stage 1 (GLO)  epoch 6/60  loss 0.2500  12 min left", MLFLOW]
+    assert lines["faces.2"][6:] == ["stage 1 (GLO)  epoch 6/60  12 min left  loss 0.2500", MLFLOW]
     assert lines["faces.1"][6:] == ["", ""]
     assert lines["dogs.1"][6:] == ["not begun yet", ""]
 
@@ -185,7 +185,7 @@ def test_watching_ends_with_the_job_and_its_status(
     monkeypatch.setattr(watch.time, "sleep", sleep)
     assert glann("watch", "faces") == expected
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "stage 1 (GLO)  epoch 6/60  loss 0.2500  12 min left"
+    assert lines[0] == "stage 1 (GLO)  epoch 6/60  12 min left  loss 0.2500"
     assert len(lines) == 2, "a line a minute in a log file"
     assert lines[1].startswith("faces.1: ")
 
