@@ -9,22 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ExitStatus
-from .options import Overrides, RecipeArg
+from ..errors import ExitStatus, GlannError
+from .fetch import fetch
+from .options import HERE, AddressOption, Overrides, RecipeArg
 from .table import print_table
 
 if TYPE_CHECKING:
     from ..cluster.jobs.client import Job, JobSubmissionClient
+    from ..config.run import Config
 
-jobs_app = typer.Typer(no_args_is_help=True, help="List submitted runs, watch them, read their logs, stop them.")
+jobs_app = typer.Typer(
+    no_args_is_help=True, help="List submitted runs, watch them, read their logs, stop them, fetch results."
+)
+jobs_app.command()(fetch)
 
-AddressOption = Annotated[
-    str,
-    typer.Option(
-        envvar="RAY_API_SERVER_ADDRESS", show_envvar=True, help="the cluster's dashboard, e.g. http://HEAD:8265"
-    ),
-]
-HERE = "http://127.0.0.1:8265"
 RunsOption = Annotated[
     str | None,
     typer.Option(
@@ -56,7 +54,8 @@ def submit(
     glann submit my.yaml --name trial-3 --address http://10.0.0.5:8265 --wait
     glann submit my.yaml --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY
 
-    A name identifies one run: the same command resumes a run that was stopped or lost, and follows one that is active.
+    A name identifies one run: the same command resumes a run that was stopped or lost, follows one that is active, and
+    says so at once where it has finished. `glann jobs fetch NAME` copies the results to this machine.
     Ctrl-C while waiting leaves the job running; `glann jobs stop NAME` saves and stops it. The cluster's token is read
     from ~/.ray/auth_token or RAY_AUTH_TOKEN. Relative paths of the job, such as runs_dir, are relative to ~/glann-jobs
     on the head node.
@@ -68,6 +67,8 @@ def submit(
     given = [*(overrides or []), *([f"name={name}"] if name else [])]
     resolved = shipping.for_cluster(load_recipe(config, given, here=False))
     variables = shipping.environment(env or [])
+    if _is_finished(resolved):
+        return
     with _connected(address) as client:
         last = jobs.last_attempt(client, resolved.name)
         if last is not None and last.active:
@@ -253,6 +254,31 @@ def stop(
 def _print_pairs(shown: dict[str, str]) -> None:
     for key, value in shown.items():
         typer.echo(f"{key:12} {value}")
+
+
+def _is_finished(config: Config) -> bool:
+    """Print where the results are if shared storage holds all of the run, and MLflow too; False if there is work left.
+
+    Raises:
+        UserError: the name belongs to another run.
+    """
+    from ..trainers.run import shared
+
+    try:
+        found = shared.finished(config)
+    except shared.OtherRun:
+        raise
+    except GlannError as error:  # such as no keys on this machine: nodes may have a role
+        typer.echo(f"note: whether {config.name} has finished is left to the job: {error}", err=True)
+        return False
+    if found is not None and found.owed:
+        typer.echo(f"{config.name} has finished; a job sends MLflow the outstanding entries")
+    if found is None or found.owed:
+        return False
+    typer.echo(f"{config.name} has finished; nothing was started")
+    for line in found.lines():
+        typer.echo(line)
+    return True
 
 
 @contextmanager

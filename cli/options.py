@@ -31,6 +31,13 @@ SamplerName = Annotated[
         help="sampler of the codes; empty means the model's own, gaussian is the baseline. --method is the old name",
     ),
 ]
+AddressOption = Annotated[
+    str,
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS", show_envvar=True, help="the cluster's dashboard, e.g. http://HEAD:8265"
+    ),
+]
+HERE = "http://127.0.0.1:8265"
 Endpoint = Annotated[
     str | None, typer.Option("--endpoint-url", help="S3 endpoint; empty means AWS_ENDPOINT_URL, then AWS")
 ]

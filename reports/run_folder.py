@@ -29,6 +29,7 @@ CONFIG, SUMMARY, REPORT, CARD = "config.yaml", "summary.json", "report.html", "M
 IMAGES, MODEL, CHECKPOINTS, RAY = "images", "model", "checkpoints", "ray"
 PARTS = ("metrics", "deviations", "timings")  # of a summary: numbers by name
 TRACKING, TRACKED_CONFIG = "tracking.json", "tracked-config.yaml"
+STUDY = "study.yaml"  # makes it the folder of a study
 
 
 class DamagedFile(UserError):

@@ -193,9 +193,9 @@ class TrackedRun:
             self.event_files.close()
         if self._outbox and not self._outbox.close(status, timeout_s):
             log.warning(
-                "%s not sent to MLflow, kept in %s; run the same command again to send the rest",
+                "%s of %s not sent to MLflow, but kept; run the same command again to send the rest",
                 self._outbox.waiting() or "the final status",
-                self.run_dir,
+                self.run_dir.name,
             )
 
     def _send(self, kind: ParcelKind, path: Path, target: str | None, step: int | None = None) -> None:

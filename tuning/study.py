@@ -42,12 +42,12 @@ from ..errors import UserError
 from ..metrics.result import BASELINE as GAUSSIAN
 from ..metrics.result import HELD_OUT, OWN, RECONSTRUCTION, from_key, known_results, to_key
 from ..metrics.spec import METRICS, Metric, Samples, metric_families
-from ..reports.run_folder import CONFIG, read_config
+from ..reports.run_folder import CONFIG, STUDY, read_config
 from ..trainers.run.preflight import may_change
 from .ledger import BASELINE
 from .space import Dimension, dependencies_first, grid, premises
 
-FILE = "study.yaml"
+FILE = STUDY
 STUDIES = RECIPES / "studies"
 SECOND_STAGE = "sampler."
 MEASURED = {OWN: "their own sampler", GAUSSIAN: "the baseline", RECONSTRUCTION: "reconstructions, if it is bounded"}

@@ -24,6 +24,7 @@ ROOT_FILES = ("__init__.py", "__main__.py", "errors.py", "py.typed")
 CONFIG_FILE, START_FILE = "config.yaml", "start.sh"
 JOBS_FOLDER = "glann-jobs"  # in the home folder on the head; working folder of jobs, to which runs_dir is relative
 STATUS_LINE = "glann: exit status"
+JOB_VARIABLE = "GLANN_JOB"  # set in a job, which then names no paths of the head to the user
 
 # Ray signals every process of a stopped job. The shell waits for `glann train`, which saves, and then prints its exit
 # status, since Ray keeps none of a stopped job. `-P`: a folder called glann in the working folder is not imported.
@@ -31,6 +32,7 @@ START_SCRIPT = f"""\
 trap : INT TERM
 config="$PWD/{CONFIG_FILE}"
 mkdir -p "$HOME/{JOBS_FOLDER}" && cd "$HOME/{JOBS_FOLDER}" || exit {ExitStatus.ENVIRONMENT:d}
+export {JOB_VARIABLE}="$1"
 python3 -P -m glann train "$config"
 status=$?
 echo "{STATUS_LINE} $status"

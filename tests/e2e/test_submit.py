@@ -101,6 +101,14 @@ def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path,
     assert (head.home / "glann-jobs" / "runs" / "trial" / "report.html").exists()
 
     assert "progress     finished" in cluster("jobs", "status", "trial").stdout
+    copy = shared / "runs" / "trial"
+    assert f"{copy}/report.html" in finished.stdout, "an address that other machines have"
+    assert "  runs/trial" not in finished.stdout, "a path on the head"
+    again = cluster(*submit)
+    assert again.stdout.startswith("trial has finished; nothing was started"), again.stdout + again.stderr
+    assert cluster("jobs", "fetch", "trial").returncode == 0
+    assert (cluster.folder / "runs" / "trial" / "report.html").read_bytes() == (copy / "report.html").read_bytes()
+
     listed = cluster("jobs", "list").stdout
     rows = [line.split("\t")[:3] for line in listed.splitlines()]
     assert ["trial", "trial.2", "succeeded"] in rows

@@ -62,10 +62,11 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         take_back_tracking(config)
         if is_finished(config):
             if config.tracking.enabled and TrackedRun.waits(config.run_dir):
-                console.print(f"{config.run_dir} is finished; sending MLflow the outstanding entries")
+                console.print(f"{config.name} is finished; sending MLflow the outstanding entries")
                 TrackedRun.open(config, config.run_dir).finish()
             else:
-                console.print(f"{config.run_dir} is finished already; nothing to do")
+                console.print(f"{config.name} is finished already; nothing to do")
+            RunMirror(config).complete(console.print)
             return finish.summary_of(config)
         require_checkpoint(config)
         require_trainable(config)

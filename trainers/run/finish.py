@@ -31,6 +31,7 @@ from ...tracking.runs import TrackedRun, code_revision
 from ..glo import GENERATOR
 from ..sampler import MAPPING
 from ..stage import DONE, final_weights, stage_infos
+from . import shared
 from .evaluation import EVALUATION, Evaluated
 from .folder import require_summary
 from .state import load
@@ -118,7 +119,6 @@ def summary_of(config: Config) -> Group:
     from rich.text import Text
 
     summary = require_summary(config)
-    run = config.run_dir
     metrics, timings = summary["metrics"], summary["timings"]
     cluster = config.cluster
     workers = "-".join(str(count) for count in sorted({cluster.min_workers, cluster.max_workers}))
@@ -134,23 +134,42 @@ def summary_of(config: Config) -> Group:
         table.add_row(f"  {title}", value, *filter(None, [bounds]))
     others = "images that training has not seen" if reference_of(metrics) else "the training images"
     against = Text(f"  samples are compared with {others}; the report has all figures")
-    look = [f"{run}/{REPORT}", f"{run}/{IMAGES}/samples.png"]
-    try_next = [
-        shlex.join([program("glann"), "sample", str(run), "--n", "100", "--seed", "1", "--out", "more.png"]),
-        shlex.join([program("glann"), "interpolate", str(run), "--out", "between.png"]),
-    ]
-    if config.tracking.enabled:
-        store = redact(default_uri(config.tracking.uri))
-        if store.startswith(("http://", "https://")):  # a server has its own page
-            look.append(summary.get("made", {}).get("mlflow") or store)
-        else:
-            try_next.append(shlex.join([program("mlflow"), "ui", "--backend-store-uri", store]))
+    look, try_next = in_job(config, summary) if shared.is_job() else here(config, summary)
     parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table, against]
     if held_back := verdict(metrics):
         parts.append(Text(f"  {held_back}"))
     for title, lines in (("look at", look), ("try next", try_next)):  # unwrapped, so that they can be copied
         parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]
     return Group(*parts)
+
+
+def here(config: Config, summary: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Where to look at a finished run on this machine, and commands to try next."""
+    run = config.run_dir
+    look = [f"{run}/{REPORT}", f"{run}/{IMAGES}/samples.png"]
+    try_next = [
+        shlex.join([program("glann"), "sample", str(run), "--n", "100", "--seed", "1", "--out", "more.png"]),
+        shlex.join([program("glann"), "interpolate", str(run), "--out", "between.png"]),
+    ]
+    if page := page_of(config, summary):
+        look.append(page)
+    elif config.tracking.enabled:
+        store = redact(default_uri(config.tracking.uri))
+        try_next.append(shlex.join([program("mlflow"), "ui", "--backend-store-uri", store]))
+    return look, try_next
+
+
+def in_job(config: Config, summary: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The same for the user of a job, whose machine is another one."""
+    return shared.addresses(config, page_of(config, summary)), shared.commands(config)
+
+
+def page_of(config: Config, summary: dict[str, Any]) -> str:
+    """The page of a run, or else of the server, in MLflow; empty where it is not tracked, or in a file."""
+    store = redact(default_uri(config.tracking.uri))
+    if not config.tracking.enabled or not store.startswith(("http://", "https://")):
+        return ""
+    return summary.get("made", {}).get("mlflow") or store
 
 
 def program(name: str) -> str:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from ...config.run import Config
 from ...errors import GlannError
+from ...inference.package import MANIFEST
 from ...reports import status
-from ...reports.run_folder import CHECKPOINTS, CONFIG, JOURNAL, RAY, TRACKING
+from ...reports.run_folder import CHECKPOINTS, CONFIG, JOURNAL, MODEL, RAY, TRACKING
 from ...storage.base import Store, check_key
 from ...storage.open import open_store
 from ...tracking import tensorboard
@@ -52,7 +54,15 @@ class RunMirror:
         try:
             self.send(self.store)
         except (GlannError, OSError) as error:
-            report(f"the run folder {self.folder} could not be copied to {self.store.url} as well: {error}")
+            report(f"the results could not be copied to {self.store.url}: {error}; the same command copies them")
+
+    def complete(self, report: Callable[[str], None]) -> None:
+        """Copy a finished run once more, but for a model that is there: the last copy may have failed."""
+        manifest = f"{MODEL}/{MANIFEST}"
+        with suppress(GlannError, OSError):
+            if self.store and self.store.read(manifest) == (self.folder / manifest).read_bytes():
+                copied, self.copied = self.copied, lambda key: copied(key) and not key.startswith(f"{MODEL}/")
+        self.close(report)
 
     def send(self, store: Store) -> None:
         """Copy every file that has changed since its last copy."""
