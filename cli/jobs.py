@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,12 +11,13 @@ import typer
 
 from ..errors import ExitStatus, GlannError
 from .fetch import fetch
-from .options import HERE, AddressOption, Overrides, RecipeArg
+from .options import HERE, AddressOption, Overrides
 from .table import print_table
 
 if TYPE_CHECKING:
     from ..cluster.jobs.client import Job, JobSubmissionClient
     from ..config.run import Config
+    from ..trainers.run.shared import Finished
 
 jobs_app = typer.Typer(
     no_args_is_help=True, help="List submitted runs, watch them, read their logs, stop them, fetch results."
@@ -33,7 +34,9 @@ NameArg = Annotated[str, typer.Argument(metavar="NAME", help="name of the run, o
 
 
 def submit(
-    config: RecipeArg,
+    config: Annotated[
+        str, typer.Argument(metavar="RECIPE|STUDY", help="a recipe's name, or a YAML file of a recipe or study")
+    ],
     overrides: Overrides = None,
     address: AddressOption = HERE,
     name: Annotated[
@@ -47,12 +50,14 @@ def submit(
         typer.Option(metavar="KEY", help="environment variable to pass to the job; repeatable; no others are passed"),
     ] = None,
 ) -> None:
-    """Train on a remote Ray cluster: run `glann train` as a job there, with this machine's version of glann.
+    """Train on a remote Ray cluster: run `glann train`, or of a study `glann tune`, as a job there, with this machine's
+    version of glann.
 
     \b
     glann submit celebahq-1024 data.url=s3://bucket/celebahq-1024 checkpoint.url=s3://bucket/runs
     glann submit my.yaml --name trial-3 --address http://10.0.0.5:8265 --wait
     glann submit my.yaml --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY
+    glann submit my-study.yaml checkpoint.url=s3://bucket/runs budget.trials=50
 
     A name identifies one run: the same command resumes a run that was stopped or lost, follows one that is active, and
     says so at once where it has finished. `glann jobs fetch NAME` copies the results to this machine.
@@ -62,24 +67,22 @@ def submit(
     """
     from ..cluster.jobs import client as jobs
     from ..cluster.jobs import shipping, versions
-    from ..trainers.plan.own_images import load_recipe
 
-    given = [*(overrides or []), *([f"name={name}"] if name else [])]
-    resolved = shipping.for_cluster(load_recipe(config, given, here=False))
+    resolved, study, finished = _load(config, [*(overrides or []), *([f"name={name}"] if name else [])])
     variables = shipping.environment(env or [])
-    if _is_finished(resolved):
+    if _is_finished(resolved.name, finished):
         return
     with _connected(address) as client:
         last = jobs.last_attempt(client, resolved.name)
         if last is not None and last.active:
-            jobs.refuse_fork(last, resolved)
+            jobs.refuse_fork(last, resolved, study)
             typer.echo(f"{last.id} is {last.state} already; nothing was started")
             job = last
         else:
             typer.echo(f"checking the versions on {address}")
             found = versions.refuse_misfit(client, address)
             typer.echo(f"compatible: {_summary(found)}")
-            job = jobs.start(client, resolved, variables, last)
+            job = jobs.start(client, resolved, variables, last, study)
             resumed = f", which resumes {last.id} ({_state(last)})" if last else ""
             typer.echo(f"submitted {job.id}{resumed}")
         if hint := shipping.forgotten_keys(resolved, variables):
@@ -256,8 +259,27 @@ def _print_pairs(shown: dict[str, str]) -> None:
         typer.echo(f"{key:12} {value}")
 
 
-def _is_finished(config: Config) -> bool:
-    """Print where the results are if shared storage holds all of the run, and MLflow too; False if there is work left.
+def _load(file: str, given: list[str]) -> tuple[Config, str, Callable[[], Finished | None]]:
+    """The configuration of a run, or of the base of a study; the study's YAML; and a look whether it has finished."""
+    from functools import partial
+
+    from ..cluster.jobs import shipping
+    from ..trainers.run import shared
+    from ..tuning.load import is_study_file, load_study
+
+    if is_study_file(file):
+        from ..tuning import shared as shared_studies
+
+        study = shared_studies.for_cluster(load_study(file, overrides=given))
+        return shipping.for_cluster(study.base()), study.to_yaml(), partial(shared_studies.finished, study)
+    from ..trainers.plan.own_images import load_recipe
+
+    config = shipping.for_cluster(load_recipe(file, given, here=False))
+    return config, "", partial(shared.finished, config)
+
+
+def _is_finished(name: str, finished: Callable[[], Finished | None]) -> bool:
+    """Print where the results are if shared storage holds all of them, and MLflow too; False if there is work left.
 
     Raises:
         UserError: the name belongs to another run.
@@ -265,17 +287,17 @@ def _is_finished(config: Config) -> bool:
     from ..trainers.run import shared
 
     try:
-        found = shared.finished(config)
+        found = finished()
     except shared.OtherRun:
         raise
     except GlannError as error:  # such as no keys on this machine: nodes may have a role
-        typer.echo(f"note: whether {config.name} has finished is left to the job: {error}", err=True)
+        typer.echo(f"note: whether {name} has finished is left to the job: {error}", err=True)
         return False
     if found is not None and found.owed:
-        typer.echo(f"{config.name} has finished; a job sends MLflow the outstanding entries")
+        typer.echo(f"{name} has finished; a job sends MLflow the outstanding entries")
     if found is None or found.owed:
         return False
-    typer.echo(f"{config.name} has finished; nothing was started")
+    typer.echo(f"{name} has finished; nothing was started")
     for line in found.lines():
         typer.echo(line)
     return True

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .options import Overrides
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 def tune(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="a YAML file, or the name of a bundled study")],
+    overrides: Overrides = None,
     trials: Annotated[
         int | None,
         typer.Option(min=1, help="number of trials in all, the base recipe's included; empty: as in the study"),
@@ -35,9 +39,9 @@ def tune(
     """
     from rich.console import Console
 
-    from ..tuning.study import load_study
+    from ..tuning.load import load_study
 
-    loaded, console = load_study(study, trials), Console()
+    loaded, console = load_study(study, trials, overrides or []), Console()
     if dry_run:
         from ..tuning.forecast import forecast
 
@@ -47,13 +51,12 @@ def tune(
 
     report = run_study(loaded, console, resume)
     print_best(loaded, console)
-    console.print(f"report: {report}", soft_wrap=True, markup=False)
+    for line in last_lines(loaded, report):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def print_best(study: StudyConfig, console: Console) -> None:
     """Print the best trial beside the base recipe, and the commands to train and register it."""
-    import shlex
-
     from ..tuning.ledger import BASELINE, best_of, format_params, trials
     from ..tuning.report.leaderboard import command
 
@@ -69,5 +72,21 @@ def print_best(study: StudyConfig, console: Console) -> None:
     if base is not None and base.value is not None and best.number != BASELINE:
         console.print(f"base recipe: {study.metric} {base.value:.4g}")
     console.print(f"train it again: {command(study, best)}", soft_wrap=True, highlight=False, markup=False)
-    words = shlex.join(["glann", "registry", "register", str(study.run_dir(best.number)), "--as", "NAME"])
-    console.print(f"register it: {words}", soft_wrap=True, highlight=False, markup=False)
+
+
+def last_lines(study: StudyConfig, report: Path) -> list[str]:
+    """Where the results are, and how to register the best: here, or for the user of a job, whose machine is another."""
+    import shlex
+
+    from ..trainers.run.shared import is_job
+    from ..tuning.ledger import best_of, trials
+
+    if is_job():
+        from ..tracking.outbox import OutboxState
+        from ..tuning.shared import end_of
+
+        state = OutboxState.load(study.folder)
+        return end_of(study.base(), (state and state.link) or "").lines()
+    best = best_of(trials(study.folder).values(), study.minimize)
+    words = ["glann", "registry", "register", str(study.run_dir(best.number)), "--as", "NAME"] if best else []
+    return [*([f"register it: {shlex.join(words)}"] if best else []), f"report: {report}"]

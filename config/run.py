@@ -175,7 +175,7 @@ def load(
         UserError: one line per error.
     """
     path = find_recipe(recipe)
-    tree, given = load_tree(path), [*map(_read_override, overrides), *changes.items()]
+    tree, given = load_tree(path), [*map(read_override, overrides), *changes.items()]
     for key, value in given:
         set_key(tree, key, value)
     config = validate(tree, str(path), [canonical(key) for key, _ in given])
@@ -261,7 +261,7 @@ def validate(tree: dict[str, Any], where: str, given: Iterable[str] = ()) -> Con
         raise UserError("\n       ".join([first, *lines[1:]])) from error
 
 
-def _read_override(override: str) -> tuple[str, Any]:
+def read_override(override: str) -> tuple[str, Any]:
     """Parse `dotted.key=value` to key and value."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():

@@ -68,6 +68,17 @@ class OutboxState(Section):
     ended: bool = Field(False, description="whether everything, the final status included, was sent")
     lineage: dict[str, str] = Field({}, description="tags of the run that name its study and trial")
 
+    @property
+    def link(self) -> str | None:
+        """Address of the run's page; None where it is tracked in a file.
+
+        Without the workflow type MLflow opens on a page that has no model registry.
+        """
+        if self.experiment is None or not self.uri.startswith(("http://", "https://")):
+            return None
+        page = f"experiments/{self.experiment}/runs/{self.run_id}"
+        return f"{self.uri.rstrip('/')}/#/{page}?workflowType=machine_learning"
+
     @classmethod
     def load(cls, run_dir: Path) -> OutboxState | None:
         path = run_dir / TRACKING

@@ -136,15 +136,8 @@ class TrackedRun:
 
     @property
     def link(self) -> str | None:
-        """Address of the run's page; None where tracking is off, or in a file.
-
-        Without the workflow type MLflow opens on a page that has no model registry.
-        """
-        state = self._outbox.state if self._outbox else None
-        if state is None or state.experiment is None or not state.uri.startswith(("http://", "https://")):
-            return None
-        page = f"experiments/{state.experiment}/runs/{state.run_id}"
-        return f"{state.uri.rstrip('/')}/#/{page}?workflowType=machine_learning"
+        """Address of the run's page; None where tracking is off, or in a file."""
+        return self._outbox.state.link if self._outbox else None
 
     @property
     def address(self) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +27,9 @@ from ..trainers.run.mirror import RunMirror, take_back
 from ..trainers.run.preflight import is_worked_on, open_data
 from ..trainers.run.recovery import RunStopped, stop_on_signal
 from .folder import is_study, refuse_other_study
-from .ledger import Ledger, Trial, trials
+from .ledger import Ledger, trials
 from .report.study import TABLE, write_report
+from .shared import catch_up, held
 from .study import FILE, StudyConfig
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
             console.print(f"resuming with the copy of the study folder beside {base.checkpoint_url}")
         refuse_other_study(study, base)
         take_back_tracking(base)
-        if not is_done(study, trials(study.folder).values()):
+        if not study.is_done(trials(study.folder).values()):
             require_ray(base)
         index = open_data(base, console)
         if from_key(study.metric).reference and held_out_of(base, index) is None:
@@ -66,10 +67,11 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
         tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}
         mirror, opened = RunMirror(base, of_study), False
         try:
-            with open_run(base, study.folder, "tune", tags) as tracked:
+            with held(base, mirror, console.print) as share, open_run(base, study.folder, "tune", tags) as tracked:
                 opened = True
                 write_whole(study.folder / FILE, study.to_yaml())
-                run_and_report(study, base, tracked, console, mirror)
+                catch_up(study, base)
+                run_and_report(study, base, tracked, console, mirror, share)
         finally:
             if opened:
                 if trials(study.folder):
@@ -80,11 +82,6 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
             shutil.rmtree(study.folder, ignore_errors=True)
         raise
     return study.folder / REPORT
-
-
-def is_done(study: StudyConfig, found: Collection[Trial]) -> bool:
-    """Whether all trials of a study have ended."""
-    return len(found) >= study.trials_in_all and all(trial.ended for trial in found)
 
 
 def run_on_cluster(
@@ -109,11 +106,20 @@ def run_on_cluster(
         raise RunStopped(f"study {study.name} was stopped and is saved; the same command resumes it")
 
 
-def run_and_report(study: StudyConfig, base: Config, tracked: TrackedRun, console: Console, mirror: RunMirror) -> None:
-    """Run the remaining trials, then write the report, also if they failed."""
-    ledger = Ledger(study.folder)
+def run_and_report(
+    study: StudyConfig,
+    base: Config,
+    tracked: TrackedRun,
+    console: Console,
+    mirror: RunMirror,
+    share: Callable[[Path], None],
+) -> None:
+    """Run the remaining trials, then write the report, also if they failed. `share`: copies the ledger."""
+    ledger = Ledger(study.folder, share)
     try:
-        if is_done(study, ledger.trials):
+        if ledger.trials:
+            share(ledger.path)  # its last lines may have been written while shared storage could not be reached
+        if study.is_done(ledger.trials):
             console.print(f"all {study.trials_in_all} trials have ended; more with --trials")
         else:
             run_on_cluster(study, base, ledger, tracked, console, mirror)

@@ -18,6 +18,7 @@ from ..storage.base import MissingObject
 from ..storage.files import read_document, write_whole
 from ..trainers.run.folder import differences, refuse_other_configuration
 from ..trainers.run.mirror import mirror_store
+from ..trainers.run.preflight import may_change
 from .ledger import BASELINE, Trial, best_of, trials
 from .ledger import FILE as LEDGER
 from .study import FILE, StudyConfig
@@ -102,11 +103,11 @@ def _is_there(study: StudyConfig, base: Config) -> bool:
     path = study.folder / FILE
     if os.path.lexists(path):
         with suppress(DamagedFile):
-            _refuse(saved_study(study.folder), study)
+            refuse_other(saved_study(study.folder), study, study.folder)
             return True
     if (store := mirror_store(base)) is not None:
         with suppress(MissingObject, ValueError):
-            _refuse(parse_study(store.read(FILE)), study)
+            refuse_other(parse_study(store.read(FILE)), study, study.folder)
             if study.folder.is_dir():
                 _write_anew(study, f"{store.url}/{FILE} agrees")
             return True
@@ -118,11 +119,18 @@ def _write_anew(study: StudyConfig, why: str) -> None:
     log.warning("%s was damaged or missing and is written anew: %s", study.folder / FILE, why)
 
 
-def _refuse(saved: StudyConfig, study: StudyConfig) -> None:
-    there, here = saved.model_dump(mode="json"), study.model_dump(mode="json")
+def refuse_other(saved: StudyConfig, study: StudyConfig, where: str | Path) -> None:
+    """Refuse a study that differs from the one saved at `where`, naming the first key.
+
+    The recipe is compared as the configuration of the base run: it may be a file of another machine.
+    """
+    there, here = (each.model_dump(mode="json") for each in (saved, study))
+    for tree in (there, here):
+        tree["overrides"] = {key: value for key, value in tree["overrides"].items() if not may_change(key)}
     for key in here:
-        if key not in ("budget", "studies_dir") and there[key] != here[key]:
-            raise _of_another(study, f"{key} is {shown(there[key])} there and {shown(here[key])} here")
+        if key not in ("budget", "studies_dir", "recipe") and there[key] != here[key]:
+            why = f"{key} is {shown(there[key])} there and {shown(here[key])} here"
+            raise UserError(f"{where} holds another study: {why}; give this one another name")
 
 
 def _of_another(study: StudyConfig, why: str) -> UserError:

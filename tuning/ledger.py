@@ -1,22 +1,26 @@
 """trials.jsonl: the state of every trial of a study, one JSON object per line, append-only.
 
 A study resumes from its ledger alone: the next trial is a function of it (`search.suggest`), and a trial that was
-started and has not ended is resumed in its run folder. A line is on disk before anything depends on it.
+started and has not ended is resumed in its run folder. A line is on disk, and beside the checkpoints where these are in
+shared storage, before anything depends on it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
 from ..config.run import canonical
-from ..errors import GlannError, UserError, one_line
+from ..errors import EnvironmentFault, GlannError, UserError, one_line
 from ..metrics.result import canonical_keys
 from ..storage.journal import Journal, read
+
+log = logging.getLogger(__name__)
 
 FILE = "trials.jsonl"
 BASELINE = 0  # number of the trial that is the base recipe itself
@@ -67,8 +71,9 @@ _FACTS: dict[str, type | UnionType] = {
 class Ledger:
     """The trials of a study folder, open for appending."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+    def __init__(self, folder: Path, share: Callable[[Path], None] = lambda path: None) -> None:
+        """`share`: copies the file to where it outlives this machine, after every line."""
+        self.path, self._share = folder / FILE, share
         self._trials = trials(folder)
         self._journal = Journal(self.path)
 
@@ -81,6 +86,7 @@ class Ledger:
         """Append a new trial."""
         trial = Trial(max(self._trials, default=BASELINE - 1) + 1, params)
         self._write(trial, {"event": "started", "trial": trial.number, "params": params})
+        self._share(self.path)  # otherwise another head would start a trial of that number with other values
         return trial
 
     def end(
@@ -109,6 +115,12 @@ class Ledger:
         self._journal.append(line)
         self._journal.sync()
         self._trials[trial.number] = trial
+        if line["event"] == "started":
+            return
+        try:
+            self._share(self.path)
+        except EnvironmentFault as error:  # the next line brings it, or the trial is looked at again
+            log.warning("what became of trial %d was not copied to shared storage yet: %s", trial.number, error)
 
     def close(self) -> None:
         self._journal.close()

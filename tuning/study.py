@@ -13,15 +13,16 @@ budget: {trials: 12}
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ..config.address import LocalPath
-from ..config.parse import explain, kind_of, plain_data, shown, suggest
+from ..config.parse import shown, suggest
 from ..config.paths import absolute
 from ..config.run import (
     RECIPES,
@@ -36,21 +37,19 @@ from ..config.run import (
     require_trainable,
     set_key,
     validate,
+    with_shorthands,
 )
 from ..config.section import Section, Trait
 from ..errors import UserError
-from ..metrics.result import BASELINE as GAUSSIAN
-from ..metrics.result import HELD_OUT, OWN, RECONSTRUCTION, from_key, known_results, to_key
+from ..metrics.result import HELD_OUT, OWN, from_key, known_results, to_key
 from ..metrics.spec import METRICS, Metric, Samples, metric_families
 from ..reports.run_folder import CONFIG, STUDY, read_config
 from ..trainers.run.preflight import may_change
-from .ledger import BASELINE
-from .space import Dimension, dependencies_first, grid, premises
+from .ledger import BASELINE, Trial
+from .space import Dimension, dependencies_first, grid
 
 FILE = STUDY
-STUDIES = RECIPES / "studies"
 SECOND_STAGE = "sampler."
-MEASURED = {OWN: "their own sampler", GAUSSIAN: "the baseline", RECONSTRUCTION: "reconstructions, if it is bounded"}
 
 
 class SearchConfig(Section):
@@ -89,7 +88,9 @@ class StudyConfig(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="name of the study; its folder is studies_dir/name"
     )
     studies_dir: LocalPath = Field("studies", description="parent of the study folders")
-    recipe: str | None = Field(None, description="base recipe: a name, or a YAML file")
+    recipe: str | dict[str, Any] | None = Field(
+        None, description="base recipe: a name, a YAML file, or the recipe itself, as `glann submit` sends it"
+    )
     stage_one: LocalPath | None = Field(
         None,
         description="a trained run whose codes and generator all trials share, in place of `recipe` (sampler.* only)",
@@ -209,10 +210,28 @@ class StudyConfig(Section):
             return self.budget.trials
         return min(self.budget.trials, 1 + sum(1 for _ in grid(self.space)))
 
+    def is_done(self, found: Collection[Trial]) -> bool:
+        """Whether all trials have ended."""
+        return len(found) >= self.trials_in_all and all(trial.ended for trial in found)
+
     def with_absolute_paths(self) -> Self:
         """The same study with absolute paths, for processes with another working folder, such as trials."""
         here = {"studies_dir": absolute(self.studies_dir), "stage_one": self.stage_one and absolute(self.stage_one)}
-        return self.model_copy(update=here | {"recipe": self.recipe and str(find_recipe(self.recipe).absolute())})
+        if isinstance(self.recipe, str) and not self.is_bundled:
+            here["recipe"] = str(find_recipe(self.recipe).absolute())
+        return self.model_copy(update=here)
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether the base recipe is one that ships with glann, which is the same on every machine."""
+        return isinstance(self.recipe, str) and find_recipe(self.recipe).absolute().parent == RECIPES.absolute()
+
+    def self_contained(self) -> Self:
+        """The same study with the recipe itself in place of a file of this machine."""
+        if not isinstance(self.recipe, str):
+            return self
+        path = find_recipe(self.recipe)
+        return self.model_copy(update={"recipe": path.stem if self.is_bundled else load_tree(path)})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
@@ -239,11 +258,13 @@ class StudyConfig(Section):
 
     def _config(self, name: str, runs_dir: str, params: dict[str, Any]) -> Config:
         if self.stage_one:
-            path = Path(self.stage_one) / CONFIG
+            path = str(Path(self.stage_one) / CONFIG)
             tree = read_config(self.stage_one).model_dump(mode="json")
+        elif isinstance(self.recipe, dict):
+            path, tree = "its recipe", with_shorthands(deepcopy(self.recipe))
         else:
-            path = find_recipe(self.recipe or "")
-            tree = load_tree(path)
+            path = str(find_recipe(self.recipe or ""))
+            tree = load_tree(Path(path))
         where = f"{self.name} on {path}"
         try:
             for key, value in kinds_first(self.overrides | params).items():
@@ -280,60 +301,6 @@ def trial_name(study: str, number: int) -> str:
     return f"{study}-{number:04d}"
 
 
-def load_study(file: str | Path, trials: int | None = None) -> StudyConfig:
-    """Load a study from a YAML file, or a bundled study by name.
-
-    Args:
-        trials: replaces `budget.trials`.
-    Raises:
-        UserError: one line per fault; also if the space admits a value that the recipe does not.
-    """
-    path = _find(file)
-    try:
-        tree = plain_data(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold keys such as `recipe:` and `space:`, not {kind_of(tree)}")
-    if trials is not None and isinstance(budget := tree.get("budget", {}), dict):
-        tree["budget"] = budget | {"trials": trials}
-    try:
-        study = StudyConfig.model_validate(tree)
-    except ValidationError as error:
-        faults = [explain(fault, known_keys(StudyConfig)) for fault in error.errors(include_url=False)[:10]]
-        raise UserError("\n       ".join([f"{faults[0]}; in {path}", *faults[1:]])) from error
-    study = _of_own_sampler(study, path)
-    _check_extremes(study, path)
-    return study
-
-
-def _find(file: str | Path) -> Path:
-    path = Path(file)
-    if path.is_file():
-        return path
-    bundled = STUDIES / f"{path.name.removesuffix('.yaml')}.yaml"
-    if path.parent == Path(".") and bundled.is_file():
-        return bundled
-    names = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
-    raise UserError(f"no such study: {file} (give a YAML file, or one of: {names})")
-
-
-def _of_own_sampler(study: StudyConfig, path: Path) -> StudyConfig:
-    """`imle/NAME` is `NAME` where all trials have IMLE as their own sampler.
-
-    Raises:
-        UserError: trials do not measure the sampler that the metric names, or do not change what it measures.
-    """
-    name, sampler, reference = from_key(study.metric)
-    if sampler in (None, OWN, GAUSSIAN, RECONSTRUCTION):
-        return study
-    own = study.base().sampler.kind
-    if sampler == own and "sampler.kind" not in study.space:
-        return study.model_copy(update={"metric": to_key(name, OWN, reference)})
-    measured = ", ".join(f"{to_key(name, kind, reference)} (of {words})" for kind, words in MEASURED.items())
-    raise UserError(f"metric={study.metric} is not measured of trials; they measure {measured}; in {path}")
-
-
 def _refuse_key(key: str) -> None:
     keys = known_keys()
     field = keys.get(key)
@@ -348,14 +315,3 @@ def _refuse_key(key: str) -> None:
 def _of_second_stage(key: str) -> bool:
     """Whether a key, or section, may differ between runs that share a stage 1."""
     return key == "seed" or key.split(".")[0] == "sampler" or may_change(key)
-
-
-def _check_extremes(study: StudyConfig, path: Path) -> None:
-    """Refuse a space whose bounds or choices are invalid for the recipe."""
-    study.base()
-    for key, dimension in study.space.items():
-        for value in dimension.extremes():
-            try:
-                study.trial(1, premises(study.space, key) | {key: value})
-            except UserError as error:
-                raise UserError(f"space.{key} admits {json.dumps(value)}, which is impossible: {error}") from error

@@ -187,26 +187,29 @@ def last_attempt(client: JobSubmissionClient, name: str) -> Job | None:
     return max((job for job in list_jobs(client) if job.name == name), key=lambda job: job.attempt, default=None)
 
 
-def refuse_fork(running: Job, config: Config) -> None:
-    """Refuse to submit another configuration under the name of an active run.
+def refuse_fork(running: Job, config: Config, study: str = "") -> None:
+    """Refuse to submit another configuration, or study, under the name of an active one.
 
     Raises:
         UserError: the active attempt has another configuration.
     """
-    if running.digest != shipping.digest(config):
+    if running.digest != shipping.digest(config, study):
         raise UserError(
             f"{running.id} is {running.state} with another configuration; stop it first "
             f"(`glann jobs stop {running.name}`; the new job resumes its checkpoints) or give another --name"
         )
 
 
-def start(client: JobSubmissionClient, config: Config, variables: dict[str, str], last: Job | None) -> Job:
-    """Submit the next attempt at the run `config.name`.
+def start(
+    client: JobSubmissionClient, config: Config, variables: dict[str, str], last: Job | None, study: str = ""
+) -> Job:
+    """Submit the next attempt at the run, or study, `config.name`.
 
     Args:
-        config: from `shipping.for_cluster`.
+        config: from `shipping.for_cluster`; of a study, that of its base recipe.
         variables: environment variables of the job, by name; it gets no others from this process.
         last: the previous attempt, which has ended.
+        study: YAML of a study; empty for a run.
     Raises:
         UserError: another submission started the run at the same moment.
     """
@@ -221,13 +224,13 @@ def start(client: JobSubmissionClient, config: Config, variables: dict[str, str]
                 submission_id=f"{config.name}.{attempt}",
                 runtime_env={
                     "py_modules": [str(shipping.stage_package(folder))],
-                    "working_dir": str(shipping.stage_run(folder, config)),
+                    "working_dir": str(shipping.stage_run(folder, config, study)),
                     "env_vars": variables | {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait)},
                 },
                 metadata={
                     NAME: config.name,
                     ATTEMPT: str(attempt),
-                    DIGEST: shipping.digest(config),
+                    DIGEST: shipping.digest(config, study),
                     CHECKPOINTS: redact(config.checkpoint_url),
                     S3: redact(config.s3.model_dump_json()),
                     JOB_NAME: config.name,

@@ -21,19 +21,23 @@ from ...errors import ExitStatus, UserError
 PACKAGE = Path(__file__).parents[2]
 DATA_SUFFIXES = {".yaml", ".html", ".md"}  # `package-data` in pyproject.toml
 ROOT_FILES = ("__init__.py", "__main__.py", "errors.py", "py.typed")
-CONFIG_FILE, START_FILE = "config.yaml", "start.sh"
+CONFIG_FILE, STUDY_FILE, START_FILE = "config.yaml", "study.yaml", "start.sh"
 JOBS_FOLDER = "glann-jobs"  # in the home folder on the head; working folder of jobs, to which runs_dir is relative
 STATUS_LINE = "glann: exit status"
 JOB_VARIABLE = "GLANN_JOB"  # set in a job, which then names no paths of the head to the user
 
-# Ray signals every process of a stopped job. The shell waits for `glann train`, which saves, and then prints its exit
+# Ray signals every process of a stopped job. The shell waits for the command, which saves, and then prints its exit
 # status, since Ray keeps none of a stopped job. `-P`: a folder called glann in the working folder is not imported.
 START_SCRIPT = f"""\
 trap : INT TERM
-config="$PWD/{CONFIG_FILE}"
+folder="$PWD"
 mkdir -p "$HOME/{JOBS_FOLDER}" && cd "$HOME/{JOBS_FOLDER}" || exit {ExitStatus.ENVIRONMENT:d}
 export {JOB_VARIABLE}="$1"
-python3 -P -m glann train "$config"
+if [ -e "$folder/{STUDY_FILE}" ]; then
+    python3 -P -m glann tune "$folder/{STUDY_FILE}"
+else
+    python3 -P -m glann train "$folder/{CONFIG_FILE}"
+fi
 status=$?
 echo "{STATUS_LINE} $status"
 exit $status
@@ -62,11 +66,11 @@ def stage_package(folder: Path) -> Path:
     return staged
 
 
-def stage_run(folder: Path, config: Config) -> Path:
-    """Write the configuration and the start script to `folder/run`, for `working_dir`."""
+def stage_run(folder: Path, config: Config, study: str = "") -> Path:
+    """Write the configuration, or the YAML of a study, and the start script to `folder/run`, for `working_dir`."""
     staged = folder / "run"
     staged.mkdir()
-    (staged / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    (staged / (STUDY_FILE if study else CONFIG_FILE)).write_text(study or config.to_yaml(), encoding="utf-8")
     (staged / START_FILE).write_text(START_SCRIPT, encoding="utf-8")
     return staged
 
@@ -105,9 +109,9 @@ def _travels(place: str) -> bool:
     return "://" in place or place.startswith("/")
 
 
-def digest(config: Config) -> str:
-    """Short hash of the configuration, to compare two submissions."""
-    return hashlib.sha256(config.to_yaml().encode()).hexdigest()[:16]
+def digest(config: Config, study: str = "") -> str:
+    """Short hash of the configuration, and of the YAML of a study, to compare two submissions."""
+    return hashlib.sha256((config.to_yaml() + study).encode()).hexdigest()[:16]
 
 
 def environment(keys: Iterable[str]) -> dict[str, str]:

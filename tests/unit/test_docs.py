@@ -11,7 +11,7 @@ import pytest
 from glann.cli.main import app
 from glann.config.run import COMPARISONS, RECIPES, bundled_recipes, known_keys, load
 from glann.tuning.compare.comparison import load_comparison
-from glann.tuning.study import STUDIES, load_study
+from glann.tuning.load import STUDIES, load_study
 from typer.main import get_command
 
 ROOT = Path(glann.__file__).parent

@@ -41,6 +41,7 @@ from .events import EpochDone
 from .folder import is_finished, refuse_other_configuration, require_summary, take_back_tracking
 from .hooks import Hooks
 from .lifecycle import open_run
+from .mirror import RunMirror, take_back
 from .recovery import RunStopped
 from .state import load
 
@@ -97,6 +98,7 @@ def train_second_stage(config: Config, console: Console, hooks: Hooks, shared: S
     Raises:
         RunStopped: `hooks.stop` returned a reason. UserError: training diverged.
     """
+    take_back(config)
     refuse_other_configuration(config)
     take_back_tracking(config)
     if is_finished(config):
@@ -106,6 +108,7 @@ def train_second_stage(config: Config, console: Console, hooks: Hooks, shared: S
     data = DataInput(config.data.url, index.fingerprint, len(shared.z_ND), index.resolution, index.channels)
     with open_run(config, config.run_dir, "train", tags, hooks.parent_run_id, data) as tracked:
         metrics = _train(config, shared, tracked, hooks)
+    RunMirror(config).close(console.print)
     console.print(f"{config.name} is trained and measured")
     return metrics
 

@@ -9,6 +9,7 @@ The same command on another machine restores the copy and resumes with the same 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -36,6 +37,7 @@ class RunMirror:
         self.folder, self.store, self.copied = config.run_dir, mirror_store(config), copied
         self.sent: dict[str, tuple[int, int]] = {}
         self.thread = ThreadPoolExecutor(1, "run-mirror")
+        self.lock = threading.Lock()  # a file is read and sent as one, so that no older content is sent last
         self.sending: Future[None] | None = None
 
     def send_soon(self) -> None:
@@ -69,11 +71,17 @@ class RunMirror:
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and self.copied(self.key(path))]
         # The state of the outbox before the journal: a copy must not mark more entries as sent than it contains.
         for path in sorted(files, key=lambda path: (path.name != TRACKING, path.name != JOURNAL)):
-            stat = path.stat()
-            if self.sent.get(self.key(path)) != (stat.st_size, stat.st_mtime_ns):
-                growing = path.name == JOURNAL or path.parent.name == tensorboard.FOLDER
-                store.write(self.key(path), path.read_bytes() if growing else path)
-                self.sent[self.key(path)] = (stat.st_size, stat.st_mtime_ns)
+            with self.lock:
+                stat = path.stat()
+                if self.sent.get(self.key(path)) != (stat.st_size, stat.st_mtime_ns):
+                    store.write(self.key(path), path.read_bytes() if is_growing(path) else path)
+                    self.sent[self.key(path)] = (stat.st_size, stat.st_mtime_ns)
+
+    def send_now(self, path: Path) -> None:
+        """Copy a file before anything depends on it. Raises UserError, EnvironmentFault: it could not be copied."""
+        if self.store is not None:
+            with self.lock:
+                self.store.write(self.key(path), path.read_bytes())
 
     def key(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
@@ -106,3 +114,8 @@ def mirror_store(config: Config) -> Store | None:
 
 def is_copied(key: str) -> bool:
     return key.partition("/")[0] not in ELSEWHERE and not any(part.startswith(".") for part in key.split("/"))
+
+
+def is_growing(path: Path) -> bool:
+    """Whether a file may be appended to while it is sent."""
+    return path.suffix == ".jsonl" or path.parent.name == tensorboard.FOLDER

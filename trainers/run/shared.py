@@ -14,6 +14,8 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ...cluster.jobs.shipping import JOB_VARIABLE
 from ...config.run import Config
 from ...errors import UserError, redact
@@ -22,6 +24,7 @@ from ...reports.run_folder import CONFIG, IMAGES, MODEL, REPORT, STUDY, SUMMARY,
 from ...storage.base import MissingObject, Store, check_key
 from ...storage.files import READ_BYTES, os_fault
 from ...storage.journal import strict_json
+from ...tracking.outbox import OutboxState
 from .folder import differences
 from .mirror import is_copied, mirror_store
 
@@ -39,16 +42,16 @@ def is_job() -> bool:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run in shared storage. link: its page in MLflow, if any. owed: whether MLflow lacks a part of it."""
+    """A finished run, or study, in shared storage. look: addresses of results. commands: what to do with them. owed:
+    whether MLflow lacks a part of it."""
 
-    config: Config
-    link: str
+    look: list[str]
+    commands: list[str]
     owed: bool
 
     def lines(self) -> list[str]:
         """What to print of it."""
-        look, then = addresses(self.config, self.link), commands(self.config)
-        return ["look at", *(f"  {line}" for line in look), "try next", *(f"  {line}" for line in then)]
+        return ["look at", *(f"  {line}" for line in self.look), "try next", *(f"  {line}" for line in self.commands)]
 
 
 def finished(config: Config) -> Finished | None:
@@ -58,26 +61,48 @@ def finished(config: Config) -> Finished | None:
         OtherRun: the name belongs to a run of another configuration, or to a study.
         UserError, EnvironmentFault: the storage cannot be read from here; it is not tried for long.
     """
-    store = mirror_store(config.model_copy(update={"s3": config.s3.model_copy(update=QUICK)}))
+    store = quick_store(config)
     if store is None or not store.exists(CONFIG):
         return None
     if store.exists(STUDY):
         raise OtherRun(f"{store.url} holds a study of that name; give this run another --name")
-    where = f"{store.url}/{CONFIG}"
-    if differing := differences(parse_config(store.read(CONFIG), where), config):
-        raise OtherRun(
-            f"{store.url} holds a run of another configuration: {differing[0]}; give this one another --name"
-        )
+    refuse_other(store, config)
     if not (store.exists(REPORT) and store.exists(SUMMARY)):
         return None
-    made = _document(store, SUMMARY).get("made")
-    link = made.get("mlflow") if isinstance(made, dict) else None
-    owed = config.tracking.enabled and store.exists(TRACKING) and _document(store, TRACKING).get("ended") is not True
-    return Finished(config, link if isinstance(link, str) else "", owed)
+    owed = config.tracking.enabled and is_owed(store)
+    return Finished(addresses(config, page_of(store)), commands(config), owed)
 
 
 class OtherRun(UserError):
     """The name of a run belongs to another one."""
+
+
+class NoResults(UserError):
+    """There is no copy of a run folder at that address."""
+
+
+def quick_store(config: Config) -> Store | None:
+    """The store of the copy, for a look that is not waited for."""
+    return mirror_store(config.model_copy(update={"s3": config.s3.model_copy(update=QUICK)}))
+
+
+def refuse_other(store: Store, config: Config) -> None:
+    """Raise OtherRun if the copy is of a run of another configuration."""
+    if differing := differences(parse_config(store.read(CONFIG), f"{store.url}/{CONFIG}"), config):
+        raise OtherRun(f"{store.url} holds a run of another configuration: {differing[0]}; give another --name")
+
+
+def page_of(store: Store) -> str:
+    """The page of the run in MLflow, by its copy; empty if it has none."""
+    try:
+        return OutboxState.model_validate(_document(store, TRACKING)).link or ""
+    except ValidationError:  # not tracked, or damaged
+        return ""
+
+
+def is_owed(store: Store) -> bool:
+    """Whether MLflow lacks a part of the run, by its copy."""
+    return store.exists(TRACKING) and _document(store, TRACKING).get("ended") is not True
 
 
 def _document(store: Store, key: str) -> dict[str, Any]:
@@ -150,7 +175,7 @@ def fetch(
     """
     sizes = {check_key(key): size for key, size in store.sizes().items() if is_copied(key) and wanted(key)}
     if CONFIG not in sizes:
-        raise UserError(f"{store.url} holds no results of a run; check NAME and --from, which is its checkpoint.url")
+        raise NoResults(f"{store.url} holds no results of a run; check NAME and --from, which is its checkpoint.url")
     hashes = _hashes(store) if MODEL_FILES in sizes else {}
     there = {key for key in sizes if os.path.lexists(folder / key)}
     same = {key for key in there if _is_same(store, key, sizes[key], folder / key, hashes.get(key))}

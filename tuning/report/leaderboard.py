@@ -8,13 +8,15 @@ import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ...config.run import RECIPES, find_recipe
+from ...config.run import find_recipe
 from ...errors import redact
 from ...reports.run_folder import CONFIG
+from ...trainers.run.shared import is_job
 from ..ledger import BASELINE, Trial
 from ..space import Params, dependencies_first
 from ..study import StudyConfig, trial_name
@@ -82,23 +84,29 @@ def as_yaml(value: object) -> str:
 def command(study: StudyConfig, trial: Trial) -> str:
     """The shell command that trains the model of a trial again, as a separate run. Passwords are left out.
 
+    A recipe that came with the study is no file of its own: there it is the configuration of the trial's run.
+
     Raises:
         UserError: the recipe cannot be read.
     """
+    verb = "submit" if is_job() else "train"
+    if isinstance(study.recipe, dict):
+        name = trial_name(study.name, trial.number)
+        path = f"{Path(study.studies_dir).name}/{study.name}/trials/{name}/{CONFIG}"  # as fetched
+        return shlex.join(["glann", verb, path, f"name={study.name}-best", "runs_dir=runs"])
     config = study.trial(trial.number, trial.params)
     settings = {"evaluation.extractor": config.evaluation.extractor} | study.overrides | trial.params
     if study.search.kind == "population":
         settings["checkpoint.every_epochs"] = config.checkpoint.every_epochs
     words = [f"{key}={redact(as_yaml(value))}" for key, value in settings.items()]
-    return shlex.join(["glann", "train", recipe_name(study), *words, f"name={study.name}-best"])
+    return shlex.join(["glann", verb, recipe_name(study), *words, f"name={study.name}-best"])
 
 
 def recipe_name(study: StudyConfig) -> str:
     """The recipe argument for `glann train`: the name of a bundled recipe, else the path of the file."""
     if study.stage_one:
         return f"{study.stage_one}/{CONFIG}"
-    path = find_recipe(study.recipe or "")
-    return path.stem if path.absolute().parent == RECIPES.absolute() else str(study.recipe)
+    return find_recipe(str(study.recipe)).stem if study.is_bundled else str(study.recipe)
 
 
 def as_csv(study: StudyConfig, rows: list[Row]) -> str:

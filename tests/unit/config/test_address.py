@@ -8,7 +8,7 @@ import pytest
 from glann.config.address import address_fault, folder_fault
 from glann.config.run import absolute, load
 from glann.errors import UserError
-from glann.tuning.study import load_study
+from glann.tuning.load import load_study
 
 MISSPELT = [
     ("s3:/faces/packed", "s3://faces/packed"),

@@ -29,7 +29,7 @@ from glann.metrics.tally import KeptFeatures, priority
 from glann.reports.card import write_card
 from glann.reports.figures import metric_rows
 from glann.storage.local import LocalStore
-from glann.tuning.study import load_study
+from glann.tuning.load import load_study
 from registered_runs import DIM, ROWS, make_config, make_run
 from torch import Tensor, nn
 

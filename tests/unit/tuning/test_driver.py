@@ -14,7 +14,8 @@ from glann.datasets.pack import pack
 from glann.errors import EnvironmentFault, UserError
 from glann.trainers.run.recovery import RunStopped
 from glann.tuning import driver
-from glann.tuning.study import StudyConfig, load_study
+from glann.tuning.load import load_study
+from glann.tuning.study import StudyConfig
 from rich.console import Console
 
 RECIPE = {

@@ -10,7 +10,8 @@ import yaml
 from glann.config.run import load
 from glann.errors import UserError
 from glann.tuning.folder import refuse_other_study
-from glann.tuning.study import STUDIES, StudyConfig, load_study
+from glann.tuning.load import STUDIES, load_study
+from glann.tuning.study import StudyConfig
 
 GOOD: dict[str, Any] = {
     "name": "small",

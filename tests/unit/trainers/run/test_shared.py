@@ -42,7 +42,8 @@ def finish_run(config: Config, ended: bool = True) -> None:
     (run / "report.html").write_text("a report")
     (run / "MODEL_CARD.md").write_text("a card")
     (run / "metrics.jsonl").write_text('{"stage":"glo","epoch":1}\n')
-    (run / "tracking.json").write_text(json.dumps({"ended": ended}))
+    tracked = {"key": "k", "uri": "http://127.0.0.1:5000", "run_id": "abc", "experiment": "1", "ended": ended}
+    (run / "tracking.json").write_text(json.dumps(tracked))
     summary = {"rows": 600, "metrics": {"psnr": 20.0}, "timings": {"train_s": 60}, "made": {"mlflow": LINK}}
     (run / "summary.json").write_text(json.dumps(summary))
     RunMirror(config).close(pytest.fail)
