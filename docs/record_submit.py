@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 from cluster_job import pack_digits
 from cluster_nodes import BIN, HEAD, WORKERS, Cluster
+from glann.reports.status import read_status
 from netns import why_not
 
 LAPTOP = "laptop"
@@ -49,7 +50,9 @@ def main() -> int:
         print(f"$ export RAY_API_SERVER_ADDRESS={url}\n$ cat digits-on-s3.yaml\n{RECIPE}", flush=True)
         show(cluster, SUBMIT)
         wait_for_checkpoint(cluster)
-        for words in ("jobs logs digits-2", "jobs stop digits-2", "jobs status digits-2", f"{SUBMIT} --wait"):
+        wait_for_status(cluster)
+        look = "jobs status digits-2"
+        for words in (look, "jobs stop digits-2", look, f"{SUBMIT} --wait", "jobs list --runs s3://glann/runs"):
             show(cluster, words)
     return 0
 
@@ -69,6 +72,17 @@ def wait_for_checkpoint(cluster: Cluster, seconds: float = 300) -> None:
                 return
             time.sleep(1)
     raise TimeoutError(f"no checkpoint in {seconds:g} s")
+
+
+def wait_for_status(cluster: Cluster, seconds: float = 60) -> None:
+    """Until the status beside the checkpoints names one, and the devices, which are sampled every few seconds."""
+    with cluster.store("s3://glann/runs/digits-2") as store:
+        for _ in range(int(seconds)):
+            status = read_status(store)
+            if status is not None and status.checkpoint_at and status.devices:
+                return
+            time.sleep(1)
+    raise TimeoutError(f"no checkpoint in the status in {seconds:g} s")
 
 
 def glann(cluster: Cluster, words: str) -> subprocess.Popen[bytes]:
