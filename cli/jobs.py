@@ -106,7 +106,7 @@ def list_jobs(address: AddressOption = HERE, runs: RunsOption = None) -> None:
     \b
     glann jobs list
     glann jobs list --address http://10.0.0.5:8265
-    glann jobs list --runs s3://bucket/runs         also if the cluster is gone
+    glann jobs list --runs s3://bucket/runs         without the cluster
     """
     import time
 
@@ -143,7 +143,7 @@ def status(name: NameArg, address: AddressOption = HERE, runs: RunsOption = None
 
     \b
     glann jobs status celebahq-1024
-    glann jobs status celebahq-1024 --runs s3://bucket/runs      also if the cluster is gone
+    glann jobs status celebahq-1024 --runs s3://bucket/runs      without the cluster
     """
     from ..cluster.jobs import client as jobs
     from .run_status import described, hint_at_runs, of_job, of_name
@@ -177,7 +177,7 @@ def watch(name: NameArg, address: AddressOption = HERE, runs: RunsOption = None)
 
     \b
     glann jobs watch celebahq-1024
-    glann jobs watch celebahq-1024 --runs s3://bucket/runs       also if the cluster is gone
+    glann jobs watch celebahq-1024 --runs s3://bucket/runs       without the cluster
 
     Ctrl-C leaves the job running. The exit status is 1 if the run ended without a word.
     """

@@ -16,9 +16,10 @@ def print_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], empty: s
             typer.echo("\t".join(row))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*head, box=None, pad_edge=False)
+    # an address that is cut off cannot be copied
+    table = Table(*(Column(title, overflow="fold") for title in head), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     Console().print(table if rows else empty)

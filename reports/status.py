@@ -118,12 +118,13 @@ def write_status(store: Store, status: Status) -> None:
 
 
 def summary(status: Status, now: float | None = None) -> str:
-    """One line: `stage 1 (GLO)  epoch 6/60 ...`, `waiting for capacity  room for 1 of 2 workers`, `stopped  why`."""
+    """One line: `stage 1 (GLO)  epoch 6/60 ...`, `waiting for capacity: room for 1 of 2 workers`, `stopped: why`."""
     if status.ended:
-        return "  ".join(word for word in (status.state, status.message) if word)
-    stopping = "stopping" if status.state == "stopping" else ""
-    numbers = progress(status, now) or status.message
-    return "  ".join(word for word in (stopping, status.stage, numbers) if word)
+        return ": ".join(word for word in (status.state, status.message) if word)
+    stage = f"stopping: {status.stage}" if status.state == "stopping" else status.stage
+    if numbers := progress(status, now):
+        return f"{stage}  {numbers}"
+    return ": ".join(word for word in (stage, status.message) if word)
 
 
 def progress(status: Status, now: float | None = None) -> str:

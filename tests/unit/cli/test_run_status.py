@@ -111,7 +111,7 @@ def test_a_status_of_the_attempt_before_is_not_taken_for_this_one(cluster: Clust
     submit(cluster, runs)
     cluster.jobs["faces.2"].start_time = 1000 * (time.time() + 60)
     glann("status", "faces")
-    assert "progress     earlier attempt: stopped  the run was stopped and is saved" in capsys.readouterr().out
+    assert "progress     earlier attempt: stopped: the run was stopped and is saved" in capsys.readouterr().out
 
 
 def test_a_folder_of_the_cluster_that_is_not_here_is_named(cluster: Cluster, tmp_path: Path, capsys):

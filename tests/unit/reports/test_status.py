@@ -16,6 +16,7 @@ from glann.reports.status import (
     progress,
     read_status,
     status_folder,
+    summary,
     write_status,
 )
 from glann.storage.local import LocalStore
@@ -48,6 +49,24 @@ def test_progress_in_words():
     assert progress(STATUS, 1000.0) == "epoch 6/60  3 h 20 min left  loss 0.2378  1,004 img/s  34% MFU"
     assert progress(STATUS, 4600.0).startswith("epoch 6/60  2 h 20 min left"), "the file is an hour old"
     assert health(STATUS, 1000.0) == "checkpoint 4 min ago"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "stage 1 (GLO)  epoch 6/60  loss 0.2378"),
+        ({"state": "stopping"}, "stopping: stage 1 (GLO)  epoch 6/60  loss 0.2378"),
+        ({"state": "stopped", "message": "by a user"}, "stopped: by a user"),
+        ({"state": "finished"}, "finished"),
+        (
+            {"stage": "waiting for capacity", "message": "room for 1 of 2 workers", "epoch": None, "loss": None},
+            "waiting for capacity: room for 1 of 2 workers",
+        ),
+    ],
+)
+def test_a_run_in_a_line(changes: dict[str, object], words: str):
+    plain = STATUS.model_copy(update={"left_s": None, "images_per_s": None, "mfu": None})
+    assert summary(plain.model_copy(update=changes)) == words
 
 
 def test_devices_in_words():
