@@ -123,7 +123,7 @@ def summary(status: Status, now: float | None = None) -> str:
         return ": ".join(word for word in (status.state, status.message) if word)
     stage = f"stopping: {status.stage}" if status.state == "stopping" else status.stage
     if numbers := progress(status, now):
-        return f"{stage}  {numbers}"
+        return "  ".join(word for word in (stage, numbers, status.message) if word)
     return ": ".join(word for word in (stage, status.message) if word)
 
 

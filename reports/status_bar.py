@@ -41,7 +41,7 @@ class StatusBar:
 
     def show(self, status: Status, note: str = "") -> None:
         """Draw a status. note: replaces its words."""
-        words = note or "  ".join(word for word in (progress(status), health(status)) if word)
+        words = note or "  ".join(word for word in (progress(status), status.message, health(status)) if word)
         known = None if status.done is None else 1.0
         self.bar.update(self.task, description=status.stage, total=known, completed=status.done or 0.0, note=words)
 

@@ -26,10 +26,12 @@ from ..trainers.run.lifecycle import open_run
 from ..trainers.run.mirror import RunMirror, take_back
 from ..trainers.run.preflight import is_worked_on, open_data
 from ..trainers.run.recovery import RunStopped, stop_on_signal
+from ..trainers.run.status_file import status_file
 from .folder import is_study, refuse_other_study
 from .ledger import Ledger, trials
 from .report.study import TABLE, write_report
 from .shared import catch_up, held
+from .status import StudyTelemetry
 from .study import FILE, StudyConfig
 
 if TYPE_CHECKING:
@@ -117,12 +119,13 @@ def run_and_report(
     """Run the remaining trials, then write the report, also if they failed. `share`: copies the ledger."""
     ledger = Ledger(study.folder, share)
     try:
-        if ledger.trials:
-            share(ledger.path)  # its last lines may have been written while shared storage could not be reached
-        if study.is_done(ledger.trials):
-            console.print(f"all {study.trials_in_all} trials have ended; more with --trials")
-        else:
-            run_on_cluster(study, base, ledger, tracked, console, mirror)
+        with status_file(base, StudyTelemetry(study, ledger, tracked.address)):
+            if ledger.trials:
+                share(ledger.path)  # its last lines may have been written while shared storage could not be reached
+            if study.is_done(ledger.trials):
+                console.print(f"all {study.trials_in_all} trials have ended; more with --trials")
+            else:
+                run_on_cluster(study, base, ledger, tracked, console, mirror)
     finally:
         report_study(study, ledger, tracked, console)
         ledger.close()

@@ -10,7 +10,6 @@ import torch
 from ...cluster.checkpoints import retention
 from ...cluster.checkpoints.layout import survey
 from ...cluster.checkpoints.lease import HeldLease, hold, require
-from ...cluster.jobs.progress import dashboard
 from ...cluster.latent_rates import latent_lr
 from ...cluster.nodes.ray import ray_cluster, require_ray
 from ...config.run import Config, require_trainable
@@ -19,7 +18,6 @@ from ...datasets.index import Index
 from ...errors import EnvironmentFault, GlannError
 from ...metrics.features.extractor import build_extractor
 from ...reports.run_folder import JOURNAL
-from ...reports.status import summary
 from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import DataInput, TrackedRun
@@ -91,9 +89,9 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
             ):
                 opened = True
                 remaining = Remaining(config, Work.of(config, index, rows))
-                telemetry, show = Telemetry(config, remaining, tracked.address), dashboard()
-                with status_file(config, telemetry, lambda now: show(summary(now), now.mlflow)) as status:
-                    run(config, index, tracked, console, lease, mirror, hooks, status)
+                telemetry = Telemetry(config, remaining, tracked.address)
+                with status_file(config, telemetry) as status:
+                    run(config, index, tracked, console, lease, mirror, hooks, telemetry, status)
         finally:
             if opened and has_begun(config):
                 mirror.close(console.print)
@@ -130,6 +128,7 @@ def run(
     lease: HeldLease,
     mirror: RunMirror,
     hooks: Hooks,
+    telemetry: Telemetry,
     status: StatusFile,
 ) -> None:
     """Train and measure on the workers, then package and report."""
@@ -137,7 +136,7 @@ def run(
 
     def on_event(event: Event) -> None:
         nonlocal evaluated
-        status.telemetry(event)
+        telemetry(event)
         status(event)
         log(event)
         if isinstance(event, Evaluated):
@@ -151,7 +150,7 @@ def run(
     if config.stage_one is not None and retention.latest(store) is None:
         console.print(f"starting from the codes and the generator of {config.stage_one}")
         stage_one.start_from(config, index, store, lambda: require(store, lease.ticket))
-    with ray_cluster(config), RunLog(config, tracked, console, status.telemetry) as log:
+    with ray_cluster(config), RunLog(config, tracked, console, telemetry) as log:
         run_workers(config, on_event, lease, hooks)
     if why := hooks.stop():
         raise RunStopped(f"{why}: the run is trained, but not packaged; {RESUMES}")

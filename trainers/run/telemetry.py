@@ -130,13 +130,17 @@ class Telemetry:
 
     def end(self, error: BaseException | None) -> None:
         """The run has ended, by an error or not."""
-        ending: dict[str, Any] = {"state": "finished", "exit_status": ExitStatus.OK, "message": "", "done": 1.0}
-        if isinstance(error, RunStopped | KeyboardInterrupt):
-            stopped = isinstance(error, RunStopped)
-            ending = {"state": "stopped", "exit_status": ExitStatus.STOPPED if stopped else ExitStatus.INTERRUPTED}
-            ending["message"] = one_line(error) if stopped else "interrupted"
-        elif error is not None:
-            status = error.exit_status if isinstance(error, GlannError) else ExitStatus.BUG
-            ending = {"state": "failed", "exit_status": status, "message": one_line(error, 300)}
         with self.lock:
-            self.update(**ending, left_s=None, devices=())
+            self.update(**ending(error), left_s=None, devices=())
+
+
+def ending(error: BaseException | None) -> dict[str, Any]:
+    """The fields of the status of a run or study that has ended by an error, or without one."""
+    if error is None:
+        return {"state": "finished", "exit_status": ExitStatus.OK, "message": "", "done": 1.0}
+    if isinstance(error, RunStopped):
+        return {"state": "stopped", "exit_status": ExitStatus.STOPPED, "message": one_line(error)}
+    if isinstance(error, KeyboardInterrupt):
+        return {"state": "stopped", "exit_status": ExitStatus.INTERRUPTED, "message": "interrupted"}
+    status = error.exit_status if isinstance(error, GlannError) else ExitStatus.BUG
+    return {"state": "failed", "exit_status": status, "message": one_line(error, 300)}
