@@ -76,7 +76,8 @@ def evaluate(
         if images is None:
             raise UserError(f"the training images are not at {redact(config.data.url)} any more; --pairs needs them")
         samples_NHWC, training_NHWC = closest_pairs(config, model, images, PAIRS, seed)
-        pictures.save(pictures.nearest(samples_NHWC, training_NHWC), pairs)
+        rows = pictures.beside_nearest(list(samples_NHWC), list(training_NHWC))
+        pictures.save(pictures.labelled_rows(rows, whole=True), pairs)
         typer.echo(f"{pairs}: the {PAIRS} samples most like a training image, nearest first")
 
 

@@ -17,6 +17,7 @@ from ..storage.files import write_whole
 
 MAX_PNG_BYTES = 200_000
 WEBP_QUALITY = 88
+SHOWN_WIDTH = 1600  # pixels of an embedded picture: twice as many as most pages show, for sharp screens
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,26 @@ def write_page(path: Path, text: str) -> Path:
     return path
 
 
-def figure(path: Path, title: str) -> Figure:
-    """A PNG file as an embedded image; large ones become WebP to keep the report small enough for e-mail.
+def figure(path: Path, title: str, widest: int = SHOWN_WIDTH) -> Figure:
+    """A PNG or WebP file as an embedded image; a large PNG becomes WebP to keep the report small enough for e-mail.
 
+    Args:
+        widest: in pixels; a wider picture is reduced.
     Raises:
-        UserError: the file is not a readable PNG.
+        UserError: the file is not a readable PNG or WebP.
     """
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            width, height = image.size
-            kind = "png"
-            if len(content) > MAX_PNG_BYTES:
+        with Image.open(io.BytesIO(content), formats=["PNG", "WEBP"]) as image:
+            kind = str(image.format).lower()
+            reduced = image.width > widest
+            if reduced or (kind == "png" and len(content) > MAX_PNG_BYTES):
+                whole = image.convert("RGB")
+                whole.thumbnail((widest, image.height), Image.Resampling.LANCZOS)
                 buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "WEBP", quality=WEBP_QUALITY, method=4)
+                whole.save(buffer, "WEBP", quality=WEBP_QUALITY, method=4)
                 content, kind = buffer.getvalue(), "webp"
+            width, height = whole.size if kind == "webp" and reduced else image.size
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a readable picture: {error}; remove it and try again") from error
     source = Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")

@@ -1,7 +1,7 @@
 """Pictures of a run: grids, reconstruction pairs, interpolation strips, nearest training images.
 
 Small images are enlarged by an integer factor without smoothing, so that every pixel is visible as generated;
-large ones are reduced.  Labels are in a margin at the left, never on an image.
+large ones are reduced unless `whole`.  Labels are in a margin at the left, never on an image.
 
 Legend: N images, P pairs, S steps, H W pixels, C channels (1 or 3).
 """
@@ -9,9 +9,10 @@ Legend: N images, P pairs, S steps, H W pixels, C channels (1 or 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from ..errors import UserError
 from ..storage.files import write_whole
 
 Images = NDArray[np.uint8]
+Item = TypeVar("Item")
+Rows = list[tuple[str, Sequence[Item]]]  # of a picture, each with a label or an empty one
 
 SMALLEST, LARGEST = 64, 256  # side of an image in a picture, in pixels
 GAP = 4
@@ -28,43 +31,78 @@ PAPER, INK = (255, 255, 255), (60, 60, 60)
 FONT_SIZE = 15
 
 
+def in_grid(items: Sequence[Item], columns: int | None = None) -> Rows[Item]:
+    """Rows of a grid in reading order; nearly square unless `columns` is given."""
+    columns = columns or math.ceil(math.sqrt(len(items)))
+    return [("", items[start : start + columns]) for start in range(0, len(items), columns)]
+
+
+def reconstructed(real: Sequence[Item], fake: Sequence[Item]) -> Rows[Item]:
+    """Rows of each training image x with its reconstruction G(z) below it."""
+    return in_pairs([("x", real), ("G(z)", fake)])
+
+
+def beside_nearest(sample: Sequence[Item], training: Sequence[Item]) -> Rows[Item]:
+    """Rows of each sample with its nearest training image below it."""
+    return in_pairs([("sample", sample), ("nearest", training)])
+
+
+def in_pairs(kinds: Sequence[tuple[str, Sequence[Item]]], columns: int = 8) -> Rows[Item]:
+    """Rows of items of several kinds, with a label each, that belong together: one below the other."""
+    count = {len(items) for _, items in kinds}
+    if len(count) != 1:
+        raise UserError(f"pictures of pairs need as many images of each kind, not {sorted(count)}")
+    starts = range(0, count.pop(), columns)
+    return [(label, items[start : start + columns]) for start in starts for label, items in kinds]
+
+
 def grid(img_NHWC: Images, columns: int | None = None) -> Image.Image:
     """Grid of images in reading order; nearly square unless `columns` is given."""
-    img_NHWC = _checked(img_NHWC)
-    columns = columns or math.ceil(math.sqrt(len(img_NHWC)))
-    if columns < 1:
-        raise UserError(f"a grid of {columns} columns cannot be drawn")
-    return labelled_rows([("", img_NHWC[start : start + columns]) for start in range(0, len(img_NHWC), columns)])
+    return labelled_rows(in_grid(list(_checked(img_NHWC)), columns))
 
 
-def reconstructions(real_NHWC: Images, fake_NHWC: Images, columns: int = 8) -> Image.Image:
-    """Picture of each training image x with its reconstruction G(z) below it."""
-    return _stacked([("x", real_NHWC), ("G(z)", fake_NHWC)], columns)
+def whole_grid(batches: Iterable[Images], count: int, columns: int | None = None) -> Image.Image:
+    """Grid of `count` images, at least 1, at full size. Of their batches [B, H, W, C] one is in memory at a time.
 
-
-def nearest(sample_NHWC: Images, training_NHWC: Images, columns: int = 8) -> Image.Image:
-    """Picture of each sample with its nearest training image below it."""
-    return _stacked([("sample", sample_NHWC), ("nearest", training_NHWC)], columns)
-
-
-def strips(img_PSHWC: Images) -> Image.Image:
-    """Picture with one interpolation per row, from left to right."""
-    return labelled_rows([("", img_SHWC) for img_SHWC in img_PSHWC])
-
-
-def labelled_rows(rows: Sequence[tuple[str, Images]]) -> Image.Image:
-    """Picture of rows of images of one size, each with an optional label at its left."""
-    rows = [(label, _checked(img_NHWC)) for label, img_NHWC in rows]
-    if not rows or len({img.shape[1:] for _, img in rows}) != 1:
+    Raises:
+        UserError: there are fewer images.
+    """
+    columns, picture = columns or math.ceil(math.sqrt(count)), None
+    for number, img_HWC in enumerate(img_HWC for img_BHWC in batches for img_HWC in _checked(img_BHWC)):
+        height, width = shown_size(*img_HWC.shape[:2], whole=True)
+        picture = picture or Image.new("RGB", grid_size(count, img_HWC.shape[0], columns), PAPER)
+        row, column = divmod(number, columns)
+        place = GAP + column * (width + GAP), GAP + row * (height + GAP)
+        picture.paste(_shown(img_HWC, (width, height)), place)
+    if picture is None:
         raise UserError("a picture needs at least one image, and all of one size")
-    height, width = _shown_size(*rows[0][1].shape[1:3])
-    margin = max((_text_width(label) for label, _ in rows), default=0)
+    return picture
+
+
+def grid_size(count: int, side: int, columns: int | None = None) -> tuple[int, int]:
+    """Width and height of the `whole_grid` of square images."""
+    columns = columns or math.ceil(math.sqrt(count))
+    pitch = shown_size(side, side, whole=True)[0] + GAP
+    return min(columns, count) * pitch + GAP, math.ceil(count / columns) * pitch + GAP
+
+
+def labelled_rows(rows: Rows[Images], *, whole: bool = False) -> Image.Image:
+    """Picture of rows of images of one size, each with an optional label at its left.
+
+    Args:
+        whole: do not reduce large images.
+    """
+    arrays = [(label, _checked(np.asarray(images))) for label, images in rows]
+    if not arrays or len({img.shape[1:] for _, img in arrays}) != 1:
+        raise UserError("a picture needs at least one image, and all of one size")
+    height, width = shown_size(*arrays[0][1].shape[1:3], whole=whole)
+    margin = max((_text_width(label) for label, _ in arrays), default=0)
     margin = margin + 2 * GAP if margin else 0
-    columns = max(len(img_NHWC) for _, img_NHWC in rows)
-    size = (margin + columns * (width + GAP) + GAP, len(rows) * (height + GAP) + GAP)
+    columns = max(len(img_NHWC) for _, img_NHWC in arrays)
+    size = (margin + columns * (width + GAP) + GAP, len(arrays) * (height + GAP) + GAP)
     picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
-    for number, (label, img_NHWC) in enumerate(rows):
+    for number, (label, img_NHWC) in enumerate(arrays):
         top = GAP + number * (height + GAP)
         if label:
             draw.text((margin - GAP, top + height // 2), label, fill=INK, font=_font(), anchor="rm")
@@ -84,34 +122,30 @@ def save(picture: Image.Image, path: Path, *, durable: bool = True) -> None:
     write_whole(path, partial(picture.save, format="PNG"), durable=durable)
 
 
-def _stacked(kinds: Sequence[tuple[str, Images]], columns: int) -> Image.Image:
-    count = {len(img_NHWC) for _, img_NHWC in kinds}
-    if len(count) != 1:
-        raise UserError(f"pictures of pairs need as many images of each kind, not {sorted(count)}")
-    rows = []
-    for start in range(0, count.pop(), columns):
-        rows += [(label, img_NHWC[start : start + columns]) for label, img_NHWC in kinds]
-    return labelled_rows(rows)
-
-
 def _checked(img_NHWC: Images) -> Images:
     if img_NHWC.dtype != np.uint8 or img_NHWC.ndim != 4 or img_NHWC.shape[3] not in (1, 3) or not len(img_NHWC):
         raise UserError(f"pictures are made of uint8 images [N, H, W, 1 or 3], not {img_NHWC.dtype} {img_NHWC.shape}")
     return img_NHWC
 
 
-def _shown_size(height: int, width: int) -> tuple[int, int]:
+def shown_size(height: int, width: int, *, whole: bool = False) -> tuple[int, int]:
+    """Height and width of an image in a picture."""
     side = max(height, width)
     if side < SMALLEST:
         factor = math.ceil(SMALLEST / side)
         return height * factor, width * factor
-    if side > LARGEST:
+    if side > LARGEST and not whole:
         return max(1, height * LARGEST // side), max(1, width * LARGEST // side)
     return height, width
 
 
+def picture_of(img_HWC: Images) -> Image.Image:
+    """One image, as RGB."""
+    return Image.fromarray(img_HWC if img_HWC.shape[2] == 3 else np.repeat(img_HWC, 3, axis=2))
+
+
 def _shown(img_HWC: Images, size: tuple[int, int]) -> Image.Image:
-    image = Image.fromarray(img_HWC if img_HWC.shape[2] == 3 else np.repeat(img_HWC, 3, axis=2))
+    image = picture_of(img_HWC)
     enlarged = size[0] > image.width
     return image.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
 

@@ -1,4 +1,4 @@
-"""report.html of a run: one self-contained page that loads nothing from the network."""
+"""report.html of a run: one page that loads nothing from the network; only full-size images may lie beside it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from .charts import line_chart
 from .codes import code_rows
 from .facts import RunFacts, series
 from .figures import figure_rows, main_rows, reference_of
+from .gallery import Wanted, gallery
 from .limits import verdict
-from .page import Figure, duration, environment, figure, number, write_page
+from .page import duration, environment, number, write_page
 from .run_folder import REPORT
 
 MAX_PREVIEWS = 12
+FRAME_WIDTH = 704  # pixels of a preview, twice as many as it takes on the page
 
 PICTURES = {
     "samples": ("Samples", "New images: one noise vector each."),
@@ -42,6 +44,14 @@ def write_report(run_dir: Path) -> Path:
 
 def render(facts: RunFacts) -> str:
     """The page as HTML."""
+    sections = [
+        ([Wanted(path, title, name)], name, title, text)
+        for name, (title, text) in PICTURES.items()
+        if (path := facts.picture(name))
+    ]
+    films = _films(facts)
+    drawn = gallery(facts.run_dir, [wanted for group, *_ in (*sections, *films) for wanted in group])
+    shown = iter(drawn.shown)
     return (
         environment()
         .get_template("report.html")
@@ -56,12 +66,9 @@ def render(facts: RunFacts) -> str:
             all_figures=figure_rows(facts.metrics, facts.deviations),
             verdict=verdict(facts.metrics),
             charts=_charts(facts),
-            films=_films(facts),
-            pictures=[
-                (name, title, text, figure(path, title))
-                for name, (title, text) in PICTURES.items()
-                if (path := facts.picture(name))
-            ],
+            pictures=[(*words, next(shown)) for _, *words in sections],
+            films=[(*words, [next(shown) for _ in group]) for group, *words in films],
+            drawn=drawn,
             timings=timing_rows(facts.timings),
             assets=used_assets(facts),
             settings=redacted_config(facts.config).to_yaml(),
@@ -125,8 +132,9 @@ def _charts(facts: RunFacts) -> list[Markup]:
     return charts
 
 
-def _films(facts: RunFacts) -> list[tuple[str, str, list[Figure]]]:
-    """Previews of each stage and kind over time: at most `MAX_PREVIEWS`, including the first and the last."""
+def _films(facts: RunFacts) -> list[tuple[list[Wanted], str, str, str]]:
+    """Previews of each stage and kind over time, with id, title and text: at most `MAX_PREVIEWS` of each, including
+    the first and the last."""
     texts = {
         "reconstructions": "Rows x: training images. Rows G(z): their reconstructions from the codes.",
         "samples": "The same noise at every epoch.",
@@ -138,6 +146,7 @@ def _films(facts: RunFacts) -> list[tuple[str, str, list[Figure]]]:
             if len(shown) > MAX_PREVIEWS:
                 shown = [shown[round(i * (len(shown) - 1) / (MAX_PREVIEWS - 1))] for i in range(MAX_PREVIEWS)]
             if shown:
-                frames = [figure(preview.path, f"epoch {preview.epoch}") for preview in shown]
-                films.append((f"{stage.title}: {kind} while training", text, frames))
+                id, title = f"{stage.name}-{kind}", f"{stage.title}: {kind} while training"
+                frames = [Wanted(one.path, f"{title}, epoch {one.epoch}", id, FRAME_WIDTH) for one in shown]
+                films.append((frames, id, title, text))
     return films

@@ -156,12 +156,14 @@ class TrackedRun:
             self.event_files.add_numbers(metrics, step)
 
     def log_image(self, path: Path, key: str | None = None, step: int | None = None) -> None:
-        """Queue a picture of the run folder for MLflow, under images/.
+        """Queue a picture of the run folder for MLflow, under images/, and the whole images beside it.
 
         Args:
             key: series of pictures that it belongs to, which MLflow shows by `step`.
         """
         self.log_artifact(path, IMAGES)
+        if path.with_suffix("").is_dir():
+            self.log_artifact(path.with_suffix(""), IMAGES)
         if key is not None:
             self._send("image", path, key, step)
             if self.event_files and step is not None:
@@ -172,7 +174,7 @@ class TrackedRun:
         self._send("description", card, None)
 
     def log_artifact(self, path: Path, target: str | None = None) -> None:
-        """Queue a file for MLflow, in the folder `target` of the run's artifacts."""
+        """Queue a file or folder for MLflow, in the folder `target` of the run's artifacts."""
         self._send("artifact", path, target)
 
     def log_model(self, folder: Path) -> None:

@@ -31,8 +31,8 @@ from .engine.build import build_engine
 from .engine.step import Engine, OptimizerConfig, StepResult
 from .objective import build_objective
 from .plan.costs import model_flops, training_costs
-from .previews import Previews
-from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
+from .previews import Pictures, Previews
+from .stage import Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
 
 GENERATOR = "generator"  # network name
 
@@ -92,7 +92,7 @@ class Glo(Stage):
 
     def previews(self) -> Pictures:
         weights = self.engine.weights()  # every worker holds a part
-        return self.drawing.reconstructed(weights, self.context.latents) if rank() == 0 else {}
+        return self.drawing.reconstructed(weights, self.context.latents)
 
     def image_flops(self) -> int:
         return model_flops(self.context.config)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ..config.run import Config
-from ..models.comm import rank
 from ..samplers.base import Codes, build_sampler, sampler_class
 from .glo import GENERATOR
-from .previews import Previews
-from .stage import Pictures, Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
+from .previews import Pictures, Previews
+from .stage import Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
 
 MAPPING = "mapping"  # network name, for every kind of sampler
 TABLE_POLL_S = 5.0  # the fit uses a copy of the codes, so the death of their actor must be polled for
@@ -86,7 +85,7 @@ class SamplerStage(Stage):
         return self.lazy_state()
 
     def previews(self) -> Pictures:
-        if rank() != 0 or self.resumable is None or self.generator is None:
+        if self.resumable is None or self.generator is None:
             return {}
         return self.drawing.sampled(final_weights(self.generator), self.resumable["weights"])
 

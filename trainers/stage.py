@@ -3,7 +3,7 @@
 A stage is a file in this folder that ends in `STAGE = <its class>`; `config.methods.METHODS` lists the stages of a
 method by file name.
 
-Shapes: B rows of this worker's batch, K numbers of a piggyback, P pictures, H W C height, width, channels.
+Shapes: B rows of this worker's batch, K numbers of a piggyback.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +21,10 @@ from ..cluster.latents import LatentTable
 from ..config.methods import METHODS
 from ..config.run import Config
 from ..datasets.reader import ImageRows
+from .previews import Pictures
 
 DONE = "done"  # the stage in the position of a finished run
 State = dict[str, Any]  # of one network: groups of tensors by name (`weights`, Adam's moments), and `updates`
-Pictures = dict[str, np.ndarray]  # `samples` [P, H, W, C], `reconstructions` [P, 2, H, W, C]
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Stage(ABC):
         """Their final states, as copies on the CPU of every worker, once the last step is done. Collective."""
 
     def previews(self) -> Pictures:
-        """Preview pictures on rank 0, empty elsewhere. Collective."""
+        """This worker's part of preview pictures. Collective."""
         return {}
 
     def image_flops(self) -> int:

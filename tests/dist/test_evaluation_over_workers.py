@@ -15,7 +15,7 @@ from glann.metrics.result import by_key
 from glann.metrics.team import Team
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
-from glann.trainers.run.evaluation import gaussian_of, model_of
+from glann.trainers.run.evaluation import drawn_from, gaussian_of, model_of
 from torch import nn
 
 ROWS, HELD_OUT, DIM = 101, 47, 5
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 
 def evaluate_part(config: Config, networks: dict, z_ND: torch.Tensor):
-    """What rank 0 of a group gets: results, the Gaussian, and the nearest images; and how many images each worked on."""
+    """What rank 0 of a group gets: results, the Gaussian, nearest images and pictures; and how many each worked on."""
     EXTRACTORS["squeezenet"] = ExtractorSpec(
         "squeezenet-caffe", 147, lambda *_: nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten()), lambda img: img[:, :1]
     )
@@ -60,7 +60,8 @@ def evaluate_part(config: Config, networks: dict, z_ND: torch.Tensor):
     model = model_of(config, networks, gaussian, torch.device("cpu"))
     results = measure(config, Trained(model, ROWS, codes), ImageSets(images, held_out=held_out), team=team)
     nearest = nearest_images(model.sample(5), images, team=team)
-    return by_key(results), gaussian, nearest, sum(worked)
+    drawn = {name: np.asarray(sheet.picture()) for name, sheet in drawn_from(model, 5, team).items()}
+    return by_key(results), gaussian, nearest, sum(worked), drawn
 
 
 @pytest.mark.parametrize(("samples", "metrics"), [(2, []), (83, ["kid", "prd", "modes", "codes"])])
@@ -78,19 +79,22 @@ def test_any_number_of_workers_ends_in_the_same_numbers(samples, metrics, folder
             local_ray.get([member.run.remote(set_cache, cache) for member in members])
             parts = local_ray.get([m.run.remote(evaluate_part, config, networks, z_ND) for m in members], timeout=300)
         answers[world] = parts[0]
-        assert all(not results and nearest is None for results, _, nearest, _ in parts[1:])
+        assert all(not results and nearest is None and not drawn for results, _, nearest, _, drawn in parts[1:])
         worked = [part[3] for part in parts]
         assert sum(worked) == 3 * ROWS + HELD_OUT + 3 * min(samples, ROWS)
         assert max(worked) - min(worked) <= 7 + samples**0.5 * 2, "but for one of each set, and for random rows"
-    values, gaussian, nearest, _ = answers[1]
+    values, gaussian, nearest, _, drawn = answers[1]
     assert {"l1", "fd_squeezenet", "gaussian/fd_squeezenet:held-out"} <= values.keys()
     assert not metrics or {"kid_squeezenet:held-out", "precision_codes"} <= values.keys()
-    others, of_others, found, _ = answers[3]
+    others, of_others, found, _, drawn_by_three = answers[3]
     assert others == pytest.approx(values, rel=1e-6, abs=1e-9)
     for name, tensor in gaussian.items():
         torch.testing.assert_close(of_others[name], tensor, atol=1e-6, rtol=1e-5)
     assert (found.rows_N == nearest.rows_N).all()
     assert (found.img_NHWC == nearest.img_NHWC).all()
+    assert {*drawn} == {"samples", "interpolations"}
+    for name, picture in drawn.items():
+        np.testing.assert_allclose(drawn_by_three[name].astype(int), picture.astype(int), atol=1)
 
 
 def set_cache(path: str) -> None:

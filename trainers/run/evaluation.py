@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,22 +26,22 @@ from ...metrics.judge import Codes
 from ...metrics.nearest import nearest_images
 from ...metrics.reference import held_out_images
 from ...metrics.result import Result
-from ...metrics.team import Team, counting
+from ...metrics.team import ALONE, Team, counting
 from ...models.comm import world_size
 from ...models.generators import generator_of
 from ...reports import pictures
+from ...reports.sheets import Sheet, Tile, tiles_of
 from ...samplers.base import build_network
 from ...samplers.gaussian import of_moments
 from ..glo import GENERATOR
 from ..plan.devices import name_of
+from ..previews import sample_tiles
 from ..sampler import MAPPING
 from ..stage import State, final_weights
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 EVALUATION = "evaluation"  # phase of the workers, and stage of its entry in the journal
-PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples to interpolate between
+PAIRS, STEPS = [(2 * row, 2 * row + 1) for row in range(8)], 9  # samples to interpolate between
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Evaluated:
 
     gaussian: dict[str, Tensor]
     results: list[Result]
-    drawn: dict[str, Image]
+    drawn: dict[str, Sheet]
     seconds: float
     hardware: str
 
@@ -118,18 +119,26 @@ def model_of(
     )
 
 
-def draw_pictures(model: SamplingModel, images: ImageRows, count: int, team: Team) -> dict[str, Image]:
+def draw_pictures(model: SamplingModel, images: ImageRows, count: int, team: Team) -> dict[str, Sheet]:
     """Samples, interpolations, and samples beside their nearest training images, on rank 0. Collective."""
+    drawn = drawn_from(model, count, team)
     samples = model.sample(2 * len(PAIRS))
     nearest = nearest_images(samples, images, team=team)
     if nearest is None:
         return {}
-    return {**drawn_from(model, count), "nearest": pictures.nearest(samples, nearest.img_NHWC)}
+    rows = pictures.beside_nearest(tiles_of(samples), tiles_of(nearest.img_NHWC))
+    return drawn | {"nearest": Sheet(rows)}
 
 
-def drawn_from(model: SamplingModel, count: int) -> dict[str, Image]:
-    """Pictures of samples and interpolations."""
-    return {
-        "samples": pictures.grid(model.sample(count)),
-        "interpolations": pictures.strips(model.interpolate(PAIRS, steps=9)),
-    }
+def drawn_from(model: SamplingModel, count: int, team: Team = ALONE) -> dict[str, Sheet]:
+    """Samples and interpolations, of which each worker draws a part, on rank 0. Collective."""
+    part = team.part(len(PAIRS))
+    strips = [tiles_of(model.interpolate([pair], STEPS)[0]) for pair in PAIRS[part.start : part.stop]]
+    samples = joined(team.collected(sample_tiles(model, team.part(count), seed=0)))
+    rows: pictures.Rows[Tile] = [("", strip) for strip in joined(team.collected(strips))]
+    return {"samples": Sheet(pictures.in_grid(samples)), "interpolations": Sheet(rows)} if team.leads else {}
+
+
+def joined(parts: list[list[Item]]) -> list[Item]:
+    """The items of all workers, by rank."""
+    return list(chain.from_iterable(parts))

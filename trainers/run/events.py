@@ -1,6 +1,6 @@
 """Events of a run, sent from the workers to the driver and from the driver to the log and the hooks.
 
-Shapes: P pictures, H W C height, width, channels.
+Previews travel as tiles: reduced images, and whole ones as WebP.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...reports.status import DeviceUse
-from ..stage import Pictures
+from ..previews import Pictures
 from .evaluation import Evaluated
 from .state import Position
 
@@ -69,10 +69,13 @@ class EpochDone:
 
 @dataclass(frozen=True)
 class Preview:
-    """Pictures after an epoch, by kind: samples [P, H, W, C], reconstructions [P, 2, H, W, C]."""
+    """The part of worker `rank`, of `workers`, of the pictures after an epoch, which ended with step `serial`."""
 
     stage: str
     epoch: int
+    serial: int
+    rank: int
+    workers: int
     pictures: Pictures
 
 

@@ -19,12 +19,12 @@ from ...datasets.index import Index
 from ...errors import EnvironmentFault, redact
 from ...inference.package import export_model
 from ...metrics.result import Result, by_key, deviations
-from ...reports import pictures
 from ...reports.card import write_card
 from ...reports.figures import main_rows, reference_of
 from ...reports.limits import verdict
 from ...reports.run import write_report
 from ...reports.run_folder import IMAGES, MODEL, REPORT, write_summary
+from ...reports.sheets import Sheet
 from ...storage.open import open_store
 from ...tracking.address import default_uri
 from ...tracking.runs import TrackedRun, code_revision
@@ -37,13 +37,10 @@ from .folder import require_summary
 from .state import load
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
     from torch import Tensor
-
-PAIRS = [(2 * row, 2 * row + 1) for row in range(8)]  # samples to interpolate between
 
 
 def finish(config: Config, index: Index, tracked: TrackedRun, timings: dict[str, float], evaluated: Evaluated) -> None:
@@ -61,7 +58,7 @@ def finish(config: Config, index: Index, tracked: TrackedRun, timings: dict[str,
 def conclude(
     config: Config,
     tracked: TrackedRun,
-    drawn: dict[str, Image],
+    drawn: dict[str, Sheet],
     results: list[Result],
     timings: dict[str, float],
     index: Index,
@@ -76,8 +73,8 @@ def conclude(
     """
     folder = config.run_dir / IMAGES
     folder.mkdir(exist_ok=True)
-    for name, picture in drawn.items():
-        pictures.save(picture, folder / f"{name}.png")
+    for name, sheet in drawn.items():
+        sheet.save(folder / f"{name}.png")
         tracked.log_image(folder / f"{name}.png", f"final {name}", step)
     metrics = by_key(results)
     tracked.log_metrics({"stage": EVALUATION} | metrics, step)

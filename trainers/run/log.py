@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import fmean
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, assert_never
 
-import numpy as np
 from rich.markup import escape
 
 from ...config.run import Config
-from ...reports import pictures
 from ...reports.run_folder import IMAGES
 from ...reports.status import health, progress
 from ...reports.status_bar import StatusBar, draws_bars
 from ...tracking.runs import TrackedRun
 from ..stage import DONE, numbered, stage_infos
 from . import events
+from .assembly import Assembly
 from .evaluation import Evaluated
 from .events import Event
 from .heartbeat import repeated
@@ -52,6 +50,7 @@ class RunLog:
         self.tenths = 0
         self.samples: dict[int, list[dict[str, float]]] = {}  # by rank
         self.sampled_at: dict[int, float] = {}
+        self.previews = Assembly()
         self.bar, self.held = StatusBar(console), ExitStack()
 
     def __enter__(self) -> Self:
@@ -135,18 +134,12 @@ class RunLog:
             self.print_status()
 
     def on_preview(self, event: events.Preview) -> None:
-        for kind, images in event.pictures.items():
-            if not len(images):
-                continue
+        """Save the pictures once all workers have sent their part, and track them."""
+        for kind, sheet in self.previews.add(event).items():
             path = self.config.run_dir / IMAGES / f"{event.stage}-epoch-{event.epoch:03d}-{kind}.png"
-            self.save_picture(path, kind, images, event.stage)
-
-    def save_picture(self, path: Path, kind: str, images: np.ndarray, stage: str) -> None:
-        """Save a grid of samples [P, H, W, C] or of pairs [P, 2, H, W, C] to `path`, and track it at the last step."""
-        path.parent.mkdir(exist_ok=True)
-        picture = pictures.grid(images) if kind == "samples" else pictures.reconstructions(images[:, 0], images[:, 1])
-        pictures.save(picture, path)
-        self.tracked.log_image(path, f"{stage} {kind}", self.serial)
+            path.parent.mkdir(exist_ok=True)
+            sheet.save(path)
+            self.tracked.log_image(path, f"{event.stage} {kind}", event.serial)
 
     def on_bad_step(self, event: events.BadStep) -> None:
         rows = ", ".join(str(row) for row in event.rows[:8]) + (" ..." if len(event.rows) > 8 else "")
@@ -161,6 +154,7 @@ class RunLog:
         """Report the first step of a group; after a restart the event has `why` and `gap_s`."""
         restarted, place = event.why is not None, event.position
         self.tenths, self.serial = 0, place.serial if place else self.serial
+        self.previews.clear()
         facts = {"workers": event.workers, "why": event.why, "gap_s": event.gap_s}
         known = {key: value for key, value in facts.items() if value is not None}
         self.note(

@@ -208,7 +208,8 @@ class Worker:
         if step.epoch + 1 == self.infos[name].epochs or (step.epoch + 1) % stage.preview_every == 0:
             pictures = stage.previews()
             if pictures:
-                self.reporter.send(Preview(name, step.epoch + 1, pictures))
+                serial = self.saved.position.serial
+                self.reporter.send(Preview(name, step.epoch + 1, serial, self.rank, self.world, pictures))
 
     # Saving and resuming ---------------------------------------------------------------------
 

@@ -43,9 +43,30 @@ def test_large_images_are_reduced_and_medium_ones_left_alone(rng):
     np.testing.assert_array_equal(picture[pictures.GAP : -pictures.GAP, pictures.GAP : -pictures.GAP], images[0])
 
 
+def test_a_whole_grid_reduces_nothing_and_holds_one_batch_at_a_time(rng):
+    images, alive = random_images(rng, 7, 300, 3), []
+
+    def batches():
+        for start in range(0, 7, 2):
+            alive.append(start)
+            yield images[start : start + 2]
+
+    picture = np.asarray(pictures.whole_grid(batches(), 7))
+    pitch = 300 + pictures.GAP
+    assert picture.shape[1::-1] == pictures.grid_size(7, 300) == (3 * pitch + pictures.GAP, 3 * pitch + pictures.GAP)
+    for number, image in enumerate(images):
+        top, left = (pictures.GAP + index * pitch for index in divmod(number, 3))
+        np.testing.assert_array_equal(picture[top : top + 300, left : left + 300], image)
+    small = random_images(rng, 5, 28, 1)
+    assert pictures.whole_grid(iter([small]), 5) == pictures.grid(small), "small ones are enlarged as ever"
+    assert pictures.grid_size(2, 28, 8) == pictures.whole_grid(iter([small[:2]]), 2, 8).size
+    with pytest.raises(UserError, match="at least one image"):
+        pictures.whole_grid(iter([]), 1)
+
+
 def test_each_reconstruction_stands_below_its_image(rng):
     real, fake = random_images(rng, 5, 64, 3), random_images(rng, 5, 64, 3)
-    picture = np.asarray(pictures.reconstructions(real, fake, columns=3))
+    picture = np.asarray(pictures.labelled_rows(pictures.in_pairs([("x", real), ("G(z)", fake)], columns=3)))
     pitch = 64 + pictures.GAP
     margin = picture.shape[1] - 3 * pitch - pictures.GAP
     assert margin > 20, "there is room for labels"
@@ -58,7 +79,7 @@ def test_each_reconstruction_stands_below_its_image(rng):
 
 def test_interpolations_are_one_row_each(rng):
     paths = rng.integers(0, 256, (2, 5, 64, 64, 1), dtype=np.uint8)
-    picture = pictures.strips(paths)
+    picture = pictures.labelled_rows([("", path) for path in paths])
     pitch = 64 + pictures.GAP
     assert picture.size == (5 * pitch + pictures.GAP, 2 * pitch + pictures.GAP)
 
@@ -69,7 +90,7 @@ def test_what_is_not_an_image_is_refused(rng):
     with pytest.raises(UserError, match="uint8"):
         pictures.grid(np.zeros((0, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(UserError, match="as many images of each kind"):
-        pictures.reconstructions(random_images(rng, 2, 8, 1), random_images(rng, 3, 8, 1))
+        pictures.reconstructed(random_images(rng, 2, 8, 1), random_images(rng, 3, 8, 1))
 
 
 def test_a_grid_survives_the_disk(rng, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from glann.config.run import Config
@@ -15,6 +16,7 @@ from glann.inference.model import SamplingModel
 from glann.inference.package import load_model
 from glann.metrics.result import Result
 from glann.reports.run_folder import MODEL
+from glann.reports.sheets import Sheet, Tile
 from glann.samplers.gaussian import gaussian
 from glann.tracking.runs import TrackedRun
 from glann.trainers.run import finish
@@ -25,6 +27,8 @@ from glann.trainers.run.state import Position, Saved
 from glann.trainers.stage import DONE
 from PIL import Image
 from registered_runs import make_config, make_run, networks
+
+LARGE = np.zeros((300, 300, 3), np.uint8)
 
 
 def test_the_driver_decodes_no_image(tmp_path, monkeypatch):
@@ -42,7 +46,7 @@ def test_the_driver_decodes_no_image(tmp_path, monkeypatch):
         raise AssertionError("an image is decoded in the driver")
 
     codes_ND = torch.nn.functional.normalize(torch.randn(50, config.generator.latent_dim), dim=1)
-    drawn = {name: Image.new("RGB", (8, 8)) for name in ("samples", "interpolations", "nearest")}
+    drawn = {name: Sheet([("", [Tile.of(LARGE)])]) for name in ("samples", "interpolations", "nearest")}
     evaluated = Evaluated(gaussian(codes_ND), [Result("l1", 0.25)], drawn, 3.0, "2 x H100")
     tracked = TrackedRun.open(config, config.run_dir)
     with monkeypatch.context() as decoding:
@@ -53,12 +57,15 @@ def test_the_driver_decodes_no_image(tmp_path, monkeypatch):
     assert summary["made"]["hardware"] == "2 x H100"
     assert summary["timings"] == {"train_s": 7.0, "finish_s": 3.0}
     assert all((config.run_dir / "images" / f"{name}.png").exists() for name in drawn)
+    with Image.open(config.run_dir / "images" / "samples" / "00-00.webp") as whole:
+        assert whole.size == (300, 300)
     assert load_model(config.run_dir / MODEL).sample(2).shape == (2, 28, 28, 1)
 
 
 def test_only_the_first_worker_draws_pictures(monkeypatch):
     model = SimpleNamespace(sample=lambda count: None)
     monkeypatch.setattr("glann.trainers.run.evaluation.nearest_images", lambda *_, **__: None)
+    monkeypatch.setattr("glann.trainers.run.evaluation.drawn_from", lambda *_: {})
     assert draw_pictures(model, None, 4, None) == {}
 
 
