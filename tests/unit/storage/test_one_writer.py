@@ -46,7 +46,6 @@ ALLOWED: dict[str, tuple[dict[str, int], str]] = {
     "trainers/run/preflight.py": ({"open(w)": 1}, "an empty file to be locked"),
     "cluster/jobs/shipping.py": ({"write_text": 2, "shutil.copyfile": 1}, "in a scratch folder, which is uploaded"),
     "cluster/jobs/versions.py": ({"shutil.copyfile": 1}, "in a scratch folder, which is uploaded"),
-    "cli/sample.py": ({"savez_compressed": 1}, "into the file that write_whole gives it"),
 }
 
 
