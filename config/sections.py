@@ -275,7 +275,7 @@ class PreviewConfig(Section):
     )
 
     every_epochs: int = Field(5, ge=1, description="epochs between previews")
-    images: int = Field(64, ge=4, le=1024, description="images in a grid")
+    images: int = Field(64, ge=4, le=1024, description="samples in a grid; half as many images beside reconstructions")
 
 
 class EvaluationConfig(Section):

@@ -28,7 +28,7 @@ Rows = list[tuple[str, Sequence[Item]]]  # of a picture, each with a label or an
 SMALLEST, LARGEST = 64, 256  # side of an image in a picture, in pixels
 GAP = 4
 PAPER, INK = (255, 255, 255), (60, 60, 60)
-FONT_SIZE = 15
+FONT_SIZE, FONT_SHARE = 15, 10  # pixels at least, and the part of an image's height that a label takes
 
 
 def in_grid(items: Sequence[Item], columns: int | None = None) -> Rows[Item]:
@@ -96,7 +96,8 @@ def labelled_rows(rows: Rows[Images], *, whole: bool = False) -> Image.Image:
     if not arrays or len({img.shape[1:] for _, img in arrays}) != 1:
         raise UserError("a picture needs at least one image, and all of one size")
     height, width = shown_size(*arrays[0][1].shape[1:3], whole=whole)
-    margin = max((_text_width(label) for label, _ in arrays), default=0)
+    font = _font(max(FONT_SIZE, height // FONT_SHARE))
+    margin = max((math.ceil(font.getlength(label)) for label, _ in arrays if label), default=0)
     margin = margin + 2 * GAP if margin else 0
     columns = max(len(img_NHWC) for _, img_NHWC in arrays)
     size = (margin + columns * (width + GAP) + GAP, len(arrays) * (height + GAP) + GAP)
@@ -105,7 +106,7 @@ def labelled_rows(rows: Rows[Images], *, whole: bool = False) -> Image.Image:
     for number, (label, img_NHWC) in enumerate(arrays):
         top = GAP + number * (height + GAP)
         if label:
-            draw.text((margin - GAP, top + height // 2), label, fill=INK, font=_font(), anchor="rm")
+            draw.text((margin - GAP, top + height // 2), label, fill=INK, font=font, anchor="rm")
         for column, img_HWC in enumerate(img_NHWC):
             picture.paste(_shown(img_HWC, (width, height)), (margin + GAP + column * (width + GAP), top))
     return picture
@@ -150,10 +151,6 @@ def _shown(img_HWC: Images, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
 
 
-@lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(FONT_SIZE)
-
-
-def _text_width(text: str) -> int:
-    return math.ceil(_font().getlength(text)) if text else 0
+@lru_cache(maxsize=8)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

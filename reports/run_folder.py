@@ -4,7 +4,7 @@ runs/NAME/config.yaml            what the run was made with, without passwords
           metrics.jsonl          every epoch and event (`storage.journal`)
           checkpoints/           where checkpoint.url is empty
           ray/                   what Ray keeps for itself
-          images/                previews, samples, interpolations
+          images/                previews, samples, interpolations; large images whole in folders of these names
           model/                 all that is needed to draw images (`inference.package`)
           summary.json           metrics and timings of a finished run
           report.html, MODEL_CARD.md
