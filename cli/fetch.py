@@ -24,7 +24,7 @@ def fetch(
     ] = None,
     origin: Annotated[
         str | None,
-        typer.Option("--from", metavar="URL", help="its checkpoint.url; empty: the cluster is asked, at --address"),
+        typer.Option("--runs", metavar="URL", help="its checkpoint.url; empty: the cluster is asked, at --address"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files in DEST that differ")] = False,
     address: AddressOption = HERE,
@@ -34,7 +34,7 @@ def fetch(
 
     \b
     glann jobs fetch celebahq-1024
-    glann jobs fetch celebahq-1024 --from s3://bucket/runs         also when the cluster is gone
+    glann jobs fetch celebahq-1024 --runs s3://bucket/runs         also when the cluster is gone
     glann jobs fetch digits-study                                  a study, with the run of its best trial
 
     The storage is read with this machine's keys. What is in DEST already is not copied again, so the same command
@@ -66,7 +66,7 @@ def _place_of(name: str, address: str) -> tuple[str, str]:
         with jobs.one_line_errors(address):
             job = jobs.find(client, name)
     except (EnvironmentFault, UserError) as error:
-        raise type(error)(f"{error}; without the cluster: --from URL, the checkpoint.url of the run") from error
+        raise type(error)(f"{error}; without the cluster: --runs URL, the checkpoint.url of the run") from error
     return job.name, job.checkpoints.rpartition("/")[0].rpartition("/")[0]
 
 

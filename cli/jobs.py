@@ -67,6 +67,7 @@ def submit(
     """
     from ..cluster.jobs import client as jobs
     from ..cluster.jobs import shipping, versions
+    from ..cluster.jobs.tracking import tracking_of
 
     resolved, study, finished = _load(config, [*(overrides or []), *([f"name={name}"] if name else [])])
     variables = shipping.environment(env or [])
@@ -81,7 +82,13 @@ def submit(
         else:
             typer.echo(f"checking the versions on {address}")
             found = versions.refuse_misfit(client, address)
-            typer.echo(f"compatible: {_summary(found)}")
+            typer.echo(f"compatible: {_summary(found.versions)}")
+            tracking = tracking_of(resolved, variables, found.tracking)
+            variables |= tracking.variables
+            if tracking.told:
+                typer.echo(f"MLflow: {tracking.told}")
+            if tracking.warning:
+                typer.echo(f"warning: {tracking.warning}", err=True)
             job = jobs.start(client, resolved, variables, last, study)
             resumed = f", which resumes {last.id} ({_state(last)})" if last else ""
             typer.echo(f"submitted {job.id}{resumed}")

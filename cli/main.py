@@ -17,6 +17,7 @@ from .data import data_app
 from .drain import drain, leave
 from .evaluate import evaluate, report
 from .jobs import jobs_app, submit
+from .mlflow_server import mlflow
 from .registry import registry_app
 from .sample import interpolate, sample
 from .streams import discard_unwritten, open_streams, print_error
@@ -79,6 +80,7 @@ app.command()(report)
 app.command("config")(show_config)
 app.command()(recipes)
 app.command()(doctor)
+app.command()(mlflow)
 app.command()(drain)
 app.command(hidden=True)(leave)
 

@@ -57,7 +57,7 @@ def make_client(uri: str) -> MlflowClient:
     path = sqlite_path(uri)
     with _alone(path) if path else contextlib.nullcontext():
         if path and not (path.exists() and path.stat().st_size):
-            _make_database(path)
+            make_database(path)
         return MlflowClient(tracking_uri=uri, registry_uri=registry_uri(uri))
 
 
@@ -142,7 +142,7 @@ def _alone(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _make_database(path: Path) -> None:
+def make_database(path: Path) -> None:
     """Create the tables in a temporary file beside it: MLflow cannot use a file left by an interrupted creation."""
     from mlflow import MlflowClient
 

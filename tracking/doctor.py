@@ -40,7 +40,7 @@ def tracking(config: Config) -> Iterator[Check]:
 def _schema_fault(uri: str, path: Path) -> tuple[str, str]:
     """What is wrong with the schema of a database file, which is only read, and the remedy."""
     found = schema_of(path)
-    return schema_fault(uri, found) if found and found != _newest_schema() else ("", "")
+    return schema_fault(uri, found) if found and found != newest_schema() else ("", "")
 
 
 def schema_of(path: Path) -> str | None:
@@ -52,7 +52,8 @@ def schema_of(path: Path) -> str | None:
     return None
 
 
-def _newest_schema() -> str | None:
+def newest_schema() -> str | None:
+    """The version of the schema of this MLflow."""
     import mlflow
     from alembic.script import ScriptDirectory
 

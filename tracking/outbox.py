@@ -64,6 +64,7 @@ class OutboxState(Section):
     run_id: str | None = None
     experiment: str | None = Field(None, description="id of the run's experiment")
     sent_bytes: int = Field(0, ge=0, description="bytes of metrics.jsonl that were sent")
+    page: str | None = Field(None, description="address of the server's pages for people, if it is another one")
     parcels: tuple[Parcel, ...] = ()
     ended: bool = Field(False, description="whether everything, the final status included, was sent")
     lineage: dict[str, str] = Field({}, description="tags of the run that name its study and trial")
@@ -77,7 +78,7 @@ class OutboxState(Section):
         if self.experiment is None or not self.uri.startswith(("http://", "https://")):
             return None
         page = f"experiments/{self.experiment}/runs/{self.run_id}"
-        return f"{self.uri.rstrip('/')}/#/{page}?workflowType=machine_learning"
+        return f"{(self.page or self.uri).rstrip('/')}/#/{page}?workflowType=machine_learning"
 
     @classmethod
     def load(cls, run_dir: Path) -> OutboxState | None:

@@ -15,6 +15,7 @@ import contextlib
 import getpass
 import json
 import logging
+import os
 import subprocess
 import uuid
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 log = logging.getLogger("glann.tracking")
 RUN_TAG = "glann.run_id"
+PAGE_VARIABLE = "GLANN_MLFLOW_PAGE"  # where people open the server, e.g. through a tunnel
 SOURCE = {"mlflow.source.name": "glann", "mlflow.source.type": "JOB"}
 MAX_DIGEST = 36  # characters of a data set's digest in MLflow
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -108,6 +110,7 @@ class TrackedRun:
             state = state.model_copy(update={"sent_bytes": 0})
         state = state.model_copy(
             update={"run_id": run_id, "experiment": experiment, "lineage": lineage, "ended": False}
+            | {"page": os.environ.get(PAGE_VARIABLE)}
         )
         state.save(run_dir)
         write_whole(run_dir / TRACKED_CONFIG, redacted_config(config).to_yaml())

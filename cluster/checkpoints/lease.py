@@ -108,11 +108,11 @@ class HeldLease:
 
 
 @contextlib.contextmanager
-def hold(store: Store, say: Callable[[str], None]) -> Iterator[HeldLease]:
+def hold(store: Store, say: Callable[[str], None], doing: str = "training the run") -> Iterator[HeldLease]:
     """Hold the lease of a run inside the context, after at most `PATIENCE_S` of waiting for an unresponsive holder.
 
     Args:
-        say: receives one-line messages for the user.
+        say: receives one-line messages for the user. doing: what the holder does, in them.
     Raises:
         RunTaken: another command trains the run; the message names its holder, since when, and the remedy.
     """
@@ -121,7 +121,7 @@ def hold(store: Store, say: Callable[[str], None]) -> Iterator[HeldLease]:
             f"{store.url}: this server does not enforce If-None-Match, so a second command on the same run that starts "
             "at the same moment might not be refused"
         )
-    held = HeldLease(store, _take(store, say))
+    held = HeldLease(store, _take(store, say, doing))
     try:
         yield held
     finally:
@@ -141,7 +141,7 @@ def enforces_conditions(store: Store) -> bool:
     return False
 
 
-def _take(store: Store, say: Callable[[str], None]) -> Lease:
+def _take(store: Store, say: Callable[[str], None], doing: str) -> Lease:
     """Create the next lease once the one in force is released or no longer renewed."""
     waited_for: Lease | None = None
     since = time.monotonic()
@@ -149,15 +149,15 @@ def _take(store: Store, say: Callable[[str], None]) -> Lease:
         newest = _newest(store)
         if newest is None or newest.released or _is_gone(newest.process):
             if newest and not newest.released:
-                say(f"the last command on this run, {newest.holder}, is gone; taking over")
+                say(f"the last command here, {newest.holder}, is gone; taking over")
         elif waited_for is None or newest.owner != waited_for.owner:
             if waited_for is None:
                 waited_for, since = newest, time.monotonic()
-                say(f"checking whether {newest.holder} still trains this run (at most {PATIENCE_S:g} s)")
+                say(f"checking whether {newest.holder} is still {doing} (at most {PATIENCE_S:g} s)")
                 continue
-            raise _taken(store, newest)
+            raise _taken(store, newest, doing)
         elif newest.count != waited_for.count:
-            raise _taken(store, newest)
+            raise _taken(store, newest, doing)
         elif time.monotonic() - since < PATIENCE_S:
             time.sleep(_POLL_S)
             continue
@@ -171,10 +171,11 @@ def _take(store: Store, say: Callable[[str], None]) -> Lease:
             return mine
 
 
-def _taken(store: Store, lease: Lease) -> RunTaken:
+def _taken(store: Store, lease: Lease, doing: str) -> RunTaken:
+    other = ", or use another name=..." if "run" in doing else ""
     return RunTaken(
-        f"{lease.holder} has been training the run at {store.url} since {lease.since} and is still active; wait for "
-        f"it, stop it, or use another name=...; this command can take over once that one ends, or {PATIENCE_S:g} s "
+        f"{lease.holder} has been {doing} at {store.url} since {lease.since} and is still active; wait for it, or stop "
+        f"it{other}; this command can take over once that one ends, or {PATIENCE_S:g} s "
         "after it last renewed its lease"
     )
 

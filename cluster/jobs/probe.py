@@ -1,4 +1,4 @@
-"""Stand-alone script that reports the versions of Python and of packages on every node of a cluster.
+"""Stand-alone script that reports the versions of Python and of packages on every node of a cluster, and its MLflow.
 
 `glann submit` ships this one file and runs `python3 probe.py torch deepspeed ...` on the head. It must run on an old
 Python without most of the packages, so it imports nothing but Ray, and that only when needed.
@@ -6,9 +6,11 @@ Python without most of the packages, so it imports nothing but Ray, and that onl
 
 import json
 import logging
+import os
+import re
 import sys
 
-MARK = "VERSIONS "
+MARK, TRACKING = "VERSIONS ", "TRACKING "
 TIMEOUT_S = 90
 
 
@@ -41,5 +43,11 @@ def nodes(names):
     return {address: ray.get(answer, timeout=TIMEOUT_S) for address, answer in pending.items()}
 
 
+def tracking():
+    """The MLflow server in the environment of jobs on this head, without a password; empty if there is none."""
+    return re.sub(r"//[^/@]*@", "//***@", os.environ.get("MLFLOW_TRACKING_URI", ""))
+
+
 if __name__ == "__main__":
     print(MARK + json.dumps(nodes(sys.argv[1:])), flush=True)
+    print(TRACKING + tracking(), flush=True)

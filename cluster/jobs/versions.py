@@ -9,7 +9,7 @@ import time
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -58,8 +58,15 @@ def _listed(nodes: list[str]) -> str:
     return ", ".join(sorted(nodes)[:3]) + (f" and {len(nodes) - 3} more nodes" if len(nodes) > 3 else "")
 
 
-def refuse_misfit(client: JobSubmissionClient, address: str) -> dict[str, dict[str, str | None]]:
-    """Versions of every node, if they are suitable.
+class Found(NamedTuple):
+    """What the probe found: versions by distribution, by node; and the head's MLflow server, empty if it has none."""
+
+    versions: dict[str, dict[str, str | None]]
+    tracking: str
+
+
+def refuse_misfit(client: JobSubmissionClient, address: str) -> Found:
+    """What is on every node, if its versions are suitable.
 
     Raises:
         UserError: they are not; names the versions there, here and needed, and the remedy.
@@ -68,7 +75,7 @@ def refuse_misfit(client: JobSubmissionClient, address: str) -> dict[str, dict[s
     allowed = needed()
     _refuse(misfits({"the head": {"ray": server_version(client)}}, allowed), address)
     found = run_probe(client, [name for name in allowed if name != "python"])
-    _refuse(misfits(found, allowed), address)
+    _refuse(misfits(found.versions, allowed), address)
     return found
 
 
@@ -78,8 +85,8 @@ def _refuse(faults: list[str], address: str) -> None:
         raise UserError(f"{address} does not fit glann {__version__}: {'; '.join(faults[:3])}{more}; {REMEDY}")
 
 
-def run_probe(client: JobSubmissionClient, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Run the probe as a short job; versions by distribution, by node.
+def run_probe(client: JobSubmissionClient, names: list[str]) -> Found:
+    """Run the probe as a short job.
 
     The job stays in Ray's list until the next probe: if it is deleted right after its end, Ray's monitor, which has
     not seen that end yet, lists it again as failed.
@@ -103,12 +110,13 @@ def run_probe(client: JobSubmissionClient, names: list[str]) -> dict[str, dict[s
             )
         time.sleep(POLL_S)
     log = client.get_job_logs(job)
-    for line in log.splitlines():
+    for line in (lines := log.splitlines()):
         if line.startswith(probe.MARK):
-            return json.loads(line.removeprefix(probe.MARK))
-    lines = [line.strip() for line in (log or info.message or "").splitlines() if line.strip()]
+            told = [other.removeprefix(probe.TRACKING) for other in lines if other.startswith(probe.TRACKING)]
+            return Found(json.loads(line.removeprefix(probe.MARK)), (told or [""])[-1].strip())
+    said = [line.strip() for line in (log or info.message or "").splitlines() if line.strip()]
     raise EnvironmentFault(
-        f"the version probe failed on the head: {lines[-1][:200] if lines else 'no answer'}; "
+        f"the version probe failed on the head: {said[-1][:200] if said else 'no answer'}; "
         "`ray start` there needs the python3 that has glann's dependencies first on its PATH"
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 import yaml
 from glann.cli import main as cli
 from glann.config.run import load
+from glann.tracking.runs import PAGE_VARIABLE
+from glann.tracking.server import END_TIMEOUT_S
 
 ROOT = Path(glann.__file__).parent
 KUBERAY = ROOT / "deploy" / "kuberay"
@@ -96,6 +99,37 @@ def test_the_job_runs_a_command_that_glann_understands(capsys: pytest.CaptureFix
         cli.main(["config", *command])
     assert not caught.value.code
     assert "s3://BUCKET/runs" in capsys.readouterr().out
+
+
+def test_mlflow_outlives_the_head_and_every_cluster(spec: dict):
+    """A pod of its own, whose files and database are in S3; jobs find it by themselves, people by the port-forward."""
+    found = documents("raycluster.yaml")
+    pod = found["Deployment"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert container["image"] == spec["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
+    assert container["command"][:3] == ["glann", "mlflow", "s3://BUCKET/mlflow"]
+    assert pod["spec"]["serviceAccountName"] == "glann", "the role that reaches the bucket"
+    assert found["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}, "two servers at a time are refused"
+    assert pod["spec"]["terminationGracePeriodSeconds"] > END_TIMEOUT_S + 30, "it saves its database"
+    service, policy = found["Service"], found["NetworkPolicy"]["spec"]
+    assert service["spec"]["selector"] == pod["metadata"]["labels"] == policy["podSelector"]["matchLabels"]
+    env = {each["name"]: each["value"] for each in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
+    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert env["MLFLOW_TRACKING_URI"] == f"http://{name}:{port}"
+    assert env[PAGE_VARIABLE] == f"http://127.0.0.1:{port}"
+    hosts = container["command"][container["command"].index("--allowed-hosts") + 1].split(",")
+    for host in (f"{name}:{port}", f"127.0.0.1:{port}"):
+        assert any(fnmatch(host, allowed) for allowed in hosts), f"MLflow would refuse requests to {host}"
+
+
+def test_the_command_of_mlflow_is_one_that_glann_understands(monkeypatch: pytest.MonkeyPatch):
+    served: list[Any] = []
+    monkeypatch.setattr("glann.tracking.server.serve", lambda server, say: served.append(server))
+    command = documents("raycluster.yaml")["Deployment"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([word.replace("BUCKET", "bucket") for word in command[1:]])
+    assert not caught.value.code
+    assert (served[0].store, served[0].host, served[0].port) == ("s3://bucket/mlflow", "0.0.0.0", 5000)
 
 
 @pytest.mark.skipif(CRDS is None, reason="GLANN_KUBERAY_CRDS names no folder with KubeRay's CRDs")

@@ -52,6 +52,27 @@ def test_a_spot_machine_waits_for_its_notice_with_a_token(cluster: dict):
     assert subprocess.run(["bash", "-n", "-c", f"({watch})"]).returncode == 0
 
 
+def test_mlflow_serves_the_head_alone_and_keeps_its_data_in_s3(cluster: dict):
+    commands = cluster["head_start_ray_commands"]
+    [serve] = [line for line in commands if "glann mlflow" in line]
+    [start] = [line for line in commands if "ray start" in line]
+    assert "glann-venv/bin/glann mlflow s3://BUCKET/mlflow >" in serve, "with the defaults: 127.0.0.1:5000"
+    assert "export MLFLOW_TRACKING_URI=http://127.0.0.1:5000;" in start, "jobs inherit it"
+    assert serve.endswith("&")
+    assert subprocess.run(["bash", "-n", "-c", f"({serve})"]).returncode == 0
+    assert "glann-mlflow/" in cluster["rsync_exclude"], "a working file of this machine is not copied to the nodes"
+
+
+def test_a_new_mlflow_waits_for_the_old_one_to_save(cluster: dict):
+    """And neither pattern matches the shell that starts it."""
+    [serve] = [line for line in cluster["head_start_ray_commands"] if "glann mlflow" in line]
+    end, wait = re.findall(r'p(?:kill|grep) -f "(.*?)"', serve)
+    assert end == wait
+    assert re.search(end, "/home/ubuntu/glann-venv/bin/python3 /home/ubuntu/glann-venv/bin/glann mlflow s3://b/mlflow")
+    for shell in (f"bash --login -c -i true && ({serve})", f"bash -c {serve}", "timeout 60 sh -c 'while pgrep'"):
+        assert not re.search(end, shell)
+
+
 def test_a_new_watcher_replaces_the_old_one_and_not_its_own_shell(cluster: dict):
     [watch] = [line for line in cluster["worker_start_ray_commands"] if "glann drain --on-spot-notice" in line]
     pattern = re.search(r'pkill -f "(.*?)"', watch)[1]

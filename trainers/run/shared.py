@@ -133,7 +133,7 @@ def commands(config: Config) -> list[str]:
 def fetch_command(config: Config) -> str:
     """The command that copies the results to another machine, also when the cluster is gone."""
     parent = shared_url(config).rpartition("/")[0]
-    return shlex.join(["glann", "jobs", "fetch", config.name, "--from", parent, *endpoint_option(config)])
+    return shlex.join(["glann", "jobs", "fetch", config.name, "--runs", parent, *endpoint_option(config)])
 
 
 def endpoint_option(config: Config) -> list[str]:
@@ -175,7 +175,7 @@ def fetch(
     """
     sizes = {check_key(key): size for key, size in store.sizes().items() if is_copied(key) and wanted(key)}
     if CONFIG not in sizes:
-        raise NoResults(f"{store.url} holds no results of a run; check NAME and --from, which is its checkpoint.url")
+        raise NoResults(f"{store.url} holds no results of a run; check NAME and --runs, which is its checkpoint.url")
     hashes = _hashes(store) if MODEL_FILES in sizes else {}
     there = {key for key in sizes if os.path.lexists(folder / key)}
     same = {key for key in there if _is_same(store, key, sizes[key], folder / key, hashes.get(key))}

@@ -217,7 +217,7 @@ def test_submitting_a_finished_study_says_so_at_once_and_one_with_trials_left_is
         "look at",
         f"  {tmp_path}/bucket/rates/report.html",
         "try next",
-        f"  glann jobs fetch rates --from {tmp_path}/bucket",
+        f"  glann jobs fetch rates --runs {tmp_path}/bucket",
         "  glann registry register studies/rates --as NAME",
     ]
     assert submit(tmp_path, "budget.trials=5") == 1  # there is no cluster
@@ -236,7 +236,7 @@ def test_a_study_is_fetched_with_its_best_trial(tmp_path: Path, capsys, monkeypa
     RunMirror(run).close(pytest.fail)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        cli.main(["jobs", "fetch", "rates", "--from", str(tmp_path / "bucket")])
+        cli.main(["jobs", "fetch", "rates", "--runs", str(tmp_path / "bucket")])
     assert not caught.value.code, capsys.readouterr().err
     assert (tmp_path / "studies" / "rates" / "report.html").read_text() == "a report"
     assert (tmp_path / "studies/rates/trials" / run.name / "report.html").read_text() == "of the best"

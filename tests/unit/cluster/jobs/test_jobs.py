@@ -259,8 +259,8 @@ def test_the_probe_removes_those_before_it_and_says_why_it_failed(cluster: Clust
         monkeypatch.setattr(cluster, "submit_job", submit_job)
 
     jobs.start(cluster, config(), {}, None)
-    answer('Runtime env is setting up.\nVERSIONS {"10.0.0.1": {"torch": "2.13.0"}}\n')
-    assert versions.run_probe(cluster, ["torch"]) == {"10.0.0.1": {"torch": "2.13.0"}}
+    answer('Runtime env is setting up.\nVERSIONS {"10.0.0.1": {"torch": "2.13.0"}}\nTRACKING http://mlflow:5000\n')
+    assert versions.run_probe(cluster, ["torch"]) == ({"10.0.0.1": {"torch": "2.13.0"}}, "http://mlflow:5000")
     answer("sh: 1: exec: python3: not found\n")
     with pytest.raises(EnvironmentFault, match="python3: not found; `ray start` there needs the python3"):
         versions.run_probe(cluster, ["torch"])

@@ -70,7 +70,7 @@ def test_a_job_ends_with_addresses_and_names_no_path_of_the_head(config, tmp_pat
         f"{url}/report.html",
         f"{url}/images/samples.png",
         "try next",
-        f"glann jobs fetch faces --from {tmp_path}/bucket",
+        f"glann jobs fetch faces --runs {tmp_path}/bucket",
         f"glann sample {url} --n 100 --seed 1 --out more.png",
     ]
     assert not any("/head/" in line for line in lines)
@@ -103,7 +103,7 @@ def test_submitting_a_finished_run_says_so_at_once(config, tmp_path, capsys):
     told = capsys.readouterr().out
     assert told.startswith("faces has finished; nothing was started\nlook at\n")
     assert LINK in told
-    assert f"glann jobs fetch faces --from {tmp_path}/bucket" in told
+    assert f"glann jobs fetch faces --runs {tmp_path}/bucket" in told
     assert "/head/" not in told
 
 
@@ -142,7 +142,7 @@ def test_results_are_fetched_without_the_cluster_and_completed_by_the_same_comma
 ):
     finish_run(config)
     monkeypatch.chdir(tmp_path)
-    words = ("--from", config.checkpoint.url or "")
+    words = ("--runs", config.checkpoint.url or "")
     assert not fetch(*words)
     home = tmp_path / "runs" / "faces"
     made = {path.relative_to(home): path.read_bytes() for path in home.rglob("*") if path.is_file()}
@@ -158,7 +158,7 @@ def test_results_are_fetched_without_the_cluster_and_completed_by_the_same_comma
 
 def test_a_file_that_differs_is_never_replaced_silently(config, tmp_path, capsys):
     finish_run(config)
-    home, words = tmp_path / "mine", ("--from", config.checkpoint.url or "")
+    home, words = tmp_path / "mine", ("--runs", config.checkpoint.url or "")
     assert not fetch(str(home), *words)
     (home / "report.html").write_text("my notes")  # as many bytes
     (home / "model" / "generator.safetensors").write_bytes(b"Weights" * 1000)
@@ -176,7 +176,7 @@ def test_a_file_that_differs_is_never_replaced_silently(config, tmp_path, capsys
 def test_a_run_that_still_trains_is_fetched_as_far_as_it_is(config, tmp_path, capsys):
     finish_run(config)
     (Path(config.checkpoint.url or "") / "faces" / "report.html").unlink()
-    assert not fetch(str(tmp_path / "mine"), "--from", config.checkpoint.url or "")
+    assert not fetch(str(tmp_path / "mine"), "--runs", config.checkpoint.url or "")
     assert "faces has not finished; this is what there is so far" in capsys.readouterr().err
 
 
@@ -186,16 +186,16 @@ def test_checkpoints_and_hidden_files_stay_where_they_are(config, tmp_path):
         path = Path(config.checkpoint.url or "") / "faces" / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    assert not fetch(str(tmp_path / "mine"), "--from", config.checkpoint.url or "")
+    assert not fetch(str(tmp_path / "mine"), "--runs", config.checkpoint.url or "")
     assert not (tmp_path / "mine" / "checkpoints").exists()
     assert not (tmp_path / "mine" / ".lock").exists()
 
 
 def test_a_name_that_is_not_there_is_told_in_one_line(config, tmp_path, capsys):
-    with pytest.raises(UserError, match=r"holds no results of a run; check NAME and --from"):
+    with pytest.raises(UserError, match=r"holds no results of a run; check NAME and --runs"):
         shared.fetch(store_of(config), tmp_path / "mine")
     assert fetch("--address", "http://127.0.0.1:1") == 1
-    assert "without the cluster: --from URL, the checkpoint.url of the run" in capsys.readouterr().err
+    assert "without the cluster: --runs URL, the checkpoint.url of the run" in capsys.readouterr().err
 
 
 def test_a_copy_that_failed_at_the_end_is_completed_by_the_same_command(config):
