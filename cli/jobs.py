@@ -47,7 +47,10 @@ def submit(
     ] = False,
     env: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="environment variable to pass to the job; repeatable; no others are passed"),
+        typer.Option(
+            metavar="KEY",
+            help="variable to pass to the job; repeatable; of others only MLFLOW_TRACKING_URI is",
+        ),
     ] = None,
 ) -> None:
     """Train on a remote Ray cluster: run `glann train`, or of a study `glann tune`, as a job there, with this machine's

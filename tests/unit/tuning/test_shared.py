@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from glann.cli import main as cli
@@ -13,7 +15,9 @@ from glann.config.run import load
 from glann.errors import EnvironmentFault, UserError
 from glann.reports.run_folder import write_config
 from glann.storage.files import write_whole
+from glann.trainers.run import local
 from glann.trainers.run import shared as runs
+from glann.trainers.run.hooks import Hooks
 from glann.trainers.run.mirror import RunMirror, take_back
 from glann.tuning import shared
 from glann.tuning.driver import of_study
@@ -22,6 +26,7 @@ from glann.tuning.ledger import Ledger, trials
 from glann.tuning.load import is_study_file, load_study
 from glann.tuning.report.leaderboard import command
 from glann.tuning.study import FILE, StudyConfig
+from rich.console import Console
 from study_folder import fill_study
 
 STUDY = """\
@@ -254,3 +259,27 @@ def test_what_a_job_prints_of_its_best_trial_works_on_the_users_machine(
     said = command(study, trial)
     assert said == "glann submit studies/rates/trials/rates-0000/config.yaml name=rates-best runs_dir=runs"
     assert runs.is_job()
+
+
+def test_a_trial_of_stage_two_alone_outlives_the_head_once_it_has_ended(tmp_path: Path, monkeypatch):
+    """It has no checkpoints; what it has made is copied, and found finished by the next head."""
+    study = on_head(tmp_path)
+    study.folder.mkdir(parents=True)
+    config = study.trial(1, {"glo.latent_lr": 0.02})
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": False})})
+    trained: list[str] = []
+
+    def train(config, *_):
+        trained.append(config.name)
+        (config.run_dir / "report.html").write_text("a report")
+        summary = {"rows": 600, "metrics": {"fd_squeezenet": 0.3}, "timings": {"train_s": 1}}
+        (config.run_dir / "summary.json").write_text(json.dumps(summary))
+        return summary["metrics"]
+
+    monkeypatch.setattr(local, "_train", train)
+    stage_one = SimpleNamespace(index=SimpleNamespace(fingerprint="f", resolution=28, channels=1), z_ND=[0])
+    again = (config, Console(quiet=True), Hooks(), stage_one)
+    assert local.train_second_stage(*again) == {"fd_squeezenet": 0.3}
+    shutil.rmtree(tmp_path / "head")
+    assert local.train_second_stage(*again) == {"fd_squeezenet": 0.3}
+    assert trained == ["rates-0001"]
