@@ -151,5 +151,5 @@ def request_stop(interrupted: threading.Event, console: Console) -> None:
 
 
 def of_study(key: str) -> bool:
-    """Whether a file belongs to the study itself: the files of trials are copied by their own mirrors."""
-    return "/" not in key and not key.startswith(".")
+    """Whether a file belongs to the study itself, its logs included: runs of trials are copied by their own mirrors."""
+    return ("/" not in key or key.startswith("logs/")) and not key.startswith(".")

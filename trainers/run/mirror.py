@@ -118,4 +118,4 @@ def is_copied(key: str) -> bool:
 
 def is_growing(path: Path) -> bool:
     """Whether a file may be appended to while it is sent."""
-    return path.suffix == ".jsonl" or path.parent.name == tensorboard.FOLDER
+    return path.suffix in (".jsonl", ".log") or path.parent.name == tensorboard.FOLDER
