@@ -7,7 +7,7 @@ cluster, where the run began, may be gone.
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,9 @@ GIB = 1 << 30
 ENDS = ("finished", "stopped", "failed")
 
 
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
 class Record(BaseModel):
     """Base of the parts of the file; what a newer version has written besides is ignored."""
 
@@ -30,13 +33,13 @@ class Record(BaseModel):
 class DeviceUse(Record):
     """A worker's device. use: share of its time (of a worker's cores on CPUs). memory, total: bytes used and there."""
 
-    rank: int = Field(ge=0)
+    rank: Count
     node: str
     device: str
     gpu: bool
     use: float | None = Field(None, ge=0)
-    memory: int = Field(ge=0)
-    total: int = Field(ge=0)
+    memory: Count
+    total: Count
 
 
 class Measured(Record):
@@ -44,7 +47,7 @@ class Measured(Record):
 
     metric: str
     value: float
-    step: int
+    step: Count
 
 
 class Status(Record):
@@ -64,16 +67,16 @@ class Status(Record):
     began: float
     updated: float
     stage: str = ""
-    epoch: int | None = None
-    epochs: int | None = None
+    epoch: Count | None = None
+    epochs: Count | None = None
     done: float | None = Field(None, ge=0, le=1)
     left_s: float | None = None
-    images: tuple[int, int] | None = None
+    images: tuple[Count, Count] | None = None
     loss: float | None = None
     images_per_s: float | None = None
     mfu: float | None = None
-    workers: int | None = None
-    checkpoint_step: int | None = None
+    workers: Count | None = None
+    checkpoint_step: Count | None = None
     checkpoint_at: float | None = None
     devices: tuple[DeviceUse, ...] = ()
     mlflow: str | None = None

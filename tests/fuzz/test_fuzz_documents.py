@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from glann.cli.run_status import Seen, described
 from glann.cluster.checkpoints import reader, retention, writer
 from glann.cluster.checkpoints.layout import Part, parse
 from glann.cluster.checkpoints.lease import Lease
@@ -27,6 +28,7 @@ from glann.models.mapping import build_mapping
 from glann.reports.facts import RunFacts
 from glann.reports.figures import metric_rows
 from glann.reports.run import headline, render, timing_rows
+from glann.reports.status import read_status
 from glann.samplers.gaussian import gaussian
 from glann.storage.local import LocalStore
 from glann.tracking.outbox import OutboxState
@@ -216,6 +218,28 @@ LEASE = {"number": 1, "owner": "0f", "holder": "me", "since": "now", "process": 
 @given(text=json_texts(st.just(LEASE)))
 def test_lease(jail, text):
     jail.read(lambda: parse(Lease, text, "lease-000001.json"))
+
+
+STATUS = {
+    **{"name": "x", "state": "running", "host": "h", "began": 1.0, "updated": 2.0, "stage": "stage 1", "epoch": 1},
+    **{"epochs": 9, "done": 0.1, "left_s": 3.0, "images": [1, 2], "loss": 0.5, "images_per_s": 4.0, "mfu": 0.3},
+    **{"checkpoint_step": 7, "checkpoint_at": 1.5, "best": {"metric": "m", "value": 0.5, "step": 3}, "workers": 1},
+    "devices": [{"rank": 0, "node": "n", "device": "d", "gpu": True, "use": 0.9, "memory": 5, "total": 6}],
+}
+
+
+@given(text=json_texts(st.just(STATUS)))
+def test_status(jail, text):
+    """What `glann jobs status` reads from a store and puts into words."""
+    folder = jail.fill({"status.json": text})
+
+    def show() -> None:
+        status = read_status(LocalStore(folder))
+        assert status is not None
+        assert described(Seen(status))
+        assert Seen(status).line(3.0)
+
+    jail.read(show)
 
 
 # models and run folders --------------------------------------------------------------------------
