@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserError, redact
-from .options import Device, Seed
+from .options import Checkpoint, Device, Seed
 from .progress import counted
+
+if TYPE_CHECKING:
+    from ..config.run import Config
+    from ..inference.model import SamplingModel
+    from ..inference.package import ModelManifest
 
 PAIRS = 16  # of a sample and its nearest training image, in a picture
 
@@ -32,6 +37,7 @@ def evaluate(
         Path | None, typer.Option(metavar="PNG", help="picture of the samples that are most like a training image")
     ] = None,
     seed: Seed = 0,
+    checkpoint: Checkpoint = None,
     device: Device = "auto",
 ) -> None:
     """Evaluate a finished run: reconstruction error, Frechet distance, precision and recall of a named extractor.
@@ -49,17 +55,31 @@ def evaluate(
     from ..metrics.evaluate import evaluate as measure
     from ..metrics.result import by_key
     from ..metrics.spec import METRICS
+    from ..reports.run_folder import read_summary
     from ..tracking.source import is_registered, open_model, run_config
+    from ..trainers.run.packaging import open_checkpoint
 
     config = run_config(run)
     tree = config.model_dump(mode="json")
     given = {"extractor": extractor, "samples": samples, "metrics": metrics or None}
     tree["evaluation"] |= {key: value for key, value in given.items() if value is not None}
     config = config.model_copy(update={"evaluation": validate(tree, "the options given").evaluation})
-    manifest, model = open_model(run, s3=config.s3, device=device)
+    if checkpoint is None:
+        manifest, model = open_model(run, s3=config.s3, device=device)
+        step = None if is_registered(run) else (read_summary(run) or {}).get("checkpoint")
+    else:
+        opened = open_checkpoint(run, checkpoint, s3=config.s3, device=device)
+        manifest, model, step = opened.manifest, opened.model, opened.step
     with counted("evaluating", "images") as on_images:
         results = measure(
-            config, manifest, model, seed=seed, data=data, with_codes=not is_registered(run), on_images=on_images
+            config,
+            manifest,
+            model,
+            seed=seed,
+            data=data,
+            with_codes=not is_registered(run),
+            step=step,
+            on_images=on_images,
         )
     if all(METRICS[result.metric].of_samples for result in results):
         typer.echo("reconstruction is not measured: it needs a run folder with its codes, and their images", err=True)
@@ -68,17 +88,22 @@ def evaluate(
     for name, value in by_key(results).items():
         typer.echo(f"{name:32} {value:.6g}")
     if pairs is not None:
-        from ..metrics.evaluate import closest_pairs
-        from ..metrics.reference import training_set
-        from ..reports import pictures
+        _save_pairs(pairs, config, manifest, model, seed)
 
-        images = training_set(config, manifest)
-        if images is None:
-            raise UserError(f"the training images are not at {redact(config.data.url)} any more; --pairs needs them")
-        samples_NHWC, training_NHWC = closest_pairs(config, model, images, PAIRS, seed)
-        rows = pictures.beside_nearest(list(samples_NHWC), list(training_NHWC))
-        pictures.save(pictures.labelled_rows(rows, whole=True), pairs)
-        typer.echo(f"{pairs}: the {PAIRS} samples most like a training image, nearest first")
+
+def _save_pairs(path: Path, config: Config, manifest: ModelManifest, model: SamplingModel, seed: int) -> None:
+    """Save a picture of the samples that are most like a training image, beside these."""
+    from ..metrics.evaluate import closest_pairs
+    from ..metrics.reference import training_set
+    from ..reports import pictures
+
+    images = training_set(config, manifest)
+    if images is None:
+        raise UserError(f"the training images are not at {redact(config.data.url)} any more; --pairs needs them")
+    samples_NHWC, training_NHWC = closest_pairs(config, model, images, PAIRS, seed)
+    rows = pictures.beside_nearest(list(samples_NHWC), list(training_NHWC))
+    pictures.save(pictures.labelled_rows(rows, whole=True), path)
+    typer.echo(f"{path}: the {PAIRS} samples most like a training image, nearest first")
 
 
 def report(

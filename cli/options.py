@@ -17,6 +17,14 @@ Overrides = Annotated[
 SourceArg = Annotated[
     str, typer.Argument(metavar="SOURCE", help="a run folder, models:/name@alias, or an s3:// address of a model")
 ]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHICH",
+        help="take a checkpoint of the run, which may still train: best (by evaluation.best), last, or a step; empty: "
+        "the packaged model",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="the same seed draws the same images")]
 Truncation = Annotated[
     float, typer.Option(min=0.0, max=10.0, help="factor of the noise; below 1: higher quality, less variety")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .options import Device, Endpoint, SamplerName, Seed, SourceArg, Truncation, Unsigned, s3_at
+from .options import Checkpoint, Device, Endpoint, SamplerName, Seed, SourceArg, Truncation, Unsigned, s3_at
 from .saving import check_out, require_room, save_images, watched
 
 if TYPE_CHECKING:
+    from ..config.sections import S3Config
     from ..inference.model import SamplingModel
 
 GRID = Path("samples.png")  # where samples go by default
@@ -34,6 +35,7 @@ def sample(
             "the folder samples for images of more than 256 px",
         ),
     ] = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     endpoint: Endpoint = None,
     unsigned: Unsigned = False,
@@ -44,15 +46,15 @@ def sample(
     glann sample runs/digits --n 100 --seed 1 --out grid.png
     glann sample models:/faces@champion --n 10000 --out faces.npz --device cuda
     glann sample s3://bucket/runs/celebahq-1024/model --n 16 --truncation 0.8 --out folder
+    glann sample runs/faces-64 --checkpoint best
 
     Images are written as the model makes them, never reduced; small ones are enlarged in a grid. Arrays and folders are
     written batch by batch, in little memory.
     """
     from ..reports.pictures import LARGEST
-    from ..tracking.source import load_model
 
     check_out(out or GRID)
-    model = load_model(source, s3=s3_at(endpoint, unsigned), device=device)
+    model = _load_model(source, checkpoint, s3_at(endpoint, unsigned), device)
     if out is None:
         out = GRID if model.resolution <= LARGEST else GRID.with_suffix("")
         check_out(out)
@@ -71,6 +73,7 @@ def interpolate(
     out: Annotated[Path, typer.Option("--out", "-o", help="x.png: one grid; x.npz; else a folder of PNGs")] = Path(
         "interpolation.png"
     ),
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     endpoint: Endpoint = None,
     unsigned: Unsigned = False,
@@ -80,10 +83,8 @@ def interpolate(
     \b
     glann interpolate runs/faces-64 --pairs 6 --steps 10 --out faces.png
     """
-    from ..tracking.source import load_model
-
     check_out(out)
-    model = load_model(source, s3=s3_at(endpoint, unsigned), device=device)
+    model = _load_model(source, checkpoint, s3_at(endpoint, unsigned), device)
     count, fewer = pairs * steps, "give fewer --pairs or --steps"
     _require_memory(count, model, fewer)
     require_room(count, model, out, fewer, columns=steps)
@@ -91,6 +92,19 @@ def interpolate(
     images_PSHWC = model.interpolate(ends, steps, seed, truncation, sampler)
     save_images(iter(images_PSHWC), count, out, columns=steps)
     typer.echo(f"{pairs} interpolations of {steps} images: {out}")
+
+
+def _load_model(source: str, checkpoint: str | None, s3: S3Config, device: str) -> SamplingModel:
+    """The packaged model of a source, or that of a checkpoint of a run."""
+    if checkpoint is None:
+        from ..tracking.source import load_model
+
+        return load_model(source, s3=s3, device=device)
+    from ..trainers.run.packaging import open_checkpoint
+
+    opened = open_checkpoint(source, checkpoint, s3=s3, device=device)
+    typer.echo(f"checkpoint of step {opened.step}, by sampler {opened.model.own}")
+    return opened.model
 
 
 def _require_memory(count: int, model: SamplingModel, remedy: str) -> None:

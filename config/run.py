@@ -122,6 +122,10 @@ class Config(Section):
                 f"glo.latent_optimizer=published is for codes on the sphere, not glo.constraint={self.glo.constraint}; "
                 "set glo.constraint=sphere or glo.latent_optimizer=adam"
             )
+        if self.checkpoint.use == "best" and self.evaluation.every_epochs is None:
+            raise ValueError(
+                "checkpoint.use=best takes what was measured while the run trained; set evaluation.every_epochs"
+            )
         if self.loss.patch and self.loss.patch > self.data.resolution:
             raise ValueError(f"loss.patch={self.loss.patch} is larger than data.resolution={self.data.resolution}")
         return self

@@ -262,7 +262,12 @@ class CheckpointConfig(Section):
     url: Address | None = Field(None, description="folder or s3:// prefix; empty means the run folder (one machine)")
     every_minutes: Positive = Field(10.0, description="time between checkpoints")
     every_epochs: int | None = Field(None, ge=1, description="also every this many epochs")
-    keep: int = Field(3, ge=1, description="checkpoints to keep, besides the best")
+    keep: int = Field(3, ge=1, description="checkpoints to keep, besides the best by evaluation.best")
+    use: Literal["last", "best"] = Field(
+        "last",
+        description="what a finished run is packaged and measured from, so also registered; best: the one that "
+        "evaluation.every_epochs found",
+    )
     timeout_s: Positive = Field(600.0, description="seconds that ranks wait for one another while saving")
 
 
@@ -279,7 +284,7 @@ class PreviewConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The metrics measured at the end of a run."""
+    """The metrics measured at the end of a run, and while it trains."""
 
     traits = (
         Trait.RESUMABLE,
@@ -294,6 +299,17 @@ class EvaluationConfig(Section):
         Field((), description="groups of metrics that are measured besides those of every run")
     )
     samples: int = Field(2000, ge=2, description="images drawn from each sampler")
+    every_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="also measure samples after this many epochs of a stage, and its last, for which training pauses; "
+        "empty: only at the end",
+    )
+    interim_samples: int = Field(1000, ge=2, description="images drawn by a measurement while the run trains")
+    best: str | None = Field(
+        None,
+        description="metric of samples by which the best checkpoint is chosen; empty: Frechet distance",
+    )
     memory_gb: float = Field(
         2.0, gt=0, le=1000, description="memory for decoding images at once, of each worker's device, in GiB"
     )

@@ -24,6 +24,7 @@ from ..datasets.reader import ImageRows
 from ..errors import UserError
 from ..inference.model import SamplingModel
 from ..inference.package import ModelManifest
+from ..storage.base import Store
 from ..storage.open import open_store
 from .copying import nearest_pairs
 from .features.extractor import build_extractor
@@ -72,6 +73,7 @@ def evaluate(
     seed: int = 0,
     data: str | None = None,
     with_codes: bool = True,
+    step: int | None = None,
     on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
     """Measure what `evaluation` configures, in this process and on the model's device.
@@ -81,6 +83,7 @@ def evaluate(
         manifest, model: the packaged model of the run.
         data: address of the images to compare with: the training images, if they were moved, or others.
         with_codes: whether the checkpoints of the run are available; reconstruction needs its codes.
+        step: the checkpoint that the model was made of; None is the newest.
         on_images: called with the images that were worked on, and their number in all.
     Returns:
         What `measure` returns. Copying is measured against other images than the training images if these can be read
@@ -95,7 +98,7 @@ def evaluate(
     training = training_set(at_home, manifest) if unseen and with_codes else None
     sets = ImageSets(images, unseen, training, None if unseen else held_out_images(config, images.index))
     model = replace(model, memory=int(config.evaluation.memory_gb * GIB))
-    trained = Trained(model, manifest.rows, (lambda rows: stored_codes(config, rows)) if with_codes else None)
+    trained = Trained(model, manifest.rows, (lambda rows: stored_codes(config, rows, step)) if with_codes else None)
     unseen_rows = 0 if sets.held_out is None else len(sets.held_out)
     total = images_in_all(config, len(images), unseen_rows, len(samplers_of(model)), pictures=False)
     return measure(config, trained, sets, seed=seed, team=Team(on_images=counting(on_images, total)))
@@ -236,12 +239,17 @@ def draw_codes(model: SamplingModel, part: range, seed: int, sampler: str | None
         yield model.codes(model.noise(index_B, seed, sampler), sampler).cpu()
 
 
-def stored_codes(config: Config, rows: range) -> Iterator[Tensor]:
-    """The codes z_BD of consecutive rows in the newest checkpoint. Raises UserError without a checkpoint."""
+def stored_codes(config: Config, rows: range, step: int | None = None) -> Iterator[Tensor]:
+    """The codes z_BD of consecutive rows in a checkpoint, by default the newest. Raises UserError without one."""
     store = open_store(config.checkpoint_url, config.s3)
-    step = retention.latest(store)
+    step = retention.latest(store) if step is None else step
     if step is None:
         raise UserError(f"no checkpoint in {store.url}: its latent codes are needed to measure reconstruction")
+    return codes_in(store, rows, step)
+
+
+def codes_in(store: Store, rows: range, step: int) -> Iterator[Tensor]:
+    """The codes z_BD of consecutive rows in a checkpoint, block by block."""
     for part in ranges(len(rows), -(-len(rows) // CODES_AT_ONCE)) if rows else ():
         block = range(rows.start + part.start, rows.start + part.stop)
         yield torch.from_numpy(reader.load_rows(store, step, block, ("z",))["z"])

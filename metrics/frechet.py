@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from ..errors import UserError
@@ -112,7 +112,9 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
         a.merge(b)  # raises the error
     covariance_a_FF, covariance_b_FF = a.covariance_FF(), b.covariance_FF()
     shift_F = a.mean_F - b.mean_F
-    with threadpool_limits(1):  # LAPACK's many small steps: on a busy machine two threads take five times as long
+    # LAPACK's many small steps: on a busy machine two threads take five times as long. Other libraries keep their
+    # threads, as a training may go on beside this.
+    with ThreadpoolController().select(internal_api="openblas").limit(limits=1):
         cross = scipy.linalg.svdvals(_root(covariance_a_FF).T @ _root(covariance_b_FF)).sum()
     distance = shift_F @ shift_F + np.trace(covariance_a_FF) + np.trace(covariance_b_FF) - 2.0 * cross
     return max(float(distance), 0.0)

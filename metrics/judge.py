@@ -83,14 +83,22 @@ class Judge:
         Args:
             rows: number of training codes.
         """
+        return self.compare_reconstructions(self.tally_reconstructions(model, codes, rows))
+
+    def tally_reconstructions(self, model: SamplingModel, codes: Codes, rows: int) -> Tallied:
+        """The tallies of the reconstructions; of none if there are no such metrics."""
         panel = self.panel.bounded()
         if not panel.metrics:
-            return []
+            return Tallied(0, {})
         chosen_N, part = lowest_priorities(rows, self.samples), self.team.part(rows)
         first, stop = torch.searchsorted(chosen_N, torch.tensor([part.start, part.stop])).tolist()
         chosen = (z_BD for block in picked(codes, part, chosen_N[first:stop]) for z_BD in block.split(DEFAULT_BATCH))
         images = self.team.counted(on_model(model, lambda z_BD: channels_first(model.decode(z_BD)), chosen))
-        return self._compare(panel, self.team.merged(panel.tally(images, first)), RECONSTRUCTION)
+        return self.team.merged(panel.tally(images, first))
+
+    def compare_reconstructions(self, tallied: Tallied) -> list[Result]:
+        """The metrics of reconstructions that were tallied."""
+        return self._compare(self.panel.bounded(), tallied, RECONSTRUCTION)
 
     def _compare(self, panel: Panel, drawn: Tallied, sampler: str) -> list[Result]:
         if not self.team.leads:

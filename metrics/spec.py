@@ -19,6 +19,8 @@ from typing import Any, Literal, cast
 
 from torch import Tensor
 
+from ..config.parse import shown, suggest
+from ..errors import UserError
 from .classes import ClassShares, inception_score
 from .copying import Copying, copying_of_codes
 from .features.extractor import EXTRACTORS, classifier_head, extractor_spec
@@ -138,6 +140,32 @@ def measured_with(extractor: str, groups: Collection[str] = ()) -> list[Metric]:
         for metric in METRICS.values()
         if metric.extractor in (None, extractor) and (metric.group is None or ALL in groups or metric.group in groups)
     ]
+
+
+def best_metric(extractor: str, name: str | None) -> Metric:
+    """The metric of samples by which checkpoints are compared, from `evaluation.extractor` and `evaluation.best`.
+
+    Raises:
+        UserError: no such metric, or not one that can be measured while a run trains.
+    """
+    if name is None:
+        return frechet_metric(extractor)
+    possible = {
+        metric.name: metric
+        for metric in METRICS.values()
+        if isinstance(metric.needs, Samples) and not (metric.held_out or metric.needs.codes)
+    }
+    if name not in possible:
+        raise UserError(
+            f"evaluation.best={shown(name)} is no metric of samples against the training images"
+            f"{suggest(name, possible)}; of evaluation.extractor={extractor} there are "
+            + ", ".join(metric.name for metric in possible.values() if metric.extractor in (None, extractor))
+        )
+    if possible[name].extractor not in (None, extractor):
+        raise UserError(
+            f"evaluation.best={name} is of another extractor than evaluation.extractor={extractor}; change one of them"
+        )
+    return possible[name]
 
 
 def metric_families() -> dict[str, list[Metric]]:

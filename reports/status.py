@@ -150,14 +150,25 @@ def progress(status: Status, now: float | None = None) -> str:
 
 
 def health(status: Status, now: float | None = None) -> str:
-    """Its last checkpoint and its devices: `checkpoint 4 min ago  2 GPUs 93%, 61.0 of 139.0 GiB`."""
+    """Its last checkpoint, its scores and its devices: `checkpoint 4 min ago  2 GPUs 93%, 61.0 of 139.0 GiB`."""
     now = time.time() if now is None else now
-    return "  ".join(word for word in (checkpoint_in_words(status, now), devices_in_words(status)) if word)
+    words = checkpoint_in_words(status, now), scores_in_words(status), devices_in_words(status)
+    return "  ".join(word for word in words if word)
 
 
 def checkpoint_in_words(status: Status, now: float) -> str:
     """The age of the last complete checkpoint; empty if none is known."""
     return f"checkpoint {duration(now - status.checkpoint_at)} ago" if status.checkpoint_at is not None else ""
+
+
+def scores_in_words(status: Status) -> str:
+    """The last score while training, and the best: `fd_inception 12.9, best 11.3 at step 4200`; empty without one."""
+    last, best = status.measured, status.best
+    if best is None:
+        return f"{last.metric} {last.value:.4g}" if last is not None else ""
+    if last is None or last.metric != best.metric:
+        return f"best {best.metric} {best.value:.4g} at step {best.step}"
+    return f"{last.metric} {last.value:.4g}, best {best.value:.4g} at step {best.step}"
 
 
 def devices_in_words(status: Status) -> str:

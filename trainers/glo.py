@@ -74,21 +74,10 @@ class Glo(Stage):
     def state(self) -> dict[str, State]:
         state = self.engine.state()
         if "ema" in state and self.context.config.generator.normalises:
-            state["ema"] |= self.averaged_statistics(state)
+            batch = Share(self.context.config.glo.batch_size, rank(), self.engine.world).size
+            codes, device = self.context.latents.codes(), self.context.device
+            state["ema"] |= averaged_statistics(self.context.config, state, codes, batch, device)
         return {GENERATOR: state}
-
-    def averaged_statistics(self, state: State) -> dict[str, Tensor]:
-        """Buffers of the averaged generator: exact statistics of its BatchNorm over all codes. Collective.
-
-        The running ones are those of the raw weights. Nothing else of the state changes, so a run that is killed before
-        it is saved comes to the same numbers again.
-        """
-        config, device = self.context.config, self.context.device
-        network = generator_of(config)
-        network.load_state_dict(final_weights(state))
-        batch = Share(config.glo.batch_size, rank(), self.engine.world).size
-        set_exact_statistics(network.to(device), self.context.latents.codes().to(device), batch)
-        return {name: buffer.cpu() for name, buffer in network.named_buffers()}
 
     def previews(self) -> Pictures:
         weights = self.engine.weights()  # every worker holds a part
@@ -96,6 +85,23 @@ class Glo(Stage):
 
     def image_flops(self) -> int:
         return model_flops(self.context.config)
+
+
+def averaged_statistics(
+    config: Config, state: State, codes_nD: Tensor, batch: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Buffers of the averaged generator: exact statistics of its BatchNorm over the codes of all workers. Collective.
+
+    The running ones are those of the raw weights. Nothing else of the state changes, so a run that is killed before it
+    is saved comes to the same numbers again.
+
+    Args:
+        batch: codes that pass at a time.
+    """
+    network = generator_of(config)
+    network.load_state_dict(final_weights(state))
+    set_exact_statistics(network.to(device), codes_nD.to(device), batch)
+    return {name: buffer.cpu() for name, buffer in network.named_buffers()}
 
 
 def train_glo(

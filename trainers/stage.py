@@ -118,7 +118,7 @@ class Stage(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, State]:
-        """Their final states, as copies on the CPU of every worker, once the last step is done. Collective."""
+        """Their states at the end of an epoch, ready to draw with, as copies on every worker's CPU. Collective."""
 
     def previews(self) -> Pictures:
         """This worker's part of preview pictures. Collective."""

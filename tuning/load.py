@@ -108,7 +108,12 @@ def _of_own_sampler(study: StudyConfig, path: Path) -> StudyConfig:
 
 def _check_extremes(study: StudyConfig, path: Path) -> None:
     """Refuse a space whose bounds or choices are invalid for the recipe."""
-    study.base()
+    base = study.base()
+    if study.stops_early and study.scheduler.by == "score" and base.evaluation.every_epochs is None:
+        raise UserError(
+            "scheduler.by=score compares what is measured while trials train; set evaluation.every_epochs in the "
+            f"overrides; in {path}"
+        )
     for key, dimension in study.space.items():
         for value in dimension.extremes():
             try:

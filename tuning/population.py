@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from ..cluster.checkpoints import retention
+from ..cluster.checkpoints.best import BEST
 from ..cluster.checkpoints.layout import folder_name
 from ..config.run import Config
 from ..errors import UserError
@@ -34,7 +35,7 @@ def clone_run(donor: Path, config: Config, chosen: int | None) -> None:
     if step is None:
         raise UserError(f"{donor} has no checkpoint to continue from yet; use a longer search.interval")
     for key in target.list():
-        if key.startswith("step-"):
+        if key.startswith("step-") or key == BEST:
             target.delete(key)
     copy_step(source, target, step)
     shutil.rmtree(config.run_dir / MODEL, ignore_errors=True)

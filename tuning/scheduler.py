@@ -11,8 +11,12 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
+from ..metrics.result import BASELINE as BASELINE_SAMPLER
+from ..metrics.result import to_key
+from ..metrics.spec import Better, best_metric
 from ..reports.run_folder import JOURNAL
 from ..storage.journal import entries
+from ..trainers.run.measuring import entry_of
 from ..trainers.stage import stage_infos
 from .ledger import BASELINE, Trial
 from .study import StudyConfig
@@ -76,13 +80,31 @@ def replay(asha: Halving, study: StudyConfig, trial: Trial) -> None:
     """Feed the results in the journal of a trial of an earlier start to the rungs, also if it will be resumed."""
     known = SimpleNamespace(config={"member": {"number": trial.number}})
     asha.on_trial_add(None, known)
-    for epoch, loss in losses(study.run_dir(trial.number), first_stage(study)):
+    for epoch, loss in compared(study, study.run_dir(trial.number)):
         asha.on_trial_result(None, known, {EPOCH: epoch, LOSS: loss})
 
 
 def first_stage(study: StudyConfig) -> str:
     """Name of the stage whose losses the scheduler compares."""
     return next(iter(stage_infos(study.base())))
+
+
+def compared(study: StudyConfig, run_dir: Path) -> Iterator[tuple[int, float]]:
+    """Pairs (epoch, number) of stage 1 that trials are compared by, read from the journal of a run folder."""
+    if study.scheduler.by == LOSS:
+        yield from losses(run_dir, first_stage(study))
+        return
+    base = study.base().evaluation
+    metric, measured = best_metric(base.extractor, base.best), entry_of(first_stage(study))
+    for entry in entries(run_dir / JOURNAL):
+        value = entry.get(to_key(metric.name, BASELINE_SAMPLER))
+        if entry.get("stage") == measured and isinstance(value, int | float):
+            yield int(entry[EPOCH]), lower_is_better(float(value), metric.better)
+
+
+def lower_is_better(value: float, better: Better) -> float:
+    """A score as schedulers take it."""
+    return value if better == "lower" else -value
 
 
 def losses(run_dir: Path, stage: str) -> Iterator[tuple[int, float]]:

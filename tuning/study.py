@@ -69,6 +69,10 @@ class SchedulerConfig(Section):
     """Early stopping of trials."""
 
     kind: Literal["asha", "none"] = Field("asha", description="asha: the best 1/reduction at every rung continue")
+    by: Literal["loss", "score"] = Field(
+        "loss",
+        description="what is compared. loss: of stage 1, every epoch; score: what evaluation.every_epochs measures",
+    )
     grace: int = Field(1, ge=1, description="epochs of stage 1 that every trial gets")
     reduction: float = Field(3.0, gt=1, description="rungs are grace x reduction^k epochs of stage 1")
 
@@ -168,10 +172,11 @@ class StudyConfig(Section):
                         f"space.{key} cannot change while a run trains, as search.kind=population does; "
                         f"keys that can: {', '.join(keys_with(Trait.SCHEDULABLE))}"
                     )
-        if self.stops_early and any(key.startswith("loss.") for key in self.space):
+        losses = self.stops_early and self.scheduler.by == "loss"
+        if losses and any(key.startswith("loss.") for key in self.space):
             raise ValueError(
                 "losses of different loss.* cannot be compared, so trials cannot be stopped early by them; "
-                "set scheduler.kind=none"
+                "set scheduler.kind=none, or scheduler.by=score"
             )
         return self
 

@@ -23,13 +23,13 @@ from ..config.run import Config
 from ..errors import redact
 from ..reports.run_folder import RAY
 from ..storage.files import write_whole
-from ..trainers.run.events import EpochDone, Event, Progress
+from ..trainers.run.events import EpochDone, Event, Measured, Progress
 from ..trainers.run.hooks import Hooks
 from ..trainers.run.preflight import is_worked_on
 from ..trainers.run.recovery import RunStopped
 from .ledger import BASELINE, reason
 from .population import clone_run, newest_step
-from .scheduler import EPOCH, LOSS, first_stage, losses
+from .scheduler import EPOCH, LOSS, first_stage, losses, lower_is_better
 from .study import StudyConfig, trial_name
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class TrialRun(tune.Trainable):
         os.chdir(context.home)  # relative paths in the recipe resolve as in the command
         self.context, self.number = context, own_number(context.study, self.trial_id, config["member"]["number"])
         self.first_stage = first_stage(context.study)
+        self.by_score = context.study.stops_early and context.study.scheduler.by == "score"
         self.params = {} if self.number == BASELINE else dict(config["member"]["params"])
         self.donor: tuple[Path, int | None] | None = None
         self.reports: Queue[dict[str, Any]] = Queue()
@@ -157,7 +158,9 @@ class TrialRun(tune.Trainable):
         return "the study ended this trial" if self.stopping.is_set() else ""
 
     def notify(self, event: Event) -> None:
-        """Report epochs of stage 1 to Ray Tune, and record the progress of the run."""
+        """Report epochs of stage 1, or what they measured, to Ray Tune, and record the progress of the run."""
+        if isinstance(event, Measured):
+            self.on_measured(event)
         if not isinstance(event, Progress | EpochDone):
             return
         numbers = event.speed if isinstance(event, Progress) else event.numbers
@@ -165,8 +168,16 @@ class TrialRun(tune.Trainable):
         self.reached |= {"stage": event.stage, "stage_epoch": event.epoch} | rate
         if isinstance(event, EpochDone) and event.stage == self.first_stage:
             self.reached |= {"reached_epoch": event.epoch, "reached_loss": event.numbers["loss"]}
-            # the base recipe is the reference: it reports no loss, so that it is never stopped early
-            self.report({EPOCH: event.epoch, LOSS: event.numbers["loss"]} if self.number != BASELINE else {})
+            if not self.by_score:
+                self.compare(event.epoch, event.numbers["loss"])
+
+    def on_measured(self, event: Measured) -> None:
+        if self.by_score and event.stage == self.first_stage and event.found is not None:
+            self.compare(event.epoch, lower_is_better(event.found.value, event.found.better))
+
+    def compare(self, epoch: int, number: float) -> None:
+        """Report what trials are compared by; the base recipe is the reference and is never stopped early."""
+        self.report({EPOCH: epoch, LOSS: number} if self.number != BASELINE else {})
 
     def report(self, result: dict[str, Any]) -> None:
         """Pass a result to Ray Tune, and wait until it has decided whether the trial continues."""

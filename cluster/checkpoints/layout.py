@@ -34,11 +34,13 @@ class DamagedCheckpoint(UserError):
     """A checkpoint differs from what was saved; an older one may be usable."""
 
 
-class _Json(BaseModel):
+class Json(BaseModel):
+    """Base class of the JSON files of checkpoints: exactly these keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class File(_Json):
+class File(Json):
     size: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -48,7 +50,7 @@ Files = dict[FileName, File]
 Attempt = Annotated[str, Field(pattern=r"^[a-z0-9]{1,32}$")]  # one start of the workers; names their folder
 
 
-class Part(_Json):
+class Part(Json):
     """Files that one rank has written."""
 
     attempt: Attempt
@@ -56,13 +58,13 @@ class Part(_Json):
     files: Files
 
 
-class Manifest(_Json):
+class Manifest(Json):
     """Contents of a checkpoint; a folder without a manifest is not one."""
 
     step: int = Field(ge=0)
     attempt: Attempt
     rows: int = Field(ge=0, description="rows of the latent table, over all blocks")
-    score: float | None = Field(allow_inf_nan=False, description="lower is better")
+    score: None = Field(None, exclude=True, description="only in files of earlier versions, where it is null")
     files: Files
 
 
@@ -114,7 +116,7 @@ def check_sizes(store: Store, manifest: Manifest, sizes: Mapping[str, int]) -> N
             raise DamagedCheckpoint(f"{store.url}/{key} {fault}")
 
 
-class _Damage(_Json):
+class _Damage(Json):
     reason: str
 
 

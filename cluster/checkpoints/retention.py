@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from ...errors import UserError
 from ...storage.base import Store
-from .layout import FOLDER, MANIFEST, committed_steps, folder_name, survey
+from .best import BEST, named_best
+from .layout import FOLDER, MANIFEST, DamagedCheckpoint, committed_steps, folder_name, survey
 
 log = logging.getLogger(__name__)
 
@@ -64,22 +65,28 @@ def remove_torn(store: Store) -> list[str]:
 
 
 def retain(store: Store, keep: int) -> list[int]:
-    """Remove checkpoints except the newest `keep` complete ones and the best by score.
+    """Remove checkpoints except the newest `keep` complete ones and the one that best.json names.
 
-    A damaged one never counts; it is removed once there are `keep` newer complete ones. The manifest is removed first,
-    so that an interrupted removal leaves no checkpoint rather than half of one.
+    A damaged one never counts; it is removed once there are `keep` newer complete ones, but for the best, which stays
+    until another one takes its place. The manifest is removed first,
+    so that an interrupted removal leaves no checkpoint rather than half of one. While best.json is damaged nothing is
+    removed: one of them may be the best.
 
     Returns:
         The removed steps.
     """
+    try:
+        best = named_best(store)
+    except DamagedCheckpoint as error:
+        log.warning("no checkpoint is removed while it is unknown which one is the best: %s; remove %s", error, BEST)
+        return []
     found = survey(store)
     good = found.good
-    scores = {step: manifest.score for step, manifest in good.items() if manifest.score is not None}
-    best = min(scores, key=lambda step: (scores[step], -step), default=None)
     kept = list(good)[-max(1, keep) :]
     enough = len(kept) == max(1, keep)
-    removed = [step for step in good if step not in kept and step != best]
+    removed = [step for step in good if step not in kept]
     removed += [step for step in found.damaged if enough and step < kept[0]]
+    removed = [step for step in removed if best is None or step != best.step]
     for step in sorted(removed):
         folder = folder_name(step)
         for key in [f"{folder}/{MANIFEST}", *store.list(f"{folder}/")]:

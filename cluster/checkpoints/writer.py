@@ -4,6 +4,7 @@
     <attempt>/latents-<start>-<stop>.safetensors   rows start..stop-1 of the latent table, written by their owners
     <attempt>/state.json                           counters and seeds
     manifest.json                                  files, sizes, SHA-256: written last; no manifest, no checkpoint
+    ../best.json                                   the checkpoint whose samples measured best (`best`)
 
 The format does not depend on the number of workers. Every rank copies its share of the tensors at once, a thread sends
 it, and the rank's latent shard sends its own rows. The ranks synchronise through the store: each writes
@@ -31,6 +32,7 @@ from torch import Tensor
 from ...errors import EnvironmentFault, UserError
 from ...models.comm import broadcast
 from ...storage.base import MissingObject, ObjectExists, Store
+from .best import Best, write_best
 from .layout import (
     DAMAGED,
     MANIFEST,
@@ -76,7 +78,7 @@ class _Job:
     share: dict[str, dict[str, Tensor]]
     rows: Callable[[], Files | None]
     state: Mapping[str, Any] | None
-    score: float | None
+    score: Callable[[], Best | None]
 
 
 class CheckpointWriter:
@@ -97,7 +99,7 @@ class CheckpointWriter:
         """Collective: all ranks construct it together, in the thread that uses torch.distributed.
 
         Args:
-            keep: number of checkpoints to retain, besides the best by score.
+            keep: number of checkpoints to retain, besides the best.
             timeout: seconds that ranks wait for one another.
             attempt: id of this start of the workers, which keeps its files apart from those of a killed one.
                 None: rank 0 removes the remains of earlier attempts and draws an id for all ranks.
@@ -118,7 +120,7 @@ class CheckpointWriter:
         tensors: Groups | None = None,
         latents: Rows | None = None,
         state: Mapping[str, Any] | None = None,
-        score: float | None = None,
+        score: Callable[[], Best | None] = lambda: None,
     ) -> None:
         """Start saving; returns once everything is copied, so that training may continue and change it.
 
@@ -129,7 +131,8 @@ class CheckpointWriter:
             tensors: groups of named tensors, the same on every rank; each copies and writes its share.
             latents: holder of this rank's rows.
             state: values that JSON can represent; rank 0's is written.
-            score: lower is better; the best checkpoint is retained whatever its age. Rank 0's is used.
+            score: called by rank 0's thread once the checkpoint is committed, and may wait: what it measured, if it is
+                the best, which is then retained whatever its age.
         Raises:
             The error of the previous save, if it failed.
         """
@@ -169,14 +172,23 @@ class CheckpointWriter:
             self._error = error
 
     def _save(self, job: _Job) -> None:
-        began, before = time.monotonic(), self._committed(job.step)
         if self._rank == 0:
             self._fence()
         if job.step in survey(self._store, job.step).good:
             log.info("step %d is saved already", job.step)
             for name in self._written_rows(job):
                 self._store.delete(f"{self._folder(job.step)}/{name}")
-            return
+        else:
+            self._write_and_commit(job)
+        if self._rank == 0:
+            best = job.score()
+            self._fence()
+            if best is not None:
+                write_best(self._store, best)
+            retain(self._store, self._keep)
+
+    def _write_and_commit(self, job: _Job) -> None:
+        began, before = time.monotonic(), self._committed(job.step)
         files = self._write(job)
         part = Part(attempt=self._attempt, world=self._world, files=files)
         self._store.write(self._part(job.step, self._rank), part.model_dump_json().encode())
@@ -189,8 +201,6 @@ class CheckpointWriter:
         log.info("saved step %d: %.1f MB of rank %d in %.2f s", job.step, written / 1e6, self._rank, seconds)
         if self._rank == 0:
             self._on_commit(job.step)
-            self._fence()
-            retain(self._store, self._keep)
 
     def _write(self, job: _Job) -> Files:
         """Send this rank's share, freeing each file's copy once it is sent."""
@@ -219,7 +229,7 @@ class CheckpointWriter:
         blocks = row_blocks(files)
         rows = blocks[-1].stop if blocks else 0
         check_cover(blocks, range(rows), f"the parts of step {job.step}")
-        manifest = Manifest(step=job.step, attempt=self._attempt, rows=rows, score=job.score, files=files)
+        manifest = Manifest(step=job.step, attempt=self._attempt, rows=rows, files=files)
         folder = folder_name(job.step)
         try:
             check_sizes(self._store, manifest, self._store.sizes(f"{folder}/{self._attempt}/"))

@@ -151,8 +151,8 @@ def torch_zip(path: Path) -> bytes:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("score", "NaN"),
-        ("score", "Infinity"),
+        ("rows", "NaN"),
+        ("rows", "Infinity"),
         ("rows", "1e400"),
         ("rows", "-1"),
         ("rows", "1" * 5000),

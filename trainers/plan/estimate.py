@@ -25,15 +25,20 @@ from ...config.sections import ClusterConfig
 from ...datasets.fit import held_out_of, require_fit
 from ...datasets.index import Index
 from ...errors import EnvironmentFault, GlannError
-from ...inference.model import DEFAULT_BATCH
-from ...metrics.evaluate import RECONSTRUCTED, images_in_all
-from ...metrics.features.extractor import extractor_spec
-from ...models.cost import Cost, inference_bytes
-from ...models.generators import generator_of
+from ...models.cost import Cost
 from ...samplers.base import build_network
 from ..stage import StageCost, StageInfo, numbered, stage_infos, stages_of
 from .costs import build_networks, training_costs
 from .devices import GPUS
+from .evaluation import (
+    FLOAT,
+    GIB,
+    EvaluationCost,
+    InterimCost,
+    evaluation_cost,
+    interim_cost,
+    worker_threads,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,10 +46,7 @@ if TYPE_CHECKING:
 KNOWN_ROWS = {"digits": 5_000, "mnist": 60_000, "fashion-mnist": 60_000, "orl-faces": 400}
 ASSUMED_ROWS = {"cifar10": 50_000, "celebahq": 30_000, "celeba": 202_599, "": 30_000}  # by how an address begins
 ASSUMED_UTILISATION = 0.3
-ASSUMED_PIXELS = 30e6  # decoded from PNG in a second by one thread
 TIMED_FLOPS, TIMED_SECONDS = 20_000_000_000, 5.0  # upper bounds of the timed step on CPUs
-FLOAT = 4  # bytes
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Rows:
 class Estimate:
     """Duration on `workers` workers of one kind of device. basis: source of the rate. fits: memory suffices.
 
-    hours: of training and evaluation. evaluation: hours of the latter.
+    hours: of training with its measurements, and evaluation. interim, evaluation: hours of the latter two.
     """
 
     device: str
@@ -72,27 +74,7 @@ class Estimate:
     device_hours: float
     fits: bool
     evaluation: float
-
-
-@dataclass(frozen=True)
-class EvaluationCost:
-    """Work of the workers at the end of a run.
-
-    images: drawn or read, over all workers. pixels: of those that are read. flops: of the generator and the extractor.
-    at_once: images that are drawn at once on a worker. memory: bytes for them, and for the weights of the generator.
-    """
-
-    images: int
-    pixels: int
-    flops: float
-    at_once: int
-    memory: int
-
-    def hours(self, config: Config, workers: int, flops_per_second: float) -> float:
-        """Duration on workers with so many FLOP/s each: images are read first, and compared then."""
-        threads = config.data.threads if config.cluster.gpus_per_worker else _threads(config)
-        reading = self.pixels / (ASSUMED_PIXELS * threads)
-        return (reading + self.flops / flops_per_second) / workers / 3600
+    interim: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +92,7 @@ class Plan:
     stages: dict[str, StageInfo]
     costs: dict[str, StageCost]
     evaluation: EvaluationCost
+    interim: InterimCost
     estimates: tuple[Estimate, ...]
 
     def __rich__(self) -> RenderableType:
@@ -140,7 +123,8 @@ def make_plan(config: Config) -> Plan:
     largest = len(ranges(rows.count, config.cluster.min_workers)[0])
     costs = stage_costs(config, rows.count)
     total_flops = sum(stage.flops for stage in costs.values())
-    evaluation = evaluation_cost(config, rows, generator)
+    evaluation = evaluation_cost(config, rows.count, rows.held_out, generator)
+    interim = interim_cost(config, rows.count, generator)
     return Plan(
         config=config,
         rows=rows,
@@ -153,6 +137,7 @@ def make_plan(config: Config) -> Plan:
         stages=stage_infos(config),
         costs=costs,
         evaluation=evaluation,
+        interim=interim,
         estimates=tuple(
             estimate
             for workers in sorted({config.cluster.min_workers, config.cluster.max_workers})
@@ -162,6 +147,7 @@ def make_plan(config: Config) -> Plan:
                 flops_per_image,
                 total_flops,
                 evaluation,
+                interim,
                 memory_per_worker(config, generator, loss, workers),
             )
         ),
@@ -198,25 +184,6 @@ def stage_costs(config: Config, rows: int) -> dict[str, StageCost]:
     if config.stage_one is not None:
         costs[next(iter(costs))] = StageCost(0, 0.0)  # taken over from another run
     return costs
-
-
-def evaluation_cost(config: Config, rows: Rows, generator: Cost) -> EvaluationCost:
-    """Cost of measuring the trained run, in float32 and forward only."""
-    measured, kinds = config.evaluation, len({config.sampler.kind, "gaussian"})
-    with torch.device("meta"):
-        decoder = generator_of(config)
-    needed = inference_bytes(decoder, (config.generator.latent_dim,))
-    at_once = max(1, min(DEFAULT_BATCH, int(measured.memory_gb * GIB) // needed))
-    reconstructed, compared = min(rows.count, measured.samples), min(rows.count, RECONSTRUCTED)
-    drawn, images = kinds * measured.samples + reconstructed, images_in_all(config, rows.count, rows.held_out, kinds)
-    features = (drawn + rows.count + rows.held_out) * extractor_spec(measured.extractor).gflop * 1e9
-    return EvaluationCost(
-        images,
-        (images - drawn) * config.data.resolution**2,
-        (drawn + compared) * generator.forward_flops + features,
-        at_once,
-        at_once * needed + FLOAT * generator.parameters,
-    )
 
 
 def memory_per_worker(config: Config, generator: Cost, loss: Cost, workers: int) -> dict[str, int]:
@@ -265,6 +232,7 @@ def estimates(
     flops_per_image: int,
     total_flops: float,
     evaluation: EvaluationCost,
+    interim: InterimCost,
     memory: dict[str, int],
 ) -> tuple[Estimate, ...]:
     """Estimates for the whole run with `workers` workers: on CPUs such as this machine's, or on each known GPU."""
@@ -273,23 +241,24 @@ def estimates(
         share = min(1.0, (os.cpu_count() or 1) / (workers * config.cluster.cpus_per_worker))
         if config.cluster.address is not None:
             share = 1.0  # the workers have machines of their own
-        judged = evaluation.hours(config, workers, rate * share)
-        hours = total_flops / (rate * workers * share) / 3600 + judged
-        threads = _threads(config)
+        judged, paused = evaluation.hours(config, workers, rate * share), interim.hours(workers, rate * share)
+        hours = total_flops / (rate * workers * share) / 3600 + judged + paused
+        threads = worker_threads(config)
         basis = f"measured: one step on this machine, {threads} thread{'s' if threads > 1 else ''} a worker"
         cores = workers * config.cluster.cpus_per_worker
-        return (Estimate("CPU", workers, rate * share, basis, hours, hours * cores, True, judged),)
+        return (Estimate("CPU", workers, rate * share, basis, hours, hours * cores, True, judged, paused),)
     found = []
     for gpu in GPUS:
         peak = gpu.peak(config.engine)
         share = ASSUMED_UTILISATION * min(1.0, config.cluster.gpus_per_worker)
         rate = peak * share
-        judged = evaluation.hours(config, workers, gpu.fp32 * 1e12 * share)
-        hours = total_flops / (rate * workers) / 3600 + judged
+        single = gpu.fp32 * 1e12 * share  # images are drawn in float32
+        judged, paused = evaluation.hours(config, workers, single), interim.hours(workers, single)
+        hours = total_flops / (rate * workers) / 3600 + judged + paused
         basis = f"assumed: {ASSUMED_UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s"
         fits = sum(memory.values()) < gpu.memory * GIB * min(1.0, config.cluster.gpus_per_worker)
         gpu_hours = hours * workers * config.cluster.gpus_per_worker
-        found.append(Estimate(gpu.name, workers, rate, basis, hours, gpu_hours, fits, judged))
+        found.append(Estimate(gpu.name, workers, rate, basis, hours, gpu_hours, fits, judged, paused))
     return tuple(found)
 
 
@@ -302,7 +271,7 @@ def seconds_per_image(config: Config, workers: int, flops_per_image: int) -> flo
     real_BCHW = torch.rand(batch, config.data.channels, config.data.resolution, config.data.resolution)
     seeds = {"patch_seed_B": torch.arange(batch)} if config.loss.patch else {}
     before = torch.get_num_threads()
-    torch.set_num_threads(_threads(config))
+    torch.set_num_threads(worker_threads(config))
     try:
         times: list[float] = []
         while len(times) < 3 and sum(times) < TIMED_SECONDS:  # the first one also warms up
@@ -313,10 +282,6 @@ def seconds_per_image(config: Config, workers: int, flops_per_image: int) -> flo
     finally:
         torch.set_num_threads(before)
     return min(times) / batch
-
-
-def _threads(config: Config) -> int:
-    return max(1, min(int(config.cluster.cpus_per_worker), os.cpu_count() or 1))
 
 
 def _lines(plan: Plan) -> list[tuple[str, str]]:
@@ -338,6 +303,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("steps", ", ".join(f"{cost.steps:,} of {numbered(plan.stages, name)}" for name, cost in plan.costs.items())),
         ("total", ", ".join(f"{_flops(cost.flops)} in stage {n}" for n, cost in enumerate(plan.costs.values(), 1))),
         ("evaluation", _evaluation(plan)),
+        *([("", _interim(plan))] if plan.interim.measurements else []),
         ("memory", f"{_bytes(sum(plan.memory.values()))} on each worker's device{_with_fewest(cluster)}"),
         *(("", f"{_bytes(size):>9}  {name}") for name, size in plan.memory.items()),
         ("", f"{_bytes(plan.latent_bytes):>9}  latent table, in its node's main memory"),
@@ -347,6 +313,9 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         warning = "" if estimate.fits else "; does NOT fit its memory"
         device = estimate.device + (f" x {estimate.workers}" if cluster.min_workers < cluster.max_workers else "")
         share = f"{_duration(estimate.hours)} with {_duration(estimate.evaluation)} of evaluation"
+        if estimate.interim:
+            percent = 100 * estimate.interim / estimate.hours
+            share += f" and {_duration(estimate.interim)} ({percent:.2g}%) of measuring while it trains"
         text = f"{device}: {share}, {cost_text} ({estimate.basis}){warning}"
         lines.append(("" if number else "time", text))
     return lines
@@ -358,6 +327,15 @@ def _evaluation(plan: Plan) -> str:
     return (
         f"{cost.images:,} images drawn or read, {_flops(cost.flops)}; {cost.at_once} decoded at once, with "
         f"{_bytes(cost.memory)} on each worker's device"
+    )
+
+
+def _interim(plan: Plan) -> str:
+    """What the workers pause for."""
+    cost = plan.interim
+    return (
+        f"while it trains {cost.measurements} measurements, {cost.images:,} images drawn, {_flops(cost.flops)}; "
+        "the training pauses for them"
     )
 
 

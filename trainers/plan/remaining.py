@@ -14,7 +14,8 @@ from ...datasets.index import Index
 from ...errors import EnvironmentFault
 from .costs import training_costs
 from .devices import gpu_of
-from .estimate import ASSUMED_UTILISATION, EvaluationCost, Rows, evaluation_cost, stage_costs
+from .estimate import ASSUMED_UTILISATION, stage_costs
+from .evaluation import EvaluationCost, evaluation_cost
 
 WINDOW_S, POINT_S = 900.0, 5.0  # the pace is that of the last quarter of an hour, by a point every few seconds
 ASSUMED_CORE = 2e10  # FLOP/s of a core in the evaluation, whose batches are large; small networks train more slowly
@@ -36,9 +37,8 @@ class Work:
             found = held_out_of(config, index)
             held_out = 0 if found is None else found[1].rows
         generator, loss = training_costs(config)
-        counted = Rows(rows, "", held_out=held_out)
         flops = {name: cost.flops for name, cost in stage_costs(config, rows).items()}
-        return cls(flops, generator.flops + loss.flops, evaluation_cost(config, counted, generator))
+        return cls(flops, generator.flops + loss.flops, evaluation_cost(config, rows, held_out, generator))
 
 
 class Remaining:

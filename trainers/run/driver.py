@@ -17,6 +17,7 @@ from ...datasets.fit import require_fit
 from ...datasets.index import Index
 from ...errors import EnvironmentFault, GlannError
 from ...metrics.features.extractor import build_extractor
+from ...metrics.spec import best_metric
 from ...reports.run_folder import JOURNAL
 from ...storage.journal import entries
 from ...storage.open import open_store
@@ -76,6 +77,7 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         index = open_data(config, console)
         build_objective(config, torch.device("cpu"))  # find invalid taps or files before training starts
         build_extractor(config.evaluation.extractor)
+        best_metric(config.evaluation.extractor, config.evaluation.best)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         store, mirror = open_store(config.checkpoint_url, config.s3), RunMirror(config)
         rows = require_fit(index, config.data, config.cluster.max_workers)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...config.run import Config
-from ...config.samplers import GaussianConfig
+from ...config.samplers import GaussianConfig, SamplerConfig
 from ...datasets.reader import ImageRows
 from ...inference.model import SamplingModel
 from ...metrics.evaluate import GIB, ImageSets, Trained, images_in_all, measure, stored_codes
@@ -48,9 +48,11 @@ Item = TypeVar("Item")
 class Evaluated:
     """Results and pictures of a trained run, and what its package needs of the codes.
 
-    gaussian: state of the Gaussian over the codes. seconds: duration. hardware: the devices of the workers.
+    step: of the checkpoint. gaussian: state of the Gaussian over the codes. seconds: duration. hardware: the devices of
+    the workers.
     """
 
+    step: int
     gaussian: dict[str, Tensor]
     results: list[Result]
     drawn: dict[str, Sheet]
@@ -61,6 +63,7 @@ class Evaluated:
 def evaluate_trained(
     config: Config,
     images: ImageRows,
+    step: int,
     networks: Mapping[str, State],
     device: torch.device,
     on_images: Callable[[int, int], None],
@@ -69,7 +72,7 @@ def evaluate_trained(
 
     Args:
         images: the training images.
-        networks: final states by name, on every worker.
+        step: the checkpoint that is measured. networks: its states by name, on every worker.
         on_images: called with the images that this worker has worked on, and the number of all its images.
     """
     began = monotonic()
@@ -80,7 +83,7 @@ def evaluate_trained(
     team = Team.of_all(counting(on_images, total // world_size()))
 
     def codes(rows: range) -> Iterator[Tensor]:
-        return stored_codes(config, rows)
+        return stored_codes(config, rows, step)
 
     gaussian = gaussian_of(codes, len(images), team)
     model = model_of(config, networks, gaussian, device)
@@ -88,7 +91,7 @@ def evaluate_trained(
     drawn = draw_pictures(model, images, config.preview.images, team)
     devices = Counter(team.collected(name_of(device)))
     hardware = ", ".join(f"{number} x {name}" for name, number in devices.items())
-    return Evaluated(gaussian, results, drawn, monotonic() - began, hardware) if team.leads else None
+    return Evaluated(step, gaussian, results, drawn, monotonic() - began, hardware) if team.leads else None
 
 
 def gaussian_of(codes: Codes, rows: int, team: Team) -> dict[str, Tensor]:
@@ -103,20 +106,26 @@ def gaussian_of(codes: Codes, rows: int, team: Team) -> dict[str, Tensor]:
 
 
 def model_of(
-    config: Config, networks: Mapping[str, State], gaussian: dict[str, Tensor], device: torch.device
+    config: Config, networks: Mapping[str, State], gaussian: dict[str, Tensor] | None, device: torch.device
 ) -> SamplingModel:
-    """The model that will be packaged, on a device."""
+    """The model that is packaged of these networks, on a device; in stage 1 its own sampler is the Gaussian.
+
+    Args:
+        gaussian: of the codes; None leaves it out.
+    """
     generator = generator_of(config)
     generator.load_state_dict(final_weights(networks[GENERATOR]))
-    latent_dim, constraint = config.generator.latent_dim, config.glo.constraint
-    own, baseline = build_network(config.sampler, latent_dim, constraint), GaussianConfig()
-    own.load_state_dict(networks[MAPPING]["weights"])
-    samplers = {baseline.kind: build_network(baseline, latent_dim, constraint)}
-    samplers[baseline.kind].load_state_dict(gaussian)
     memory = int(config.evaluation.memory_gb * GIB)
-    return SamplingModel(
-        generator.to(device), samplers | {config.sampler.kind: own}, config.sampler.kind, memory=memory
-    )
+    states: list[tuple[SamplerConfig, dict[str, Tensor]]] = []
+    if gaussian is not None:
+        states.append((GaussianConfig(), gaussian))
+    if MAPPING in networks:
+        states.append((config.sampler, networks[MAPPING]["weights"]))
+    samplers = {}
+    for sampler, state in states:
+        samplers[sampler.kind] = build_network(sampler, config.generator.latent_dim, config.glo.constraint)
+        samplers[sampler.kind].load_state_dict(state)
+    return SamplingModel(generator.to(device), samplers, states[-1][0].kind, memory=memory)
 
 
 def draw_pictures(model: SamplingModel, images: ImageRows, count: int, team: Team) -> dict[str, Sheet]:

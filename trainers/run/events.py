@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...cluster.checkpoints.best import Best
 from ...reports.status import DeviceUse
 from ..previews import Pictures
 from .evaluation import Evaluated
@@ -65,6 +66,23 @@ class EpochDone:
     epoch: int
     serial: int
     numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What samples measured after an epoch, counted from 1, at the checkpoint of step `serial`.
+
+    numbers: by key of the result. found: by the metric by which checkpoints are compared; None if it was not finite.
+    best: the best checkpoint so far, this one included. seconds: for which training paused.
+    """
+
+    stage: str
+    epoch: int
+    serial: int
+    numbers: dict[str, float]
+    found: Best | None
+    best: Best | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -194,6 +212,7 @@ FromWorker = (
     | Progress
     | StepsDone
     | EpochDone
+    | Measured
     | Preview
     | BadStep
     | Warned

@@ -17,7 +17,6 @@ from ...config.run import Config
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
 from ...errors import EnvironmentFault, redact
-from ...inference.package import export_model
 from ...metrics.result import Result, by_key, deviations
 from ...reports.card import write_card
 from ...reports.figures import main_rows, reference_of
@@ -28,19 +27,17 @@ from ...reports.sheets import Sheet
 from ...storage.open import open_store
 from ...tracking.address import default_uri
 from ...tracking.runs import TrackedRun, code_revision
-from ..glo import GENERATOR
-from ..sampler import MAPPING
-from ..stage import DONE, final_weights, stage_infos
+from ..stage import DONE, stage_infos
 from . import shared
 from .evaluation import EVALUATION, Evaluated
 from .folder import require_summary
+from .packaging import export_saved
 from .state import load
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
-    from torch import Tensor
 
 
 def finish(config: Config, index: Index, tracked: TrackedRun, timings: dict[str, float], evaluated: Evaluated) -> None:
@@ -50,9 +47,10 @@ def finish(config: Config, index: Index, tracked: TrackedRun, timings: dict[str,
         timings: seconds and rates of the training, by name.
     """
     rows = require_fit(index, config.data, 1)
-    step = package(config, index, rows, evaluated.gaussian)
+    last = package(config, index, rows, evaluated)
     timings = timings | {"train_s": timings["train_s"] - evaluated.seconds, "finish_s": evaluated.seconds}
-    conclude(config, tracked, evaluated.drawn, evaluated.results, timings, index, rows, evaluated.hardware, step)
+    drawn, results, hardware = evaluated.drawn, evaluated.results, evaluated.hardware
+    conclude(config, tracked, drawn, results, timings, index, rows, hardware, last, evaluated.step)
 
 
 def conclude(
@@ -65,11 +63,13 @@ def conclude(
     rows: int,
     hardware: str,
     step: int,
+    checkpoint: int | None = None,
 ) -> None:
     """Write and track pictures (by name), results, card and report of a packaged model.
 
     Args:
         hardware: the devices that trained or measured it. step: the last one of the run, over all stages.
+        checkpoint: the step that the model was made of, if it was made of a checkpoint.
     """
     folder = config.run_dir / IMAGES
     folder.mkdir(exist_ok=True)
@@ -80,6 +80,7 @@ def conclude(
     tracked.log_metrics({"stage": EVALUATION} | metrics, step)
     summary: dict[str, Any] = {"metrics": metrics, "deviations": deviations(results), "timings": timings}
     summary |= {"rows": rows, "fingerprint": index.fingerprint, "asset": index.asset or ""}
+    summary |= {"use": config.checkpoint.use, "checkpoint": checkpoint}
     made = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "host": socket.gethostname()}
     made |= {
         "hardware": hardware,
@@ -97,16 +98,15 @@ def conclude(
     tracked.log_artifact(write_report(config.run_dir))  # last: a run with a report is finished
 
 
-def package(config: Config, index: Index, rows: int, gaussian: dict[str, Tensor]) -> int:
-    """Write `model/` from the last checkpoint and the state of the Gaussian over the codes; returns the last step."""
+def package(config: Config, index: Index, rows: int, evaluated: Evaluated) -> int:
+    """Write `model/` from the checkpoint that was measured; returns the last step of the run."""
     store = open_store(config.checkpoint_url, config.s3)
-    step = retention.latest(store)
-    saved = load(store, step, index, rows) if step is not None else None
-    if saved is None or step is None or saved.position.stage != DONE:
+    last = retention.latest(store)
+    saved = load(store, evaluated.step, index, rows) if last is not None else None
+    if saved is None or last is None or (evaluated.step == last and saved.position.stage != DONE):
         raise EnvironmentFault(f"{store.url} holds no finished checkpoint; run the same command again to resume it")
-    weights, sampler = final_weights(saved.networks[GENERATOR]), saved.networks[MAPPING]["weights"]
-    export_model(config.run_dir / MODEL, config, weights, sampler, gaussian, rows, index.fingerprint)
-    return saved.position.serial
+    export_saved(config.run_dir / MODEL, config, saved, evaluated.gaussian, rows, index.fingerprint)
+    return last
 
 
 def summary_of(config: Config) -> Group:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from ...cluster.checkpoints import reader
+from ...cluster.checkpoints.best import LAST
 from ...cluster.checkpoints.layout import DamagedCheckpoint, survey
 from ...config.parse import flatten, shown
 from ...config.run import Config, redacted_config
@@ -147,17 +148,26 @@ def write_anew(config: Config, why: str) -> None:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run is trained, packaged and reported; not where its summary or model is damaged, with a warning."""
+    """Whether the run is trained, packaged and reported; with a warning not where its summary or model is damaged, or
+    made of another checkpoint than configured.
+    """
     if not was_finished(config):
         return False
     try:
-        require_summary(config)
+        use = require_summary(config).get("use", LAST)
         if (config.run_dir / MODEL).is_dir():  # one that was removed is not missed
             check_folder(config.run_dir / MODEL)
     except UserError as error:
         log.warning("%s: the run is finished anew", str(error).split("; ")[0])
         return False
-    return True
+    if use != config.checkpoint.use:
+        log.warning(
+            "%s was finished with checkpoint.use=%s: it is measured and packaged anew with checkpoint.use=%s",
+            config.run_dir,
+            use,
+            config.checkpoint.use,
+        )
+    return use == config.checkpoint.use
 
 
 def was_finished(config: Config) -> bool:

@@ -18,7 +18,7 @@ from ...config.run import Config
 from ...config.sections import EvaluationConfig
 from ...datasets.index import Index
 from ...errors import UserError
-from ...inference.model import SamplingModel
+from ...inference.model import SamplingModel, usable_device
 from ...inference.package import export_model, load_model
 from ...metrics.evaluate import measure_codes, reconstruction
 from ...metrics.judge import Codes as CodeBlocks
@@ -36,7 +36,7 @@ from ..glo import GENERATOR
 from ..plan.devices import name_of
 from ..stage import final_weights, stage_infos
 from . import finish
-from .evaluation import drawn_from
+from .evaluation import drawn_from, model_of
 from .events import EpochDone
 from .folder import is_finished, refuse_other_configuration, require_summary, take_back_tracking
 from .hooks import Hooks
@@ -80,7 +80,7 @@ def load_stage_one(run_dir: Path, evaluation: EvaluationConfig) -> StageOne:
             f"{run_dir} has not completed stage 1; give a finished run, or let the study train one (recipe: ...)"
         )
     z_ND = torch.from_numpy(reader.load_rows(store, step, range(len(images)), ("z",))["z"])
-    model = load_model(run_dir, s3=config.s3, device="auto")
+    model = model_of(config, saved.networks, gaussian(z_ND), usable_device("auto"))
     measured = measured_with(evaluation.extractor, evaluation.metrics)
     held_out = held_out_images(config, images.index)
     judge = build_judge(config, images, measured, evaluation.samples, device=model.device, held_out=held_out)

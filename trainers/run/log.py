@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Self, assert_never
 from rich.markup import escape
 
 from ...config.run import Config
+from ...metrics.result import from_key
+from ...metrics.spec import METRICS
 from ...reports.run_folder import IMAGES
 from ...reports.status import health, progress
 from ...reports.status_bar import StatusBar, draws_bars
@@ -21,6 +23,7 @@ from .assembly import Assembly
 from .evaluation import Evaluated
 from .events import Event
 from .heartbeat import repeated
+from .measuring import entry_of
 from .state import Position
 from .telemetry import Telemetry
 
@@ -44,7 +47,7 @@ class RunLog:
         self.config, self.tracked, self.console, self.telemetry = config, tracked, console, telemetry
         self.stages = stage_infos(config)
         self.began = self.printed_at = monotonic()
-        self.stalled = self.stalled_before = 0.0
+        self.stalled = self.stalled_before = self.measuring = 0.0
         self.seconds = dict.fromkeys(self.stages, 0.0)
         self.images_per_s, self.serial = 0.0, 0
         self.tenths = 0
@@ -75,6 +78,8 @@ class RunLog:
                 self.tracked.log_metrics({"stage": f"{event.stage}/step"} | event.numbers, event.serial)
             case events.DeviceSampled():
                 self.on_device(event)
+            case events.Measured():
+                self.on_measured(event)
             case events.Preview():
                 self.on_preview(event)
             case events.CheckpointStarted():
@@ -125,6 +130,18 @@ class RunLog:
             self.tracked.log_metrics({"stage": f"system/worker-{rank}"} | means, self.serial)
             self.sampled_at[rank] = now
             samples.clear()
+
+    def on_measured(self, event: events.Measured) -> None:
+        self.measuring += event.seconds
+        numbers: dict[str, object] = {"stage": entry_of(event.stage), "epoch": event.epoch} | event.numbers
+        best = {} if event.best is None else {"best_step": event.best.step, "best": event.best.value}
+        self.tracked.log_metrics(numbers | best | {"measuring_s": event.seconds}, event.serial)
+        shown = ", ".join(f"{key} {METRICS[from_key(key).metric].format.format(v)}" for key, v in event.numbers.items())
+        self.print(f"{numbered(self.stages, event.stage)}  epoch {event.epoch}  {shown}")
+        if event.found is None:
+            self.print("[yellow]not finite[/]: this checkpoint cannot be the best")
+        elif event.best is not None:
+            self.print(f"best checkpoint: {escape(str(event.best))}")
 
     def on_evaluating(self) -> None:
         """Print a line for every tenth."""
@@ -200,12 +217,15 @@ class RunLog:
         self.tracked.journal.append({"stage": "run", "event": event} | facts)
 
     def timings(self) -> dict[str, float]:
-        """Seconds of this start of the run: in total, by stage, and of checkpoint stalls; and the last rate."""
+        """Seconds of this start of the run: in total, by stage, of checkpoint stalls and of measurements; and the last
+        rate.
+        """
         by_stage = {f"stage_{number}_s": self.seconds[name] for number, name in enumerate(self.stages, 1)}
         return {
             "train_s": monotonic() - self.began,
             **by_stage,
             "checkpoint_stall_s": self.stalled,
+            "measuring_s": self.measuring,
             "images_per_s": self.images_per_s,
         }
 

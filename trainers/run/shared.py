@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ...cluster.checkpoints.best import LAST
 from ...cluster.jobs.shipping import JOB_VARIABLE
 from ...config.run import Config
 from ...errors import UserError, redact
@@ -67,10 +68,18 @@ def finished(config: Config) -> Finished | None:
     if store.exists(STUDY):
         raise OtherRun(f"{store.url} holds a study of that name; give this run another --name")
     refuse_other(store, config)
-    if not (store.exists(REPORT) and store.exists(SUMMARY)):
+    if not (store.exists(REPORT) and store.exists(SUMMARY)) or used(store) != config.checkpoint.use:
         return None
     owed = config.tracking.enabled and is_owed(store)
     return Finished(addresses(config, page_of(store)), commands(config), owed)
+
+
+def used(store: Store) -> str:
+    """Which checkpoint a finished run was packaged from (`checkpoint.use`); empty if its summary is damaged."""
+    try:
+        return str(strict_json(store.read(SUMMARY)).get("use", LAST))
+    except (ValueError, AttributeError, RecursionError):
+        return ""  # the driver finishes such a run anew, and says so
 
 
 class OtherRun(UserError):

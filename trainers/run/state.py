@@ -81,7 +81,7 @@ def load(store: Store, serial: int, index: Index, rows: int, weights: str | None
         UserError: the checkpoint was made with other data or other weights. DamagedCheckpoint: its contents are not
             what was written.
     """
-    state = checked_state(reader.load_state(store, serial), f"{store.url}: the state of step {serial}")
+    state, saved = load_any(store, serial)
     if (state["rows"], state["fingerprint"]) != (rows, index.fingerprint):
         raise UserError(
             f"{store.url} was trained on other data ({state['rows']} rows, fingerprint "
@@ -94,6 +94,12 @@ def load(store: Store, serial: int, index: Index, rows: int, weights: str | None
             f"{store.url} was trained with other weights of the loss network (SHA-256 {before[:12]}) than loss.weights "
             f"holds now ({weights[:12]}); put the former file back, or start a new run with name=..."
         )
+    return saved
+
+
+def load_any(store: Store, serial: int) -> tuple[dict[str, Any], Saved]:
+    """The counters of a checkpoint (`Saved.state`), and its networks, of whatever data. Raises DamagedCheckpoint."""
+    state = checked_state(reader.load_state(store, serial), f"{store.url}: the state of step {serial}")
     present = reader.names(store, serial)
     networks = {}
     for name, updates in state["updates"].items():
@@ -104,7 +110,7 @@ def load(store: Store, serial: int, index: Index, rows: int, weights: str | None
         files = [file for file in present if file == name or file.startswith(f"{name}_")]
         groups = {group_name(name, file): reader.load_tensors(store, serial, file) for file in files}
         networks[name] = {"updates": updates} | groups
-    return Saved(Position(**state["position"]), networks)
+    return state, Saved(Position(**state["position"]), networks)
 
 
 class _State(BaseModel):

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+from ...cluster.checkpoints.best import Best
 from ...config.run import Config
 from ...errors import ExitStatus, GlannError, one_line
-from ...reports.status import DeviceUse, Status
+from ...reports.status import DeviceUse, Measured, Status
 from ..plan.remaining import Remaining
 from ..stage import numbered, stage_infos
 from . import events
@@ -68,6 +69,8 @@ class Telemetry:
                     self.update(devices=tuple(self.devices[rank] for rank in sorted(self.devices)))
                 case events.CheckpointSaved():
                     self.update(checkpoint_step=event.step, checkpoint_at=self.clock())
+                case events.Measured():
+                    self.update(measured=score_of(event.found), best=score_of(event.best))
                 case events.Training():
                     self.restart(event.workers, "running", STARTING, "")
                 case events.WorkersLost():
@@ -144,3 +147,8 @@ def ending(error: BaseException | None) -> dict[str, Any]:
         return {"state": "stopped", "exit_status": ExitStatus.INTERRUPTED, "message": "interrupted"}
     status = error.exit_status if isinstance(error, GlannError) else ExitStatus.BUG
     return {"state": "failed", "exit_status": status, "message": one_line(error, 300)}
+
+
+def score_of(best: Best | None) -> Measured | None:
+    """What a checkpoint measured, for status.json."""
+    return None if best is None else Measured(metric=best.metric, value=best.value, step=best.step)

@@ -5,24 +5,30 @@ Shapes: B rows of a batch, n rows of this worker.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from time import monotonic
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ...cluster.checkpoints import layout, retention, writer
+from ...cluster.checkpoints.best import LAST, Best, find_step, usable_best
 from ...cluster.checkpoints.lease import Ticket, require
 from ...cluster.latents import LatentTable
 from ...cluster.placement import ranges
 from ...config.run import Config
 from ...datasets.reader import ImageRows
 from ...errors import EnvironmentFault
+from ...metrics.result import Result, by_key
 from ...models.comm import rank, world_size
 from ...storage.open import open_store
 from ..objective import loss_weights
 from ..plan.devices import peak_of
-from ..stage import DONE, Stage, StageContext, StageStep, stage_infos, stages_of
+from ..stage import DONE, Stage, StageContext, StageStep, State, stage_infos, stages_of
 from .control import Control, Request
 from .device_use import SAMPLE_EVERY_S, DeviceSampler
 from .evaluation import EVALUATION, evaluate_trained
@@ -34,6 +40,7 @@ from .events import (
     EpochDone,
     Evaluating,
     Joined,
+    Measured,
     Preview,
     Progress,
     Resumed,
@@ -42,12 +49,18 @@ from .events import (
 )
 from .heartbeat import repeated
 from .mailbox import STOPPED, Reporter
+from .measuring import Interim
 from .meter import Meter
 from .state import Position, Saved, load, restore_rows
 
 
 class Stopped(Exception):
     """The driver requested a stop, and the run has been saved."""
+
+
+def no_score() -> Best | None:
+    """Of a checkpoint that is not measured."""
+    return None
 
 
 def train_worker(task: dict[str, Any]) -> str | None:
@@ -108,6 +121,7 @@ class Worker:
             init_scale=config.glo.init_scale,
         )
         self.infos, self.loss_weights = stage_infos(config), loss_weights(config)
+        self.interim = Interim(config, self.images, device)
         self.control = Control(reporter.requested, self.save_due)
         self.saved_at = monotonic()
 
@@ -138,13 +152,21 @@ class Worker:
         self.reporter.enter(EVALUATION)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the training held
-        evaluated = evaluate_trained(self.config, self.images, self.saved.networks, self.device, on_images)
+        step, networks = self.packaged()
+        evaluated = evaluate_trained(self.config, self.images, step, networks, self.device, on_images)
         if evaluated is not None:
             self.reporter.send(evaluated)
 
+    def packaged(self) -> tuple[int, Mapping[str, State]]:
+        """Step and networks of the checkpoint that the model is made of."""
+        if self.config.checkpoint.use == LAST:
+            return self.saved.position.serial, self.saved.networks
+        step = self.agreed(find_step(self.store, self.config.checkpoint.use) if self.rank == 0 else -1)
+        return step, load(self.store, step, self.images.index, len(self.images)).networks
+
     def train(self, name: str, stage: Stage, following: str) -> None:
         """Train the remaining steps of a stage, and save after the last one."""
-        position, meter, stop = self.saved.position, self.meter_of(stage), False
+        position, meter, stop, measures = self.saved.position, self.meter_of(stage), False, False
         window = Meter(meter.flops, meter.peak)
         for network in stage.lazy_state():
             self.saved.networks.pop(network, None)  # the stage holds it; do not keep a second copy
@@ -156,23 +178,30 @@ class Worker:
             self.report(name, step, meter)
             if not step.resumable:
                 if signals.stop:
-                    self.save(stage, stop=True)  # the epoch is repeated from its beginning
+                    self.save(stage.lazy_state(), stop=True)  # the epoch is repeated from its beginning
                 continue
             self.advance(position, step)
             if position.serial % self.config.tracking.every_steps == 0:
                 window = self.report_steps(name, step, window)
+            measures = step.ends_epoch and not signals.stop and self.interim.due(self.infos[name], step.epoch + 1)
             if step.ends_epoch:
                 self.end_epoch(name, stage, step, meter)
                 meter = Meter(meter.flops, meter.peak)
                 if step.epoch + 1 == self.infos[name].epochs:
                     stop = signals.ends(saving=True) and following != DONE
                     continue  # saved below
-            if saving := signals.save or signals.stop or self.epoch_due(position):
-                self.save(stage, stop=signals.ends(saving))
+            if measures:
+                self.save_and_measure(name, step.epoch + 1, stage.state(), stop=signals.move)
+                meter, window = (Meter(meter.flops, meter.peak) for _ in range(2))  # the next epoch begins here
+            elif saving := signals.save or signals.stop or self.epoch_due(position):
+                self.save(stage.lazy_state(), stop=signals.ends(saving))
         self.saved.networks |= stage.state()
         # a new serial: a checkpoint of the last step may exist already, and would not be replaced
         self.saved.position = Position(following, serial=position.serial + 1)
-        self.save(stop=stop)
+        if measures:
+            self.save_and_measure(name, self.infos[name].epochs, {}, stop)
+        else:
+            self.save(stop=stop)
 
     def meter_of(self, stage: Stage) -> Meter:
         peak = peak_of(self.device, self.config.engine)
@@ -222,21 +251,27 @@ class Worker:
         every = self.config.checkpoint.every_epochs
         return every is not None and position.step == 0 and position.epoch % every == 0
 
-    def save(self, stage: Stage | None = None, stop: bool = False) -> None:
+    def save(
+        self,
+        training: Mapping[str, State] = MappingProxyType({}),
+        stop: bool = False,
+        score: Callable[[], Best | None] = no_score,
+    ) -> None:
         """Start a checkpoint of the current position, on every worker; with `stop`, finish it and stop.
 
         Args:
-            stage: the stage in training; None if `saved` holds all networks.
+            training: states of the networks that are in training; `saved` holds those of all others.
+            score: waits for what the checkpoint measured, if it is the best.
         """
         began = monotonic()
         self.reporter.enter("saving")
-        training = stage.lazy_state() if stage else {}
-        saved = Saved(self.saved.position, self.saved.networks | training)
+        saved = Saved(self.saved.position, {**self.saved.networks, **training})
         self.writer.save(
             saved.position.serial,
             tensors=saved.files(),
             latents=self.latents,
             state=saved.state(self.images.index, len(self.images), self.config, self.loss_weights),
+            score=score,
         )
         if stop:
             self.writer.wait()
@@ -244,6 +279,48 @@ class Worker:
         self.saved_at = monotonic()
         if self.rank == 0:
             self.reporter.send(CheckpointStarted(self.saved_at - began))
+
+    def save_and_measure(self, stage: str, epoch: int, training: Mapping[str, State], stop: bool = False) -> None:
+        """Save, and measure what is saved: a loss meanwhile costs the measurement, and no more than at other times.
+
+        Args:
+            epoch: epochs of the stage so far. stop: whether to stop then.
+        """
+        measured: Future[Callable[[], Best | None]] = Future()
+        self.save(training, score=lambda: measured.result()())
+        began, score = monotonic(), no_score
+        try:
+            compare = self.interim.measure({**self.saved.networks, **training}, self.latents, self.goes_on)
+            if compare is not None:
+                score = partial(self.judge, compare, stage, epoch, self.saved.position.serial, monotonic() - began)
+        finally:
+            measured.set_result(score)
+        if stop:
+            self.writer.wait()
+            raise Stopped
+
+    def judge(
+        self, compare: Callable[[], list[Result]], stage: str, epoch: int, serial: int, seconds: float
+    ) -> Best | None:
+        """Compare and report what a checkpoint measured, in the writer's thread of rank 0; it, if it is the best."""
+        results, before = compare(), self.best_so_far(stage)
+        found = self.interim.best_of(results, stage, epoch, serial)
+        better = found if found is not None and found.beats(before) else None
+        self.reporter.post(Measured(stage, epoch, serial, by_key(results), found, better or before, seconds))
+        return better
+
+    def best_so_far(self, stage: str) -> Best | None:
+        """The best checkpoint; None if there is none, or it is lost, which is reported."""
+        try:
+            return usable_best(self.store)
+        except layout.DamagedCheckpoint as error:
+            self.reporter.post(Warned(stage, f"{error}; the best is chosen among those that are measured from now on"))
+            return None
+
+    def goes_on(self, phase: str) -> bool:
+        """Enter a phase, unless a stop was requested; the same on all workers. Collective."""
+        self.reporter.enter(phase)
+        return self.first(self.reporter.requested() == Request.STOP) is None
 
     def resume(self) -> Saved:
         """Contents of the newest readable checkpoint, or the initial state. Damaged ones are skipped and reported."""
@@ -261,6 +338,7 @@ class Worker:
                     self.reporter.send(CheckpointDamaged(step, faults[step]))
                 if self.rank == 0:
                     self.reporter.send(Resumed(saved.position))
+                    self.best_so_far(saved.position.stage)  # reports one that is lost
                 return saved
             finders[serial] = finder
         if finders:

@@ -414,7 +414,7 @@ def test_a_run_is_evaluated_as_asked(
     status, out, _ = run(capsys, "evaluate", "runs/digits", "--extractor", "vgg16")
     assert (status, out.split()) == (0, ["fd_vgg16", "12.5", "gaussian/fd_vgg16", "13.5"])
     assert callable(asked.arguments[-1].pop("on_images"))
-    how = {"seed": 0, "data": None, "with_codes": True}
+    how = {"seed": 0, "data": None, "with_codes": True, "step": None}
     assert asked.arguments == ("vgg16", 2000, "manifest", SimpleNamespace(own="imle"), how)
     status, _, err = run(capsys, "evaluate", "runs/digits", "--extractor", "resnet")
     assert status == 2

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from glann.cluster.checkpoints.best import Best
 from glann.storage.journal import Journal
-from glann.trainers.run.events import EpochDone
+from glann.trainers.run.events import EpochDone, Measured
 from glann.tuning.ledger import Trial
-from glann.tuning.scheduler import EPOCH, LOSS, build_scheduler, losses, within
+from glann.tuning.scheduler import EPOCH, LOSS, build_scheduler, compared, losses, within
 from glann.tuning.search import member
 from glann.tuning.study import StudyConfig
 from glann.tuning.trial import TrialRun
@@ -131,6 +132,43 @@ def test_the_base_recipe_sets_no_rung_and_is_never_stopped(study: StudyConfig, l
         assert rungs.on_trial_result(CONTROLLER, base, {"reached_epoch": epoch, "reached_loss": 1e9}) == "CONTINUE"
 
 
+def measured(stage: str, epoch: int, value: float | None, better: str = "lower") -> Measured:
+    found = None
+    if value is not None:
+        held = {"metric": "fd_squeezenet", "better": better, "value": value, "sampler": "gaussian", "samples": 100}
+        found = Best.model_validate({"step": 10 * epoch, "stage": stage, "epoch": epoch, **held})
+    return Measured(stage, epoch, 10 * epoch, {}, found, found, 1.0)
+
+
+@pytest.mark.parametrize(("better", "sign"), [("lower", 1), ("higher", -1)])
+def test_by_their_scores_trials_report_what_stage_one_measured(monkeypatch: pytest.MonkeyPatch, better: str, sign: int):
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr(TrialRun, "report", lambda self, result: reports.append(result))
+    trial: Any = object.__new__(TrialRun)  # without Ray, and without a run
+    trial.number, trial.reached, trial.first_stage, trial.by_score = 1, {}, "glo", True
+    for epoch, value in ((2, 7.0), (4, None), (6, 5.0)):
+        trial.notify(EpochDone("glo", epoch, 10 * epoch, {"loss": 0.5, "seconds": 1.0}))
+        trial.notify(measured("glo", epoch, value, better))
+    trial.notify(measured("imle", 2, 3.0, better))
+    assert reports == [{EPOCH: 2, LOSS: sign * 7.0}, {EPOCH: 6, LOSS: sign * 5.0}]
+
+
+@pytest.mark.parametrize(("best", "sign"), [("fd_squeezenet", 1), ("recall_squeezenet", -1)])
+def test_scores_of_earlier_starts_are_replayed(tmp_path: Path, best: str, sign: int):
+    overrides = {"evaluation.every_epochs": 2, "evaluation.best": best, "evaluation.extractor": "squeezenet"}
+    study = make_study(tmp_path, scheduler={"by": "score"}, overrides=overrides)
+    journal = Journal(study.run_dir(1) / "metrics.jsonl")
+    for epoch in (1, 2):
+        journal.append({"stage": "glo", "epoch": epoch, "step": 10 * epoch, "loss": 0.5})
+    journal.append(
+        {"stage": "glo/measured", "epoch": 2, "step": 20, f"gaussian/{best}": 7.0, "reconstruction/fd_squeezenet": 1.0}
+    )
+    journal.append({"stage": "imle/measured", "epoch": 2, "step": 30, best: 3.0})
+    journal.close()
+    assert list(compared(study, study.run_dir(1))) == [(2, sign * 7.0)]
+    assert list(losses(study.run_dir(1), "glo")) == [(1, 0.5), (2, 0.5)]
+
+
 @pytest.mark.parametrize(("number", "compared"), [(0, {}), (1, {EPOCH: 3, LOSS: 0.5})])
 def test_the_base_recipe_gives_no_loss_to_be_compared_by(
     monkeypatch: pytest.MonkeyPatch, number: int, compared: dict[str, Any]
@@ -138,9 +176,10 @@ def test_the_base_recipe_gives_no_loss_to_be_compared_by(
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr(TrialRun, "report", lambda self, result: reports.append(result))
     trial: Any = object.__new__(TrialRun)  # without Ray, and without a run
-    trial.number, trial.reached, trial.first_stage = number, {}, "glo"
+    trial.number, trial.reached, trial.first_stage, trial.by_score = number, {}, "glo", False
     trial.notify(EpochDone("glo", 3, 30, {"loss": 0.5, "seconds": 1.0}))
     trial.notify(EpochDone("imle", 1, 31, {"loss": 0.1, "seconds": 1.0}))  # of another stage
+    trial.notify(measured("glo", 3, 7.0))
     assert reports == [compared]
     assert trial.reached["reached_loss"] == 0.5  # the board and the ledger know it
 

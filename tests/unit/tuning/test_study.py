@@ -235,6 +235,13 @@ def test_different_losses_stop_no_trial(tmp_path: Path):
     assert not load_study(written(tmp_path, losses | {"scheduler": {"kind": "none"}})).stops_early
 
 
+def test_scores_are_compared_where_they_are_measured(tmp_path: Path):
+    """Also of different losses, which cannot be compared themselves."""
+    by_score = {"space": {"loss.pixel_weight": {"uniform": [0.5, 2]}}, "scheduler": {"by": "score"}}
+    assert "set evaluation.every_epochs in the overrides" in refusal(tmp_path, by_score)
+    assert load_study(written(tmp_path, by_score | {"overrides": {"evaluation.every_epochs": 2}})).stops_early
+
+
 def test_the_number_of_trials_may_be_given_beside_the_file(tmp_path: Path):
     path = written(tmp_path, {"budget": {"hours": 2}})
     assert load_study(path).budget.trials == 20

@@ -143,6 +143,6 @@ def test_rows_are_written_in_blocks(tmp_path):
 )
 def test_a_group_of_which_a_file_is_not_listed_is_damaged(tmp_path, names):
     file = {"size": 1, "sha256": "0" * 64}
-    manifest = Manifest(step=1, attempt="a", rows=0, score=None, files={f"{name}.safetensors": file for name in names})
+    manifest = Manifest(step=1, attempt="a", rows=0, files={f"{name}.safetensors": file for name in names})
     with pytest.raises(DamagedCheckpoint, match="does not contain g completely"):
         group_files(LocalStore(tmp_path), manifest, "g")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from glann.cluster.checkpoints.layout import DamagedCheckpoint, Manifest, file_key
+from glann.cluster.checkpoints.best import Best, find_step, named_best, usable_best
+from glann.cluster.checkpoints.layout import FOLDER, DamagedCheckpoint, Manifest, file_key
 from glann.cluster.checkpoints.reader import load_rows, load_state, load_tensors, names
 from glann.cluster.checkpoints.retention import latest, remove_torn, retain
 from glann.cluster.checkpoints.writer import CheckpointWriter
@@ -49,7 +52,12 @@ def writers(store, world, attempt="a", keep=3, timeout=20.0, **options):
     return [CheckpointWriter(store, rank, world, keep, timeout, attempt, **options) for rank in range(world)]
 
 
-def save(ranks, step, value=0.0, score=None, wait=True):
+def measured(step, value, **others) -> Best:
+    given = {"metric": "fd_squeezenet", "better": "lower", "sampler": "imle", "samples": 100, "stage": "imle"}
+    return Best.model_validate({"step": step, "value": value, "epoch": step, **given, **others})
+
+
+def save(ranks, step, value=0.0, score=lambda: None, wait=True):
     for writer, own in zip(ranks, ranges(ROWS, len(ranks)), strict=True):
         part = {name: array[own.start : own.stop] for name, array in table(value).items()}
         writer.save(step, networks(value), Held(own.start, part), {"step": step, "stage": "glo"}, score)
@@ -207,11 +215,123 @@ def test_a_damaged_checkpoint_is_saved_anew_when_the_run_comes_by_again(store):
     np.testing.assert_array_equal(load_rows(store, 2, range(ROWS))["z"], table(3.0)["z"])
 
 
-def test_the_newest_and_the_best_are_kept(store):
-    ranks = writers(store, 2, keep=2)
-    for step, score in enumerate([5.0, 1.0, 3.0, None, 2.0, 9.0], 1):
-        save(ranks, step, score=score)
-    assert {key.partition("/")[0] for key in store.list()} == {"step-000002", "step-000005", "step-000006"}
+def folders(store) -> set[int]:
+    return {int(match[1]) for key in store.list() if (match := FOLDER.match(key))}
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_and_the_best_are_kept(store, keep):
+    ranks = writers(store, 2, keep=keep)
+    best = None
+    for step, value in enumerate([5.0, 1.0, 3.0, None, 1.5, 9.0], 1):
+        found = None if value is None else measured(step, value)
+        better = found if found is not None and found.beats(best) else None
+        best = better or best
+        save(ranks, step, score=lambda better=better: better)
+        assert folders(store) == {best.step, *range(max(1, step - keep + 1), step + 1)}
+    assert named_best(store) == usable_best(store) == measured(2, 1.0)
+    assert find_step(store, "best") == 2
+    assert find_step(store, "last") == find_step(store, "6") == find_step(store, "step-000006") == 6
+
+
+def test_a_score_that_is_still_measured_holds_up_nothing_but_the_next_save(store):
+    """The checkpoint is there before its samples are measured: a loss meanwhile costs the measurement alone."""
+    [writer], going = writers(store, 1, keep=1), threading.Event()
+    save([writer], 1, score=lambda: measured(1, 2.0))
+    save([writer], 2, score=lambda: going.wait(20) and measured(2, 1.0), wait=False)
+    deadline = time.monotonic() + 20
+    while latest(store) != 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (latest(store), named_best(store).step) == (2, 1), "committed, and not yet the best"
+    going.set()
+    writer.wait()
+    assert (named_best(store).step, folders(store)) == (2, {2})
+
+
+def test_what_was_measured_another_way_is_not_compared():
+    lower, higher = measured(1, 5.0), measured(1, 0.5, better="higher", metric="recall_squeezenet")
+    assert measured(2, 5.0).beats(lower), "of equals the newest"
+    assert not measured(2, 5.1).beats(lower)
+    assert measured(2, 0.6, better="higher", metric="recall_squeezenet").beats(higher)
+    assert not measured(2, 0.4, better="higher", metric="recall_squeezenet").beats(higher)
+    for other in (measured(2, 7.0, samples=200), higher, measured(2, 7.0, better="higher", metric="recall_vgg16")):
+        assert other.beats(lower)
+    assert lower.beats(None)
+
+
+def test_a_best_that_is_damaged_or_gone_is_named_and_never_replaced_in_silence(store):
+    ranks = writers(store, 2, keep=1)
+    save(ranks, 1, score=lambda: measured(1, 2.0))
+    for step in (2, 3):
+        save(ranks, step)
+    store.write("step-000001/a/generator.safetensors", b"short")
+    for find in (usable_best, lambda store: find_step(store, "best")):
+        with pytest.raises(DamagedCheckpoint, match=r"best checkpoint \(step-000001, fd_squeezenet 2 after .*5 of its"):
+            find(store)
+    with pytest.raises(DamagedCheckpoint, match="bytes; good ones: 3"):
+        find_step(store, "1")
+    save(ranks, 4)
+    assert folders(store) == {1, 4}, "it is not removed before another one is the best"
+    for key in store.list("step-000001/"):
+        store.delete(key)
+    with pytest.raises(DamagedCheckpoint, match=r"best checkpoint \(step-000001, .*\) is gone"):
+        usable_best(store)
+    with pytest.raises(UserError, match="no checkpoint of step 1; there are: 4"):
+        find_step(store, "step-000001")
+
+
+def test_while_it_is_unknown_which_is_the_best_none_is_removed(store, caplog):
+    ranks = writers(store, 1, keep=1)
+    save(ranks, 1, score=lambda: measured(1, 2.0))
+    save(ranks, 2)
+    store.write("best.json", b'{"step": 1}')
+    save(ranks, 3)
+    assert folders(store) == {1, 2, 3}
+    assert "best.json" in caplog.text
+    save(ranks, 4, score=lambda: measured(4, 3.0))
+    assert folders(store) == {4}
+
+
+def test_without_a_measurement_there_is_no_best(store):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_step(store, "last")
+    save(writers(store, 1), 1)
+    assert usable_best(store) is None
+    with pytest.raises(UserError, match=r"evaluation\.every_epochs"):
+        find_step(store, "best")
+    for which in ("newest", "step-", "-1", "1.5", "", "../1"):
+        with pytest.raises(UserError, match="is no checkpoint: use best, last, or a step"):
+            find_step(store, which)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", -1),
+        ("step", "1"),
+        ("value", "NaN"),
+        ("value", None),
+        ("metric", "../x"),
+        ("metric", "[bold]"),
+        ("stage", "a\nb"),
+        ("sampler", "x" * 100),
+        ("better", "nicer"),
+        ("more", 1),
+    ],
+)
+def test_a_hostile_best_is_refused_in_one_line(store, key, value):
+    store.write("best.json", json.dumps(measured(1, 2.0).model_dump() | {key: value}).encode())
+    with pytest.raises(DamagedCheckpoint) as error:
+        named_best(store)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_of_an_earlier_version_is_read(store):
+    save(writers(store, 1), 1)
+    manifest = json.loads(store.read("step-000001/manifest.json"))
+    assert "score" not in manifest
+    store.write("step-000001/manifest.json", json.dumps(manifest | {"score": None}).encode())
+    assert latest(store) == 1
 
 
 def test_retention_counts_only_checkpoints_that_can_be_used(store):

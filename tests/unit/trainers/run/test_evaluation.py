@@ -47,7 +47,7 @@ def test_the_driver_decodes_no_image(tmp_path, monkeypatch):
 
     codes_ND = torch.nn.functional.normalize(torch.randn(50, config.generator.latent_dim), dim=1)
     drawn = {name: Sheet([("", [Tile.of(LARGE)])]) for name in ("samples", "interpolations", "nearest")}
-    evaluated = Evaluated(gaussian(codes_ND), [Result("l1", 0.25)], drawn, 3.0, "2 x H100")
+    evaluated = Evaluated(1, gaussian(codes_ND), [Result("l1", 0.25)], drawn, 3.0, "2 x H100")
     tracked = TrackedRun.open(config, config.run_dir)
     with monkeypatch.context() as decoding:
         decoding.setattr(SamplingModel, "decode", refuse)
@@ -55,6 +55,7 @@ def test_the_driver_decodes_no_image(tmp_path, monkeypatch):
     summary = finish.require_summary(config)
     assert summary["metrics"] == {"l1": 0.25}
     assert summary["made"]["hardware"] == "2 x H100"
+    assert (summary["use"], summary["checkpoint"]) == ("last", 1)
     assert summary["timings"] == {"train_s": 7.0, "finish_s": 3.0}
     assert all((config.run_dir / "images" / f"{name}.png").exists() for name in drawn)
     with Image.open(config.run_dir / "images" / "samples" / "00-00.webp") as whole:

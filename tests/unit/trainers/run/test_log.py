@@ -9,7 +9,7 @@ import pytest
 from glann.config.run import load
 from glann.reports import status_bar
 from glann.reports.status import DeviceUse
-from glann.trainers.plan.estimate import EvaluationCost
+from glann.trainers.plan.evaluation import EvaluationCost
 from glann.trainers.plan.remaining import Remaining, Work
 from glann.trainers.run import log
 from glann.trainers.run.events import DeviceSampled, EpochDone, Evaluating, Progress, StepsDone, Training

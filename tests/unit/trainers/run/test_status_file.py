@@ -12,7 +12,7 @@ from glann.config.run import Config, load
 from glann.errors import EnvironmentFault
 from glann.reports.status import FILE, read_status
 from glann.storage.local import LocalStore
-from glann.trainers.plan.estimate import EvaluationCost
+from glann.trainers.plan.evaluation import EvaluationCost
 from glann.trainers.plan.remaining import Remaining, Work
 from glann.trainers.run import events, heartbeat, status_file
 from glann.trainers.run.recovery import RunStopped

@@ -8,7 +8,7 @@ import pytest
 from glann.config.run import load
 from glann.errors import EnvironmentFault, UserError
 from glann.reports.status import DeviceUse
-from glann.trainers.plan.estimate import EvaluationCost
+from glann.trainers.plan.evaluation import EvaluationCost
 from glann.trainers.plan.remaining import Remaining, Work
 from glann.trainers.run import events
 from glann.trainers.run.recovery import RunStopped
