@@ -131,6 +131,17 @@ def test_a_run_that_has_not_finished_is_submitted(config, capsys):
     assert shared.finished(config) is None
 
 
+def test_a_run_that_was_packaged_from_another_checkpoint_is_submitted(config):
+    finish_run(config)
+    chosen = {"checkpoint": {"use": "best"}, "evaluation": {"every_epochs": 2}}
+    best = config.model_copy(update={key: getattr(config, key).model_copy(update=new) for key, new in chosen.items()})
+    assert shared.finished(config) is not None
+    assert shared.finished(best) is None
+    summary = Path(config.checkpoint.url or "") / "faces" / "summary.json"
+    summary.write_text("{")
+    assert shared.finished(config) is None, "the driver finishes it anew"
+
+
 def fetch(*words: str) -> int | None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["jobs", "fetch", "faces", *words])
