@@ -43,7 +43,7 @@ def mlflow(
 
     Without --database it is SQLite: saved to STORE within 5 s of a change and at the end (Ctrl-C, SIGTERM), and taken
     from there at the start, on any machine. If the machine is lost, so are the changes of at most these 5 s; a large
-    database, whose copy takes long, is saved more rarely: copying takes a twentieth of the time at most. One server at
+    database, whose copy takes long, is saved more rarely: copying takes a fifth of the time at most. One server at
     a time may serve a STORE. The last 3 copies are kept.
     """
     from ..storage.open import require_local

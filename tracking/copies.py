@@ -33,7 +33,7 @@ INDEX, STATE = "database/copies.json", "copy.json"
 KEEP = 3
 EVERY_S = 5.0  # between copies of a database that changes: at most so much is lost with the machine
 LOCK_TIMEOUT_S = 30.0  # for a moment in which MLflow does not write
-SHARE = 20  # a copy that takes long is made more rarely, so that copying takes a twentieth of the time
+SHARE = 5  # a copy that takes long is made more rarely, so that copying takes a fifth of the time at most
 ASIDE = ("-journal", "-wal", "-shm")  # suffixes of SQLite's own files beside a database
 _KEY = re.compile(r"database/(\d{6,12})\.sqlite")
 
