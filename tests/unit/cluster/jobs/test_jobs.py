@@ -151,6 +151,18 @@ def test_a_job_brings_the_package_its_configuration_and_time_to_save(cluster: Cl
     assert job.metadata["job_name"] == "digits", "its name in Ray"
 
 
+def test_a_job_of_a_study_brings_the_study_and_no_other_takes_its_name_while_it_is_active(cluster: Cluster):
+    study = "name: rates\nrecipe: digits\n"
+    job = jobs.start(cluster, config("name=rates"), {}, None, study)
+    assert job.id == "rates.1"
+    assert {"study.yaml", "start.sh"} < set(cluster.shipped["rates.1"])
+    assert "config.yaml" not in cluster.shipped["rates.1"]
+    jobs.refuse_fork(job, config("name=rates"), study)
+    for other in (study + "metric: l1\n", ""):
+        with pytest.raises(UserError, match=r"rates.1 is running with another configuration; stop it first"):
+            jobs.refuse_fork(job, config("name=rates"), other)
+
+
 def test_a_listing_shows_names_of_variables_and_no_values(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
