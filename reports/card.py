@@ -9,13 +9,16 @@ from .. import __version__
 from ..config.samplers import SamplerConfig
 from ..config.section import Trait
 from ..errors import redact
+from ..storage.files import write_whole
 from .assets import used_assets
 from .facts import RunFacts
 from .figures import metric_rows
 from .limits import verdict
-from .page import environment, write_page
+from .page import as_webp, environment, readable, write_page
 from .run import commands, headline
-from .run_folder import CARD, IMAGES
+from .run_folder import CARD, CARD_PICTURE, IMAGES
+
+PICTURE_WIDTH = 640  # pixels; pages of MLflow show a picture as large as it is
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,17 @@ def describe_sampler(sampler: SamplerConfig) -> str:
     fields = type(sampler).model_fields.items()
     keys = [f"{name} {getattr(sampler, name)}" for name, field in fields if Trait.IN_REGISTRY in field.metadata]
     return sampler.kind + (f" ({', '.join(keys)})" if keys else "")
+
+
+def _picture(facts: RunFacts) -> str | None:
+    """Write the picture of the card; returns its path below the run folder, None of a run without samples."""
+    samples = facts.picture("samples")
+    if samples is None:
+        return None
+    path = facts.run_dir / IMAGES / CARD_PICTURE
+    with readable(samples) as image:
+        write_whole(path, as_webp(image, PICTURE_WIDTH)[0])
+    return path.relative_to(facts.run_dir).as_posix()
 
 
 def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
@@ -56,7 +70,7 @@ def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
             tracked=tracked,
             assets=used_assets(facts),
             sampler=describe_sampler(facts.config.sampler),
-            samples=f"{IMAGES}/samples.png" if facts.picture("samples") else None,
+            picture=_picture(facts),
         )
     )
     return write_page(run_dir / CARD, text)

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from PIL import Image
-
-from .page import SHOWN_WIDTH, Figure, figure
+from .page import SHOWN_WIDTH, Figure, figure, readable
 from .sheets import Whole, wholes_of
 
 EMBEDDED = 8 << 20  # bytes of full-size images in a page, which stays small enough for e-mail
@@ -93,7 +91,7 @@ def gallery(run_dir: Path, wanted: Sequence[Wanted]) -> Gallery:
 
 def _wholes(one: Wanted, shown: Figure) -> list[Whole]:
     """What opens from a picture: its images; if they are whole in it, the picture itself where it is reduced."""
-    with Image.open(one.path) as picture:
+    with readable(one.path) as picture:
         size = picture.size
     if found := wholes_of(one.path, size):
         return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,22 +61,30 @@ def figure(path: Path, title: str, widest: int = SHOWN_WIDTH) -> Figure:
     Raises:
         UserError: the file is not a readable PNG or WebP.
     """
+    with readable(path) as image:
+        content, kind, size = path.read_bytes(), str(image.format).lower(), image.size
+        if image.width > widest or (kind == "png" and len(content) > MAX_PNG_BYTES):
+            (content, size), kind = as_webp(image, widest), "webp"
+    source = Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
+    return Figure(title, source, *size)
+
+
+def as_webp(image: Image.Image, widest: int) -> tuple[bytes, tuple[int, int]]:
+    """A picture of at most `widest` pixels width as WebP, and its width and height."""
+    whole, buffer = image.convert("RGB"), io.BytesIO()
+    whole.thumbnail((widest, image.height), Image.Resampling.LANCZOS)
+    whole.save(buffer, "WEBP", quality=WEBP_QUALITY, method=4)
+    return buffer.getvalue(), whole.size
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[Image.Image]:
+    """The picture in a PNG or WebP file. Raises UserError if it is none."""
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=["PNG", "WEBP"]) as image:
-            kind = str(image.format).lower()
-            reduced = image.width > widest
-            if reduced or (kind == "png" and len(content) > MAX_PNG_BYTES):
-                whole = image.convert("RGB")
-                whole.thumbnail((widest, image.height), Image.Resampling.LANCZOS)
-                buffer = io.BytesIO()
-                whole.save(buffer, "WEBP", quality=WEBP_QUALITY, method=4)
-                content, kind = buffer.getvalue(), "webp"
-            width, height = whole.size if kind == "webp" and reduced else image.size
+        with Image.open(path, formats=["PNG", "WEBP"]) as image:
+            yield image
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a readable picture: {error}; remove it and try again") from error
-    source = Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
-    return Figure(title, source, width, height)
 
 
 def duration(seconds: float) -> str:

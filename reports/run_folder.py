@@ -26,6 +26,7 @@ from ..storage.journal import FILE, strict_json
 
 JOURNAL = FILE
 CONFIG, SUMMARY, REPORT, CARD = "config.yaml", "summary.json", "report.html", "MODEL_CARD.md"
+CARD_PICTURE = "card.webp"  # in IMAGES: samples, small enough for a page that does not scale pictures
 IMAGES, MODEL, CHECKPOINTS, RAY = "images", "model", "checkpoints", "ray"
 PARTS = ("metrics", "deviations", "timings")  # of a summary: numbers by name
 TRACKING, TRACKED_CONFIG = "tracking.json", "tracked-config.yaml"

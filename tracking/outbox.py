@@ -20,10 +20,11 @@ from pydantic import Field, ValidationError
 
 from ..config.section import Section
 from ..errors import EnvironmentFault, GlannError, UserError, one_line
-from ..reports.run_folder import JOURNAL, TRACKING
+from ..reports.run_folder import IMAGES, JOURNAL, TRACKING
 from ..storage import journal
 from ..storage.files import read_document, write_whole
 from ..storage.proxy import proxy_hint
+from .registry.lineage import DESCRIPTION, on_server
 from .registry.models import PublishedModel, publish
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ POLL_S = 2.0
 MAX_DELAY_S = 60.0
 PATIENCE_S = 30.0  # how long a run that has ended waits for a failing server
 MAX_METRICS = 1000  # per request, MLflow's limit
-DESCRIPTION, MAX_DESCRIPTION = "mlflow.note.content", 8000  # tag, and the most characters of a value
+MAX_DESCRIPTION = 8000  # characters of a tag's value
 _NOT_METRICS = ("stage", "step", "time")
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9_.\- :/]")
 
@@ -201,6 +202,11 @@ class Outbox:
         else:
             self._client.log_image(self.run_id, image, key=parcel.target, step=parcel.step, synchronous=True)
 
+    def _describe(self, card: Path) -> None:
+        pictures = {file.path for file in self._client.list_artifacts(self.run_id, IMAGES)}
+        text = on_server(card.read_text("utf-8"), self.run_id, pictures)
+        self._client.set_tag(self.run_id, DESCRIPTION, text[:MAX_DESCRIPTION])
+
     def _send_parcels(self) -> None:
         for parcel in self._state.parcels:
             path = self._run_dir / parcel.path
@@ -212,7 +218,7 @@ class Outbox:
             elif parcel.kind == "image":
                 self._send_image(path, parcel)
             elif parcel.kind == "description":
-                self._client.set_tag(self.run_id, DESCRIPTION, path.read_text("utf-8")[:MAX_DESCRIPTION])
+                self._describe(path)
             else:
                 self._client.log_artifact(self.run_id, str(path), parcel.target)
             with self._lock:

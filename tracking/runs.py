@@ -26,7 +26,7 @@ from ..config.parse import flatten
 from ..config.run import Config, redacted_config
 from ..errors import redact
 from ..reports.card import TrackedAs
-from ..reports.run_folder import IMAGES, JOURNAL, TRACKED_CONFIG
+from ..reports.run_folder import CARD_PICTURE, IMAGES, JOURNAL, TRACKED_CONFIG
 from ..storage.files import os_fault, write_whole
 from ..storage.journal import Journal
 from .address import default_uri
@@ -173,7 +173,9 @@ class TrackedRun:
                 self.event_files.add_image(path, key, step)
 
     def describe(self, card: Path) -> None:
-        """Queue the model card as the description of the run."""
+        """Queue the model card as the description of the run, and before it the picture in it."""
+        if (picture := self.run_dir / IMAGES / CARD_PICTURE).is_file():
+            self.log_artifact(picture, IMAGES)
         self._send("description", card, None)
 
     def log_artifact(self, path: Path, target: str | None = None) -> None:

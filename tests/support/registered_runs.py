@@ -18,7 +18,7 @@ from glann.models.mapping import build_mapping
 from glann.samplers.gaussian import gaussian
 from glann.storage.journal import Journal
 from glann.tracking.registry.lineage import FINGERPRINT
-from glann.tracking.runs import TrackedRun
+from glann.tracking.runs import DataInput, TrackedRun
 from glann.tracking.source import is_registered, open_model, run_config
 from torch import Tensor
 
@@ -85,15 +85,23 @@ def make_run(config: Config, share: float = 0.0, metrics: dict[str, float] | Non
     return config.run_dir
 
 
-def track(config: Config, uri: str, tags: dict[str, str] | None = None, register_as: str | None = None) -> str:
+def track(
+    config: Config,
+    uri: str,
+    tags: dict[str, str] | None = None,
+    register_as: str | None = None,
+    data: DataInput | None = None,
+) -> str:
     """Give the run to MLflow as `glann train` does at its end; its MLflow id."""
     from glann.reports.card import write_card
 
     tracking = config.tracking.model_copy(update={"enabled": True, "uri": uri, "register_as": register_as})
     config = config.model_copy(update={"tracking": tracking})
     fingerprint = Index.load(config.data.url, config.s3).fingerprint
-    run = TrackedRun.open(config, config.run_dir, {FINGERPRINT: fingerprint} | (tags or {}))
-    run.log_artifact(write_card(config.run_dir, run.tracked_as))
+    run = TrackedRun.open(config, config.run_dir, {FINGERPRINT: fingerprint} | (tags or {}), data=data)
+    card = write_card(config.run_dir, run.tracked_as)
+    run.log_artifact(card)
+    run.describe(card)
     run.log_model(config.run_dir / "model")
     run.finish()
     assert run.run_id is not None

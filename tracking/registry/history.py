@@ -19,6 +19,7 @@ from ...storage.journal import strict_json
 from . import catalogue
 from .catalogue import ModelEntry, Version
 from .client import CHAMPION
+from .lineage import describe_registered
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -162,6 +163,7 @@ def _change(client: MlflowClient, entry: ModelEntry, event: ChampionChange, tags
     for key, value in tags.items():  # always all of them, so that none remains of an earlier promotion
         client.set_model_version_tag(entry.name, str(event.version), key, _tag(value))
     client.set_registered_model_alias(entry.name, CHAMPION, str(event.version))
+    describe_registered(client, entry.name, client.get_model_version(entry.name, str(event.version)))
 
 
 def _tag(value: Any) -> str:

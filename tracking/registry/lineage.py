@@ -5,15 +5,18 @@
     glann.metric.NAME                                      metrics at the end of the run
     glann.run, glann.run_name, glann.study, glann.trial    origin of the model
 
-The description of a version is the model card of its run.
+The description of a version is the model card of its run, with its picture of samples; that of a registered model is
+the description of its champion, or of its newest version while there is none.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ... import __version__
 from ...config import run as config
@@ -22,21 +25,25 @@ from ...config.section import Trait
 from ...errors import UserError, redact
 from ...inference.package import MANIFEST, ModelManifest, read_manifest
 from ...metrics.result import canonical_keys
-from ...reports.run_folder import CARD, TRACKED_CONFIG
+from ...reports.run_folder import CARD, IMAGES, TRACKED_CONFIG
 from .client import fetch, locate, opened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
 
 FINGERPRINT, RUN, RUN_NAME = "glann.fingerprint", "glann.run", "glann.run_name"
 STUDY, TRIAL, PARENT = "glann.study", "glann.trial", "mlflow.parentRunId"
 METRIC, CONFIG = "glann.metric.", "glann.config."
 EVALUATION = "evaluation/"  # prefix of the metrics of the run's own evaluation
 COPIED = {tag: tag for tag in (STUDY, TRIAL, PARENT, "glann.data")} | {"mlflow.source.git.commit": "glann.commit"}
+DESCRIPTION = "mlflow.note.content"  # tag with the description of a run or a logged model
 MAX_DESCRIPTION = 5000  # MLflow's database column; PostgreSQL refuses more
 MAX_CONFIG_BYTES = 1 << 20
-_PICTURE = re.compile(r"^!\[[^\]\n]*\]\([^)\n]*\)\n+", re.MULTILINE)
+NOTE = "(The card of version {}. A description that you write in its place stays.)"  # below a registered model's
+_PICTURE = re.compile(r"^!\[([^\]\n]*)\]\(([^)\n]*)\)\n+", re.MULTILINE)
+_OURS = re.compile(re.escape(NOTE).replace(r"\{\}", r"\d+"))
 
 
 def version_tags(run: Run, manifest: ModelManifest) -> dict[str, str]:
@@ -65,7 +72,35 @@ def description(client: MlflowClient, run_id: str) -> str | None:
         return None
     with tempfile.TemporaryDirectory(prefix="glann-card-") as scratch:
         text = Path(client.download_artifacts(run_id, CARD, scratch)).read_text(encoding="utf-8")
-    return fitted(redact(_PICTURE.sub("", text)), f"\n\n(Cut. The whole card is {CARD} of run {run_id}.)")
+    pictures = {file.path for file in client.list_artifacts(run_id, IMAGES)}
+    return fitted(redact(on_server(text, run_id, pictures)), f"\n\n(Cut. The whole card is {CARD} of run {run_id}.)")
+
+
+def on_server(card: str, run_id: str, pictures: Collection[str]) -> str:
+    """A model card whose pictures are shown by MLflow's pages.
+
+    MLflow's Markdown drops data URIs and sizes. Its pages are at `/#/...`, so a relative address reaches the server
+    that shows them, which sends artifacts of runs.
+
+    Args:
+        pictures: paths of the run's artifacts; a picture that is not among them is left out.
+    """
+
+    def shown(match: re.Match[str]) -> str:
+        title, path = match.groups()
+        address = f"get-artifact?path={quote(path, safe='')}&run_uuid={run_id}"
+        return f"![{title}]({address})\n\n" if path in pictures else ""
+
+    return _PICTURE.sub(shown, card)
+
+
+def describe_registered(client: MlflowClient, name: str, version: ModelVersion) -> None:
+    """Describe a registered model by one of its versions, unless somebody has written another description."""
+    held = client.get_registered_model(name).description or ""
+    if not version.description or (held and not _OURS.search(held)):
+        return
+    text = f"{version.description.rstrip()}\n\n{NOTE.format(version.version)}"
+    client.update_registered_model(name, fitted(text, f"\n\n{NOTE.format(version.version)}"))
 
 
 def fitted(text: str, note: str) -> str:

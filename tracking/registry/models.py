@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ... import __version__
 from ...errors import UserError
 from ...inference.package import MANIFEST
-from .client import CHALLENGER
-from .lineage import description, manifest_of, version_tags
+from ...metrics.result import from_key
+from .client import CHALLENGER, CHAMPION
+from .lineage import DESCRIPTION, EVALUATION, describe_registered, description, manifest_of, version_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,9 +55,12 @@ def publish(client: MlflowClient, run_id: str, folder: Path, register_as: str | 
             save_pyfunc(folder, path, run_id=run_id, model_id=logged.model_id)
             client.log_model_artifacts(logged.model_id, str(path))
         client.finalize_logged_model(logged.model_id, "READY")
+    if card := description(client, run_id):
+        client.set_logged_model_tags(logged.model_id, {DESCRIPTION: card})
+    step = _link_metrics(client, run, logged)
     outputs = run.outputs.model_outputs if run.outputs else []
     if logged.model_id not in [output.model_id for output in outputs]:
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
     if not register_as:
         return PublishedModel(f"models:/{logged.model_id}")
     for made in client.search_model_versions(f"name = '{checked(register_as)}' and run_id = '{run_id}'"):
@@ -73,7 +77,31 @@ def _begun(client: MlflowClient, run: Run, folder: Path) -> LoggedModel:
     for logged in client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"):
         if logged.tags.get(MANIFEST_TAG) == manifest:
             return logged
-    return client.create_logged_model(experiment, name=NAME, source_run_id=run_id, tags={MANIFEST_TAG: manifest})
+    return client.create_logged_model(
+        experiment, name=NAME, source_run_id=run_id, tags={MANIFEST_TAG: manifest}, params=run.data.params
+    )
+
+
+def _link_metrics(client: MlflowClient, run: Run, logged: LoggedModel) -> int:
+    """Give a logged model the last values of its run's evaluation, and the data they refer to; returns their step.
+
+    Values against held-out images name no data: the run has the training images only as its input.
+    """
+    from mlflow.entities import Metric
+
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    data = (inputs[0].dataset.name, inputs[0].dataset.digest) if inputs else (None, None)
+    metrics = []
+    for name in run.data.metrics:
+        if not name.startswith(EVALUATION):
+            continue
+        last = max(client.get_metric_history(run.info.run_id, name), key=lambda one: (one.step, one.timestamp))
+        trained_on = from_key(name.removeprefix(EVALUATION)).reference is None
+        about = (logged.model_id, *(data if trained_on else (None, None)))
+        metrics.append(Metric(name, last.value, last.timestamp, last.step, *about))
+    if metrics:
+        client.log_batch(run.info.run_id, metrics=metrics)
+    return max((metric.step for metric in metrics), default=0)
 
 
 def register(client: MlflowClient, name: str, logged: LoggedModel, run_id: str) -> PublishedModel:
@@ -101,6 +129,8 @@ def register(client: MlflowClient, name: str, logged: LoggedModel, run_id: str) 
         model_id=logged.model_id,
     )
     client.set_registered_model_alias(name, CHALLENGER, made.version)
+    if CHAMPION not in client.get_registered_model(name).aliases:
+        describe_registered(client, name, made)
     return PublishedModel(f"models:/{name}@{CHALLENGER}", name, str(made.version))
 
 

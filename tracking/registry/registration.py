@@ -92,7 +92,9 @@ def _track(facts: RunFacts, name: str, address: str) -> PublishedModel:
         folder,
         {FINGERPRINT: read_manifest(model).fingerprint},
     )
-    run.log_artifact(folder / CARD if (folder / CARD).is_file() else write_card(folder, run.tracked_as))
+    card = folder / CARD if (folder / CARD).is_file() else write_card(folder, run.tracked_as)
+    run.log_artifact(card)
+    run.describe(card)
     run.log_model(model)
     run.finish()
     if run.model is None:

@@ -15,6 +15,7 @@ from glann.reports.page import duration, number
 from glann.reports.run import MAX_PREVIEWS, write_report
 from glann.storage.journal import Journal
 from html_page import Page
+from PIL import Image
 
 CONFIG = {
     "name": "tiny",
@@ -148,7 +149,9 @@ def test_the_card_is_a_table_of_what_matters(run_dir):
     assert text.endswith("\n")
     assert "| generator | infogan, width 64, 64-dimensional codes (sphere) |" in text
     assert "| PSNR of reconstructions | 21.50 dB |" in text
-    assert "![samples](images/samples.png)" in text
+    assert "![samples](images/card.webp)" in text
+    with Image.open(run_dir / "images" / "card.webp") as picture:
+        assert picture.width <= 640
     assert "## Limits" in text
 
 

@@ -23,9 +23,11 @@ from glann.tracking.registry import history as promotion
 from glann.tracking.registry.catalogue import ModelEntry, Version
 from glann.tracking.registry.history import HISTORY, ChampionChange, previous
 from glann.tracking.registry.registration import register_run
+from glann.tracking.runs import DataInput
 from glann.tracking.source import load_model
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from PIL import Image
 from registered_runs import ROWS, make_config, make_run, measured, track
 from torch import nn
 
@@ -151,6 +153,65 @@ def test_a_version_says_what_it_is_and_where_it_comes_from(home, name, capsys):
     card = Path("runs/fair/MODEL_CARD.md").read_text()
     assert found.description.splitlines() == card.splitlines()  # there are no pictures in these runs
     assert f"| MLflow run | `{home.ids['fair']}` |" in card
+
+
+def test_a_model_has_its_metrics_parameters_data_and_picture(home, name):
+    """On its own page in MLflow, on those of its version and its name, and in the run's description."""
+    config = make_config(name, tracking={"enabled": True, "uri": home.uri, "register_as": name})
+    make_run(config, metrics={"fd_squeezenet:held-out": 4.5})
+    (config.run_dir / "images").mkdir()
+    Image.new("RGB", (2084, 2084), (200, 20, 20)).save(config.run_dir / "images" / "samples.png")
+    data = DataInput(config.data.url, "f00d" * 16, ROWS, 28, 1)
+    run_id = track(config, home.uri, data=data, register_as=name)
+    run = home.client.get_run(run_id)
+    (output,) = run.outputs.model_outputs
+    logged = home.client.get_logged_model(output.model_id)
+    assert logged.params == run.data.params
+    assert output.step == 5
+    metrics = {metric.key: metric for metric in logged.metrics}
+    own = {key: value for key, value in run.data.metrics.items() if key.startswith("evaluation/")}
+    assert {key: metric.value for key, metric in metrics.items()} == own
+    about = {key: (metric.dataset_name, metric.dataset_digest) for key, metric in metrics.items()}
+    assert about["evaluation/psnr"] == (config.data.url, ("f00d" * 16)[:36])
+    assert about["evaluation/fd_squeezenet:held-out"] == (None, None), "held-out images are no input of the run"
+    assert len(home.client.get_metric_history(run_id, "evaluation/psnr")) == 1, "not once for the run and once for it"
+
+    picture = f"![samples](get-artifact?path=images%2Fcard.webp&run_uuid={run_id})"
+    version, model = home.client.get_model_version(name, "1"), home.client.get_registered_model(name)
+    for text in (
+        run.data.tags["mlflow.note.content"],
+        logged.tags["mlflow.note.content"],
+        version.description,
+        model.description,
+    ):
+        assert picture in text
+    assert model.description.endswith("(The card of version 1. A description that you write in its place stays.)")
+    path = home.client.download_artifacts(run_id, "images/card.webp")
+    with Image.open(path) as image:
+        assert image.size == (640, 640)
+
+
+def test_a_name_is_described_by_its_champion_unless_somebody_wrote_more(home, name):
+    def text():
+        return home.client.get_registered_model(name).description
+
+    register_run("runs/fair", name)
+    register_run("runs/good", name)
+    assert text().startswith("# good\n"), "the newest, while there is no champion"
+    promote(name, 1)
+    assert text().startswith("# fair\n")
+    register_run("runs/bad", name)
+    assert text().startswith("# fair\n")
+    home.client.update_registered_model(name, "Ours since 2024.")
+    promote(name, 2, force=True)
+    assert text() == "Ours since 2024."
+
+
+def test_pictures_that_the_server_has_not_got_are_left_out_of_a_card():
+    card = "# x\n\n![samples](images/card.webp)\n\ntext\n"
+    assert lineage.on_server(card, "abc", ()) == "# x\n\ntext\n"
+    shown = lineage.on_server(card, "abc", {"images/card.webp"})
+    assert "![samples](get-artifact?path=images%2Fcard.webp&run_uuid=abc)\n\ntext" in shown
 
 
 def test_a_run_of_a_study_names_study_trial_and_parent_in_tags_and_card(home, name):
