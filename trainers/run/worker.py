@@ -182,7 +182,7 @@ class Worker:
                 continue
             self.advance(position, step)
             if position.serial % self.config.tracking.every_steps == 0:
-                window = self.report_steps(name, step, window)
+                window = self.report_steps(name, window)
             measures = step.ends_epoch and not signals.stop and self.interim.due(self.infos[name], step.epoch + 1)
             if step.ends_epoch:
                 self.end_epoch(name, stage, step, meter)
@@ -222,10 +222,10 @@ class Worker:
         if self.rank == 0 and step.step < step.steps:
             self.reporter.progress(Progress(name, step.epoch, step.step, step.steps, step.loss, meter.speed()))
 
-    def report_steps(self, name: str, step: StageStep, window: Meter) -> Meter:
+    def report_steps(self, name: str, window: Meter) -> Meter:
         """Report the numbers of a window of steps, if their losses are known; returns the next window."""
         if self.rank == 0 and window.steps:
-            numbers = {"loss": window.loss()} | dict(step.facts) | window.speed()
+            numbers = {"loss": window.loss()} | window.speed()
             self.reporter.send(StepsDone(name, self.saved.position.serial, numbers))
         return Meter(window.flops, window.peak)
 
