@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from glann.cluster.latents import LatentTable
+from glann.cluster.placement import ranges
 from glann.config.run import Config
 from glann.datasets.pack import pack
 from glann.datasets.reader import ImageRows
@@ -13,6 +15,7 @@ from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
 from glann.metrics.nearest import nearest_images
 from glann.metrics.result import by_key
 from glann.metrics.team import Team
+from glann.models.comm import rank, world_size
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from glann.trainers.run.evaluation import drawn_from, gaussian_of, model_of
@@ -95,6 +98,43 @@ def test_any_number_of_workers_ends_in_the_same_numbers(samples, metrics, folder
     assert {*drawn} == {"samples", "interpolations"}
     for name, picture in drawn.items():
         np.testing.assert_allclose(drawn_by_three[name].astype(int), picture.astype(int), atol=1)
+
+
+def measure_part(config: Config, networks: dict, z_ND: torch.Tensor):
+    """What a measurement while the run trains finds in stage 1, and in stage 2, with this worker's part of the codes."""
+    EXTRACTORS["squeezenet"] = ExtractorSpec(
+        "squeezenet-caffe", 147, lambda *_: nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten()), lambda img: img[:, :1]
+    )
+    images = ImageRows(config.data.url)
+    rows = ranges(ROWS, world_size())[rank()]
+    table = LatentTable.in_process(rows, DIM, 0)
+    table.restore(table.snapshot() | {"z": z_ND[rows.start : rows.stop].numpy()})
+    interim = Interim(config, images, torch.device("cpu"))
+    first = {"generator": networks["generator"]}
+    compare = [interim.measure(states, table, lambda phase: True) for states in (first, networks)]
+    return [by_key(found()) for found in compare]
+
+
+@pytest.mark.parametrize("samples", [2, 83])
+def test_any_number_of_workers_measures_the_same_while_it_trains(samples, folder, local_ray, gloo_group, tmp_path):
+    config, z_ND = make_config(folder, 50, []), nn.functional.normalize(torch.randn(ROWS, DIM), dim=1)
+    evaluation = config.evaluation.model_copy(update={"interim_samples": samples, "every_epochs": 1})
+    config = config.model_copy(update={"evaluation": evaluation})
+    networks = {
+        "generator": {"weights": build_generator(config.generator, 28, 1).state_dict()},
+        "mapping": {"weights": build_mapping(config.sampler, DIM).state_dict()},
+    }
+    answers = {}
+    for world in (1, 3):
+        with gloo_group(world) as members:
+            local_ray.get([member.run.remote(set_cache, str(tmp_path / str(world))) for member in members])
+            parts = local_ray.get([m.run.remote(measure_part, config, networks, z_ND) for m in members], timeout=300)
+        answers[world] = parts[0]
+        assert all(part == [{}, {}] for part in parts[1:])
+    for one, three in zip(answers[1], answers[3], strict=True):
+        assert three == pytest.approx(one, rel=1e-6, abs=1e-9)
+    assert answers[1][0].keys() >= {"gaussian/fd_squeezenet", "reconstruction/fd_squeezenet"}
+    assert "fd_squeezenet" in answers[1][1]
 
 
 def set_cache(path: str) -> None:

@@ -105,7 +105,9 @@ def test_samples_come_from_a_run_folder_and_from_the_registry(glann, undisturbed
 
 
 def test_interrupted_and_killed_it_ends_bit_for_bit_like_an_undisturbed_run(glann, undisturbed):
-    command = ("train", "digits", *glann.small, "name=disturbed")
+    """It also measures while it trains, which the other run does not."""
+    measuring = ("evaluation.every_epochs=4", "evaluation.interim_samples=60", "checkpoint.keep=1")
+    command = ("train", "digits", *glann.small, "name=disturbed", *measuring)
     process = glann.start(*command)
     glann.wait_for_epoch(process, "disturbed", "glo", 3)
     process.send_signal(signal.SIGTERM)
@@ -132,6 +134,29 @@ def test_interrupted_and_killed_it_ends_bit_for_bit_like_an_undisturbed_run(glan
         for run in ("undisturbed", "disturbed")
     ]
     assert all(np.array_equal(packaged[0][name], packaged[1][name]) for name in packaged[0])
+    check_best(glann, "disturbed")
+
+
+def check_best(glann, run):
+    """The best checkpoint of a run that has kept it and the last one: named everywhere, and drawn from."""
+    checkpoints = glann.folder / "runs" / run / "checkpoints"
+    best = json.loads((checkpoints / "best.json").read_text())
+    measured = {e["step"]: e for e in glann.entries(run) if e["stage"].endswith("/measured")}
+    assert measured[max(measured)]["best_step"] == best["step"]
+    values = [e.get("fd_squeezenet", e.get("gaussian/fd_squeezenet")) for e in measured.values()]
+    assert best["value"] == min(values)
+    kept = {int(path.name[5:]) for path in checkpoints.glob("step-*")}
+    assert kept == {best["step"], max(measured)}
+    status = json.loads((checkpoints.parent / "status.json").read_text())
+    assert status["best"] == {"metric": "fd_squeezenet", "value": best["value"], "step": best["step"]}
+    drawn = {}
+    for which in ("best", "last", None):
+        chosen = () if which is None else ("--checkpoint", which)
+        done = glann("sample", f"runs/{run}", "--n", "9", "--out", f"{which}.npz", *chosen)
+        assert done.returncode == 0, done.stderr
+        drawn[which] = np.load(glann.folder / f"{which}.npz")["images"]
+    assert np.array_equal(drawn["last"], drawn[None]), "the model is packaged from the last"
+    assert np.array_equal(drawn["best"], drawn["last"]) == (best["step"] == max(measured))
 
 
 def test_at_another_number_of_workers_every_row_is_visited_exactly_once_an_epoch(glann, undisturbed):
