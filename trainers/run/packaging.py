@@ -22,6 +22,7 @@ from ...metrics.team import ALONE
 from ...reports.run_folder import CHECKPOINTS, CONFIG, MODEL, parse_config, read_config
 from ...storage.base import MissingObject, Store
 from ...storage.open import local_folder, open_store
+from ...tracking.source import is_registered
 from ..glo import GENERATOR, averaged_statistics
 from ..sampler import MAPPING
 from ..stage import final_weights
@@ -97,6 +98,8 @@ def run_at(source: str | Path, s3: S3Config | None = None) -> tuple[Config, Stor
     Raises:
         UserError: not the folder of a run, nor its copy in S3.
     """
+    if is_registered(source):
+        raise UserError(f"{source} is a packaged model and has no checkpoints; give the folder of its run")
     folder = local_folder(str(source))
     if folder is not None:
         config = read_config(folder)

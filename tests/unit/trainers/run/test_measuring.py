@@ -105,7 +105,7 @@ def configured(data: Path, home: Path, name: str = "run", **sections: dict[str, 
         "tracking": {"enabled": False},
     }
     for section, keys in sections.items():
-        tree[section] = tree[section] | keys
+        tree[section] = tree.get(section, {}) | keys
     return Config.model_validate({"name": name, "runs_dir": str(home), **tree})
 
 
@@ -300,6 +300,15 @@ def test_a_value_that_is_not_finite_is_no_best(whole):
     interim = Interim(whole[0], None, torch.device("cpu"))  # type: ignore[arg-type]
     for value in (math.nan, math.inf):
         assert interim.best_of([Result("fd_squeezenet", value, "gaussian")], "glo", 1, 3) is None
+
+
+def test_checkpoints_are_those_of_runs(tmp_path):
+    for source, message in (
+        ("models:/faces@champion", "has no checkpoints; give the folder of its run"),
+        (str(tmp_path / "nothing"), "is not a run folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_checkpoint(source, "best")
 
 
 @pytest.mark.parametrize(
