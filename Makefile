@@ -54,8 +54,8 @@ system-test-packages:
 	       && apt-get -qq install -y --no-install-recommends $(SYSTEM_TEST_PACKAGES) >/dev/null; } \
 	  || echo "could not install $(SYSTEM_TEST_PACKAGES): the tests that drive them are skipped" >&2
 
-test: $(VENV)/.installed-test system-test-packages  ## run the test suite
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.installed-test system-test-packages  ## run the test suite, on at most four cores
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 $(PYTEST_ARGS)
 
 test-cluster: $(VENV)/.installed-test  ## nodes in network namespaces, and every fault (root)
 	@$(BIN)/python -m pytest tests/netns -m "netns or matrix" -s $(PYTEST_ARGS)

@@ -11,6 +11,7 @@ from digit_judge import judge_samples, train_judge
 from glann.datasets.assets import catalogue as assets
 
 SAMPLES = 1000
+pytestmark = pytest.mark.timeout(1600)  # of the command, and a little
 
 
 @pytest.fixture(scope="module")
