@@ -27,7 +27,7 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
-        help="folder, zip, tar, idx, npz, parquet, or an asset: digits, mnist, fashion-mnist, orl-faces",
+        help="folder, zip, tar, idx, npz, parquet, or an asset: digits, mnist-10k, mnist, fashion-mnist, orl-faces",
     ),
 ]
 Crop = Annotated[

@@ -130,8 +130,8 @@ class LossConfig(Section):
     levels: int | None = Field(
         None, ge=1, le=8, description="scales (full size and halvings); empty means the paper's choice"
     )
-    magnify: int = Field(
-        1,
+    magnify: float = Field(
+        1.0,
         ge=1,
         le=8,
         description="perceptual: enlarge images this many times before the frozen network, for small images",

@@ -69,7 +69,7 @@ class PerceptualLoss(ReconstructionLoss):
         taps: Sequence[str],
         levels: int,
         *,
-        magnify: int,
+        magnify: float,
         pixel_weight: float,
         feature_weight: float,
         patch: int | None,
@@ -94,8 +94,8 @@ class PerceptualLoss(ReconstructionLoss):
 
     def _features(self, fake: Tensor, real: Tensor) -> Tensor:
         if self.magnify > 1:
-            size = (self.magnify * fake.shape[-2], self.magnify * fake.shape[-1])
-            fake, real = _resize(fake, size), _resize(real, size)
+            height, width = (round(self.magnify * side) for side in fake.shape[-2:])
+            fake, real = _resize(fake, (height, width)), _resize(real, (height, width))
         with torch.no_grad():
             real_maps = self.features(real, self.taps)
         fake_maps = self.features(fake, self.taps)

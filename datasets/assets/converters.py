@@ -107,6 +107,13 @@ def idx_pairs(raw: Path, product: Path, metadata: dict[str, str]) -> None:
     )
 
 
+def idx_first_10k(raw: Path, product: Path, metadata: dict[str, str]) -> None:
+    """Convert the first 10,000 entries of the two idx files of MNIST's training set: `images`, `labels`."""
+    del metadata
+    images, labels = _idx(raw / "train-images-idx3-ubyte"), _idx(raw / "train-labels-idx1-ubyte")
+    np.savez_compressed(product, images=images[:10_000], labels=labels[:10_000])
+
+
 def idx_test(raw: Path, product: Path, metadata: dict[str, str]) -> None:
     """Convert the two idx files of MNIST's test set: `images`, `labels`."""
     del metadata

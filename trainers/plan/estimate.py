@@ -43,7 +43,7 @@ from .evaluation import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-KNOWN_ROWS = {"digits": 5_000, "mnist": 60_000, "fashion-mnist": 60_000, "orl-faces": 400}
+KNOWN_ROWS = {"digits": 5_000, "mnist-10k": 10_000, "mnist": 60_000, "fashion-mnist": 60_000, "orl-faces": 400}
 ASSUMED_ROWS = {"cifar10": 50_000, "celebahq": 30_000, "celeba": 202_599, "": 30_000}  # by how an address begins
 ASSUMED_UTILISATION = 0.3
 TIMED_FLOPS, TIMED_SECONDS = 20_000_000_000, 5.0  # upper bounds of the timed step on CPUs

@@ -59,7 +59,7 @@ def for_images(resolution: int, channels: int, rows: int) -> dict[str, Any]:
         "data.channels": channels,
         "generator.kind": "infogan" if small else "resnet",
         "generator.latent_dim": 64 if small else 128,
-        "loss.magnify": 2 if resolution <= 32 else 1,
+        "loss.magnify": 1.5 if resolution <= 32 else 1,
         "glo.epochs": max(FEWEST_EPOCHS, min(MOST_EPOCHS, VISITS // rows)),
         "glo.batch_size": min(128 if small else 64, max(2, rows // 16)),
         "glo.generator_lr": 0.003 if small else 0.001,

@@ -77,18 +77,18 @@ def doubled(x: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(out, 0, axis)
 
 
-def large(x: np.ndarray, times: int) -> torch.Tensor:
-    """Linear interpolation at `times` the size along both sides, by its definition."""
+def large(x: np.ndarray, times: float) -> torch.Tensor:
+    """Linear interpolation at `times` the size along both sides, by its definition; sides are whole numbers."""
     for axis in (2, 3):
-        size = x.shape[axis]
-        at = np.clip((np.arange(times * size) + 0.5) / times - 0.5, 0, size - 1)
+        size, enlarged = x.shape[axis], round(times * x.shape[axis])
+        at = np.clip((np.arange(enlarged) + 0.5) * size / enlarged - 0.5, 0, size - 1)
         below = np.floor(at).astype(int)
         share = (at - below).reshape([-1 if a == axis else 1 for a in range(4)])
         x = (1 - share) * x.take(below, axis) + share * x.take(np.minimum(below + 1, size - 1), axis)
     return torch.from_numpy(x.astype(np.float32))
 
 
-@pytest.mark.parametrize(("channels", "magnify"), [(1, 1), (3, 1), (1, 2), (3, 4)])
+@pytest.mark.parametrize(("channels", "magnify"), [(1, 1), (3, 1), (1, 2), (3, 4), (1, 1.4)])
 def test_the_perceptual_loss_is_pixels_plus_feature_maps_at_every_scale(squeezenet, channels, magnify):
     fake, real = pair(3, channels, 64, 64)
     config = LossConfig(network="squeezenet", levels=2, pixel_weight=0.25, feature_weight=2.0, magnify=magnify)

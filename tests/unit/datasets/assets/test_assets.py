@@ -322,7 +322,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
 
 @pytest.mark.network
 @pytest.mark.parametrize(
-    ("name", "rows"), [("digits", 5000), ("fashion-mnist", 60_000), ("mnist", 60_000), ("mnist-test", 10_000)]
+    ("name", "rows"), [("digits", 5000), ("fashion-mnist", 60_000), ("mnist", 60_000), ("mnist-10k", 10_000), ("mnist-test", 10_000)]
 )
 def test_image_sets_come_from_their_registries(name, rows):
     with np.load(fetch(name)) as data:
@@ -333,13 +333,13 @@ def test_image_sets_come_from_their_registries(name, rows):
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "mnist"])
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "mnist", "mnist-10k"])
 def test_image_sets_hold_out_ten_thousand_images(name):
     source = open_source(name)
     assert source.held_out.count == 10_000
     assert (np.bincount(source.held_out.labels.column("class")) > 850).all()
     assert len(source.labels.value_NL) == source.count
-    if name == "digits":
+    if name in ("digits", "mnist-10k"):
         known = {item.read().tobytes() for item in source.items(0)}
         assert not known & {item.read().tobytes() for item in source.held_out.items(0)}
 
