@@ -33,7 +33,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 	@$(PIP) -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
-demo: $(VENV)/.installed-run  ## train on 5,000 digits with two workers, from nothing to report.html
+demo: $(VENV)/.installed-run  ## train on 10,000 digits with two workers, from nothing to report.html
 	@$(BIN)/glann train configs/digits.yaml
 
 study: $(VENV)/.installed-run  ## 12 trials over both stages; the best is registered, promoted and served

@@ -21,6 +21,7 @@ SMALL = (
     "glo.epochs=12",
     "glo.batch_size=40",
     "evaluation.extractor=squeezenet",
+    "sampler.kind=imle",
     "imle.epochs=12",
     "imle.noise_dim=8",
     "checkpoint.every_epochs=1",

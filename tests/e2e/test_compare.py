@@ -26,7 +26,7 @@ COMPARISON = {
         "preview.every_epochs": 100,
     },
     "methods": {
-        "imle": {"sampler.epochs": 3, "sampler.noise_dim": 8},
+        "imle": {"sampler.kind": "imle", "sampler.epochs": 3, "sampler.noise_dim": 8},
         "broken": {"sampler.kind": "coupling", "sampler.lr": 1e30},
         "ot": {"sampler.kind": "ot", "sampler.extension": "none"},
     },

@@ -23,6 +23,7 @@ STUDY = {
         "loss.kind": "l1",
         "glo.epochs": EPOCHS,
         "glo.batch_size": 40,
+        "sampler.kind": "imle",
         "sampler.epochs": 2,
         "sampler.noise_dim": 8,
         "preview.every_epochs": 100,

@@ -29,6 +29,7 @@ STUDY = {
         "loss.kind": "l1",
         "glo.epochs": 9,
         "glo.batch_size": 40,
+        "sampler.kind": "imle",
         "sampler.epochs": 3,
         "sampler.noise_dim": 8,
         "checkpoint.every_epochs": 1,

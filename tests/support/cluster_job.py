@@ -27,6 +27,7 @@ OVERRIDES = (
     f"glo.epochs={GLO_EPOCHS}",
     f"glo.batch_size={BATCH}",
     "evaluation.extractor=squeezenet",
+    "sampler.kind=imle",
     f"imle.epochs={IMLE_EPOCHS}",
     "imle.batch_size=8",
     "imle.hidden_dim=128",  # this and the schedule whatever the recipe says: losses are compared with a tolerance

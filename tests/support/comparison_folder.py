@@ -27,7 +27,7 @@ def make_comparison(studies_dir: Path, **changes: Any) -> Comparison:
         "studies_dir": str(studies_dir),
         "recipe": "digits",
         "methods": {
-            "imle": {},
+            "imle": {"sampler.kind": "imle"},
             "gmm": {"sampler.kind": "gmm"},
             "ot": {"sampler.kind": "ot"},
             "published": {"recipe": "paper-mnist", "loss.network": "squeezenet"},

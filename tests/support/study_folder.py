@@ -33,7 +33,7 @@ def make_study(studies_dir: Path, **changes: Any) -> StudyConfig:
         "name": "digits-study",
         "studies_dir": str(studies_dir),
         "recipe": "digits",
-        "overrides": {"glo.epochs": EPOCHS, "data.max_rows": 1500},
+        "overrides": {"glo.epochs": EPOCHS, "data.max_rows": 1500, "sampler.kind": "imle"},
         "space": SPACE,
         "metric": "fd_squeezenet",
         "search": {"seed": 3},

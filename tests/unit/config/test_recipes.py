@@ -160,7 +160,7 @@ def test_more_workers_share_rows_and_batches():
     four = make_plan(load("digits", ["cluster.workers=4"]))
     assert one.latent_bytes == 4 * four.latent_bytes
     assert one.memory["activations"] == 4 * four.memory["activations"]
-    assert one.costs["glo"].steps == four.costs["glo"].steps == 25 * 40
+    assert one.costs["glo"].steps == four.costs["glo"].steps == 24 * 79
 
 
 def test_time_grows_with_the_rows():

@@ -43,7 +43,7 @@ def test_a_budget_changes_no_image(images: int):
     torch.manual_seed(0)
     config = GeneratorConfig(kind="infogan", latent_dim=4, width=4)
     generator, seen = build_generator(config, 28, 1), []
-    mapping = build_mapping(load("digits").sampler, 4)
+    mapping = build_mapping(load("digits", ["sampler.kind=imle"]).sampler, 4)
     whole = SamplingModel(generator, {"imle": mapping}).sample(7, seed=3)
     budget = images * inference_bytes(generator, (4,))
 

@@ -200,13 +200,13 @@ def test_a_metric_more_is_one_entry_of_the_table_and_costs_no_pass(world, monkey
     assert f"| Toy distance | {values['toy']:.3f} lux |" in write_card(world.config.run_dir).read_text()
 
     study = tmp_path / "study.yaml"
-    base = f"name: s\nrecipe: {find_recipe('digits')}\nspace: {{sampler.noise_dim: {{integer: [8, 16]}}}}\nmetric: "
+    base = f"name: s\nrecipe: {find_recipe('digits')}\nspace: {{sampler.components: {{integer: [8, 16]}}}}\nmetric: "
     study.write_text(f"{base}toy")
     assert load_study(study).minimize is False
     study.write_text(f"{base}fd_toy")
     assert load_study(study).minimize is True
     assert load_study(study).base().evaluation.extractor == "squeezenet"
-    study.write_text("\n".join([base.replace("sampler.noise_dim", "glo.batch_size") + to_key("toy", "gaussian")]))
+    study.write_text("\n".join([base.replace("sampler.components", "glo.batch_size") + to_key("toy", "gaussian")]))
     assert load_study(study).metric == "gaussian/toy"
 
 

@@ -71,6 +71,7 @@ def study_of(space: Space, kind: str) -> StudyConfig:
         {
             "name": "s",
             "recipe": "digits",
+            "overrides": {"sampler.kind": "imle"},
             "metric": "fd_lite0",
             "space": {"sampler.lr": {"uniform": [0, 1]}},
             "search": {"kind": kind, "startup": 2},

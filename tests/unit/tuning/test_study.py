@@ -13,9 +13,11 @@ from glann.tuning.folder import refuse_other_study
 from glann.tuning.load import STUDIES, load_study
 from glann.tuning.study import StudyConfig
 
+IMLE = {"sampler.kind": "imle"}
 GOOD: dict[str, Any] = {
     "name": "small",
     "recipe": "digits",
+    "overrides": IMLE,
     "space": {"glo.latent_lr": {"log_uniform": [0.003, 0.1]}, "sampler.noise_dim": {"integer": [8, 32]}},
     "metric": "fd_squeezenet",
 }
@@ -206,8 +208,8 @@ def test_what_is_no_property_of_a_model_is_not_searched(tmp_path: Path, key: str
 
 
 def test_a_trial_that_would_train_something_else_is_refused(tmp_path: Path):
-    """The recipe keeps batch statistics, under which batches of one row have no gradient."""
-    study = load_study(written(tmp_path, {"recipe": "digits"}))
+    """Under batch statistics, batches of one row have no gradient."""
+    study = load_study(written(tmp_path, {"overrides": IMLE | {"sampler.statistics": "batch"}}))
     with pytest.raises(UserError, match=r"sampler\.batch_size=1 with sampler\.statistics=batch"):
         study.trial(1, {"sampler.batch_size": 1})
 
@@ -340,8 +342,8 @@ def test_a_study_that_is_not_there_is_told_with_those_that_are(tmp_path: Path):
 
 
 def test_a_trial_is_what_glann_train_makes_of_the_same_values(tmp_path: Path):
-    study = load_study(written(tmp_path, {"overrides": {"cluster.workers": 2, "glo.epochs": 4}}))
-    shared = ["cluster.workers=2", "glo.epochs=4", "evaluation.extractor=squeezenet"]
+    study = load_study(written(tmp_path, {"overrides": {"cluster.workers": 2, "glo.epochs": 4} | IMLE}))
+    shared = ["cluster.workers=2", "glo.epochs=4", "sampler.kind=imle", "evaluation.extractor=squeezenet"]
     assert study.base() == load("digits", [*shared, "name=small", "runs_dir=studies"])
     named = ["name=small-0007", "runs_dir=studies/small/trials"]
     trial = study.trial(7, {"glo.latent_lr": 0.02, "sampler.noise_dim": 9})
@@ -367,7 +369,7 @@ def test_a_metric_with_the_suffix_of_old_is_the_one_of_today(tmp_path: Path):
 
 def test_a_recipe_file_is_taken_as_it_is(tmp_path: Path):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(load("digits", ["seed=5"]).to_yaml())
+    recipe.write_text(load("digits", ["seed=5", "sampler.kind=imle"]).to_yaml())
     study = load_study(written(tmp_path, {"recipe": str(recipe)}))
     assert study.base() == load(recipe, ["name=small", "runs_dir=studies", "evaluation.extractor=squeezenet"])
 
@@ -406,7 +408,7 @@ def test_a_folder_takes_its_own_study_with_any_budget(begun: StudyConfig):
     [
         ({"metric": "l1"}, "metric is 'fd_squeezenet' there and 'l1' here"),
         ({"space": SECOND["space"]}, "space is "),
-        ({"overrides": {"glo.epochs": 3}}, "overrides is {} there and {'glo.epochs': 3} here"),
+        ({"overrides": {"glo.epochs": 3} | IMLE}, "overrides is {'sampler.kind': 'imle'} there and {'glo.epochs': 3, "),
         ({"search": {"seed": 1}}, "search is "),
         ({"scheduler": {"grace": 2}}, "scheduler is "),
     ],

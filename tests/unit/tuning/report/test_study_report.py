@@ -50,7 +50,7 @@ def test_the_page_tells_what_was_searched_and_what_it_found(study):
         "PED-ANOVA: how much the distribution of a key differs between the best 3 and all 6 finished trials",
         "only indicative",
         "log_uniform:",
-        "latent_lr: 0.03",
+        "latent_lr: 0.1",
     ):
         assert part in page, part
     assert page.count("<svg") == 3
@@ -78,7 +78,8 @@ def test_nothing_hostile_or_secret_gets_out(tmp_path):
             "sampler.noise_dim": {"choice": [8, evil, "$x^{"]},
             "sampler.statistics": {"choice": ["noise", "batch"]},
         },
-        overrides={"data.url": "s3://me:hunter2@bucket/digits", "tracking.uri": "https://me:hunter2@server"},
+        overrides={"data.url": "s3://me:hunter2@bucket/digits", "tracking.uri": "https://me:hunter2@server"}
+        | {"sampler.kind": "imle"},
     )
     open_ledger = Ledger(study.folder)
     open_ledger.end(open_ledger.start({}), state="finished", value=0.5)
@@ -217,18 +218,18 @@ def test_the_table_beside_the_page_has_every_value_in_full(study):
         if trial.number:
             assert row["glo.latent_lr"] == repr(trial.params["glo.latent_lr"])
             assert row["glo.schedule.floor"] == str(trial.params.get("glo.schedule.floor", ""))
-    assert rows["digits-study-0000"]["glo.latent_lr"] == "0.03"  # the recipe's
+    assert rows["digits-study-0000"]["glo.latent_lr"] == "0.1"  # the recipe's
 
 
 def test_the_recipe_has_values_for_the_keys_that_apply_to_it(study):
     assert recipe_params(study) == {
-        "glo.latent_lr": 0.03,
+        "glo.latent_lr": 0.1,
         "glo.schedule.kind": "cosine",
         "glo.schedule.floor": 0.02,
-        "sampler.noise_dim": 16,
-        "sampler.statistics": "batch",
+        "sampler.noise_dim": 32,
+        "sampler.statistics": "noise",
     }
-    constant = study.model_copy(update={"overrides": {"glo.schedule.kind": "constant"}})
+    constant = study.model_copy(update={"overrides": {"glo.schedule.kind": "constant", "sampler.kind": "imle"}})
     assert "glo.schedule.floor" not in recipe_params(constant)
 
 
