@@ -80,7 +80,7 @@ def pack(
     """Pack images into webdataset shards with an index. The same command resumes after an interruption.
 
     \b
-    glann data pack digits data/digits-28 --resolution 28 --channels 1
+    glann data pack mnist-10k data/mnist-10k --resolution 28 --channels 1
     glann data pack ~/CelebA-HQ s3://bucket/celebahq-1024 --resolution 1024 --workers 16 --holdout 0.1
     glann data pack img_align_celeba data/celeba-64 --resolution 64 --crop 160 --labels list_attr_celeba.txt
     """

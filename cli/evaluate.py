@@ -45,7 +45,7 @@ def evaluate(
     \b
     glann evaluate runs/digits --extractor lite0-96 --samples 5000 --metrics kid --metrics codes
     glann evaluate runs/digits --data data/other-28 --pairs pairs.png
-    glann evaluate models:/digits@champion --data data/digits-28
+    glann evaluate models:/digits@champion --data data/mnist-10k
 
     `gaussian/...` is the same metric for codes drawn from a Gaussian, without stage 2; `reconstruction/...` for
     reconstructions. `...:held-out` is against held-out images: those of the data set or of `evaluation.data`, or with
