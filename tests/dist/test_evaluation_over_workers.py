@@ -19,6 +19,7 @@ from glann.models.comm import rank, world_size
 from glann.models.generators import build_generator
 from glann.models.mapping import build_mapping
 from glann.trainers.run.evaluation import drawn_from, gaussian_of, model_of
+from glann.trainers.run.measuring import Interim
 from torch import nn
 
 ROWS, HELD_OUT, DIM = 101, 47, 5
