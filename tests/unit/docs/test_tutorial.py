@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from glann.config.run import load
 from glann.trainers.plan.estimate import make_plan
+from glann.tuning.load import load_study
 from rich.console import Console
 
 PAGE = (Path(__file__).parents[3] / "docs" / "tutorial-celebahq.md").read_text(encoding="utf-8")
@@ -32,6 +33,13 @@ def test_the_table_of_costs_is_that_of_the_plan(plan):
         assert float(row["hours"]) == round(estimate.hours, 1)
         if row["price"].startswith("$"):
             assert row["cost"] == f"${float(row['gpu_hours']) * float(row['price'][1:]):.0f}"
+
+
+def test_the_study_that_is_shown_can_be_started(tmp_path: Path):
+    [text] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "faces-rates.yaml").write_text(text)
+    study = load_study(tmp_path / "faces-rates.yaml", overrides=["data.url=s3://BUCKET/celebahq-1024"])
+    assert study.name in PAGE.split("glann submit ")[2].split("\n")[0]
 
 
 def test_the_lines_of_the_plan_are_its_own(plan):
