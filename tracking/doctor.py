@@ -1,4 +1,4 @@
-"""The check of `glann doctor` of the tracking server or database."""
+"""The checks of `glann doctor` of the tracking server or database, and of TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from ..cluster.doctor.check import Check
 from ..config.run import Config
 from ..errors import redact
 from .address import address_fault, default_uri, read_only_fault, schema_fault, sqlite_path
+from .tensorboard import is_installed
 
 NAME = "mlflow server"
 
 
 def tracking(config: Config) -> Iterator[Check]:
-    """Check that the MLflow server answers and requires a login, or that its database can be used. Changes nothing."""
+    """Check that the MLflow server answers and requires a login, or that its database can be used. Changes nothing.
+
+    Where TensorBoard's files are asked for, also whether their package is there.
+    """
+    if config.tracking.tensorboard:
+        there = is_installed()
+        yield Check("tensorboard", there, "installed" if there else "not installed", "pip install tensorboard")
     uri = default_uri(config.tracking.uri)
     what, remedy = address_fault(uri) if config.tracking.enabled else ("", "")
     path = sqlite_path(uri)

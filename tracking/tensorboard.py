@@ -14,13 +14,18 @@ FOLDER = "tensorboard"
 FLUSH_S = 30
 
 
+def is_installed() -> bool:
+    """Whether the package that writes the files is there."""
+    return find_spec("tensorboard") is not None
+
+
 def require_tensorboard() -> None:
     """Refuse `tracking.tensorboard` without the package that writes the files.
 
     Raises:
         UserError: it is not installed here.
     """
-    if find_spec("tensorboard") is None:
+    if not is_installed():
         raise UserError(
             "tracking.tensorboard=true needs the package tensorboard where the driver runs: `pip install tensorboard`, "
             "or set tracking.tensorboard=false"

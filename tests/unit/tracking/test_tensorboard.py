@@ -11,6 +11,7 @@ from glann.config.run import load
 from glann.errors import UserError
 from glann.reports import pictures
 from glann.tracking import tensorboard
+from glann.tracking.doctor import tracking
 from glann.tracking.runs import TrackedRun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -76,3 +77,10 @@ def test_a_missing_package_is_refused_in_one_line(tmp_path: Path, monkeypatch: p
     ) as caught:
         TrackedRun.open(chosen, chosen.run_dir)
     assert "\n" not in str(caught.value)
+    first = next(tracking(chosen))
+    assert (first.name, first.ok, first.remedy) == ("tensorboard", False, "pip install tensorboard"), (
+        "by glann doctor too"
+    )
+    monkeypatch.undo()
+    assert next(tracking(chosen)).ok
+    assert next(tracking(config(tmp_path))).name != "tensorboard", "nobody asked for it"
