@@ -63,6 +63,19 @@ def test_mlflow_serves_the_head_alone_and_keeps_its_data_in_s3(cluster: dict):
     assert "glann-mlflow/" in cluster["rsync_exclude"], "a working file of this machine is not copied to the nodes"
 
 
+@pytest.mark.parametrize(("log", "shown"), [("error: no bucket can be called BUCKET\n", True), ("", False)])
+def test_ray_up_ends_when_mlflow_answers_and_shows_why_it_does_not(
+    cluster: dict, tmp_path: Path, log: str, shown: bool
+):
+    wait = cluster["head_start_ray_commands"][-1]
+    (tmp_path / "mlflow.log").write_text(log)
+    (tmp_path / "curl").write_text(f"#!/bin/sh\nexit {int(shown)}\n")
+    (tmp_path / "curl").chmod(0o755)
+    env = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", wait], env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, log), "a cluster without MLflow still starts"
+
+
 def test_a_new_mlflow_waits_for_the_old_one_to_save(cluster: dict):
     """And neither pattern matches the shell that starts it."""
     [serve] = [line for line in cluster["head_start_ray_commands"] if "glann mlflow" in line]
