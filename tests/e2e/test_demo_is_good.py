@@ -26,8 +26,9 @@ def samples(glann):
 
 @pytest.fixture(scope="module")
 def digits():
-    held = np.load(assets.fetch("digits"))
-    return held["images"], held["labels"]
+    """Half of the training digits: as many as are compared with them that training has not seen."""
+    known = np.load(assets.fetch("mnist-10k"))
+    return known["images"][:5000], known["labels"][:5000]
 
 
 def nearest_distances(a_NP: np.ndarray, b_MP: np.ndarray, same: bool = False) -> np.ndarray:
@@ -38,12 +39,12 @@ def nearest_distances(a_NP: np.ndarray, b_MP: np.ndarray, same: bool = False) ->
     return np.sqrt(np.maximum(square_NM.min(1), 0))
 
 
-def test_four_in_five_samples_are_clear_digits_and_no_digit_is_rare(samples, digits):
+def test_nine_in_ten_samples_are_clear_digits_and_no_digit_is_rare(samples, digits):
     judge, accuracy = train_judge(*digits, seed=0)
     assert accuracy > 0.95, "the judge itself is no good"
     clear, share_10 = judge_samples(judge, samples)
     print(f"clear digits {clear:.1%}; share of each digit {np.round(share_10, 3)}; judge {accuracy:.1%}")
-    assert clear >= 0.80
+    assert clear >= 0.87, "0.90 is the aim, and 0.01 its deviation for 1,000 samples"
     assert share_10.min() >= 0.03
 
 
