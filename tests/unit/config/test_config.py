@@ -85,8 +85,14 @@ def test_what_cannot_be_is_refused_and_named(override: str, expected: str):
         (["glo.batch_size=1", "cluster.workers=1"], "use at least 2, or set generator.batch_norm=false"),
         (["cluster.workers={min: 3, max: 2}"], "min must not be larger"),
         (["engine.kind=torch"], "set cluster.workers=1 and engine.zero=0"),
-        (["sampler.kind=imle", "sampler.batch_size=1", "sampler.statistics=batch"], "use at least 3, or set sampler.statistics=noise"),
-        (["sampler.kind=imle", "imle.batch_size=2", "imle.statistics=batch"], "use at least 3, or set sampler.statistics=noise"),
+        (
+            ["sampler.kind=imle", "sampler.batch_size=1", "sampler.statistics=batch"],
+            "use at least 3, or set sampler.statistics=noise",
+        ),
+        (
+            ["sampler.kind=imle", "imle.batch_size=2", "imle.statistics=batch"],
+            "use at least 3, or set sampler.statistics=noise",
+        ),
         (["sampler.kind=gmm", "sampler.noise_dim=8"], "sampler.noise_dim is no key of sampler.kind=gmm"),
         (["loss.patch=64"], "loss.patch=64 is larger than data.resolution=28"),
     ],

@@ -34,7 +34,10 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 CLASSES = ("Config", "State", "Section", "NoneType", "BaseModel", "pydantic", "Traceback")
 OTHERS: list[tuple[dict[str, Any], str]] = [
-    ({"overrides": {"glo.epochs": 5, "data.max_rows": 1500, "sampler.kind": "imle"}}, "of trial 0, glo.epochs is 12 there and 5 here"),
+    (
+        {"overrides": {"glo.epochs": 5, "data.max_rows": 1500, "sampler.kind": "imle"}},
+        "of trial 0, glo.epochs is 12 there and 5 here",
+    ),
     ({"metric": "l1"}, "the value of trial 0 is not its l1"),
     ({"space": {"glo.latent_lr": {"log_uniform": [0.005, 0.1]}}}, "which this space does not"),
     ({"space": {"glo.latent_lr": {"log_uniform": [1e-9, 1e-8]}}}, "which this space does not"),

@@ -107,7 +107,11 @@ def test_stage_one_counts_once_where_all_share_it(tmp_path: Path):
     ("grace", "reduction", "epochs"), [(1, 3, 9), (1, 3, 10), (2, 2, 20), (3, 4, 100), (5, 3, 12), (12, 3, 12)]
 )
 def test_the_share_that_runs_is_what_halving_leaves(tmp_path: Path, grace: int, reduction: int, epochs: int):
-    study = make_study(tmp_path, overrides={"glo.epochs": epochs, "sampler.kind": "imle"}, scheduler={"grace": grace, "reduction": reduction})
+    study = make_study(
+        tmp_path,
+        overrides={"glo.epochs": epochs, "sampler.kind": "imle"},
+        scheduler={"grace": grace, "reduction": reduction},
+    )
     running, spent, rung = 1.0, 0.0, grace
     for epoch in range(1, epochs + 1):
         spent += running

@@ -322,7 +322,8 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
 
 @pytest.mark.network
 @pytest.mark.parametrize(
-    ("name", "rows"), [("digits", 5000), ("fashion-mnist", 60_000), ("mnist", 60_000), ("mnist-10k", 10_000), ("mnist-test", 10_000)]
+    ("name", "rows"),
+    [("digits", 5000), ("fashion-mnist", 60_000), ("mnist", 60_000), ("mnist-10k", 10_000), ("mnist-test", 10_000)],
 )
 def test_image_sets_come_from_their_registries(name, rows):
     with np.load(fetch(name)) as data:
