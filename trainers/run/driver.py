@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
 
 from ...cluster.checkpoints import retention
-from ...cluster.checkpoints.layout import survey
+from ...cluster.checkpoints.best import Best, named_best
+from ...cluster.checkpoints.layout import DamagedCheckpoint, survey
 from ...cluster.checkpoints.lease import HeldLease, hold, require
 from ...cluster.latent_rates import latent_lr
 from ...cluster.nodes.ray import ray_cluster, require_ray
@@ -19,6 +21,7 @@ from ...errors import EnvironmentFault, GlannError
 from ...metrics.features.extractor import build_extractor
 from ...metrics.spec import best_metric
 from ...reports.run_folder import JOURNAL
+from ...storage.base import Store
 from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import DataInput, TrackedRun
@@ -91,7 +94,7 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
             ):
                 opened = True
                 remaining = Remaining(config, Work.of(config, index, rows))
-                telemetry = Telemetry(config, remaining, tracked.address)
+                telemetry = Telemetry(config, remaining, tracked.address, best=known_best(store))
                 with status_file(config, telemetry) as status:
                     run(config, index, tracked, console, lease, mirror, hooks, telemetry, status)
         finally:
@@ -102,6 +105,13 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
             remove_folder(config)
         raise
     return finish.summary_of(config)
+
+
+def known_best(store: Store) -> Best | None:
+    """The best checkpoint of earlier starts; None also where best.json is damaged, which the workers report."""
+    with suppress(DamagedCheckpoint):
+        return named_best(store)
+    return None
 
 
 def remove_folder(config: Config) -> None:

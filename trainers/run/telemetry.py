@@ -31,6 +31,7 @@ class Telemetry:
 
     Args:
         mlflow: address of the run's page, or of the tracking server.
+        best: the best checkpoint of earlier starts.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Telemetry:
         remaining: Remaining,
         mlflow: str | None = None,
         clock: Callable[[], float] = time.time,
+        best: Best | None = None,
     ) -> None:
         self.stages, self.remaining, self.clock = stage_infos(config), remaining, clock
         self.evaluated: dict[int, tuple[int, int]] = {}  # images and their total by rank
@@ -46,6 +48,7 @@ class Telemetry:
         self.lock = threading.Lock()
         now, host = clock(), socket.gethostname()
         self.current = Status(name=config.name, host=host, began=now, updated=now, stage=STARTING, mlflow=mlflow)
+        self.update(best=score_of(best))
 
     def status(self) -> Status:
         """The present status."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from glann.cluster.checkpoints.best import Best
 from glann.config.run import load
 from glann.errors import EnvironmentFault, UserError
-from glann.reports.status import DeviceUse
+from glann.reports.status import DeviceUse, scores_in_words
 from glann.trainers.plan.evaluation import EvaluationCost
 from glann.trainers.plan.remaining import Remaining, Work
 from glann.trainers.run import events
@@ -159,3 +160,14 @@ def test_a_stop_is_not_forgotten_when_workers_start_meanwhile():
     run.telemetry(events.Stopping())
     run.telemetry(events.Training(2, None))
     assert run.telemetry.status().state == "stopping"
+
+
+def test_the_last_score_and_the_best_are_shown_and_the_best_outlives_a_restart():
+    held = {"metric": "fd_squeezenet", "better": "lower", "sampler": "gaussian", "samples": 100, "stage": "glo"}
+    best, last = (Best(step=step, value=value, epoch=step, **held) for step, value in ((4, 1.5), (8, 2.5)))
+    run = Run()
+    assert scores_in_words(run.telemetry.status()) == ""
+    run.telemetry(events.Measured("glo", 8, 8, {}, last, best, 1.0))
+    assert scores_in_words(run.telemetry.status()) == "fd_squeezenet 2.5, best 1.5 at step 4"
+    again = Telemetry(CONFIG, run.remaining, best=best)
+    assert scores_in_words(again.status()) == "best fd_squeezenet 1.5 at step 4"
