@@ -18,7 +18,7 @@ from glann.trainers.run.telemetry import Telemetry
 PER_IMAGE = 1e10
 # 10 epochs of 100 images; a second stage of half of that; an evaluation that computes a tenth and reads nothing
 WORK = Work({"glo": 1e13, "imle": 5e12}, PER_IMAGE, EvaluationCost(300, 0, 1e12, 10, 0))
-CONFIG = load("digits", ["glo.epochs=10", "sampler.epochs=5", "cluster.workers=2"])
+CONFIG = load("digits", ["glo.epochs=10", "sampler.kind=imle", "sampler.epochs=5", "cluster.workers=2"])
 
 
 class Run:
