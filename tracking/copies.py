@@ -219,9 +219,18 @@ class Keeper:
         self.copies, self.saved_version = kept, version
 
     def close(self) -> None:
-        """Save what has changed since the last copy."""
+        """Save what has changed since the last copy.
+
+        Raises:
+            EnvironmentFault: the store fails; the working file has all of it.
+        """
         try:
             if self.version() != self.saved_version:
                 self.save()
+        except EnvironmentFault as error:
+            raise EnvironmentFault(
+                f"the MLflow database could not be saved at the end ({error}); {self.path} has all of it: serve it "
+                "again on this machine"
+            ) from error
         finally:
             self.base.close()

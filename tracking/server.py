@@ -88,9 +88,8 @@ def serve(server: Server, say: Callable[[str], None]) -> None:
             prepare(path)
             keeper = Keeper(store, path, lambda: require(store, lease.ticket), say)
             try:
-                with running(server, f"sqlite:///{path.absolute()}") as process:
+                with contextlib.closing(keeper), running(server, f"sqlite:///{path.absolute()}") as process:
                     wait(server, process, stop, say, keeper.save_if_due)
-                keeper.close()
             except RunTaken as error:
                 raise UserError(f"another server has taken over {store.url}; this one has ended") from error
 

@@ -236,6 +236,31 @@ def test_a_server_that_was_taken_over_writes_nothing(store, tmp_path: Path, monk
     assert [copy.number for copy in read_copies(store)] == [1]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_crashed_server_wrote_last_is_saved_or_said_to_be_here(tmp_path: Path, monkeypatch, fails: bool):
+    """The end of MLflow's process is not the end of its database."""
+    path = tmp_path / "here" / "mlflow.db"
+
+    def crashes(*_):
+        write(path, "last")
+        if fails:
+            monkeypatch.setattr(Keeper, "save", lambda self: raise_fault())
+        raise EnvironmentFault("the MLflow server ended with status 1; its log is above")
+
+    def raise_fault():
+        raise EnvironmentFault("S3 does not answer")
+
+    monkeypatch.setattr(server, "prepare", lambda path: write(path, "first"))
+    monkeypatch.setattr(server, "running", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(server, "wait", crashes)
+    told = rf"not be saved at the end \(S3 does not answer\); {path} has all of it" if fails else "ended with status 1"
+    with pytest.raises(EnvironmentFault, match=told):
+        server.serve(server.Server(str(tmp_path / "bucket"), tmp_path / "here"), print)
+    if not fails:
+        bring(open_store(str(tmp_path / "bucket")), tmp_path / "other" / "mlflow.db")
+        assert rows(tmp_path / "other" / "mlflow.db") == ["first", "last"]
+
+
 def test_two_servers_on_one_store_are_refused(store, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("glann.cluster.checkpoints.lease.RENEW_S", 0.2)
     monkeypatch.setattr("glann.cluster.checkpoints.lease.PATIENCE_S", 3.0)
