@@ -54,10 +54,10 @@ class RunLog:
         self.samples: dict[int, list[dict[str, float]]] = {}  # by rank
         self.sampled_at: dict[int, float] = {}
         self.previews = Assembly()
-        self.bar, self.held = StatusBar(console), ExitStack()
+        self.bar, self.draws, self.held = StatusBar(console), draws_bars(console), ExitStack()
 
     def __enter__(self) -> Self:
-        if draws_bars(self.console):
+        if self.draws:
             self.held.enter_context(self.bar)
         else:
             self.held.enter_context(repeated(self.print_now_and_then, 1.0, "log-lines"))
@@ -103,7 +103,8 @@ class RunLog:
                 pass
             case _:
                 self.on_trouble(event)
-        self.bar.show(self.telemetry.status())
+        if self.draws:
+            self.bar.show(self.telemetry.status())
 
     # Progress --------------------------------------------------------------------------------
 

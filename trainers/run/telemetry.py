@@ -54,7 +54,8 @@ class Telemetry:
         """The present status."""
         with self.lock:
             left_s = None if self.current.ended else self.remaining.seconds()
-            return self.current.model_copy(update={"updated": self.clock(), "left_s": left_s})
+            devices = tuple(self.devices[rank] for rank in sorted(self.devices))
+            return self.current.model_copy(update={"updated": self.clock(), "left_s": left_s, "devices": devices})
 
     def __call__(self, event: Event) -> None:
         """Take an event into account."""
@@ -69,7 +70,6 @@ class Telemetry:
                 case events.DeviceSampled():
                     self.remaining.device = event.use.device
                     self.devices[event.use.rank] = event.use
-                    self.update(devices=tuple(self.devices[rank] for rank in sorted(self.devices)))
                 case events.CheckpointSaved():
                     self.update(checkpoint_step=event.step, checkpoint_at=self.clock())
                 case events.Measured():
@@ -132,12 +132,13 @@ class Telemetry:
         self.remaining.restart(workers or self.remaining.workers)
         self.evaluated, self.devices = {}, {}
         kept = self.current.state if self.current.state == "stopping" else state
-        self.update(**NO_NUMBERS, state=kept, stage=stage, message=message, workers=workers or None, devices=())
+        self.update(**NO_NUMBERS, state=kept, stage=stage, message=message, workers=workers or None)
 
     def end(self, error: BaseException | None) -> None:
         """The run has ended, by an error or not."""
         with self.lock:
-            self.update(**ending(error), left_s=None, devices=())
+            self.devices = {}
+            self.update(**ending(error), left_s=None)
 
 
 def ending(error: BaseException | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Log:
         self.tracked: list[tuple[dict, int]] = []
         tracked = SimpleNamespace(log_metrics=lambda numbers, step: self.tracked.append((numbers, step)))
         tracked.journal = SimpleNamespace(append=lambda entry: None)
-        config = load("digits", [f"glo.epochs={epochs}"])
+        config = load("digits", ["sampler.kind=imle", f"glo.epochs={epochs}"])
         self.telemetry = Telemetry(config, Remaining(config, WORK))
         self.log = RunLog(config, tracked, console, self.telemetry)  # type: ignore[arg-type]
 

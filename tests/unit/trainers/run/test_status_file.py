@@ -23,7 +23,7 @@ WORK = Work({"glo": 1e6, "imle": 5e5}, 1000, EvaluationCost(300, 0, 1e5, 10, 0))
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return load("digits", [f"runs_dir={tmp_path}", "name=night"])
+    return load("digits", [f"runs_dir={tmp_path}", "name=night", "sampler.kind=imle"])
 
 
 def telemetry(config: Config) -> Telemetry:
