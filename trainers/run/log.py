@@ -141,8 +141,8 @@ class RunLog:
         self.print(f"{numbered(self.stages, event.stage)}  epoch {event.epoch}  {shown}")
         if event.found is None:
             self.print("[yellow]not finite[/]: this checkpoint cannot be the best")
-        elif event.best is not None:
-            self.print(f"best checkpoint: {escape(str(event.best))}")
+        elif event.best == event.found:
+            self.print(f"the best checkpoint so far: {escape(str(event.best))}")
 
     def on_evaluating(self) -> None:
         """Print a line for every tenth."""

@@ -6,13 +6,14 @@ import io
 from types import SimpleNamespace
 
 import pytest
+from glann.cluster.checkpoints.best import Best
 from glann.config.run import load
 from glann.reports import status_bar
 from glann.reports.status import DeviceUse
 from glann.trainers.plan.evaluation import EvaluationCost
 from glann.trainers.plan.remaining import Remaining, Work
 from glann.trainers.run import log
-from glann.trainers.run.events import DeviceSampled, EpochDone, Evaluating, Progress, StepsDone, Training
+from glann.trainers.run.events import DeviceSampled, EpochDone, Evaluating, Measured, Progress, StepsDone, Training
 from glann.trainers.run.log import RunLog
 from glann.trainers.run.state import Position
 from glann.trainers.run.telemetry import Telemetry
@@ -128,3 +129,24 @@ def test_a_terminal_gets_a_bar_with_all_that_is_known():
 def test_a_notebook_gets_a_bar_if_it_can_draw_one(monkeypatch: pytest.MonkeyPatch, widgets: bool):
     monkeypatch.setattr(status_bar, "find_spec", lambda name: object() if widgets else None)
     assert status_bar.draws_bars(Console(file=io.StringIO(), force_jupyter=True)) == widgets
+
+
+def test_what_a_checkpoint_measured_has_a_line_and_an_entry_beside_that_of_its_epoch():
+    """An entry of the same stage and step would take the place of the epoch's."""
+    held = {"metric": "fd_squeezenet", "better": "lower", "sampler": "gaussian", "samples": 100, "stage": "glo"}
+    log = Log(Console(file=io.StringIO()))
+    best, worse = (Best(step=step, value=value, epoch=step, **held) for step, value in ((1, 1.5), (2, 2.5)))
+    for found in (best, worse):
+        log(Measured("glo", found.epoch, found.step, {"gaussian/fd_squeezenet": found.value}, found, best, 0.5))
+    log(Measured("glo", 3, 3, {"gaussian/fd_squeezenet": float("nan")}, None, best, 0.5))
+    lines = [
+        "stage 1 (GLO)  epoch 1  gaussian/fd_squeezenet 1.5",
+        "the best checkpoint so far: step-000001, fd_squeezenet 1.5 after epoch 1 of glo",
+        "stage 1 (GLO)  epoch 2  gaussian/fd_squeezenet 2.5",
+        "stage 1 (GLO)  epoch 3  gaussian/fd_squeezenet nan",
+        "[yellow]not finite[/]: this checkpoint cannot be the best",
+    ]
+    assert log.lines == lines
+    entry, step = log.tracked[1]
+    assert (entry["stage"], entry["gaussian/fd_squeezenet"], entry["best_step"], step) == ("glo/measured", 2.5, 1, 2)
+    assert log.log.timings()["measuring_s"] == 1.5
