@@ -6,8 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
+
+import pytest
 
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 TEST = """
@@ -22,6 +25,15 @@ def test_it():
     with log.open("a") as file:
         file.write(f"{name} {{worker}} {{started}} {{time.monotonic()}} {{threads}}\\n")
 """
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig: pytest.Config):
+    """pytest leaves out some names by default, `dist` among them, unless they are given on the command line."""
+    root = CONFTEST.parent
+    folders = {part for file in root.rglob("test_*.py") for part in file.relative_to(root).parts[:-1]}
+    assert folders >= {"dist", "e2e", "unit"}
+    left_out = pytestconfig.getini("norecursedirs")
+    assert [folder for folder in folders if any(fnmatch(folder, pattern) for pattern in left_out)] == []
 
 
 def test_tests_that_fill_the_machine_run_one_after_the_other_beside_the_rest(tmp_path: Path):
