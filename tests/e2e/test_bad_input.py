@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 SMALL = (
-    *("loss.kind=l1", "generator.width=16", "glo.epochs=1", "imle.epochs=1"),
+    *("loss.kind=l1", "generator.width=16", "glo.epochs=1", "sampler.kind=imle", "imle.epochs=1"),
     *("evaluation.extractor=squeezenet", "tracking.enabled=false"),
 )
 
