@@ -20,7 +20,7 @@ import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -45,13 +45,22 @@ class Cluster:
         label: tells apart clusters of one process.
         workers: which of the workers to start; the others can be started later.
         head_cpus: CPUs of the head's node; 0 keeps training off it.
+        mlflow: serve MLflow by `glann mlflow` out of this store, as clusters do; empty: by `mlflow server` on a disk.
+        memory: hosts whose memory is measured, with its limit in bytes or None.
     """
 
     def __init__(
-        self, label: str = "", *, workers: tuple[str, ...] = WORKERS, head_cpus: int = 0, dashboard: bool = False
+        self,
+        label: str = "",
+        *,
+        workers: tuple[str, ...] = WORKERS,
+        head_cpus: int = 0,
+        dashboard: bool = False,
+        mlflow: str = "",
+        memory: Mapping[str, int | None] | None = None,
     ) -> None:
         self.net = Network(label)
-        self.dashboard, self.head_cpus = dashboard, head_cpus
+        self.dashboard, self.head_cpus, self.mlflow_store = dashboard, head_cpus, mlflow
         self.token = secrets.token_hex(32)
         self.logs = self.net.folder / "logs"
         self.logs.mkdir()
@@ -60,12 +69,16 @@ class Cluster:
                 self.net.add(host, number)
             self.net.add(S3, 20)
             self.net.add(MLFLOW, 30)
+            for host, limit in (memory or {}).items():
+                self.net.measure(host, limit)
             self.env = self._environment()
             # SeaweedFS names its sockets in /tmp, which all networks share, by its ports.
             self.s3_ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
             upstream = (self.net.addresses[S3], self.s3_ports["s3.port"])
             self.proxy = FaultyProxy((self.net.addresses[S3], PROXY_PORT), upstream)
             self.start_s3()
+            if mlflow:
+                self.wait_for_s3()
             self.start_mlflow()
             self._start_nodes([HEAD])
             self._start_nodes(workers)
@@ -269,6 +282,10 @@ class Cluster:
 
     def start_mlflow(self) -> None:
         """A tracking server on sqlite."""
+        if self.mlflow_store:
+            where = ("--host", self.net.addresses[MLFLOW], "--port", str(MLFLOW_PORT), "--allowed-hosts", "*")
+            self.glann("mlflow", self.mlflow_store, *where, log=self.logs / "mlflow.log", node=MLFLOW)
+            return
         # Any Host header: the server's guard against browsers' tricks knows localhost only.
         words = ["server", "--host", self.net.addresses[MLFLOW], "--port", str(MLFLOW_PORT), "--workers", "1"]
         words += ["--backend-store-uri", f"sqlite:///{self.net.home}/mlflow.db", "--allowed-hosts", "*"]

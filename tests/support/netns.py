@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cgroups import MemoryGroup
+
 FORWARDER = Path(__file__).with_name("cluster_forwarder.py")
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -80,6 +82,7 @@ class Network:
         self._resolver = self.folder / "resolv.conf"
         self._resolver.write_text("nameserver 127.0.0.1\n")
         self.addresses: dict[str, str] = {}
+        self.groups: dict[str, MemoryGroup] = {}  # of hosts whose memory is measured, or limited
         self._forwarders: dict[str, subprocess.Popen[bytes]] = {}
         self._bridge = self._namespace("bridge")
         try:
@@ -105,6 +108,9 @@ class Network:
         _end_namespace(self._bridge)
         for host in self.addresses:
             _end_namespace(self._namespace(host))
+        for group in self.groups.values():
+            group.close()
+        self.groups.clear()
         self.addresses.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -131,7 +137,15 @@ class Network:
         """The command line that runs `words` on the host."""
         enter = 'mount --bind "$1" /etc/resolv.conf && mount --bind "$2" "$3" && cd "$3" && shift 3 && exec "$@"'
         own = [str(self._resolver), str(self.disk(host)), str(self.home)]
-        return ["ip", "netns", "exec", self._namespace(host), "sh", "-c", enter, "sh", *own, *words]
+        inside = ["ip", "netns", "exec", self._namespace(host), "sh", "-c", enter, "sh", *own, *words]
+        if (group := self.groups.get(host)) is None:
+            return inside
+        return ["sh", "-c", 'echo 0 > "$1" && shift && exec "$@"', "sh", str(group.processes), *inside]
+
+    def measure(self, host: str, limit: int | None = None) -> MemoryGroup:
+        """Put processes that are started on the host from now on into a control group, which may limit their memory."""
+        self.groups[host] = MemoryGroup(f"{self.id}-{host}", limit)
+        return self.groups[host]
 
     def start(self, host: str, *words: str, env: Mapping[str, str], **options: Any) -> subprocess.Popen[Any]:
         """Start a process on the host, in the host's own `home`."""
