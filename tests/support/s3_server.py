@@ -54,7 +54,8 @@ def serves(client: Any, bucket: str) -> bool:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        with contextlib.suppress(client.exceptions.BucketAlreadyExists):  # made by the last try
+        known = client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou
+        with contextlib.suppress(*known):  # made by the last try
             client.create_bucket(Bucket=bucket)
         client.put_object(Bucket=bucket, Key="probe", Body=bytes(4096))  # volumes come up last
         client.get_object(Bucket=bucket, Key="probe")["Body"].read()
