@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from cgroups import GIB, Peaks
 from cgroups import why_not as no_groups
 from cluster_nodes import BUCKET, HEAD, MLFLOW, WORKERS, Cluster
@@ -29,7 +30,8 @@ pytestmark = [pytest.mark.netns, pytest.mark.matrix, pytest.mark.timeout(2400)]
 
 ROOT = Path(__file__).parents[2]
 NAME, DATA, RUNS = "photographs-1024", f"s3://{BUCKET}/photographs-1024", f"s3://{BUCKET}/runs"
-ROWS, GLO_EPOCHS, IMLE_EPOCHS, SAMPLES = 32, 8, 3, 64
+STUDY = "rates-1024"
+ROWS, GLO_EPOCHS, IMLE_EPOCHS, SAMPLES = 32, 8, 3, 100
 CUT = (
     "generator.width=4",
     "generator.max_width=32",
@@ -60,8 +62,8 @@ WORKERS_HERE = WORKERS[:2]
 def head_limit() -> int:
     """Bytes of the head: (16 - 2.5) GiB, by how much less our G takes for an image than the recipe's, and 2.5 GiB.
 
-    0.0625 GiB instead of 0.25 GiB: 2.5 + 13.5 / 4 = 5.875 GiB. Were the 64 samples decoded at once on the head, they
-    would take 4 GiB besides those of Ray and the driver.
+    0.0625 GiB instead of 0.25 GiB: 2.5 + 13.5 / 4 = 5.875 GiB. Were the 100 samples decoded at once on the head, they
+    would take 6.25 GiB besides those of Ray and the driver.
     """
     ours, recipe = (_bytes_of_an_image(load("celebahq-1024", list(cut))) for cut in (CUT, ()))
     return int((WITHOUT_A_MODEL + (KUBERAY_HEAD - WITHOUT_A_MODEL) * ours / recipe) * GIB)
@@ -109,10 +111,15 @@ def wait_for_job(desk: Desk, what, seconds: float = 900) -> None:
     while not what():
         if time.monotonic() - asked > 45:
             asked = time.monotonic()
-            state = desk.glann("jobs", "list", "--runs", RUNS)
-            if "failed" in state or time.monotonic() > deadline:
-                pytest.fail(f"{state}\n{desk.glann('jobs', 'logs', NAME)[-5000:]}")
+            state = desk.glann("jobs", "list")
+            if not ("running" in state or "pending" in state) or time.monotonic() > deadline:
+                pytest.fail(state)
         time.sleep(0.5)
+
+
+def follow(desk: Desk) -> str:
+    """Wait for the end of the job, and what its log said by then. Raises RuntimeError if it failed."""
+    return desk.glann("jobs", "watch", NAME, seconds=900)
 
 
 def lose_everything_but_s3(cluster: Cluster) -> None:
@@ -143,7 +150,7 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     shown = desk.glann("jobs", "status", NAME)
     assert "stage 1 (GLO)  epoch" in shown, shown
     assert cluster.mlflow_url in shown, shown
-    run_id = json.loads((run_folder(cluster) / "tracking.json").read_text())["run_id"]
+    run_id = run_id_of(cluster)
     time.sleep(6)  # MLflow's database is saved within five seconds
 
     lost = time.monotonic()
@@ -152,10 +159,12 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     back = time.monotonic() - lost
     assert f"submitted {NAME}.1" in said, "the new head knows of no former attempt"
     wait_for_job(desk, lambda: in_evaluation(cluster))
-    burnt = cpu_seconds(cluster)
-    wait_for_job(desk, lambda: "finished" in desk.glann("jobs", "status", NAME))
+    busy = cpu_seconds(cluster)
+    follow(desk)
+    assert "finished" in desk.glann("jobs", "status", NAME)
     log = desk.glann("jobs", "logs", NAME)
     assert "resuming from the checkpoint at stage" in log, log[-3000:]
+    assert run_id_of(cluster) == run_id, "another run in MLflow"
 
     addresses = {cluster.net.addresses[node] for node in WORKERS_HERE}
     readers = {
@@ -166,7 +175,7 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
         and ".tar" in request.path
     }
     assert readers <= addresses, "another machine than a worker read images: training and evaluation are theirs"
-    assert set(burnt) == set(WORKERS_HERE), "a worker took no part in the evaluation"
+    assert set(busy) == set(WORKERS_HERE), "a worker took no part in the evaluation"
 
     text = desk.glann("jobs", "fetch", NAME)
     home = desk.folder / "runs" / NAME
@@ -189,6 +198,33 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     print(f"\n{NAME}: {time.monotonic() - began:.0f} s in all; submitted again {back:.0f} s after the loss")
 
 
+def test_a_study_at_1024_px_outlives_its_head(cluster, desk, peaks, tmp_path):
+    """Two trials of the same job, on a worker node each."""
+    if not (desk.folder / "pictures").exists():
+        write_photographs(desk.folder / "pictures", ROWS, tmp_path)
+        desk.glann("data", "pack", "pictures", DATA, "--resolution", str(SIDE))
+    cut = dict(word.split("=") for word in CUT) | {"data.max_rows": "12", "glo.epochs": "4", "sampler.epochs": "1"}
+    cut |= {"evaluation.samples": "8", "cluster.workers": "1"}
+    tree = {"name": STUDY, "recipe": "celebahq-1024", "overrides": {key: yaml.safe_load(cut[key]) for key in cut}}
+    tree |= {"space": {"glo.generator_lr": {"log_uniform": [0.0003, 0.003]}}, "metric": "fd_squeezenet"}
+    tree |= {"search": {"kind": "random"}, "scheduler": {"kind": "none"}, "budget": {"trials": 2}}
+    (desk.folder / "study.yaml").write_text(yaml.safe_dump(tree))
+    keys = [word for key in KEYS for word in ("--env", key)]
+    submit = ("submit", "study.yaml", f"data.url={DATA}", f"checkpoint.url={RUNS}", *keys)
+    assert f"submitted {STUDY}.1" in desk.glann(*submit)
+    wait_for_job(desk, lambda: any(checkpoints(cluster, f"{STUDY}-{number:04d}") for number in range(2)))
+    lose_everything_but_s3(cluster)
+    assert f"submitted {STUDY}.1" in desk.glann(*submit)
+    desk.glann("jobs", "watch", STUDY, seconds=900)
+    log = desk.glann("jobs", "logs", STUDY)
+    assert f"resuming with the copy of the study folder beside {RUNS}/{STUDY}/checkpoints" in log, log[-3000:]
+    desk.glann("jobs", "fetch", STUDY)
+    home = desk.folder / "studies" / STUDY
+    assert (home / "report.html").exists()
+    assert len(list((home / "trials").glob("*/model/model.json"))) == 1, "of its best trial"
+    assert cluster.net.groups[HEAD].killed == 0, "the head was short of memory"
+
+
 SERVE = """
 import sys, mlflow.pyfunc, numpy, pandas
 model = mlflow.pyfunc.load_model(sys.argv[1])
@@ -198,6 +234,11 @@ numpy.save(sys.argv[2], numpy.asarray(model.predict({"n": 2, "seed": 7})))
 
 def run_folder(cluster: Cluster) -> Path:
     return cluster.desk / "glann-jobs" / "runs" / NAME
+
+
+def run_id_of(cluster: Cluster) -> str:
+    """MLflow's id of the run."""
+    return json.loads((run_folder(cluster) / "tracking.json").read_text())["run_id"]
 
 
 def in_evaluation(cluster: Cluster) -> bool:
@@ -222,4 +263,4 @@ def cpu_seconds(cluster: Cluster) -> dict[str, float]:
     before = ticks()
     time.sleep(3)
     after = ticks()
-    return {node: (after[node, pid] - at) / 100 for (node, pid), at in before.items() if after[node, pid] > at + 10}
+    return {key[0]: (after[key] - at) / 100 for key, at in before.items() if after.get(key, 0) > at + 10}
