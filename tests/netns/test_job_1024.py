@@ -84,6 +84,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory):
             yield up
         finally:
             shutil.copytree(up.logs, kept)
+            for driver in up.desk.glob("ray/session_2*/logs/job-driver-*.log"):
+                shutil.copy(driver, kept)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def checkpoints(cluster: Cluster, run: str) -> int:
         return sum(key.endswith("manifest.json") for key in store.list())
 
 
-def wait_for_job(desk: Desk, what, seconds: float = 900) -> None:
+def wait_for_job(desk: Desk, name: str, what, seconds: float = 900) -> None:
     """Poll; a job that ended before shows its log."""
     deadline, asked = time.monotonic() + seconds, time.monotonic()
     while not what():
@@ -113,13 +115,8 @@ def wait_for_job(desk: Desk, what, seconds: float = 900) -> None:
             asked = time.monotonic()
             state = desk.glann("jobs", "list")
             if not ("running" in state or "pending" in state) or time.monotonic() > deadline:
-                pytest.fail(state)
+                pytest.fail(f"{state}\n{desk.glann('jobs', 'logs', name)[-3000:]}")
         time.sleep(0.5)
-
-
-def follow(desk: Desk) -> str:
-    """Wait for the end of the job, and what its log said by then. Raises RuntimeError if it failed."""
-    return desk.glann("jobs", "watch", NAME, seconds=900)
 
 
 def lose_everything_but_s3(cluster: Cluster) -> None:
@@ -146,7 +143,7 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     said = desk.glann(*submit)
     assert f"submitted {NAME}.1" in said
     assert f"MLflow: {cluster.mlflow_url}" in said
-    wait_for_job(desk, lambda: checkpoints(cluster, NAME) > 0)
+    wait_for_job(desk, NAME, lambda: checkpoints(cluster, NAME) > 0)
     shown = desk.glann("jobs", "status", NAME)
     assert "stage 1 (GLO)  epoch" in shown, shown
     assert cluster.mlflow_url in shown, shown
@@ -158,9 +155,9 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     said = desk.glann(*submit)
     back = time.monotonic() - lost
     assert f"submitted {NAME}.1" in said, "the new head knows of no former attempt"
-    wait_for_job(desk, lambda: in_evaluation(cluster))
+    wait_for_job(desk, NAME, lambda: in_evaluation(cluster))
     busy = cpu_seconds(cluster)
-    follow(desk)
+    desk.glann("jobs", "watch", NAME, seconds=900)
     assert "finished" in desk.glann("jobs", "status", NAME)
     log = desk.glann("jobs", "logs", NAME)
     assert "resuming from the checkpoint at stage" in log, log[-3000:]
@@ -212,7 +209,7 @@ def test_a_study_at_1024_px_outlives_its_head(cluster, desk, peaks, tmp_path):
     keys = [word for key in KEYS for word in ("--env", key)]
     submit = ("submit", "study.yaml", f"data.url={DATA}", f"checkpoint.url={RUNS}", *keys)
     assert f"submitted {STUDY}.1" in desk.glann(*submit)
-    wait_for_job(desk, lambda: any(checkpoints(cluster, f"{STUDY}-{number:04d}") for number in range(2)))
+    wait_for_job(desk, STUDY, lambda: any(checkpoints(cluster, f"{STUDY}-{number:04d}") for number in range(2)))
     lose_everything_but_s3(cluster)
     assert f"submitted {STUDY}.1" in desk.glann(*submit)
     desk.glann("jobs", "watch", STUDY, seconds=900)
