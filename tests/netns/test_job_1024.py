@@ -90,7 +90,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def desk(cluster: Cluster) -> Desk:
-    return Desk(cluster)
+    machine = Desk(cluster)
+    machine.wait_for_dashboard()
+    return machine
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def wait_for_job(desk: Desk, name: str, what, seconds: float = 900) -> None:
         time.sleep(0.5)
 
 
-def lose_everything_but_s3(cluster: Cluster) -> None:
+def lose_everything_but_s3(cluster: Cluster, desk: Desk) -> None:
     """The head, MLflow's machine and the workers are gone, with their disks; new ones take their places."""
     for node in (HEAD, MLFLOW, *WORKERS_HERE):
         cluster.kill(node)
@@ -130,6 +132,7 @@ def lose_everything_but_s3(cluster: Cluster) -> None:
     for worker in WORKERS_HERE:
         cluster.start(worker)
     cluster.wait_for_mlflow()
+    desk.wait_for_dashboard()
 
 
 def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, desk, peaks, tmp_path):
@@ -151,7 +154,7 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     time.sleep(6)  # MLflow's database is saved within five seconds
 
     lost = time.monotonic()
-    lose_everything_but_s3(cluster)
+    lose_everything_but_s3(cluster, desk)
     said = desk.glann(*submit)
     back = time.monotonic() - lost
     assert f"submitted {NAME}.1" in said, "the new head knows of no former attempt"
@@ -181,7 +184,7 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     promoted = desk.glann("registry", "promote", "photographs", "--why", "the only one", "--samples", "8")
     assert "champion" in promoted, promoted
 
-    lose_everything_but_s3(cluster)  # the registry is in S3
+    lose_everything_but_s3(cluster, desk)  # the registry is in S3
     desk.glann("registry", "show", "photographs")
     served = desk.folder / "served.npy"
     desk.python("-c", SERVE, "models:/photographs@champion", str(cluster.net.home / served.name))
@@ -210,7 +213,7 @@ def test_a_study_at_1024_px_outlives_its_head(cluster, desk, peaks, tmp_path):
     submit = ("submit", "study.yaml", f"data.url={DATA}", f"checkpoint.url={RUNS}", *keys)
     assert f"submitted {STUDY}.1" in desk.glann(*submit)
     wait_for_job(desk, STUDY, lambda: any(checkpoints(cluster, f"{STUDY}-{number:04d}") for number in range(2)))
-    lose_everything_but_s3(cluster)
+    lose_everything_but_s3(cluster, desk)
     assert f"submitted {STUDY}.1" in desk.glann(*submit)
     desk.glann("jobs", "watch", STUDY, seconds=900)
     log = desk.glann("jobs", "logs", STUDY)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from cluster_nodes import HEAD, Cluster
+from netns import wait_until
 
 DESK, DASHBOARD_PORT = "desk", 8265
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
@@ -48,3 +50,18 @@ class Desk:
         if done.returncode:
             raise RuntimeError(f"{said} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         return done.stdout + done.stderr
+
+    def wait_for_dashboard(self) -> None:
+        """Until Ray's dashboard answers, be it that it wants a token."""
+
+        def answers() -> bool:
+            with self.cluster.net.inside(DESK):
+                try:
+                    server = http.client.HTTPConnection(self.cluster.net.addresses[HEAD], DASHBOARD_PORT, timeout=5)
+                    server.request("GET", "/api/version")
+                    server.getresponse()
+                except OSError:
+                    return False
+                return True
+
+        wait_until(answers, 120, "Ray's dashboard does not answer", 0.5)
