@@ -57,6 +57,7 @@ CUT = (
 # good as the images that it would hold if it decoded some.
 KUBERAY_HEAD, WITHOUT_A_MODEL = 16.0, 2.5  # GiB
 WORKERS_HERE = WORKERS[:2]
+SAVED_S = 7  # `glann mlflow` saves its database within five seconds
 
 
 def head_limit() -> int:
@@ -151,7 +152,7 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     assert "stage 1 (GLO)  epoch" in shown, shown
     assert cluster.mlflow_url in shown, shown
     run_id = run_id_of(cluster)
-    time.sleep(6)  # MLflow's database is saved within five seconds
+    time.sleep(SAVED_S)
 
     lost = time.monotonic()
     lose_everything_but_s3(cluster, desk)
@@ -184,6 +185,7 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     promoted = desk.glann("registry", "promote", "photographs", "--why", "the only one", "--samples", "8")
     assert "champion" in promoted, promoted
 
+    time.sleep(SAVED_S)
     lose_everything_but_s3(cluster, desk)  # the registry is in S3
     desk.glann("registry", "show", "photographs")
     served = desk.folder / "served.npy"
