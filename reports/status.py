@@ -143,7 +143,8 @@ def progress(status: Status, now: float | None = None) -> str:
     if status.loss is not None:
         words.append(f"loss {status.loss:.4f}")
     if status.images_per_s is not None:
-        words.append(f"{status.images_per_s:,.0f} img/s")
+        rate = status.images_per_s
+        words.append(f"{rate:,.0f} img/s" if rate >= 10 else f"{rate:.2g} img/s")  # 1024 px on a CPU: not 0 img/s
     if status.mfu is not None:
         words.append(f"{status.mfu:.0%} MFU")
     return "  ".join(words)

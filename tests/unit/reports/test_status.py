@@ -51,6 +51,11 @@ def test_progress_in_words():
     assert health(STATUS, 1000.0) == "checkpoint 4 min ago"
 
 
+@pytest.mark.parametrize(("rate", "words"), [(0.37, "0.37 img/s"), (6.449, "6.4 img/s"), (11.6, "12 img/s")])
+def test_a_slow_run_is_not_shown_as_one_that_stands_still(rate, words):
+    assert progress(STATUS.model_copy(update={"images_per_s": rate}), 1000.0).endswith(f"{words}  34% MFU")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
