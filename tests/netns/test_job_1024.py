@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from cgroups import GIB, Peaks
 from cgroups import why_not as no_groups
 from cluster_nodes import BUCKET, HEAD, MLFLOW, WORKERS, Cluster
@@ -30,7 +29,6 @@ pytestmark = [pytest.mark.netns, pytest.mark.matrix, pytest.mark.network, pytest
 
 ROOT = Path(__file__).parents[2]
 NAME, DATA, RUNS = "photographs-1024", f"s3://{BUCKET}/photographs-1024", f"s3://{BUCKET}/runs"
-STUDY = "rates-1024"
 ROWS, GLO_EPOCHS, IMLE_EPOCHS, SAMPLES = 16, 3, 2, 100
 CUT = (
     "generator.width=4",
@@ -206,35 +204,6 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     assert group.killed == 0, "the head was short of memory"
     assert peaks.of_group[HEAD] < group.limit
     print(f"\n{NAME}: {time.monotonic() - began:.0f} s in all; submitted again {back:.0f} s after the loss")
-
-
-def test_a_study_at_1024_px_outlives_its_head(cluster, desk, peaks, tmp_path):
-    """Two trials of the same job, on a worker node each."""
-    new_machines(cluster, desk)
-    if not (desk.folder / "pictures").exists():
-        write_photographs(desk.folder / "pictures", ROWS, tmp_path)
-        desk.glann("data", "pack", "pictures", DATA, "--resolution", str(SIDE))
-    cut = dict(word.split("=") for word in CUT) | {"data.max_rows": "12", "glo.epochs": "4", "sampler.epochs": "1"}
-    cut |= {"evaluation.samples": "8", "cluster.workers": "1"}
-    tree = {"name": STUDY, "recipe": "celebahq-1024", "overrides": {key: yaml.safe_load(cut[key]) for key in cut}}
-    tree |= {"space": {"glo.generator_lr": {"log_uniform": [0.0003, 0.003]}}, "metric": "fd_squeezenet"}
-    tree |= {"search": {"kind": "random"}, "scheduler": {"kind": "none"}, "budget": {"trials": 2}}
-    (desk.folder / "study.yaml").write_text(yaml.safe_dump(tree))
-    keys = [word for key in KEYS for word in ("--env", key)]
-    submit = ("submit", "study.yaml", f"data.url={DATA}", f"checkpoint.url={RUNS}", *keys)
-    assert f"submitted {STUDY}.1" in desk.glann(*submit)
-    wait_for_job(desk, STUDY, lambda: any(checkpoints(cluster, f"{STUDY}-{number:04d}") for number in range(2)))
-    lose_everything_but_s3(cluster)
-    new_machines(cluster, desk)
-    assert f"submitted {STUDY}.1" in desk.glann(*submit)
-    desk.glann("jobs", "watch", STUDY, seconds=900)
-    log = desk.glann("jobs", "logs", STUDY)
-    assert f"resuming with the copy of the study folder beside {RUNS}/{STUDY}/checkpoints" in log, log[-3000:]
-    desk.glann("jobs", "fetch", STUDY)
-    home = desk.folder / "studies" / STUDY
-    assert (home / "report.html").exists()
-    assert len(list((home / "trials").glob("*/model/model.json"))) == 1, "of its best trial"
-    assert cluster.net.groups[HEAD].killed == 0, "the head was short of memory"
 
 
 SERVE = """

@@ -6,7 +6,6 @@ import http.client
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from cluster_nodes import HEAD, Cluster
 from netns import wait_until
@@ -45,7 +44,7 @@ class Desk:
             text=True,
             timeout=seconds,
         )
-        said = " ".join(Path(word).name if word.startswith("/") else word for word in words[:6])
+        said = " ".join(("glann", *words[2:5]) if words[0] == "-m" else ("python", *words[:1]))
         self.took.append((said, time.monotonic() - began))
         if done.returncode:
             raise RuntimeError(f"{said} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
