@@ -51,7 +51,7 @@ def test_this_machine_can_run_the_demo():
     found = answers()
     assert [check for check in found.values() if not check.ok] == []
     assert {"python", "torch", "ray", "deepspeed", "mlflow", "packages", "accelerators", "disk"} < set(found)
-    assert "training will pack digits" in found["data"].found
+    assert "training will pack mnist-10k" in found["data"].found
 
 
 def test_without_a_recipe_only_the_machine_is_looked_at():
