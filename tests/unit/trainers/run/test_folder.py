@@ -67,7 +67,10 @@ CLASSES = ("Config", "State", "Manifest", "Section", "NoneType", "Position", "Ba
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return load("digits", ["name=night", f"runs_dir={tmp_path / 'runs'}", "tracking.enabled=false", "seed=7"])
+    return load(
+        "digits",
+        ["name=night", f"runs_dir={tmp_path / 'runs'}", "tracking.enabled=false", "seed=7", "sampler.kind=imle"],
+    )
 
 
 def save(config: Config, step: int, old: bool = False) -> None:
@@ -101,7 +104,14 @@ def begin(config: Config, *, old: bool = False) -> None:
 
 
 def changed(config: Config, *overrides: str) -> Config:
-    given = ["name=night", f"runs_dir={config.runs_dir}", "tracking.enabled=false", "seed=7", *overrides]
+    given = [
+        "name=night",
+        f"runs_dir={config.runs_dir}",
+        "tracking.enabled=false",
+        "seed=7",
+        "sampler.kind=imle",
+        *overrides,
+    ]
     return load("digits", given)
 
 
