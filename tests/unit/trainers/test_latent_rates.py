@@ -80,8 +80,8 @@ def test_a_training_with_the_rule_reconstructs_as_the_published_optimiser_does(p
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["glo.latent_lr=auto"], "0.04268 (auto, 4.27 x 0.01 of the published optimiser, at 40 steps an epoch)"),
-        (["glo.latent_lr=0.03"], "0.03 (4.27 x 0.00703 of the published optimiser, at 40 steps an epoch)"),
+        (["glo.latent_lr=auto"], "0.05913 (auto, 5.91 x 0.01 of the published optimiser, at 79 steps an epoch)"),
+        (["glo.latent_lr=0.03"], "0.03 (5.91 x 0.00507 of the published optimiser, at 79 steps an epoch)"),
         (["glo.latent_lr=0.03", "glo.betas=[0.9, 0.5]"], "0.03, adam"),
         (["glo.latent_lr=auto", "glo.latent_optimizer=published"], "0.01, published"),
         (["glo.latent_lr=0.1", "glo.latent_optimizer=adagrad"], "0.1, adagrad"),

@@ -112,7 +112,7 @@ def test_the_plan_does_not_count_the_stage_that_is_taken_over(trained, tmp_path,
     taken = make_plan(settings(tmp_path, data, "name=mixture", f"from={there.run_dir}"))
     assert whole.costs["glo"].flops > 0
     assert (taken.costs["glo"].steps, taken.costs["glo"].flops) == (0, 0)
-    assert taken.costs["imle"] == whole.costs["imle"]
+    assert taken.costs["gmm"] == whole.costs["gmm"]
 
 
 def test_from_and_stage_one_are_one_key(tmp_path, data):
