@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import socket
+import socketserver
 import struct
 import threading
 import time
@@ -65,6 +66,11 @@ class FaultyProxy:
         class Server(ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 128
+
+            def server_bind(self) -> None:
+                """Without the name of the address: to ask for it takes half a minute where no name server answers."""
+                socketserver.TCPServer.server_bind(self)
+                self.server_name, self.server_port = proxy.listen
 
             def handle_error(self, request: object, client_address: object) -> None:
                 """A client that went away is not news."""
