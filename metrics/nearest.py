@@ -65,16 +65,18 @@ def nearest_images(
                 continue
             small_RP = torch.cat([_pixels(torch.from_numpy(img)[None]) for _, img in decoded])
             distance_NR = torch.cdist(sample_NP, small_RP, compute_mode="donot_use_mm_for_euclid_dist").double()
-            found = distance_NR.min(1)
+            nearest = distance_NR.min(1)
             rows_R = torch.tensor([row for row, _ in decoded])
-            best_N, row_N = _closer(best_N, row_N, found.values, rows_R[found.indices])
-    parts = team.collected((best_N, row_N))
-    if not parts:
-        return None
-    best_N, row_N = reduce(lambda one, other: _closer(*one, *other), parts)  # by rank, so by row
+            best_N, row_N = _closer(best_N, row_N, nearest.values, rows_R[nearest.indices])
+    best_N, row_N = reduce(lambda one, other: _closer(*one, *other), team.shared((best_N, row_N)))  # by rank, so by row
     if bool((row_N < 0).any()):
         raise UserError("no training image could be read to compare the samples with; run `glann data verify`")
-    found_N = np.stack([images.decode(row) for row in row_N.tolist()])
+    mine = set(searched_R[own.start : own.stop].tolist())  # every image is read where it was searched
+    found = team.collected({row: images.decode(row) for row in set(row_N.tolist()) & mine})
+    if not found:
+        return None
+    by_row = reduce(lambda one, other: one | other, found)
+    found_N = np.stack([by_row[row] for row in row_N.tolist()])
     rms_N = best_N.numpy() / np.sqrt(sample_NP.shape[1])
     return NearestImages(row_N.numpy(), found_N.transpose(0, 2, 3, 1), rms_N, len(searched_R))
 
