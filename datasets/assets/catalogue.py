@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from .downloads import (
     NpmPackage,
     PythonPackage,
     SourceError,
+    content_digest,
 )
 
 if TYPE_CHECKING:
@@ -350,19 +350,6 @@ def load_weights(name_or_path: str | Path) -> tuple[dict[str, Tensor], str]:
     if not convention:
         raise UserError(f"{path} has no input convention; save it with metadata convention=torch or caffe")
     return weights, convention
-
-
-def content_digest(folder: Path) -> str:
-    """SHA-256 of the only file below `folder`, or of the `sha256sum` listing of several in path order."""
-    paths = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
-    digests = []
-    for name, path in paths:
-        with path.open("rb") as stream:
-            digests.append((hashlib.file_digest(stream, "sha256").hexdigest(), name))
-    if len(digests) == 1:
-        return digests[0][0]
-    listing = "".join(f"{digest}  {name}\n" for digest, name in digests)
-    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _fetch_into(name: str, asset: Asset, cache: Path) -> None:

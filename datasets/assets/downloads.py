@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
+import hashlib
 import os
 import re
 import shutil
@@ -156,6 +157,19 @@ class LocalFolder:
 
 
 DownloadSource = PythonPackage | NpmPackage | DebianPackage | Address | ArchiveAddress | LocalFolder
+
+
+def content_digest(folder: Path) -> str:
+    """SHA-256 of the only file below `folder`, or of the `sha256sum` listing of several in path order."""
+    paths = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
+    digests = []
+    for name, path in paths:
+        with path.open("rb") as stream:
+            digests.append((hashlib.file_digest(stream, "sha256").hexdigest(), name))
+    if len(digests) == 1:
+        return digests[0][0]
+    listing = "".join(f"{digest}  {name}\n" for digest, name in digests)
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def unpack(archive: Path, folder: str, files: Sequence[str], into: Path) -> None:
