@@ -88,8 +88,8 @@ def submit(
             typer.echo(f"compatible: {_summary(found.versions)}")
             tracking = tracking_of(resolved, variables, found.tracking)
             variables |= tracking.variables
-            if tracking.told:
-                typer.echo(f"MLflow: {tracking.told}")
+            if tracking.server:
+                typer.echo(f"MLflow: {tracking.server}")
             if tracking.warning:
                 typer.echo(f"warning: {tracking.warning}", err=True)
             job = jobs.start(client, resolved, variables, last, study)

@@ -47,7 +47,7 @@ def watch_folder(runs: str, name: str) -> int:
     """Watch a run by what lies beside its checkpoints; its exit status.
 
     Raises:
-        UserError: there is no such run. EnvironmentFault: nobody writes it any more, or the store does not answer.
+        UserError: there is no such run. EnvironmentFault: it is silent for too long, or the store does not answer.
     """
     last: Status | None = None
 

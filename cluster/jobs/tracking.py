@@ -15,10 +15,10 @@ REMEDY = "start one by `glann mlflow STORE` (docs/cluster.md), or give tracking.
 
 
 class Tracking(NamedTuple):
-    """variables: to pass to the job. told: which server it uses. warning: why its runs would be lost with the head."""
+    """variables: to pass to the job. server: the one it uses. warning: why its runs would be lost with the head."""
 
     variables: dict[str, str]
-    told: str = ""
+    server: str = ""
     warning: str = ""
 
 

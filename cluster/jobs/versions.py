@@ -112,8 +112,8 @@ def run_probe(client: JobSubmissionClient, names: list[str]) -> Found:
     log = client.get_job_logs(job)
     for line in (lines := log.splitlines()):
         if line.startswith(probe.MARK):
-            told = [other.removeprefix(probe.TRACKING) for other in lines if other.startswith(probe.TRACKING)]
-            return Found(json.loads(line.removeprefix(probe.MARK)), (told or [""])[-1].strip())
+            servers = [other.removeprefix(probe.TRACKING) for other in lines if other.startswith(probe.TRACKING)]
+            return Found(json.loads(line.removeprefix(probe.MARK)), (servers or [""])[-1].strip())
     said = [line.strip() for line in (log or info.message or "").splitlines() if line.strip()]
     raise EnvironmentFault(
         f"the version probe failed on the head: {said[-1][:200] if said else 'no answer'}; "

@@ -30,10 +30,10 @@ def test_this_machines_server_is_passed_where_the_cluster_has_none(monkeypatch: 
     monkeypatch.setenv(VARIABLE, "https://me:planted@mlflow.example")
     found = tracking_of(config(), {}, "")
     assert found.variables == {VARIABLE: "https://me:planted@mlflow.example"}
-    assert "planted" not in found.told
+    assert "planted" not in found.server
     assert tracking_of(config(), {}, "http://head:5000").variables == {}, "the cluster's goes first"
-    assert tracking_of(config("tracking.uri=http://own:5000"), {}, "").told == "http://own:5000"
-    assert tracking_of(config(), {VARIABLE: "http://passed:5000"}, "").told == "http://passed:5000"
+    assert tracking_of(config("tracking.uri=http://own:5000"), {}, "").server == "http://own:5000"
+    assert tracking_of(config(), {VARIABLE: "http://passed:5000"}, "").server == "http://passed:5000"
 
 
 @pytest.mark.parametrize("here", ["", "http://127.0.0.1:5000", "http://localhost:5000", "sqlite:///mlflow.db"])
@@ -41,7 +41,7 @@ def test_a_run_that_would_track_into_a_file_of_the_head_is_warned_of(here: str, 
     """An address of this machine alone means another server on the head, or none."""
     monkeypatch.setenv(VARIABLE, here)
     found = tracking_of(config(), {}, "")
-    assert (found.variables, found.told) == ({}, "")
+    assert (found.variables, found.server) == ({}, "")
     assert "runs go to a file on the head, lost with it; start one by `glann mlflow STORE`" in found.warning
 
 
