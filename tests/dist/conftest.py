@@ -1,4 +1,4 @@
-"""One local Ray for the whole test session, and groups of processes that talk through torch.distributed."""
+"""One local Ray for the tests of this folder, and groups of processes that talk through torch.distributed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import contextlib
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
+
+FOLDER = Path(__file__).parent
+started = contextlib.ExitStack()  # ends with the tests of this folder
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +24,16 @@ def local_ray():
     import ray
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    started.callback(os.environ.pop, "RAY_AUTH_MODE")
+    started.callback(ray.shutdown)
+    return ray
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Tests of other folders, in the same process, start Rays of their own, or must find none."""
+    if nextitem is None or FOLDER not in nextitem.path.parents:
+        started.close()
 
 
 class Member:

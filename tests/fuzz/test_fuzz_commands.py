@@ -130,7 +130,7 @@ def odd_arguments(name: str) -> Iterator[Case]:
 
 def odd_overrides(command: str) -> Iterator[Case]:
     """Every configuration key with every odd value; keys of text also where a run would use them."""
-    recipe = good_arguments(command)["config"][0]
+    recipe = next(iter(good_arguments(command).values()))[0]  # or the study
     for key, section in known_keys().items():
         text = "str" in str(section.annotation)
         if not text and command != "config":

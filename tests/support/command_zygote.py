@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LIMIT_S = 60.0  # of a command, which takes a second or two; a busy machine is no hang
-STOPPED = "the sweep stops before Ray"
+STOPPED = "the sweep stops before Ray, and before servers"
 MODULES = (
     *(
         "cli.main",
@@ -31,6 +31,7 @@ MODULES = (
         "tuning.driver",
         "tuning.forecast",
         "cluster.doctor.checks",
+        "tracking.server",
     ),
     *("tuning.report.study", "trainers.plan.estimate", "cluster.jobs.client", "datasets.pack", "datasets.verify"),
     *("metrics.evaluate", "tracking.registry.registration", "tracking.registry.promote", "storage.s3", "reports.run"),
@@ -85,10 +86,11 @@ def can_change_user() -> bool:
 
 
 def bound() -> None:
-    """Stop before Ray, fetch no assets, and try S3 once: these would take minutes or need what a test has not."""
+    """Stop before Ray and servers, fetch no assets, try S3 once: these take minutes, do not end, or are not here."""
     from glann.config.sections import S3Config
     from glann.datasets.assets import catalogue
     from glann.errors import EnvironmentFault
+    from glann.tracking import server
     from glann.trainers.run import driver
     from glann.tuning import driver as tuning
     from glann.tuning.compare import driver as comparing
@@ -100,6 +102,7 @@ def bound() -> None:
         raise EnvironmentFault(f"the sweep fetches no assets, so not {name}")
 
     driver.ray_cluster = tuning.ray_cluster = comparing.ray_cluster = stop  # type: ignore[assignment]
+    server.running = stop  # type: ignore[assignment]
     driver.build_extractor = tuning.build_extractor = lambda name: None  # type: ignore[assignment]
     catalogue._obtain = no_asset  # type: ignore[assignment]
     S3Config.model_fields["max_attempts"].default = 1
