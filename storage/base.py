@@ -84,7 +84,10 @@ class Store(Protocol):
         """Delete the object; no error if it does not exist."""
 
     def sweep(self, prefix: str = "") -> None:
-        """Remove unfinished writes of killed processes below `prefix`; call only while no process writes there."""
+        """Remove unfinished writes of killed processes below `prefix`; call only while no process writes there.
+
+        Empty folders are such writes too.
+        """
 
 
 def check_key(key: str) -> str:

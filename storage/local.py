@@ -130,10 +130,15 @@ class LocalStore:
 
     def sweep(self, prefix: str = "") -> None:
         with self._faults(prefix):
-            for folder, _, names in os.walk(self.root):
+            for folder, _, names in os.walk(self.root, topdown=False):
                 inside = os.path.relpath(folder, self.root).replace(os.sep, "/") + "/"
-                if inside.removeprefix("./").startswith(prefix) and any(n.startswith(TEMPORARY) for n in names):
+                if not inside.removeprefix("./").startswith(prefix):
+                    continue
+                if any(name.startswith(TEMPORARY) for name in names):
                     sweep(Path(folder))
+                if Path(folder) != self.root:
+                    with contextlib.suppress(OSError):  # not empty, as those are of a writer who got further
+                        os.rmdir(folder)
 
     @contextlib.contextmanager
     def _faults(self, key: str) -> Iterator[None]:

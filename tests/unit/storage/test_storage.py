@@ -66,8 +66,12 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
     for folder in ("step-1/a", "other"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / f"{files.TEMPORARY}1").write_bytes(b"half")
+    (tmp_path / "step-2" / "b").mkdir(parents=True)  # killed before its first file
+    store.write("step-3/c/x", b"whole")
+    (tmp_path / "step-3" / "d").mkdir()
     store.sweep("step-")
-    assert not os.listdir(tmp_path / "step-1" / "a")
+    assert sorted(os.listdir(tmp_path)) == ["other", "step-3"], "an empty folder looks like a checkpoint to a user"
+    assert os.listdir(tmp_path / "step-3") == ["c"], "the folder of a removed checkpoint would never become empty"
     assert os.listdir(tmp_path / "other")
 
 
