@@ -49,17 +49,20 @@ def ray_cluster(config: Config) -> Iterator[None]:
     hide_passwords()
     address, joined = ray_address(config), ray.is_initialized()
     if not joined:
-        local: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if address is None:
             cpus = math.ceil(config.cluster.max_workers * config.cluster.cpus_per_worker)
-            local = {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
+            options = {"num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
+        elif address != "auto":
+            # Ray Train's cleaner asks for "the" cluster of its machine, and stays for ever where there are two
+            options = {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}}
         try:
             ray.init(
                 address=address or "local",
                 job_config=isolated_job(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **local,
+                **options,
             )
         except Exception as error:  # Ray raises a plain Exception for a node that is slow to start
             raise no_ray(address, error) from error

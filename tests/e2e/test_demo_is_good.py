@@ -31,11 +31,9 @@ def digits():
     return known["images"][:5000], known["labels"][:5000]
 
 
-def nearest_distances(a_NP: np.ndarray, b_MP: np.ndarray, same: bool = False) -> np.ndarray:
-    """Distance of each row of a to its nearest row of b; to its nearest other row where both are the same."""
+def nearest_distances(a_NP: np.ndarray, b_MP: np.ndarray) -> np.ndarray:
+    """Distance of each row of a to its nearest row of b."""
     square_NM = (a_NP**2).sum(1)[:, None] + (b_MP**2).sum(1)[None] - 2 * a_NP @ b_MP.T
-    if same:
-        np.fill_diagonal(square_NM, np.inf)
     return np.sqrt(np.maximum(square_NM.min(1), 0))
 
 
@@ -53,12 +51,11 @@ def test_samples_are_not_copies(samples, digits):
     real_NP = digits[0].reshape(len(digits[0]), -1).astype(np.float64) / 255
     unseen_NP = np.load(assets.fetch("mnist-test"))["images"][: len(real_NP)].reshape(len(real_NP), -1) / 255.0
     drawn_NP = samples.reshape(SAMPLES, -1) / 255.0
-    from_samples = nearest_distances(drawn_NP, real_NP)
-    share = (from_samples < nearest_distances(drawn_NP, unseen_NP)).mean()
-    between_real = nearest_distances(real_NP, real_NP, same=True)
-    print(f"nearest digit is a training digit: {share:.1%}; nearest distance {from_samples.mean():.3f}")
+    to_known, to_unseen = nearest_distances(drawn_NP, real_NP), nearest_distances(drawn_NP, unseen_NP)
+    share, nearest = (to_known < to_unseen).mean(), [np.quantile(each, 0.01) for each in (to_known, to_unseen)]
+    print(f"nearest digit is a training digit: {share:.1%}; nearest hundredth, and of unseen: {np.round(nearest, 3)}")
     assert share <= 0.65, "0.62 is the aim, and 0.015 its deviation for 1,000 samples"
-    assert np.quantile(from_samples, 0.01) >= np.quantile(between_real, 0.01)
+    assert nearest[0] >= 0.9 * nearest[1], "copies are at 0; smooth digits are near unseen ones, too"
 
 
 def test_interpolations_change_little_by_little(glann, samples):

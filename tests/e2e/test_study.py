@@ -49,7 +49,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def head():
-    with ray_head(cpus=2) as started:
+    with ray_head(cpus=2) as started, ray_head(cpus=1):  # and another user's Ray on the same machine
         yield started
 
 
