@@ -13,7 +13,7 @@ from rich.markup import escape
 from ...config.run import Config
 from ...metrics.result import from_key
 from ...metrics.spec import METRICS
-from ...reports.run_folder import IMAGES
+from ...reports.run_folder import IMAGES, JOURNAL
 from ...reports.status import health, progress
 from ...reports.status_bar import StatusBar, draws_bars
 from ...tracking.runs import TrackedRun
@@ -26,6 +26,7 @@ from .heartbeat import repeated
 from .measuring import entry_of
 from .state import Position
 from .telemetry import Telemetry
+from .timings import BEGINS, Timings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,9 +48,9 @@ class RunLog:
         self.config, self.tracked, self.console, self.telemetry = config, tracked, console, telemetry
         self.stages = stage_infos(config)
         self.began = self.printed_at = monotonic()
-        self.stalled = self.stalled_before = self.measuring = 0.0
-        self.seconds = dict.fromkeys(self.stages, 0.0)
-        self.images_per_s, self.serial = 0.0, 0
+        self.earlier, self.now = Timings.of_journal(config.run_dir / JOURNAL), Timings(starts=1)
+        self.stalled_before = 0.0
+        self.images_per_s, self.serial = self.earlier.images_per_s, 0
         self.tenths = 0
         self.samples: dict[int, list[dict[str, float]]] = {}  # by rank
         self.sampled_at: dict[int, float] = {}
@@ -62,7 +63,7 @@ class RunLog:
         else:
             self.held.enter_context(repeated(self.print_now_and_then, 1.0, "log-lines"))
         stages = [{"name": info.name, "title": info.title} for info in self.stages.values()]
-        self.note("stages", stages=stages)  # for readers of the folder, which do not import the stages
+        self.note(BEGINS, stages=stages)  # for readers of the folder, which do not import the stages
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -83,7 +84,7 @@ class RunLog:
             case events.Preview():
                 self.on_preview(event)
             case events.CheckpointStarted():
-                self.stalled += event.stall_s
+                self.now.stall_s += event.stall_s
             case events.Phase():
                 self.note("phase", phase=event.phase)
             case events.BadStep():
@@ -110,9 +111,9 @@ class RunLog:
 
     def on_epoch(self, event: events.EpochDone) -> None:
         numbers: dict[str, object] = {"stage": event.stage, "epoch": event.epoch} | event.numbers
-        self.tracked.log_metrics(numbers | {"checkpoint_stall_s": self.stalled - self.stalled_before}, event.serial)
-        self.stalled_before, self.serial = self.stalled, event.serial
-        self.seconds[event.stage] += event.numbers["seconds"]
+        self.tracked.log_metrics(numbers | {"checkpoint_stall_s": self.now.stall_s - self.stalled_before}, event.serial)
+        self.stalled_before, self.serial = self.now.stall_s, event.serial
+        self.now.stages[event.stage] = self.now.stages.get(event.stage, 0.0) + event.numbers["seconds"]
         self.images_per_s = event.numbers.get("images_per_s", self.images_per_s)
         epochs = self.stages[event.stage].epochs
         due = event.epoch % max(1, epochs // EPOCH_LINES) == 0 or event.epoch == epochs
@@ -133,7 +134,7 @@ class RunLog:
             samples.clear()
 
     def on_measured(self, event: events.Measured) -> None:
-        self.measuring += event.seconds
+        self.now.measuring_s += event.seconds
         numbers: dict[str, object] = {"stage": entry_of(event.stage), "epoch": event.epoch} | event.numbers
         best = {} if event.best is None else {"best_step": event.best.step, "best": event.best.value}
         self.tracked.log_metrics(numbers | best | {"measuring_s": event.seconds}, event.serial)
@@ -218,15 +219,20 @@ class RunLog:
         self.tracked.journal.append({"stage": "run", "event": event} | facts)
 
     def timings(self) -> dict[str, float]:
-        """Seconds of this start of the run: in total, by stage, of checkpoint stalls and of measurements; and the last
-        rate.
+        """Seconds of all starts of the run, whose number is the first entry: in total, by stage, of checkpoint stalls
+        and of measurements; and the last rate.
         """
-        by_stage = {f"stage_{number}_s": self.seconds[name] for number, name in enumerate(self.stages, 1)}
+        before, now = self.earlier, self.now
+        by_stage = {
+            f"stage_{number}_s": before.stages.get(name, 0.0) + now.stages.get(name, 0.0)
+            for number, name in enumerate(self.stages, 1)
+        }
         return {
-            "train_s": monotonic() - self.began,
+            "starts": before.starts + now.starts,
+            "train_s": before.run_s + monotonic() - self.began,
             **by_stage,
-            "checkpoint_stall_s": self.stalled,
-            "measuring_s": self.measuring,
+            "checkpoint_stall_s": before.stall_s + now.stall_s,
+            "measuring_s": before.measuring_s + now.measuring_s,
             "images_per_s": self.images_per_s,
         }
 
