@@ -16,12 +16,12 @@ import getpass
 import json
 import logging
 import os
-import subprocess
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from ..cluster.jobs.revision import code_revision
 from ..config.parse import flatten
 from ..config.run import Config, redacted_config
 from ..errors import redact
@@ -205,22 +205,6 @@ class TrackedRun:
         home = self.run_dir.absolute()
         name = path.relative_to(home) if path.is_relative_to(home) else path
         self._outbox.put(Parcel(kind=kind, path=str(name), target=target, step=step))
-
-
-def code_revision(folder: Path = Path(__file__).parent) -> str | None:
-    """The git commit of the running source, with `-dirty` if it was changed; None for an installed package."""
-    described = [_git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")]
-    if not described[0]:
-        return None
-    return described[0] + ("-dirty" if described[1] else "")
-
-
-def _git(folder: Path, *command: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):  # git is missing or hangs: the revision is unknown
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _state_of(run_dir: Path, uri: str) -> OutboxState:

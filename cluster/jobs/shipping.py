@@ -17,8 +17,9 @@ from pathlib import Path
 from ...config.run import Config
 from ...datasets.assets.catalogue import ASSETS
 from ...errors import ExitStatus, UserError
+from .revision import FILE as REVISION_FILE
+from .revision import PACKAGE, code_revision
 
-PACKAGE = Path(__file__).parents[2]
 DATA_SUFFIXES = {".yaml", ".html", ".md"}  # `package-data` in pyproject.toml
 ROOT_FILES = ("__init__.py", "__main__.py", "errors.py", "py.typed")
 CONFIG_FILE, STUDY_FILE, START_FILE = "config.yaml", "study.yaml", "start.sh"
@@ -58,11 +59,13 @@ def package_files(root: Path = PACKAGE) -> list[Path]:
 
 
 def stage_package(folder: Path) -> Path:
-    """Copy the package to `folder/glann`, for `py_modules`."""
+    """Copy the package to `folder/glann`, for `py_modules`, with the commit that it is of, where that is known."""
     staged = folder / "glann"
     for file in package_files():
         (staged / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(PACKAGE / file, staged / file)
+    if commit := code_revision():
+        (staged / REVISION_FILE).write_text(f"{commit}\n", encoding="utf-8")
     return staged
 
 

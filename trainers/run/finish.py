@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...cluster.checkpoints import retention
+from ...cluster.jobs.revision import code_revision
 from ...config.run import Config
 from ...datasets.fit import require_fit
 from ...datasets.index import Index
@@ -26,7 +27,7 @@ from ...reports.run_folder import IMAGES, MODEL, REPORT, write_summary
 from ...reports.sheets import Sheet
 from ...storage.open import open_store
 from ...tracking.address import default_uri
-from ...tracking.runs import TrackedRun, code_revision
+from ...tracking.runs import TrackedRun
 from ..stage import DONE, stage_infos
 from . import shared
 from .evaluation import EVALUATION, Evaluated
@@ -44,7 +45,7 @@ def finish(config: Config, index: Index, tracked: TrackedRun, timings: dict[str,
     """Write and track the remaining files of a finished run folder; the report comes last. No image is decoded here.
 
     Args:
-        timings: seconds and rates of the training, by name.
+        timings: seconds and rates of the training, over all starts of the run, by name.
     """
     rows = require_fit(index, config.data, 1)
     last = package(config, index, rows, evaluated)
@@ -126,6 +127,8 @@ def summary_of(config: Config) -> Group:
         f"d={config.generator.latent_dim}; {epochs} epochs, {workers}, "
         f"{timings['train_s'] / 60:.1f} min"
     )
+    if (starts := timings.get("starts", 1)) > 1:
+        trained += f" in {starts:.0f} starts"
     table = Table(show_header=False, box=None, pad_edge=False)
     for title, value, bounds, _ in main_rows(metrics, summary.get("deviations", {})):
         table.add_row(f"  {title}", value, *filter(None, [bounds]))

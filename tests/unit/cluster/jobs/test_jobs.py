@@ -135,11 +135,13 @@ def test_two_submissions_in_the_same_moment_start_one_job(cluster: Cluster):
         jobs.start(cluster, config(), {}, None)
 
 
-def test_a_job_brings_the_package_its_configuration_and_time_to_save(cluster: Cluster):
+def test_a_job_brings_the_package_its_configuration_and_time_to_save(cluster: Cluster, monkeypatch):
+    monkeypatch.setattr(shipping, "code_revision", lambda: "c0ffee")
     jobs.start(cluster, config("checkpoint.timeout_s=100", "glo.epochs=7"), {"KEY": "planted"}, None)
     job = cluster.jobs["digits.1"]
     assert set(cluster.shipped["digits.1"]) == {
         *(file.as_posix() for file in shipping.package_files()),
+        "REVISION",
         "config.yaml",
         "start.sh",
     }
