@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
 from .options import Checkpoint, Device, Endpoint, SamplerName, Seed, SourceArg, Truncation, Unsigned, s3_at
 from .saving import check_out, require_room, save_images, watched
 
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from ..inference.model import SamplingModel
 
 GRID = Path("samples.png")  # where samples go by default
-COPIES = 2  # of interpolations in memory: the batches, and the array or grid that is made of them
 
 
 def sample(
@@ -58,7 +55,8 @@ def sample(
     if out is None:
         out = GRID if model.resolution <= LARGEST else GRID.with_suffix("")
         check_out(out)
-    require_room(n, model, out, f"name a folder, which is written image by image: --out {out.with_suffix('')}")
+    folder = f"name a folder, which is written image by image: --out {out.with_suffix('')}"
+    require_room(n, model, out, "draw fewer", for_grid=folder)
     save_images(watched(model.stream(n, seed, truncation, sampler), n), n, out)
     typer.echo(f"{n} images of {model.resolution} px: {out}")
 
@@ -82,15 +80,17 @@ def interpolate(
 
     \b
     glann interpolate runs/faces-64 --pairs 6 --steps 10 --out faces.png
+    glann interpolate runs/celebahq-1024 --pairs 100 --out folder
+
+    Images are written as the model makes them; arrays and folders batch by batch, in little memory.
     """
     check_out(out)
     model = _load_model(source, checkpoint, s3_at(endpoint, unsigned), device)
-    count, fewer = pairs * steps, "give fewer --pairs or --steps"
-    _require_memory(count, model, fewer)
-    require_room(count, model, out, fewer, columns=steps)
+    count = pairs * steps
+    require_room(count, model, out, "give fewer --pairs or --steps", columns=steps)
     ends = [(2 * pair, 2 * pair + 1) for pair in range(pairs)]
-    images_PSHWC = model.interpolate(ends, steps, seed, truncation, sampler)
-    save_images(iter(images_PSHWC), count, out, columns=steps)
+    batches = model.stream_interpolations(ends, steps, seed, truncation, sampler)
+    save_images(watched(batches, count), count, out, columns=steps)
     typer.echo(f"{pairs} interpolations of {steps} images: {out}")
 
 
@@ -105,14 +105,3 @@ def _load_model(source: str, checkpoint: str | None, s3: S3Config, device: str) 
     opened = open_checkpoint(source, checkpoint, s3=s3, device=device)
     typer.echo(f"checkpoint of step {opened.step}, by sampler {opened.model.own}")
     return opened.model
-
-
-def _require_memory(count: int, model: SamplingModel, remedy: str) -> None:
-    """Refuse more images than fit into memory at once."""
-    needed = COPIES * count * model.resolution**2 * model.channels
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > room:
-        raise UserError(
-            f"{count:,} images of {model.resolution} px need {needed / 1e9:,.0f} GB of memory, and this machine has "
-            f"{room / 1e9:,.0f} GB; {remedy}"
-        )

@@ -41,8 +41,16 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out {out}: {folder} cannot be written to; make it writable, or give another --out")
 
 
-def require_room(count: int, model: SamplingModel, out: Path, remedy: str, columns: int | None = None) -> None:
-    """Refuse a grid that is too large, and more images than fit on the disk at the least. Raises UserError."""
+def require_room(
+    count: int, model: SamplingModel, out: Path, remedy: str, for_grid: str | None = None, columns: int | None = None
+) -> None:
+    """Refuse a grid that is too large, and more images than fit on the disk at the least.
+
+    Args:
+        remedy: what to do, in the imperative. for_grid: where it differs for a grid. columns: of a grid.
+    Raises:
+        UserError: there are too many.
+    """
     from ..reports.pictures import grid_size
 
     what = f"{count:,} images of {model.resolution} px"
@@ -50,7 +58,7 @@ def require_room(count: int, model: SamplingModel, out: Path, remedy: str, colum
         width, height = grid_size(count, model.resolution, columns)
         if width * height > LARGEST_GRID:
             raise UserError(
-                f"{what} make a picture of {width:,} x {height:,} px, too large for most programs; {remedy}"
+                f"{what} make a picture of {width:,} x {height:,} px, too large for most programs; {for_grid or remedy}"
             )
         return
     at_least = SMALLEST_PNG if out.suffix == "" else math.ceil(model.resolution**2 * model.channels / DEFLATED)
@@ -58,7 +66,7 @@ def require_room(count: int, model: SamplingModel, out: Path, remedy: str, colum
     needed, room = at_least * count, shutil.disk_usage(there).free
     if needed > room:
         raise UserError(
-            f"{what} need at least {needed / 1e9:,.0f} GB, and {there} has {room / 1e9:,.0f} GB left; draw fewer"
+            f"{what} need at least {needed / 1e9:,.0f} GB, and {there} has {room / 1e9:,.0f} GB left; {remedy}"
         )
 
 

@@ -144,17 +144,31 @@ class SamplingModel:
         ends. High-dimensional noise has nearly constant norm: a straight line would pass through norms
         that the sampler was not trained on.
         """
+        batches = self.stream_interpolations(pairs, steps, seed, truncation, _either(sampler, method))
+        images = np.concatenate(list(batches))
+        return images.reshape(len(pairs), steps, *images.shape[1:])
+
+    def stream_interpolations(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        steps: int,
+        seed: int = 0,
+        truncation: float = 1.0,
+        sampler: str | None = None,
+        batch: int = DEFAULT_BATCH,
+    ) -> Iterator[Images]:
+        """The images of `interpolate` in batches uint8 [B, H, W, C], pair by pair, for more than fit in memory."""
         _require(steps >= 2, f"steps={steps} is not possible; an interpolation has at least its 2 ends")
         _require(len(pairs) >= 1, "no pairs of images were given to interpolate between")
-        sampler = _either(sampler, method)
+        _require(batch >= 1, f"batch={batch} is not possible; use at least 1")
         ends_P2 = torch.tensor(pairs, dtype=torch.int64)
-        from_PE = self.noise(ends_P2[:, 0], seed, sampler)
-        to_PE = self.noise(ends_P2[:, 1], seed, sampler)
-        share_S = torch.linspace(0.0, 1.0, steps, device=self.device)
-        path_PSE = slerp(from_PE[:, None], to_PE[:, None], share_S[None, :, None]) * _checked(truncation)
-        flat = path_PSE.flatten(0, 1).split(DEFAULT_BATCH)
-        images = np.concatenate([self.decode(self.codes(e_BE, sampler)) for e_BE in flat])
-        return images.reshape(len(pairs), steps, *images.shape[1:])
+        share_S = torch.linspace(0.0, 1.0, steps)
+        for start in range(0, len(pairs) * steps, batch):
+            index_B = torch.arange(start, min(start + batch, len(pairs) * steps))
+            from_B, to_B = ends_P2[index_B // steps].unbind(1)
+            share_B1 = share_S[index_B % steps, None].to(self.device)
+            path_BE = slerp(self.noise(from_B, seed, sampler), self.noise(to_B, seed, sampler), share_B1)
+            yield self.decode(self.codes(path_BE * _checked(truncation), sampler))
 
     def noise(self, index_B: Tensor, seed: int, sampler: str | None = None) -> Tensor:
         """The noise e_BE behind images `index_B` of a seed."""

@@ -143,6 +143,15 @@ def test_interpolations_begin_and_end_at_their_images(folder):
         assert np.abs(path[row, -1].astype(int) - images[end]).max() <= 1
 
 
+def test_interpolations_in_batches_are_the_same_images(folder):
+    """In memory for a batch at a time, across the ends of pairs."""
+    model, pairs = load_model(folder), [(0, 3), (4, 4), (2, 1)]
+    whole = model.interpolate(pairs, steps=5, seed=2).reshape(15, 28, 28, 1)
+    batches = list(model.stream_interpolations(pairs, steps=5, seed=2, batch=4))
+    assert [len(batch) for batch in batches] == [4, 4, 4, 3]
+    assert np.abs(np.concatenate(batches).astype(int) - whole).max() <= 1, "but for the rounding of a grey value"
+
+
 def test_slerp_keeps_to_the_circle_and_survives_equal_and_opposite_ends():
     a, b = torch.randn(1, 9), torch.randn(1, 9)
     share = torch.linspace(0, 1, 5)[:, None]
