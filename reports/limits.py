@@ -1,7 +1,8 @@
 """What bounds the figures of a run, and which stage holds it back, in words.
 
 Samples cannot be nearer to the real images than real images are to one another (the floor), and hardly nearer than the
-reconstructions, which show what the generator of stage 1 makes of the codes that it was trained with.
+reconstructions, which show what the generator of stage 1 makes of the codes that it was trained with. A distance of few
+images is too large, by as much as the floor stands above the reconstructions: no smaller difference says anything.
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ class Limits:
         floor, reconstructions, samples = self.floor, self.reconstructions, self.samples
         figures = f"({self.text(samples)} for samples, {self.text(reconstructions)} for reconstructions"
         figures += f", {self.text(floor)} between real images)"
+        if floor > NEAR * reconstructions and samples - floor <= floor - reconstructions:
+            return (
+                "These images are too few to judge the samples: real images are farther from one another than the "
+                f"reconstructions from real ones {figures}, which only a small number of images makes so; measure "
+                "with more (evaluation.samples, or more training or held-out images)."
+            )
         if samples <= NEAR * floor:
             return f"Nothing holds the samples back: they are as near to real images as these to one another {figures}."
         first, second = max(0.0, reconstructions - floor), max(0.0, samples - max(reconstructions, floor))

@@ -29,6 +29,9 @@ def measured(samples: float, reconstructions: float, floor: float, reference: st
         ((50.0, 55.0, 8.0), "Stage 1 holds the samples back"),  # a copying sampler, or chance
         ((8.5, 8.2, 8.0), "Nothing holds the samples back"),
         ((7.0, 9.0, 8.0), "Nothing holds the samples back"),
+        ((240.0, 95.0, 310.0), "These images are too few to judge the samples"),  # of 16 images
+        ((400.0, 95.0, 310.0), "These images are too few to judge the samples"),
+        ((600.0, 95.0, 310.0), "Stage 2 holds the samples back"),  # far beyond what few images do
     ],
 )
 def test_the_stage_that_adds_most_of_the_distance_is_named(figures, begins):
