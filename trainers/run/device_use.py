@@ -10,6 +10,7 @@ from typing import TypeVar
 import psutil
 import torch
 
+from ...cluster.nodes.memory import usable_memory
 from ...errors import one_line
 from ...reports.status import DeviceUse
 from ..plan.devices import name_of
@@ -52,12 +53,15 @@ class DeviceSampler:
             return None
 
     def sample(self) -> DeviceSampled:
-        """The use since the last sample; numbers have the names and units of MLflow's system metrics."""
-        node = psutil.virtual_memory()
+        """The use since the last sample; numbers have the names and units of MLflow's system metrics.
+
+        Memory is that of the worker's pod, where it has a limit, else of its machine.
+        """
+        node = usable_memory()
         numbers = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
             "system_memory_usage_megabytes": node.used / MB,
-            "system_memory_usage_percentage": node.percent,
+            "system_memory_usage_percentage": 100 * node.used / node.total,
         }
         use: float | None
         if self.device.type == "cuda":
