@@ -2,26 +2,31 @@
 
 Everything is as on a real cluster: a user's machine, S3, MLflow by `glann mlflow`, Ray's job server, two worker nodes,
 and a head with the memory of our KubeRay file, which is lost in the middle of the training together with all nodes and
-MLflow's machine. Width, rows and epochs are cut, and the loss network is SqueezeNet, which sees patches. Wall times and
-peaks of memory are printed.
+MLflow's machine; and a study of the same job, with the same loss. Width, rows and epochs are cut, and the loss network
+is SqueezeNet, which sees patches. Wall times and peaks of memory are printed.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
+import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from cgroups import GIB, Peaks
 from cgroups import why_not as no_groups
 from cluster_nodes import BUCKET, HEAD, MLFLOW, WORKERS, Cluster
-from desk import KEYS, Desk
+from desk import DESK, KEYS, Desk
 from glann.config.run import load
 from glann.models.cost import inference_bytes
 from glann.models.generators import generator_of
+from netns import wait_until
 from netns import why_not as no_network
 from photographs import SIDE, write_photographs
 
@@ -29,6 +34,7 @@ pytestmark = [pytest.mark.netns, pytest.mark.matrix, pytest.mark.network, pytest
 
 ROOT = Path(__file__).parents[2]
 NAME, DATA, RUNS = "photographs-1024", f"s3://{BUCKET}/photographs-1024", f"s3://{BUCKET}/runs"
+STUDY = "rates-1024"
 ROWS, GLO_EPOCHS, IMLE_EPOCHS, SAMPLES = 16, 3, 2, 100
 CUT = (
     "generator.width=4",
@@ -56,6 +62,7 @@ CUT = (
 # good as the images that it would hold if it decoded some.
 KUBERAY_HEAD, WITHOUT_A_MODEL = 16.0, 2.5  # GiB
 WORKERS_HERE = WORKERS[:2]
+SERVED_AT = 5001
 SAVED_S = 7  # `glann mlflow` saves its database within five seconds
 
 
@@ -194,10 +201,9 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     cluster.start_mlflow()
     cluster.wait_for_mlflow()
     desk.glann("registry", "show", "photographs")
-    served = desk.folder / "served.npy"
-    desk.python("-c", SERVE, "models:/photographs@champion", str(cluster.net.home / served.name))
-    images = np.load(served)
-    assert images.shape == (2, SIDE, SIDE, 3)
+    with served(desk, "models:/photographs@champion") as predict:
+        images = predict({"n": 1, "seed": 7})
+    assert images.shape == (1, SIDE, SIDE, 3)
     assert images.std() > 0, "a grey square"
 
     group = cluster.net.groups[HEAD]
@@ -206,11 +212,69 @@ def test_from_photographs_to_a_served_model_though_the_head_is_lost(cluster, des
     print(f"\n{NAME}: {time.monotonic() - began:.0f} s in all; submitted again {back:.0f} s after the loss")
 
 
-SERVE = """
-import sys, mlflow.pyfunc, numpy, pandas
-model = mlflow.pyfunc.load_model(sys.argv[1])
-numpy.save(sys.argv[2], numpy.asarray(model.predict({"n": 2, "seed": 7})))
-"""
+def test_a_study_at_1024_px_outlives_its_head(cluster, desk, peaks, tmp_path):
+    """Two trials of the same job, on a worker node each."""
+    new_machines(cluster, desk)
+    if not (desk.folder / "pictures").exists():
+        write_photographs(desk.folder / "pictures", ROWS, tmp_path)
+        desk.glann("data", "pack", "pictures", DATA, "--resolution", str(SIDE))
+    cut = dict(word.split("=") for word in CUT) | {"data.max_rows": "12", "glo.epochs": "4", "sampler.epochs": "1"}
+    cut |= {"evaluation.samples": "8", "cluster.workers": "1"}
+    tree = {"name": STUDY, "recipe": "celebahq-1024", "overrides": {key: yaml.safe_load(cut[key]) for key in cut}}
+    tree |= {"space": {"glo.generator_lr": {"log_uniform": [0.0003, 0.003]}}, "metric": "fd_squeezenet"}
+    tree |= {"search": {"kind": "random"}, "scheduler": {"kind": "none"}, "budget": {"trials": 2}}
+    (desk.folder / "study.yaml").write_text(yaml.safe_dump(tree))
+    keys = [word for key in KEYS for word in ("--env", key)]
+    submit = ("submit", "study.yaml", f"data.url={DATA}", f"checkpoint.url={RUNS}", *keys)
+    assert f"submitted {STUDY}.1" in desk.glann(*submit)
+    wait_for_job(desk, STUDY, lambda: any(checkpoints(cluster, f"{STUDY}-{number:04d}") for number in range(2)))
+    lose_everything_but_s3(cluster)
+    new_machines(cluster, desk)
+    assert f"submitted {STUDY}.1" in desk.glann(*submit)
+    desk.glann("jobs", "watch", STUDY, seconds=900)
+    log = desk.glann("jobs", "logs", STUDY)
+    assert f"resuming with the copy of the study folder beside {RUNS}/{STUDY}/checkpoints" in log, log[-3000:]
+    desk.glann("jobs", "fetch", STUDY)
+    home = desk.folder / "studies" / STUDY
+    assert (home / "report.html").exists()
+    assert len(list((home / "trials").glob("*/model/model.json"))) == 1, "of its best trial"
+    assert cluster.net.groups[HEAD].killed == 0, "the head was short of memory"
+
+
+@contextmanager
+def served(desk: Desk, model: str):
+    """A model behind HTTP on the desk, by MLflow's own model server; yields what sends it a request."""
+    where = ("--host", "127.0.0.1", "--port", str(SERVED_AT))
+    began, log = time.monotonic(), desk.folder / "served.log"
+    with open(log, "wb") as file:
+        words = ("-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local", *where)
+        server = desk.cluster.net.start(DESK, sys.executable, *words, env=desk.env, stdout=file, stderr=file)
+
+    def answer(method: str, path: str, body: str | None = None) -> bytes:
+        with desk.cluster.net.inside(DESK):
+            connection = http.client.HTTPConnection("127.0.0.1", SERVED_AT, timeout=120)
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read()
+        assert response.status == 200, text[:2000]
+        return text
+
+    def ready() -> bool:
+        assert server.poll() is None, log.read_text()[-3000:]
+        with suppress(OSError):
+            answer("GET", "/ping")
+            return True
+        return False
+
+    def predict(inputs: dict) -> np.ndarray:
+        return np.array(json.loads(answer("POST", "/invocations", json.dumps({"inputs": inputs})))["predictions"])
+
+    try:
+        wait_until(ready, 180, f"the model is not served; see {log}", 0.5)
+        desk.took.append(("mlflow models serve", time.monotonic() - began))
+        yield predict
+    finally:
+        desk.cluster.net.end_processes(DESK)
 
 
 def run_folder(cluster: Cluster) -> Path:
