@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from glann.cluster.jobs.revision import code_revision
 from ray_head import Head, ray_head
 
 SECRET = "planted-8f1d0c"
@@ -99,6 +100,10 @@ def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path,
     assert "resuming from the checkpoint at stage 1 (GLO)" in finished.stdout
     assert "trial.2: finished" in finished.stderr
     assert (head.home / "glann-jobs" / "runs" / "trial" / "report.html").exists()
+    assert " in 2 starts" in finished.stdout, "the time of the whole run"
+    summary = json.loads((shared / "runs" / "trial" / "summary.json").read_text())
+    assert summary["timings"]["starts"] == 2
+    assert summary["made"]["commit"] == (code_revision() or ""), "that of the package here"
 
     assert "progress     finished" in cluster("jobs", "status", "trial").stdout
     copy = shared / "runs" / "trial"
