@@ -51,7 +51,7 @@ class FlowSampler(AdamSampler):
     def build(config: SamplerConfig, latent_dim: int, constraint: Constraint) -> VelocityFlow:
         keys = cast(FlowConfig, config)
         mean = keys.velocity == "mean"
-        return VelocityFlow(latent_dim, keys.hidden_dim, keys.depth, keys.steps, mean, constraint)
+        return VelocityFlow(latent_dim, keys.hidden_dim, keys.depth, keys.activation, keys.steps, mean, constraint)
 
     def prepare(self, codes: Codes, enter: Callable[[str], None]) -> None:
         """Find the heights of the semi-discrete coupling, once a run."""

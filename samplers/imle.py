@@ -48,6 +48,23 @@ class Matches:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Pulls:
+    """Numbers of candidates, and the row of the nearest code of each; of all workers."""
+
+    number_P: Tensor
+    row_P: Tensor
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Noise of candidates and the codes nearest to what it maps to, on this worker; `total` of all workers."""
+
+    e_PE: Tensor
+    z_PD: Tensor
+    total: int
+
+
 class Imle(Sampler):
     """IMLE: T and its Adam optimiser (Hoshen et al. 2019, Sec. 3.2)."""
 
@@ -94,8 +111,9 @@ class Imle(Sampler):
             enter(self.config.kind)
             lr = self.config.lr * self.config.schedule.factor(epoch, self.epochs)
             loss = torch.zeros((), device=self.device)
-            self.network.train(self.config.statistics == "batch")
             batches = global_batches(self.seed, epoch, codes.total, self.config.batch_size)
+            pulls = self.pulls(epoch, z_nD, codes) if self.config.chamfer else None
+            self.network.train(self.config.statistics == "batch")
             for step, batch in enumerate(batches):
                 mine = (batch >= codes.rows.start) & (batch < codes.rows.stop)
                 own = torch.as_tensor(batch[mine] - codes.rows.start)
@@ -104,7 +122,9 @@ class Imle(Sampler):
                     rows_B = torch.as_tensor(batch[mine])
                     more_BE = noise(self.seed, epoch, rows_B, self.config.noise_dim, self.device, Stream.TRAINING)
                     e_BE = e_BE + self.config.noise_on_match * more_BE
-                error, applied, piggyback_K = self.update(e_BE, z_nD[own.to(self.device)], len(batch), lr, piggyback())
+                pulled = self.pulled(pulls, epoch, step, len(batches), z_nD, codes) if pulls else None
+                z_BD = z_nD[own.to(self.device)]
+                error, applied, piggyback_K = self.update(e_BE, z_BD, len(batch), lr, piggyback(), pulled)
                 loss += error
                 bad_in_a_row = 0 if applied else bad_in_a_row + 1
                 yield FitStep(epoch, step, len(batches), piggyback_K, applied)
@@ -115,18 +135,29 @@ class Imle(Sampler):
             yield self._end_of_epoch(epoch, len(batches), codes.total, loss, matches, piggyback())
 
     def update(
-        self, e_BE: Tensor, z_BD: Tensor, batch_rows: int, lr: float, piggyback_K: Tensor
+        self,
+        e_BE: Tensor,
+        z_BD: Tensor,
+        batch_rows: int,
+        lr: float,
+        piggyback_K: Tensor,
+        pulled: Pulled | None = None,
     ) -> tuple[Tensor, bool, Tensor]:
-        """One step on a global batch, of which this worker holds B rows (possibly none).
+        """One step on a global batch, of which this worker holds B rows (possibly none), and on candidates beside it.
 
         Returns:
             Sum of the squared distances over this worker's rows, whether the step was applied
             (False if the gradient of a weight, its square, or a moment was not finite), and the sum of all workers'
             piggybacks.
         """
+        rows = len(z_BD)
+        if pulled is not None:
+            e_BE, z_BD = torch.cat([e_BE, pulled.e_PE]), torch.cat([z_BD, pulled.z_PD])
         with pending_statistics(self.network) as statistics:
-            error_B = (self.network(e_BE) - z_BD).square().sum(1)
+            error_B, error_P = (self.network(e_BE) - z_BD).square().sum(1).tensor_split([rows])
         loss = error_B.sum() / batch_rows
+        if pulled is not None:
+            loss = loss + self.config.chamfer * error_P.sum() / pulled.total
         applied, carried_K = reduced_step(self.network, self.optimizer, loss, lr, piggyback_K, statistics)
         return error_B.detach().sum(), applied, carried_K
 
@@ -140,6 +171,24 @@ class Imle(Sampler):
             self.held = self.gathered(fresh, codes)
             return fresh
         return self.own_matches(self.held, codes)
+
+    @torch.no_grad()
+    def pulls(self, epoch: int, z_nD: Tensor, codes: Codes) -> Pulls:
+        """The nearest code of each candidate that is trained on, of all workers. Collective."""
+        block_mD, number_M = self.candidate_codes(epoch, z_nD, codes.total)
+        number = candidates(self.config, codes.total)
+        number_P = torch.arange(number) if number_M is None else number_M
+        mine = ranges(number, world_size())[rank()]
+        row_P = torch.zeros(len(number_P), dtype=torch.int64, device=z_nD.device)
+        row_P[(number_P >= mine.start) & (number_P < mine.stop)] = ring_nearest(block_mD, z_nD)[0]
+        return Pulls(number_P, all_sum(row_P).cpu())
+
+    def pulled(self, pulls: Pulls, epoch: int, step: int, steps: int, z_nD: Tensor, codes: Codes) -> Pulled:
+        """What a step trains on of the candidates whose nearest codes are rows of this worker."""
+        number_P, row_P = pulls.number_P[step::steps], pulls.row_P[step::steps]
+        own_P = (row_P >= codes.rows.start) & (row_P < codes.rows.stop)
+        e_PE = noise(self.seed, epoch, number_P[own_P], self.config.noise_dim, self.device)
+        return Pulled(e_PE, z_nD[(row_P[own_P] - codes.rows.start).to(z_nD.device)], max(1, len(number_P)))
 
     def gathered(self, matches: Matches, codes: Codes) -> dict[str, Tensor]:
         """The matches of all rows, for the state. Collective."""
@@ -191,13 +240,19 @@ class Imle(Sampler):
 
     @classmethod
     def flops(cls, config: SamplerConfig, latent_dim: int, rows: int) -> float:
-        """Per epoch: map M candidates, compare N rows with each of them (2 N M D), train on N matches."""
+        """Per epoch: map M candidates, compare N rows with each of them (2 N M D), train on N matches.
+
+        With `chamfer` also map and compare them the other way round, and train on each.
+        """
         imle = cast(ImleKeys, config)
         with torch.device("meta"):
             mapping = cost(build_mapping(imle, latent_dim), (imle.noise_dim,))
         number = imle.candidates * rows
         search = 2.0 * rows * number * latent_dim
-        return imle.epochs * (number * mapping.forward_flops + search + rows * mapping.flops)
+        searched, trained = number * mapping.forward_flops + search, rows * mapping.flops
+        if imle.chamfer:
+            searched, trained = 2 * searched, trained + number * mapping.flops
+        return imle.epochs * (searched + trained)
 
     @classmethod
     def steps(cls, config: SamplerConfig, rows: int) -> int:

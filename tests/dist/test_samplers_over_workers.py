@@ -14,7 +14,8 @@ IMLE = {**TRAINED, "noise_dim": 5}
 CASES = {
     "imle": IMLE,
     "imle stale": {**IMLE, "staleness": 2, "noise_on_match": 0.1, "normalisation": "layer"},
-    "rs-imle": {**IMLE, "epsilon": 0.3, "candidates": 4},
+    "imle chamfer": {**IMLE, "chamfer": 1.0},
+    "rs-imle": {**IMLE, "epsilon": 0.3, "candidates": 4, "chamfer": 0.5},
     "adaptive-imle": {**IMLE, "change": 0.01, "lr": 0.01},
     "gaussian": {},
     "gmm": {"epochs": EPOCHS, "components": 3},

@@ -18,6 +18,7 @@ DIM = 6
 SMALL: dict[str, dict[str, Any]] = {
     "imle": {"epochs": 4, "noise_dim": 5, "hidden_dim": 16, "batch_size": 50},
     "imle stale": {"epochs": 6, "noise_dim": 5, "hidden_dim": 16, "staleness": 4, "noise_on_match": 0.1},
+    "imle chamfer": {"epochs": 4, "noise_dim": 5, "hidden_dim": 16, "batch_size": 50, "chamfer": 1.0},
     "imle deep": {
         "epochs": 4,
         "noise_dim": 5,
