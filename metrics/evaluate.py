@@ -33,7 +33,7 @@ from .nearest import DEFAULT_LIMIT
 from .panel import Panel, code_panel
 from .reference import held_out_images, moved, open_images, require_same, training_images, training_set
 from .result import BASELINE, HELD_OUT, OWN, Result
-from .spec import Metric, Reconstructions, Samples, measured_with
+from .spec import CODES, Metric, Reconstructions, Samples, measured_with
 from .tally import KeptFeatures, Mean
 from .team import ALONE, Team, counting
 
@@ -121,7 +121,7 @@ def measure(
         them, copying as well, and name them as the reference set.
     """
     model, codes, samples = trained.model, trained.codes, config.evaluation.samples
-    metrics = measured_with(config.evaluation.extractor, config.evaluation.metrics)
+    metrics = measured_metrics(config)
     judge = build_judge(config, sets.images, metrics, samples, seed, model.device, sets.training, sets.held_out, team)
     if sets.unseen:
         judge = replace(judge, named=HELD_OUT)
@@ -136,6 +136,12 @@ def measure(
     if codes is not None:
         results += measure_codes(code_panel(metrics), model, codes, trained.rows, samples, seed, team)
     return results
+
+
+def measured_metrics(config: Config) -> list[Metric]:
+    """The metrics of a run: those configured and, of a sampler that may draw training codes, those of codes."""
+    more = [CODES] if config.sampler.copies else []
+    return measured_with(config.evaluation.extractor, [*config.evaluation.metrics, *more])
 
 
 def images_in_all(config: Config, rows: int, held_out: int, kinds: int, pictures: bool = True) -> int:

@@ -34,6 +34,7 @@ from .reconstruction import l1, psnr
 from .tally import KeptFeatures, Tally
 
 ALL = "all"  # of the groups in `evaluation.metrics`
+CODES = "codes"  # the group of metrics in the space of codes
 NOT_FID = "Not FID: compare it only with itself"
 
 Better = Literal["lower", "higher"]
@@ -198,7 +199,7 @@ def _manifold(extractor: str | None) -> Iterator[Metric]:
         ("coverage", f"share of real {images} with a sample nearer than their 5th neighbour", "coverage"),
     ):
         needs = Samples(KeptFeatures, compare_manifolds, extractor, attrgetter(name), codes=extractor is None)
-        title, group = f"{name.capitalize()} ({space})", group if extractor else "codes"
+        title, group = f"{name.capitalize()} ({space})", group if extractor else CODES
         yield Metric(f"{name}_{space}", title, meaning, "higher", "{:.3f}", needs, group=group)
 
 
@@ -278,7 +279,7 @@ def _codes() -> Iterator[Metric]:
     yield from _manifold(None)
     meaning = "how often a sampled code is nearer to a training code than these are to one another"
     needs, note = Samples(KeptFeatures, copying_of_codes, codes=True), "0.5 is no preference, 1 is copies"
-    yield Metric("copying_codes", "Copying (codes)", meaning, "lower", "{:.2f}", needs, note, group="codes")
+    yield Metric("copying_codes", "Copying (codes)", meaning, "lower", "{:.2f}", needs, note, group=CODES)
 
 
 def _of_samples(value: Callable[[Any], float]) -> Callable[[Any, Any], float]:

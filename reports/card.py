@@ -11,6 +11,7 @@ from ..config.section import Trait
 from ..errors import redact
 from ..storage.files import write_whole
 from .assets import used_assets
+from .copying import warning
 from .facts import RunFacts
 from .figures import metric_rows
 from .limits import verdict
@@ -66,6 +67,7 @@ def write_card(run_dir: Path, tracked: TrackedAs = TrackedAs()) -> Path:
             headline=headline(facts),
             metrics=metric_rows(facts.metrics),
             verdict=verdict(facts.metrics),
+            copying=warning(facts.metrics),
             commands=commands(facts),
             tracked=tracked,
             assets=used_assets(facts),

@@ -13,6 +13,7 @@ from ..config.run import redacted_config
 from .assets import used_assets
 from .charts import line_chart
 from .codes import code_rows
+from .copying import warning
 from .facts import RunFacts, series
 from .figures import figure_rows, main_rows, reference_of
 from .gallery import Wanted, gallery
@@ -65,6 +66,7 @@ def render(facts: RunFacts) -> str:
             reference=reference_of(facts.metrics),
             all_figures=figure_rows(facts.metrics, facts.deviations),
             verdict=verdict(facts.metrics),
+            copying=warning(facts.metrics),
             charts=_charts(facts),
             pictures=[(*words, next(shown)) for _, *words in sections],
             films=[(*words, [next(shown) for _ in group]) for group, *words in films],

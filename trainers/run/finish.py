@@ -20,6 +20,7 @@ from ...datasets.index import Index
 from ...errors import EnvironmentFault, redact
 from ...metrics.result import Result, by_key, deviations
 from ...reports.card import write_card
+from ...reports.copying import warning
 from ...reports.figures import main_rows, reference_of
 from ...reports.limits import verdict
 from ...reports.run import write_report
@@ -136,8 +137,7 @@ def summary_of(config: Config) -> Group:
     against = Text(f"  samples are compared with {others}; the report has all figures")
     look, try_next = in_job(config, summary) if shared.is_job() else here(config, summary)
     parts: list[Table | Text] = [Text(f"{config.name}: done", style="bold"), Text(f"  {trained}"), table, against]
-    if held_back := verdict(metrics):
-        parts.append(Text(f"  {held_back}"))
+    parts += [Text(f"  {words}") for words in (verdict(metrics), warning(metrics)) if words]
     for title, lines in (("look at", look), ("try next", try_next)):  # unwrapped, so that they can be copied
         parts += [Text(title, style="bold"), *(Text(f"  {line}") for line in lines)]
     return Group(*parts)

@@ -20,7 +20,7 @@ from ...datasets.index import Index
 from ...errors import UserError
 from ...inference.model import SamplingModel, usable_device
 from ...inference.package import export_model, load_model
-from ...metrics.evaluate import measure_codes, reconstruction
+from ...metrics.evaluate import measure_codes, measured_metrics, reconstruction
 from ...metrics.judge import Codes as CodeBlocks
 from ...metrics.judge import Judge, build_judge
 from ...metrics.panel import code_panel
@@ -152,11 +152,10 @@ def fit_sampler(config: Config, z_ND: Tensor, tracked: TrackedRun, hooks: Hooks)
 
 def measure_samples(config: Config, model: SamplingModel, shared: StageOne) -> list[Result]:
     """The metrics of the model's samples and of its codes."""
-    evaluation = config.evaluation
-    measured = measured_with(evaluation.extractor, evaluation.metrics)
     results = shared.judge.measure(model)
     codes, rows = code_blocks(shared.z_ND), len(shared.z_ND)
-    return results + measure_codes(code_panel(measured), model, codes, rows, evaluation.samples)
+    panel = code_panel(measured_metrics(config))
+    return results + measure_codes(panel, model, codes, rows, config.evaluation.samples)
 
 
 def code_blocks(z_ND: Tensor) -> CodeBlocks:

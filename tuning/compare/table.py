@@ -10,14 +10,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ...metrics.result import FLOOR, HELD_OUT, OWN, RECONSTRUCTION, to_key
-from ...metrics.spec import METRICS, frechet_name, measured_with
+from ...metrics.spec import CODES, METRICS, frechet_name, measured_with
+from ...reports.copying import copies
 from ..ledger import Trial
 from .comparison import Cell, Comparison
 from .measure import DRAWS, FIT_S, TRAIN_S
 
 COPIED = "COPIES"  # begins the remark on a method whose samples are copies
-COPIES = 0.65  # share of samples that are nearer to a training image than to any held-out one
-CODES_COPIED = 0.9  # how often a code lies nearer to a training code than these lie to one another
 BOUNDS = {FLOOR: "real images", RECONSTRUCTION: "reconstructions"}
 
 
@@ -113,7 +112,7 @@ def all_columns(comparison: Comparison, against: str | None) -> list[Column]:
         Column(to_key(distance, OWN, reference), f"{METRICS[distance].title}, {named[reference]}", "{:.4g}", "lower")
         for reference in dict.fromkeys((against, None))
     ]
-    for metric in measured_with(evaluation.extractor, evaluation.metrics):
+    for metric in measured_with(evaluation.extractor, {*evaluation.metrics, CODES}):  # a sampler that may copy has them
         if metric.of_samples and metric.name != distance:
             in_codes = metric.name.endswith("_codes")
             title = metric.title.replace(f" ({evaluation.extractor})", "")
@@ -160,20 +159,9 @@ def _spreads(
 def copying(comparison: Comparison, spreads: Mapping[str, Spread]) -> list[str]:
     """In words, if samples are copies of training images, or codes of training codes."""
     extractor = comparison.evaluation.extractor
-    share = spreads.get(to_key(f"copying_{extractor}", OWN, HELD_OUT))
-    codes = spreads.get(to_key("copying_codes", OWN))
-    words = []
-    if share is not None and share.mean > COPIES:
-        words.append(
-            f"{COPIED}: {share.mean:.0%} of its samples are nearer to a training image than to any of equally many "
-            "held-out ones; half would be no preference"
-        )
-    if codes is not None and codes.mean > CODES_COPIED:
-        words.append(
-            f"{COPIED}: nearly all of its codes lie at training codes, so its samples are reconstructions of training "
-            "images"
-        )
-    return words
+    keys = to_key(f"copying_{extractor}", OWN, HELD_OUT), to_key("copying_codes", OWN)
+    share, codes = (spreads[key].mean if key in spreads else None for key in keys)
+    return [f"{COPIED}: {words}" for words in copies(share, codes)]
 
 
 def _bounds(comparison: Comparison, columns: list[Column], finished: Mapping[Cell, dict[str, float]]) -> list[Row]:
