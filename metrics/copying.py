@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from .distances import Float64, nearest, neighbour_distances
+from .distances import Float64, nearest
 from .tally import KeptFeatures
 
 Int64 = NDArray[np.int64]
@@ -91,7 +91,7 @@ def copying_of_codes(train: KeptFeatures, drawn: KeptFeatures) -> float:
     There are no held-out codes: a training code against all the others takes their place. 0.5 is no preference, 1 a
     copy of a code each time.
     """
-    apart_T = neighbour_distances(train.features_NF, 1)[:, 0]
+    apart_T = train.near(1)[:, 0]
     distance_N, _ = nearest(drawn.features_NF, train.features_NF)
     return 1.0 - _share_above(distance_N, apart_T)
 

@@ -9,6 +9,7 @@ Legend: B batch, F feature dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.linalg
@@ -73,8 +74,10 @@ class FeatureMoments:
             return self
         shift_F = other.mean_F - self.mean_F
         mean_F = self.mean_F + shift_F * (other.count / count)
-        between_FF = np.outer(shift_F, shift_F) * (self.count * other.count / count)
-        return FeatureMoments(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
+        between_FF = np.outer(shift_F, shift_F)
+        between_FF *= self.count * other.count / count
+        between_FF += self.scatter_FF + other.scatter_FF
+        return FeatureMoments(count, mean_F, between_FF)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Count, mean [F] and scatter [F, F], for `from_arrays`."""
@@ -86,6 +89,11 @@ class FeatureMoments:
         if mean_F.shape != self.mean_F.shape or scatter_FF.shape != self.scatter_FF.shape:
             raise ValueError("these are no moments of as many features")
         return FeatureMoments(int(arrays["count"].item()), mean_F, scatter_FF)
+
+    @cached_property
+    def root_FF(self) -> Float64:
+        """R with R R^T = the covariance. It is kept: every distance to these moments needs it."""
+        return _root(self.covariance_FF())
 
     def covariance_FF(self) -> Float64:
         """The unbiased covariance, as in the published FID.
@@ -115,7 +123,7 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     # LAPACK's many small steps: on a busy machine two threads take five times as long. Other libraries keep their
     # threads, as a training may go on beside this.
     with ThreadpoolController().select(internal_api="openblas").limit(limits=1):
-        cross = scipy.linalg.svdvals(_root(covariance_a_FF).T @ _root(covariance_b_FF)).sum()
+        cross = scipy.linalg.svdvals(a.root_FF.T @ b.root_FF).sum()
     distance = shift_F @ shift_F + np.trace(covariance_a_FF) + np.trace(covariance_b_FF) - 2.0 * cross
     return max(float(distance), 0.0)
 

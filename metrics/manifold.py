@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .distances import distance_blocks, neighbour_distances
+from .distances import distance_blocks
 from .tally import KeptFeatures
 
 NEIGHBOURS_OF_RECALL = 3  # Kynkäänniemi et al. 2019, section 3
@@ -53,7 +53,7 @@ def manifold(real: KeptFeatures, drawn: KeptFeatures, recall_k: int, coverage_k:
     """
     most = max(recall_k, coverage_k)
     real_RF, drawn_NF = real.features_NF, drawn.features_NF
-    near_RK, near_NK = neighbour_distances(real_RF, most), neighbour_distances(drawn_NF, recall_k)
+    near_RK, near_NK = real.near(most), drawn.near(recall_k)
     radius_R, wide_R, radius_N = near_RK[:, recall_k - 1], near_RK[:, coverage_k - 1], near_NK[:, -1]
     precise_N, dense = np.zeros(len(drawn_NF), bool), 0
     recalled_R, covered_R = np.empty(len(real_RF), bool), np.empty(len(real_RF), bool)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import UserError
-from .distances import neighbour_distances, others_blocks
+from .distances import others_blocks
 from .tally import KeptFeatures
 
 ALIKE = 0.01  # share of real images whose nearest neighbour is taken for the same image
@@ -26,7 +26,7 @@ def count_modes(real: KeptFeatures, drawn: KeptFeatures) -> float:
     Raises:
         UserError: fewer than two images in a set.
     """
-    reach = float(np.quantile(neighbour_distances(real.features_NF, 1), ALIKE))
+    reach = float(np.quantile(real.near(1), ALIKE))
     pairs = sum(int((distance_BN <= reach).sum()) for _, distance_BN in others_blocks(drawn.features_NF)) // 2
     return modes_of(len(drawn), pairs)
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.noise import philox4x32
+from .distances import neighbour_distances
 
 INDICES_AT_ONCE = 1 << 20
+NEIGHBOURS = 5  # nearest others of an image whose distances are computed at once
 KEPT = 10_000  # feature vectors that metrics of neighbours keep of a set
 _KEY = (0x6B657074, 0)  # of the priorities; another key is another sample
 
@@ -106,6 +108,22 @@ class KeptFeatures:
             raise UserError("no images were seen, so there are no features to compare")
         return self._settled[1].double().numpy()
 
+    def near(self, count: int) -> NDArray[np.float64]:
+        """Distances of each image to its `count` nearest others, ascending, [N, K].
+
+        Those of the nearest are computed once: every set that this one is compared with needs the same.
+
+        Raises:
+            UserError: too few images.
+        """
+        if count > min(NEIGHBOURS, len(self) - 1):
+            return neighbour_distances(self.features_NF, count)
+        return self._near_NK[:, :count]
+
+    @cached_property
+    def _near_NK(self) -> NDArray[np.float64]:
+        return neighbour_distances(self.features_NF, min(NEIGHBOURS, len(self) - 1))
+
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Indices [N] and features [N, F] of the kept images, for `from_arrays`."""
         index_N, features_NF = self._settled
@@ -120,6 +138,8 @@ class KeptFeatures:
 
     def first(self, count: int) -> KeptFeatures:
         """A sample of at most `count` of the images, as if that had been the limit."""
+        if count >= len(self):
+            return self
         return KeptFeatures(min(count, self.limit), (_lowest(self._parts, min(count, self.limit)),))
 
     def __len__(self) -> int:

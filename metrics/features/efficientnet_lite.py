@@ -49,7 +49,7 @@ def _unit(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
         SameConv2d(inputs, outputs, kernel, stride, groups),
         nn.BatchNorm2d(outputs, eps=BATCH_NORM_EPS),
     ]
-    return nn.Sequential(*layers, nn.ReLU6()) if act else nn.Sequential(*layers)
+    return nn.Sequential(*layers, nn.ReLU6(inplace=True)) if act else nn.Sequential(*layers)
 
 
 class Block(nn.Module):
