@@ -1,13 +1,16 @@
-"""Samplers compared on the codes of one run: in code space, and by the images that its generator makes of them.
+"""Every sampler on one and the same set of codes, in one run: time, precision, recall and copying, beside `imle`.
 
-    python benchmarks/samplers.py RUN [--kinds "gmm" "flow coupling=minibatch" ...] [--extractor lite0] [--seeds 3]
+    python benchmarks/samplers.py [RUN] [--kinds "gmm" "flow coupling=minibatch" ...] [--seeds 3] [--rows N --dim D]
 
-RUN is a finished run. A fifth of its codes is held out; every sampler is fitted to the others, in this process, and
-draws as many codes as were held out. Columns: precision and recall in code space (k-th neighbour, k = 3, Kynkäänniemi
-et al. 2019) against held-out codes; the median distance to the nearest code of the fit, over that of held-out codes
-(below 1 means nearer than new codes are, 0 is a copy); the Fréchet distance of 2,000 images against all images of the
-run; the CPU seconds of the fit. The rows `held-out codes` and `training codes` are what a perfect sampler, and one that
-copies, would get.
+RUN is a finished run, whose codes are taken; without it they are synthetic: on the unit sphere, in groups. A fifth of
+them is held out. Every sampler is fitted to the others, in this process, and draws 2,000 codes; with RUN its generator
+makes images of them, for the Fréchet distance to the held-out images of the run's data (to the training images where
+none are held out). The rows `held-out codes` and `training codes` are what a perfect sampler, and one that copies,
+would get. In brackets: the figure over that of `imle`, the paper's sampler.
+
+Columns: precision and recall in code space against held-out codes (k = 3, Kynkäänniemi et al. 2019); copying, how often
+a draw lies nearer to a code of the fit than these lie to one another (0.5 is no preference, 1 is copies); CPU seconds
+of the fit, and of 1,000 draws.
 
 Legend: N codes, H held-out codes, B draws, D latent dimension.
 """
@@ -17,31 +20,38 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from glann.cluster.neighbours import nearest
 from glann.config.samplers import SAMPLERS
-from glann.inference.model import SamplingModel
 from glann.inference.package import load_model
+from glann.metrics.copying import copying_of_codes
+from glann.metrics.judge import channels_first
+from glann.metrics.manifold import compare_manifolds
 from glann.metrics.panel import build_panel
 from glann.metrics.reference import BATCH
 from glann.metrics.spec import frechet_metric
+from glann.metrics.tally import KeptFeatures
 from glann.models.noise import Stream, noise, stream_of
+from glann.models.sphere import Constraint
 from glann.reports.run_folder import read_config
 from glann.samplers.base import Codes, build_sampler
-from glann.trainers.run.local import StageOne, load_stage_one
+from glann.trainers.run.local import load_stage_one
 from torch import Tensor
+from torch.nn.functional import normalize
 
-NEIGHBOURS = 3
 DRAWN = 2000
+GROUPS = 20  # of the synthetic codes
+PAPER = "imle"
 ALL = [
+    PAPER,
     "gaussian",
     "gmm",
-    "imle",
+    "rs-imle",
+    "adaptive-imle",
     "ot",
     "ot extension=none",
     "flow",
@@ -52,87 +62,121 @@ ALL = [
     "coupling",
     "ar",
 ]
+Row = dict[str, float]
+Distance = Callable[[Tensor], Row]  # of the images of codes; empty without a generator
 
 
-def radius(x_ND: Tensor) -> Tensor:
-    """Distance to the k-th neighbour of each point, itself left out."""
-    return torch.cdist(x_ND, x_ND).kthvalue(NEIGHBOURS + 1, dim=1).values
+def synthetic(rows: int, dim: int) -> Tensor:
+    """Unit codes in groups of a few directions each, as those of a trained stage 1 are."""
+    generator = torch.Generator().manual_seed(0)
+    centre_KD = torch.randn(GROUPS, dim, generator=generator)
+    axes_KDD = torch.randn(GROUPS, dim, dim, generator=generator) / (4 * dim**0.5)
+    axes_KDD *= 0.8 ** torch.arange(dim)
+    own_N = torch.randint(GROUPS, (rows,), generator=generator)
+    spread_ND = (axes_KDD[own_N] @ torch.randn(rows, dim, 1, generator=generator) * dim**0.5)[..., 0]
+    return normalize(centre_KD[own_N] + spread_ND, dim=1)
 
 
-def inside(x_ND: Tensor, around_MD: Tensor) -> float:
-    """Share of the points within the k-th neighbour distance of a point of the other set."""
-    return float((torch.cdist(x_ND, around_MD) <= radius(around_MD)).any(1).float().mean())
+def of_run(run: Path, extractor: str) -> tuple[Tensor, Constraint, Distance]:
+    """The codes of a run, where they lie, and the Fréchet distance of the images of other codes."""
+    config = read_config(run)
+    shared = load_stage_one(run, config.evaluation.model_copy(update={"extractor": extractor}))
+    model, metric = load_model(run, s3=config.s3), frechet_metric(extractor)
+    panel, judge = build_panel([metric]), shared.judge
+    real, named = (judge.real, "training") if judge.held_out is None else (judge.held_out, "held-out")
+
+    def images(z_BD: Tensor) -> Iterator[Tensor]:
+        for part_BD in z_BD.split(BATCH):
+            yield channels_first(model.decode(part_BD))
+
+    def distance(z_BD: Tensor) -> Row:
+        [result] = panel.compare(real.whole, panel.tally(images(z_BD)), "drawn")
+        return {f"{metric.title}, {named}": result.value}
+
+    return shared.z_ND, config.glo.constraint, distance
 
 
-def fitted(case: str, z_ND: Tensor, constraint: Any, seed: int) -> tuple[Callable[[int], Tensor], float]:
-    """A function that draws codes of a case such as `flow coupling=minibatch`, and the CPU seconds of its fit."""
+def kept(z_ND: Tensor) -> KeptFeatures:
+    return KeptFeatures().update(z_ND, torch.arange(len(z_ND)))
+
+
+def figures(z_BD: Tensor, train: KeptFeatures, held_out: KeptFeatures, distance: Distance) -> Row:
+    drawn = kept(z_BD)
+    near = compare_manifolds(held_out, drawn)
+    copying = copying_of_codes(train, drawn)
+    return {"precision": near.precision, "recall": near.recall, "copying": copying, **distance(z_BD)}
+
+
+def fitted(case: str, z_ND: Tensor, constraint: Constraint, seed: int) -> tuple[Tensor, Row]:
+    """Draws of a case such as `flow coupling=minibatch`, and the CPU seconds of its fit and of its draws."""
     kind, *overrides = case.split()
-    tree: dict[str, Any] = {"kind": kind}
-    for override in overrides:
-        key, value = override.split("=")
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = yaml.safe_load(value)
+    tree: dict[str, Any] = {"kind": kind} | {key: yaml.safe_load(value) for key, value in pairs(overrides)}
     torch.manual_seed(seed + 1)
     config = SAMPLERS[kind].model_validate(tree)
     sampler = build_sampler(config, z_ND.shape[1], constraint, seed=seed, device=torch.device("cpu"))
     began = time.process_time()
     for _ in sampler.fit(Codes(z_ND, range(len(z_ND)), len(z_ND)), 0, lambda: torch.zeros(0)):
         pass
-    seconds = time.process_time() - began
-
-    def draw(count: int) -> Tensor:
-        e_BE = noise(seed, stream_of(kind), torch.arange(count), sampler.network.noise_dim, stream=Stream.SAMPLES)
-        return torch.cat([sampler.codes(part) for part in e_BE.split(1000)])
-
-    return draw, seconds
+    fit_s = time.process_time() - began
+    e_BE = noise(seed, stream_of(kind), torch.arange(DRAWN), sampler.network.noise_dim, stream=Stream.SAMPLES)
+    began = time.process_time()
+    drawn_BD = torch.cat([sampler.codes(part) for part in e_BE.split(1000)])
+    return drawn_BD, {"fit, s": fit_s, "1,000 draws, s": (time.process_time() - began) * 1000 / DRAWN}
 
 
-def images_of(model: SamplingModel, z_BD: Tensor) -> Any:
-    """uint8 images [B, C, H, W] of codes, batch by batch."""
-    for part_BD in z_BD.split(BATCH):
-        yield torch.from_numpy(model.decode(part_BD)).permute(0, 3, 1, 2)
+def pairs(overrides: list[str]) -> Iterator[tuple[str, str]]:
+    for override in overrides:
+        key, value = override.split("=")
+        yield key, value
+
+
+def line(name: str, row: Row, columns: list[str], paper: Row) -> str:
+    cells = [
+        "-" if column not in row else f"{row[column]:.3g}" + beside(row[column], paper.get(column))
+        for column in columns
+    ]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def beside(value: float, paper: float | None) -> str:
+    return f" ({value / paper:.2f})" if paper else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--kinds", nargs="*", default=ALL, help="kinds with keys of sampler.*")
-    parser.add_argument("--extractor", default="lite0")
+    parser.add_argument("--extractor", default="lite0-96")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=2500, help="synthetic codes")
+    parser.add_argument("--dim", type=int, default=16, help="of the synthetic codes")
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    config = read_config(options.run)
-    evaluation = config.evaluation.model_copy(update={"extractor": options.extractor})
-    shared: StageOne = load_stage_one(options.run, evaluation)
-    model = load_model(options.run, s3=config.s3)
-    metric = frechet_metric(options.extractor)
-    panel = build_panel([metric])
-    order = torch.randperm(len(shared.z_ND), generator=torch.Generator().manual_seed(0))
-    held_HD, z_ND = shared.z_ND[order[: len(order) // 5]], shared.z_ND[order[len(order) // 5 :]].contiguous()
-    usual = float(nearest(held_HD, z_ND)[1].sqrt().median())
-
-    def row(codes_BD: Tensor, drawn_BD: Tensor) -> list[float]:
-        copied = float(nearest(codes_BD, z_ND)[1].sqrt().median()) / usual
-        judged = panel.compare(shared.judge.real.whole, panel.tally(images_of(model, drawn_BD)), "drawn")
-        distance = next(result.value for result in judged if result.metric == metric.name)
-        return [inside(codes_BD, held_HD), inside(held_HD, codes_BD), copied, distance]
-
-    print(f"| sampler | precision | recall | nearest training code | {metric.title} | CPU s of the fit |")
-    print("|---|---|---|---|---|---|")
-    references = {"held-out codes": held_HD, "training codes": z_ND[: len(held_HD)]}
-    for name, codes_BD in references.items():
-        drawn_BD = held_HD if name == "held-out codes" else z_ND[:DRAWN]
-        print(f"| {name} | " + " | ".join(f"{value:.3g}" for value in row(codes_BD, drawn_BD)) + " | - |", flush=True)
-    for case in options.kinds:
+    torch.set_num_threads(options.threads)
+    codes_ND, constraint, distance = synthetic(options.rows, options.dim), "sphere", lambda z_BD: {}
+    if options.run is not None:
+        codes_ND, constraint, distance = of_run(options.run, options.extractor)
+    order = torch.randperm(len(codes_ND), generator=torch.Generator().manual_seed(0))
+    held_HD, z_ND = codes_ND[order[: len(order) // 5]], codes_ND[order[len(order) // 5 :]].contiguous()
+    train, held_out = kept(z_ND), kept(held_HD)
+    print(f"{len(z_ND)} codes of {z_ND.shape[1]}, {len(held_HD)} held out, {options.threads} threads")
+    bounds = {
+        "held-out codes": figures(held_HD, train, held_out, distance),
+        "training codes": figures(z_ND[:DRAWN], train, held_out, distance),
+    }
+    columns = [*bounds["training codes"], "fit, s", "1,000 draws, s"]
+    print("| sampler | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for name, row in bounds.items():
+        print(line(name, row, columns, {}), flush=True)
+    paper: Row = {}
+    for case in dict.fromkeys([PAPER, *options.kinds]):
         rows = []
         for seed in range(options.seeds):
-            draw, seconds = fitted(case, z_ND, config.glo.constraint, seed)
-            drawn_BD = draw(DRAWN)
-            rows.append([*row(drawn_BD[: len(held_HD)], drawn_BD), seconds])
-        means = " | ".join(f"{statistics.mean(values):.3g}" for values in zip(*rows, strict=True))
-        print(f"| `{case}` | {means} |", flush=True)
+            drawn_BD, seconds = fitted(case, z_ND, constraint, seed)
+            rows.append(figures(drawn_BD, train, held_out, distance) | seconds)
+        mean = {column: statistics.mean(row[column] for row in rows) for column in columns}
+        print(line(f"`{case}`", mean, columns, paper), flush=True)
+        paper = paper or mean
 
 
 if __name__ == "__main__":
