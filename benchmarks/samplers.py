@@ -77,6 +77,11 @@ def synthetic(rows: int, dim: int) -> Tensor:
     return normalize(centre_KD[own_N] + spread_ND, dim=1)
 
 
+def of_nothing(rows: int, dim: int) -> tuple[Tensor, Constraint, Distance]:
+    """Synthetic codes, where they lie, and no distance, as there is no generator."""
+    return synthetic(rows, dim), "sphere", lambda z_BD: {}
+
+
 def of_run(run: Path, extractor: str) -> tuple[Tensor, Constraint, Distance]:
     """The codes of a run, where they lie, and the Fréchet distance of the images of other codes."""
     config = read_config(run)
@@ -153,8 +158,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    codes_ND, constraint, distance = synthetic(options.rows, options.dim), "sphere", lambda z_BD: {}
-    if options.run is not None:
+    if options.run is None:
+        codes_ND, constraint, distance = of_nothing(options.rows, options.dim)
+    else:
         codes_ND, constraint, distance = of_run(options.run, options.extractor)
     order = torch.randperm(len(codes_ND), generator=torch.Generator().manual_seed(0))
     held_HD, z_ND = codes_ND[order[: len(order) // 5]], codes_ND[order[len(order) // 5 :]].contiguous()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .mapping import Standardised
 from .sphere import Constraint
 
-
 Activation = Literal["silu", "relu"]
 LAYERS: dict[Activation, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
 

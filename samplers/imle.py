@@ -249,10 +249,8 @@ class Imle(Sampler):
             mapping = cost(build_mapping(imle, latent_dim), (imle.noise_dim,))
         number = imle.candidates * rows
         search = 2.0 * rows * number * latent_dim
-        searched, trained = number * mapping.forward_flops + search, rows * mapping.flops
-        if imle.chamfer:
-            searched, trained = 2 * searched, trained + number * mapping.flops
-        return imle.epochs * (searched + trained)
+        ways, trained = (2, rows + number) if imle.chamfer else (1, rows)
+        return imle.epochs * (ways * (number * mapping.forward_flops + search) + trained * mapping.flops)
 
     @classmethod
     def steps(cls, config: SamplerConfig, rows: int) -> int:
