@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,15 +30,12 @@ class Cost:
         frozen_parameters: other parameters.
         forward_flops: FLOPs of convolutions and matrix products in a forward pass; a multiply-add counts two.
         backward_flops: the same for the backward pass, to the first input and the trainable parameters.
-        activation_bytes: bytes that autograd saves between the passes, in the module's own precision
-            (float32; half of it under bf16 autocast), without parameters.
     """
 
     parameters: int
     frozen_parameters: int
     forward_flops: int
     backward_flops: int
-    activation_bytes: int
 
     @property
     def flops(self) -> int:
@@ -59,12 +55,8 @@ def cost(module: nn.Module, *input_shapes: Sequence[int]) -> Cost:
     """
     twin = _without_values(module)
     inputs = [torch.empty((1, *shape), device="meta", requires_grad=i == 0) for i, shape in enumerate(input_shapes)]
-    extra = {}
-    if getattr(module, "patch", None):
-        extra["patch_seed_B"] = torch.empty(1, dtype=torch.int64, device="meta")
-    saved = _SavedBytes([*twin.parameters(), *twin.buffers()])
-    with FlopCounterMode(display=False) as forward, saved_tensors_hooks(saved.pack, saved.unpack):
-        out = twin(*inputs, **extra)
+    with FlopCounterMode(display=False) as forward:
+        out = twin(*inputs, **_patches(module, 1))
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -73,7 +65,6 @@ def cost(module: nn.Module, *input_shapes: Sequence[int]) -> Cost:
         frozen_parameters=sum(p.numel() for p in module.parameters()) - trainable,
         forward_flops=forward.get_total_flops(),
         backward_flops=backward.get_total_flops(),
-        activation_bytes=saved.bytes,
     )
 
 
@@ -89,6 +80,35 @@ def inference_bytes(module: nn.Module, *input_shapes: Sequence[int]) -> int:
     with torch.no_grad(), live:
         twin(*inputs)
     return live.peak
+
+
+def training_bytes(module: nn.Module, batch: int, *input_shapes: Sequence[int]) -> int:
+    """Most bytes of results and gradients alive at once in a step on a batch: forward and backward, to the first input.
+
+    Of parameters, their gradients and the inputs only what is made of them meanwhile counts. In the module's own
+    precision (float32); the kernels' own memory is not included. Arguments are those of `cost`.
+    """
+    twin = _without_values(module)
+    inputs = [torch.empty((batch, *shape), device="meta", requires_grad=i == 0) for i, shape in enumerate(input_shapes)]
+    trained = [tensor for tensor in (*twin.parameters(), *inputs) if tensor.requires_grad]
+    for tensor in trained:
+        tensor.grad = torch.zeros_like(tensor)  # so that those of the step are added to it and freed
+    own = [
+        *twin.parameters(),
+        *twin.buffers(),
+        *inputs,
+        *(tensor.grad for tensor in trained if tensor.grad is not None),
+    ]
+    live = _LiveBytes(own)
+    with live:
+        twin(*inputs, **_patches(module, batch)).sum().backward()
+    return live.peak
+
+
+def _patches(module: nn.Module, batch: int) -> dict[str, Tensor]:
+    """The further argument of a loss that sees patches."""
+    seeded = bool(getattr(module, "patch", None))
+    return {"patch_seed_B": torch.empty(batch, dtype=torch.int64, device="meta")} if seeded else {}
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -119,25 +139,6 @@ class _LiveBytes(TorchDispatchMode):
 
     def remove(self, address: int) -> None:
         self.now -= self.alive.pop(address)
-
-
-class _SavedBytes:
-    """Counts the bytes of the distinct storages that autograd saves, without the module's own tensors."""
-
-    def __init__(self, own: list[Tensor]) -> None:
-        self.bytes = 0
-        self.seen: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in own}
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.seen:
-            self.seen[storage._cdata] = tensor  # a reference, so that no other tensor reuses the address
-            self.bytes += storage.nbytes()
-        return tensor
-
-    @staticmethod
-    def unpack(tensor: Tensor) -> Tensor:
-        return tensor
 
 
 def _without_values(module: nn.Module) -> nn.Module:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from ...config.run import Config
-from ...models.cost import Cost, cost
+from ...models.cost import Cost, cost, training_bytes
 from ...models.generators import Generator, generator_of
 from ...models.losses import ReconstructionLoss, build_loss
 from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
@@ -16,6 +17,25 @@ def training_costs(config: Config) -> tuple[Cost, Cost]:
     generator, loss = build_networks(config, "meta")
     image = (config.data.channels, config.data.resolution, config.data.resolution)
     return cost(generator, (config.generator.latent_dim,)), cost(loss, image, image)
+
+
+def step_bytes(config: Config, batch: int) -> int:
+    """Bytes of activations and their gradients that a step of stage 1 holds at most, for a batch, in float32."""
+    step = Step(*build_networks(config, "meta"))
+    image = (config.data.channels, config.data.resolution, config.data.resolution)
+    return training_bytes(step, batch, (config.generator.latent_dim,), image)
+
+
+class Step(nn.Module):
+    """Loss of the images of codes, as one module."""
+
+    def __init__(self, generator: Generator, loss: ReconstructionLoss) -> None:
+        super().__init__()
+        self.generator, self.loss, self.patch = generator, loss, loss.patch
+
+    def forward(self, z_BD: Tensor, real_BCHW: Tensor, **seeds: Tensor) -> Tensor:
+        loss_B: Tensor = self.loss(self.generator(z_BD), real_BCHW, **seeds)
+        return loss_B
 
 
 def model_flops(config: Config) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...cluster.latent_rates import latent_lr, movement
-from ...cluster.placement import Share, ranges
+from ...cluster.placement import ranges
 from ...config.run import Config
 from ...config.sections import ClusterConfig
 from ...datasets.fit import held_out_of, require_fit
@@ -31,7 +31,6 @@ from ..stage import StageCost, StageInfo, numbered, stage_infos, stages_of
 from .costs import build_networks, training_costs
 from .devices import GPUS
 from .evaluation import (
-    FLOAT,
     GIB,
     EvaluationCost,
     InterimCost,
@@ -39,6 +38,7 @@ from .evaluation import (
     interim_cost,
     worker_threads,
 )
+from .memory import WorkerMemory, memory_of, micro_batch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,7 +79,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """Contents of `--dry-run`; FLOPs count a multiply-add as two, memory is in bytes per worker."""
+    """Contents of `--dry-run`; FLOPs count a multiply-add as two. memory: with the fewest workers, so the largest."""
 
     config: Config
     rows: Rows
@@ -87,8 +87,7 @@ class Plan:
     sampler_parameters: int
     loss: Cost
     flops_per_image: int
-    memory: dict[str, int]
-    latent_bytes: int
+    memory: WorkerMemory
     stages: dict[str, StageInfo]
     costs: dict[str, StageCost]
     evaluation: EvaluationCost
@@ -118,12 +117,13 @@ def make_plan(config: Config) -> Plan:
     with torch.device("meta"):
         network = build_network(config.sampler, config.generator.latent_dim, config.glo.constraint)
     flops_per_image = generator.flops + loss.flops
-    # memory per worker is largest with the fewest workers
-    memory = memory_per_worker(config, generator, loss, config.cluster.min_workers)
-    largest = len(ranges(rows.count, config.cluster.min_workers)[0])
     costs = stage_costs(config, rows.count)
     total_flops = sum(stage.flops for stage in costs.values())
     evaluation = evaluation_cost(config, rows.count, rows.held_out, generator)
+    memory = {
+        workers: memory_of(config, generator, loss, evaluation, workers, len(ranges(rows.count, workers)[0]))
+        for workers in sorted({config.cluster.min_workers, config.cluster.max_workers})
+    }
     interim = interim_cost(config, rows.count, generator)
     return Plan(
         config=config,
@@ -132,24 +132,15 @@ def make_plan(config: Config) -> Plan:
         sampler_parameters=sum(parameter.numel() for parameter in network.parameters()),
         loss=loss,
         flops_per_image=flops_per_image,
-        memory=memory,
-        latent_bytes=latent_bytes(config, largest),
+        memory=memory[config.cluster.min_workers],
         stages=stage_infos(config),
         costs=costs,
         evaluation=evaluation,
         interim=interim,
         estimates=tuple(
             estimate
-            for workers in sorted({config.cluster.min_workers, config.cluster.max_workers})
-            for estimate in estimates(
-                config,
-                workers,
-                flops_per_image,
-                total_flops,
-                evaluation,
-                interim,
-                memory_per_worker(config, generator, loss, workers),
-            )
+            for workers, needed in memory.items()
+            for estimate in estimates(config, workers, flops_per_image, total_flops, evaluation, interim, needed.device)
         ),
     )
 
@@ -186,46 +177,6 @@ def stage_costs(config: Config, rows: int) -> dict[str, StageCost]:
     return costs
 
 
-def memory_per_worker(config: Config, generator: Cost, loss: Cost, workers: int) -> dict[str, int]:
-    """Bytes of each kind on a worker's device while the generator trains (Rajbhandari et al. 2020, Sec. 5).
-
-    Weights and gradients are float32; autocast keeps bfloat16 copies of the weights during a step.
-    Convolution workspace and the reserve of the memory allocator are not included.
-    """
-    stage = config.engine.zero
-    weights = FLOAT * generator.parameters
-    half = config.engine.precision == "bf16"
-    batch = micro_batch(config, workers)
-    activations = batch * (generator.activation_bytes + loss.activation_bytes)
-    memory = {
-        "weights": weights // (workers if stage >= 3 else 1),
-        "gradients": weights // (workers if stage >= 2 else 1),
-        "optimiser (Adam)": 2 * weights // (workers if stage >= 1 else 1),
-        "activations": activations // (2 if half else 1),
-        "loss network": FLOAT * loss.frozen_parameters,
-    }
-    if stage >= 1:
-        memory["ZeRO's own copy of its share"] = weights // workers
-    if half:
-        memory["bfloat16 copies"] = (weights + FLOAT * loss.frozen_parameters) // 2
-    if config.glo.ema:
-        memory["averaged generator"] = weights
-    return memory
-
-
-def micro_batch(config: Config, workers: int) -> int:
-    """Rows per worker and micro-batch."""
-    accumulation = config.engine.accumulation
-    return Share(config.glo.batch_size, 0, workers, accumulation).size // accumulation
-
-
-def latent_bytes(config: Config, rows: int) -> int:
-    """Bytes of codes, optimiser state and step counters of one worker's rows, in its node's main memory."""
-    code = FLOAT * config.generator.latent_dim
-    state = {"adam": 2 * code, "adagrad": FLOAT, "published": 0}[config.glo.latent_optimizer]
-    return rows * (code + state + 8)
-
-
 def estimates(
     config: Config,
     workers: int,
@@ -233,9 +184,13 @@ def estimates(
     total_flops: float,
     evaluation: EvaluationCost,
     interim: InterimCost,
-    memory: dict[str, int],
+    memory: int,
 ) -> tuple[Estimate, ...]:
-    """Estimates for the whole run with `workers` workers: on CPUs such as this machine's, or on each known GPU."""
+    """Estimates for the whole run with `workers` workers: on CPUs such as this machine's, or on each known GPU.
+
+    Args:
+        memory: bytes that are needed on a worker's device.
+    """
     if not config.cluster.gpus_per_worker:
         rate = flops_per_image / seconds_per_image(config, workers, flops_per_image)
         share = min(1.0, (os.cpu_count() or 1) / (workers * config.cluster.cpus_per_worker))
@@ -256,7 +211,7 @@ def estimates(
         judged, paused = evaluation.hours(config, workers, single), interim.hours(workers, single)
         hours = total_flops / (rate * workers) / 3600 + judged + paused
         basis = f"assumed: {ASSUMED_UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s"
-        fits = sum(memory.values()) < gpu.memory * GIB * min(1.0, config.cluster.gpus_per_worker)
+        fits = memory < gpu.memory * GIB * min(1.0, config.cluster.gpus_per_worker)
         gpu_hours = hours * workers * config.cluster.gpus_per_worker
         found.append(Estimate(gpu.name, workers, rate, basis, hours, gpu_hours, fits, judged, paused))
     return tuple(found)
@@ -304,9 +259,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("total", ", ".join(f"{_flops(cost.flops)} in stage {n}" for n, cost in enumerate(plan.costs.values(), 1))),
         ("evaluation", _evaluation(plan)),
         *([("", _interim(plan))] if plan.interim.measurements else []),
-        ("memory", f"{_bytes(sum(plan.memory.values()))} on each worker's device{_with_fewest(cluster)}"),
-        *(("", f"{_bytes(size):>9}  {name}") for name, size in plan.memory.items()),
-        ("", f"{_bytes(plan.latent_bytes):>9}  latent table, in its node's main memory"),
+        *_memory(plan),
     ]
     for number, estimate in enumerate(plan.estimates):
         cost_text = f"{estimate.device_hours:,.1f} {'GPU' if cluster.gpus_per_worker else 'core'}-hours"
@@ -325,9 +278,27 @@ def _evaluation(plan: Plan) -> str:
     """What the workers do at the end."""
     cost = plan.evaluation
     return (
-        f"{cost.images:,} images drawn or read, {_flops(cost.flops)}; {cost.at_once} decoded at once, with "
-        f"{_bytes(cost.memory)} on each worker's device"
+        f"{cost.images:,} images drawn or read, {_flops(cost.flops)}; each worker decodes {cost.at_once} at once, with "
+        f"{_bytes(cost.memory)}"
     )
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    """What a worker needs while it trains and while it measures, and beside its GPU."""
+    cluster, memory = plan.config.cluster, plan.memory
+    gpu, fewest = cluster.gpus_per_worker > 0, _with_fewest(cluster)
+    where = f"on each worker's device{fewest}" if gpu else f"in each worker's process{fewest}"
+    table = {"latent table, in a process of its own": memory.table}
+    blocks = [
+        ("memory", f"{where} while it trains", memory.training),
+        ("", f"{where} while it measures the trained run", memory.evaluation),
+        ("main memory" if gpu else "", f"on each worker's node{fewest}", (memory.process if gpu else {}) | table),
+    ]
+    lines = []
+    for label, words, parts in blocks:
+        lines.append((label, f"{_bytes(sum(parts.values()))} {words}"))
+        lines += [("", f"{_bytes(size):>11}  {name}") for name, size in parts.items()]
+    return lines
 
 
 def _interim(plan: Plan) -> str:

@@ -26,7 +26,7 @@ class EvaluationCost:
     """Work of the workers at the end of a run.
 
     images: drawn or read, over all workers. pixels: of those that are read. flops: of the generator and the extractor.
-    at_once: images that are drawn at once on a worker. memory: bytes for them, and for the weights of the generator.
+    at_once: images that are drawn at once on a worker. memory: bytes for them on its device.
     """
 
     images: int
@@ -78,7 +78,7 @@ def evaluation_cost(config: Config, rows: int, held_out: int, generator: Cost) -
         (images - drawn) * config.data.resolution**2,
         (drawn + compared) * generator.forward_flops + features,
         at_once,
-        at_once * needed + FLOAT * generator.parameters,
+        at_once * needed,
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from glann.config.samplers import ImleConfig
 from glann.config.sections import GeneratorConfig, LossConfig
-from glann.models.cost import cost
+from glann.models.cost import cost, training_bytes
 from glann.models.generators import build_generator
 from glann.models.losses import build_loss
 from glann.models.mapping import build_mapping
@@ -51,22 +51,26 @@ def test_1024_px_are_measured_without_memory(vgg16):
     """On `meta` from end to end: a single real activation at this size would be 268 MB."""
     with torch.device("meta"):
         net = build_generator(GeneratorConfig(kind="resnet", latent_dim=256), 1024, 3)
-    plain = cost(net, (256,))
+    plain, plain_bytes = cost(net, (256,)), training_bytes(net, 2, (256,))
     net.checkpoint_activations = True
-    thrifty = cost(net, (256,))
+    thrifty, thrifty_bytes = cost(net, (256,)), training_bytes(net, 2, (256,))
     assert thrifty.forward_flops == plain.forward_flops
     assert thrifty.backward_flops > 1.3 * plain.backward_flops
-    assert thrifty.activation_bytes < 0.5 * plain.activation_bytes
+    assert thrifty_bytes < 0.75 * plain_bytes, "one block's activations are there, and are made again"
     config = LossConfig()
     whole = cost(build_loss(config, 1024, vgg16), (3, 1024, 1024), (3, 1024, 1024))
     patches = cost(build_loss(config.model_copy(update={"patch": 256}), 1024, vgg16), (3, 1024, 1024), (3, 1024, 1024))
     assert patches.forward_flops < 0.3 * whole.forward_flops
 
 
-def test_activation_bytes_are_those_autograd_keeps():
-    """A ReLU keeps its output, a linear layer its input: 4 bytes for each value, the shared ones once."""
+def test_training_bytes_count_what_is_alive_at_once_in_both_passes():
+    """At the ReLU, backward: its output, the last result, and the gradients of its output and input: 20 + 5 + 20 + 20.
+
+    The gradients of the weights, 10 x 20 and 20 x 5, do not grow with the batch.
+    """
     net = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU(), torch.nn.Linear(20, 5))
-    assert cost(net, (10,)).activation_bytes == 4 * (10 + 20)
+    assert training_bytes(net, 10_000, (10,)) == pytest.approx(10_000 * 4 * 65, rel=0.01)
+    assert all(parameter.grad is None for parameter in net.parameters()), "the module is not changed"
 
 
 def test_measuring_leaves_the_module_as_it_was():
