@@ -56,7 +56,8 @@ def words(glann, shared: Path, name: str) -> list[str]:
     recipe = glann.folder / "mine.yaml"
     shutil.copyfile(Path(__file__).parents[2] / "configs" / "digits.yaml", recipe)
     places = [f"data.url={shared / 'digits'}", f"checkpoint.url={shared / 'runs'}"]
-    return ["submit", "mine.yaml", *glann.small, "glo.epochs=40", *places, "--name", name, "--env", "PLANTED"]
+    best = ["evaluation.every_epochs=20", "evaluation.interim_samples=50", "checkpoint.use=best"]
+    return ["submit", "mine.yaml", *glann.small, "glo.epochs=40", *best, *places, "--name", name, "--env", "PLANTED"]
 
 
 def metadata_of(head: Head, job: str) -> dict[str, str]:
@@ -103,6 +104,12 @@ def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path,
     assert " in 2 starts" in finished.stdout, "the time of the whole run"
     summary = json.loads((shared / "runs" / "trial" / "summary.json").read_text())
     assert summary["timings"]["starts"] == 2
+    best = json.loads((checkpoints / "best.json").read_text())
+    assert (summary["use"], summary["checkpoint"]) == ("best", best["step"]), "the best checkpoint is packaged"
+    assert (
+        f"best         {best['metric']} {best['value']:.4g} at step {best['step']}"
+        in cluster("jobs", "status", "trial").stdout
+    )
     assert summary["made"]["commit"] == (code_revision() or ""), "that of the package here"
 
     assert "progress     finished" in cluster("jobs", "status", "trial").stdout

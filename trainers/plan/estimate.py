@@ -288,16 +288,17 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     cluster, memory = plan.config.cluster, plan.memory
     gpu, fewest = cluster.gpus_per_worker > 0, _with_fewest(cluster)
     where = f"on each worker's device{fewest}" if gpu else f"in each worker's process{fewest}"
-    table = {"latent table, in a process of its own": memory.table}
     blocks = [
         ("memory", f"{where} while it trains", memory.training),
         ("", f"{where} while it measures the trained run", memory.evaluation),
-        ("main memory" if gpu else "", f"on each worker's node{fewest}", (memory.process if gpu else {}) | table),
+        ("main memory", f"on each worker's node{fewest}", memory.process | {"latent table, a process": memory.table}),
     ]
+    if not gpu:
+        blocks[-1] = ("", f"in each worker's latent table, a process of its own{fewest}", {"codes": memory.table})
     lines = []
     for label, words, parts in blocks:
         lines.append((label, f"{_bytes(sum(parts.values()))} {words}"))
-        lines += [("", f"{_bytes(size):>11}  {name}") for name, size in parts.items()]
+        lines += [("", f"{_bytes(size):>11}  {name}") for name, size in parts.items() if len(parts) > 1]
     return lines
 
 
