@@ -95,7 +95,7 @@ def test_a_run_is_stopped_and_gone_on_with_under_one_name(cluster, shared: Path,
     assert "the run was stopped and is saved" in out
     assert "stopped and saved; the same `glann submit` resumes it" in cluster("jobs", "status", "trial").stdout
 
-    finished = cluster(*submit, "--wait")
+    finished = cluster(*submit, "--wait", timeout=900)  # 34 epochs, on a machine that may be busy
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "submitted trial.2, which resumes trial.1 (stopped)" in finished.stdout
     assert "resuming from the checkpoint at stage 1 (GLO)" in finished.stdout
