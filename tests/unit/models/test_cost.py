@@ -56,7 +56,7 @@ def test_1024_px_are_measured_without_memory(vgg16):
     thrifty, thrifty_bytes = cost(net, (256,)), training_bytes(net, 2, (256,))
     assert thrifty.forward_flops == plain.forward_flops
     assert thrifty.backward_flops > 1.3 * plain.backward_flops
-    assert thrifty_bytes < 0.75 * plain_bytes, "one block's activations are there, and are made again"
+    assert thrifty_bytes < 0.85 * plain_bytes, "most are those of the last block, which are made again"
     config = LossConfig()
     whole = cost(build_loss(config, 1024, vgg16), (3, 1024, 1024), (3, 1024, 1024))
     patches = cost(build_loss(config.model_copy(update={"patch": 256}), 1024, vgg16), (3, 1024, 1024), (3, 1024, 1024))
@@ -64,12 +64,12 @@ def test_1024_px_are_measured_without_memory(vgg16):
 
 
 def test_training_bytes_count_what_is_alive_at_once_in_both_passes():
-    """At the ReLU, backward: its output, the last result, and the gradients of its output and input: 20 + 5 + 20 + 20.
+    """At the ReLU, backward: its output, and the gradients of its output and of its input: 20 + 20 + 20.
 
     The gradients of the weights, 10 x 20 and 20 x 5, do not grow with the batch.
     """
     net = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU(), torch.nn.Linear(20, 5))
-    assert training_bytes(net, 10_000, (10,)) == pytest.approx(10_000 * 4 * 65, rel=0.01)
+    assert training_bytes(net, 10_000, (10,)) == pytest.approx(10_000 * 4 * 60, rel=0.01)
     assert all(parameter.grad is None for parameter in net.parameters()), "the module is not changed"
 
 
