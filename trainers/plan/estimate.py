@@ -340,7 +340,9 @@ def _flops(flops: float) -> str:
 
 
 def _bytes(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / (1 << 20):.1f} MiB"
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / (1 << 20):.1f} MiB" if size >= 1 << 20 else f"{size / (1 << 10):.1f} KiB"
 
 
 def _duration(hours: float) -> str:
