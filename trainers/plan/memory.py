@@ -12,6 +12,7 @@ from .costs import step_bytes
 from .evaluation import FLOAT, EvaluationCost
 
 PROCESS = 600 << 20  # of a training worker that has imported all, and joined its group: 580 MiB measured
+EXTRACTOR = 256 << 20  # weights of a feature extractor, and its activations of some images
 # On CPUs a process takes more than its tensors: buffers of the kernels, and freed memory that malloc keeps, also from
 # one phase to the next. The most measured at 1024 px, for a byte of activations, and of images decoded at once.
 BESIDE_ACTIVATIONS, BESIDE_DECODED = 1.5, 0.75
@@ -49,6 +50,7 @@ def memory_of(
     ahead, measured = images_in_memory(config, workers)
     training = of_training(config, generator, loss, workers)
     measuring = {"generator": FLOAT * generator.parameters, "images decoded at once": evaluation.memory}
+    measuring["feature extractor"] = EXTRACTOR
     if config.cluster.gpus_per_worker:
         process["images read ahead, or measured"] = max(ahead, measured)
     else:
