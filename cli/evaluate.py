@@ -81,7 +81,7 @@ def evaluate(
             step=step,
             on_images=on_images,
         )
-    if all(METRICS[result.metric].of_samples for result in results):
+    if config.has_codes and all(METRICS[result.metric].of_samples for result in results):
         typer.echo("reconstruction is not measured: it needs a run folder with its codes, and their images", err=True)
     elif any(result.reference for result in results) and not any(METRICS[r.metric].held_out for r in results):
         typer.echo("copying is not measured: the training images are not at their address any more", err=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..datasets.loader import PlannedBatch
 
-_LOCAL, _GLOBAL = 1, 2  # keeps the permutations of stage 1 and stage 2 apart for equal seeds
+_LOCAL, _GLOBAL, _STRATA = 1, 2, 3  # keeps the permutations of the stages apart for equal seeds
 
 
 def ranges(rows: int, world: int) -> list[range]:
@@ -130,6 +130,57 @@ def global_batches(seed: int, epoch: int, rows: int, batch: int) -> list[np.ndar
     """
     order_N = _permutation(rows, _GLOBAL, seed, epoch)
     return [order_N[part.start : part.stop] for part in ranges(rows, _ceil(rows, batch))]
+
+
+def stratified_plan(
+    seed: int, epoch: int, rows: int, batch: int, share: Share, first_step: int = 0
+) -> list[PlannedBatch]:
+    """This worker's part of an epoch's global batches, which do not depend on the number of workers.
+
+    The rows are cut into as many strata as a batch has rows, and a batch takes one row of each, in the stratum's own
+    random order. So every worker finds nearly the same number of a batch's rows among its own contiguous ones, reads no
+    others, and every row is visited once. Batches differ by at most one row.
+
+    Args:
+        rows: of the whole data set. batch: rows of a global batch, at most.
+        share: of this worker; only its rank, world and accumulation count.
+        first_step: number of the first batch that is left, for an epoch that is resumed.
+    Returns:
+        Equally many batches of equally many rows on every worker, padded with its first row at weight zero.
+    """
+    strata, own = ranges(rows, even_batch(rows, batch)), ranges(rows, share.world)[share.rank]
+    steps = len(strata[0])
+    fewer = [number for number, stratum in enumerate(strata) if len(stratum) < steps]
+    found_n, step_n = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for number, stratum in enumerate(strata):
+        if stratum.stop <= own.start or own.stop <= stratum.start:
+            continue
+        row_n = stratum.start + _permutation(len(stratum), _STRATA, seed, epoch, number)
+        at_n = np.arange(len(stratum))
+        if len(stratum) < steps:  # it skips one batch; these are spread over the epoch
+            at_n[at_n >= (number - fewer[0]) * steps // len(fewer)] += 1
+        mine_n = (own.start <= row_n) & (row_n < own.stop)
+        found_n.append(row_n[mine_n])
+        step_n.append(at_n[mine_n])
+    row_n, at_n = np.concatenate(found_n), np.concatenate(step_n)
+    order_n = np.argsort(at_n, kind="stable")
+    per_step = np.split(row_n[order_n], np.searchsorted(at_n[order_n], np.arange(1, steps)))
+    size = share.accumulation * _ceil(_most_strata(strata, rows, share.world), share.accumulation)
+    plan = []
+    for step, mine_B in list(enumerate(per_step))[first_step:]:
+        rows_B = np.full(size, own.start, np.int64)
+        rows_B[: len(mine_B)] = mine_B
+        plan.append(PlannedBatch(step, rows_B, (np.arange(size) < len(mine_B)).astype(np.float32)))
+    return plan
+
+
+def _most_strata(strata: list[range], rows: int, world: int) -> int:
+    """The most strata that the rows of one worker belong to."""
+    starts = np.array([stratum.start for stratum in strata])
+    owns = ranges(rows, world)
+    last_W = np.searchsorted(starts, [own.stop - 1 for own in owns], side="right")
+    first_W = np.searchsorted(starts, [own.start for own in owns], side="right")
+    return int((last_W - first_W + 1).max())
 
 
 def _permutation(n: int, *key: int) -> np.ndarray:

@@ -14,11 +14,12 @@ from types import MappingProxyType
 from typing import Annotated, Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from ..errors import UserError, redact
 from .address import LocalPath
-from .methods import METHODS
+from .methods import METHODS, has_codes, unused_sections, with_unused
+from .networks import NetworksConfig
 from .parse import explain, kind_of, plain_data, read_value, shown, suggest
 from .paths import absolute
 from .samplers import TAGS, AnySampler, ImleConfig
@@ -37,6 +38,7 @@ from .sections import (
     S3Config,
     TrackingConfig,
 )
+from .shorthands import SHORT_STAGE_ONE, SHORTHANDS, canonical, with_shorthands
 
 COMPARISONS = "compare-"  # prefix of the files of comparisons, beside the recipes
 MAX_FAULTS = 20  # reported at once
@@ -64,6 +66,7 @@ class Config(Section):
     generator: GeneratorConfig
     loss: LossConfig = LossConfig()
     glo: GloConfig
+    networks: NetworksConfig = NetworksConfig(epochs=1)
     sampler: AnySampler = ImleConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -75,7 +78,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _take_shorthands(cls, tree: Any) -> Any:
-        return with_shorthands(tree) if isinstance(tree, dict) else tree
+        return with_unused(with_shorthands(tree)) if isinstance(tree, dict) else tree
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: Any) -> dict[str, Any]:
+        tree: dict[str, Any] = serialize(self)
+        return {name: value for name, value in tree.items() if name not in unused_sections(self.method)}
 
     @field_validator("method")
     @classmethod
@@ -86,6 +94,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if fault := self._fault_of_networks():
+            raise ValueError(fault)
         if self.generator.kind == "infogan" and self.data.resolution > 64:
             raise ValueError(
                 f"generator.kind=infogan makes images up to 64 px, data.resolution is {self.data.resolution}; "
@@ -99,10 +109,12 @@ class Config(Section):
         least, most = self.cluster.min_workers, self.cluster.max_workers
         if least > most:
             raise ValueError(f"cluster.workers has min={least} and max={most}; min must not be larger")
-        if self.glo.batch_size < most * self.engine.accumulation:
+        if self.batch_size < most * self.engine.accumulation:
+            section = "glo" if self.has_codes else "networks"
             raise ValueError(
-                f"glo.batch_size={self.glo.batch_size} leaves no row for some of {most} workers x engine.accumulation="
-                f"{self.engine.accumulation} micro-batches; use at least {most * self.engine.accumulation}"
+                f"{section}.batch_size={self.batch_size} leaves no row for some of {most} workers x "
+                f"engine.accumulation={self.engine.accumulation} micro-batches; use at least "
+                f"{most * self.engine.accumulation}"
             )
         if self.engine.kind == "torch" and (most > 1 or self.engine.zero):
             raise ValueError("engine.kind=torch is one process without ZeRO; set cluster.workers=1 and engine.zero=0")
@@ -129,6 +141,26 @@ class Config(Section):
         if self.loss.patch and self.loss.patch > self.data.resolution:
             raise ValueError(f"loss.patch={self.loss.patch} is larger than data.resolution={self.data.resolution}")
         return self
+
+    def _fault_of_networks(self) -> str | None:
+        """What is wrong with the section `networks` and the method together, and what to do."""
+        if has_codes(self.method):
+            return None
+        if self.sampler.kind != "prior":
+            return f"method={self.method} draws its codes from a fixed distribution; set sampler.kind=prior"
+        if self.stage_one is not None:
+            return f"method={self.method} has no stage 1 to take over; leave out from"
+        return self.networks.fault(self.data.resolution, self.engine.accumulation)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether every image has a code, so that there are reconstructions."""
+        return has_codes(self.method)
+
+    @property
+    def batch_size(self) -> int:
+        """Global batch of the stage that trains the generator."""
+        return self.glo.batch_size if self.has_codes else self.networks.batch_size
 
     @property
     def run_dir(self) -> Path:
@@ -204,7 +236,7 @@ def require_trainable(config: Config) -> None:
             "micro-batch by its own statistics and so train something else; set engine.accumulation=1, and to save "
             "memory lower glo.batch_size, use more workers or set generator.batch_norm=false"
         )
-    if config.glo.batch_size == 1:
+    if config.has_codes and config.glo.batch_size == 1:
         raise UserError(
             "glo.batch_size=1 with generator.batch_norm=true would train no code: an image that is normalised by its "
             "own statistics has no gradient; use at least 2, or set generator.batch_norm=false"
@@ -304,53 +336,6 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     if leaf == "kind" and parents == ["sampler"] and node.get("kind", "imle") != value:
         node.clear()  # drop the keys of the other kind
     node[leaf] = value
-
-
-SHORT_STAGE_ONE = "from"  # `from=RUN` stands for `stage_one=RUN`
-SHORTHANDS = {"imle": ("sampler", "kind")}  # `imle.epochs` stands for `sampler.epochs` with `sampler.kind=imle`
-
-
-def canonical(key: str) -> str:
-    """Expand a shorthand key: `imle.epochs` is short for `sampler.epochs`, `from` for `stage_one`."""
-    first, dot, rest = key.partition(".")
-    if first == SHORT_STAGE_ONE:
-        return "stage_one" + dot + rest
-    return SHORTHANDS[first][0] + dot + rest if first in SHORTHANDS else key
-
-
-def with_shorthands(tree: dict[str, Any]) -> dict[str, Any]:
-    """Expand `imle: {...}` to `sampler: {kind: imle, ...}`; keys given under both names are merged.
-
-    Raises:
-        ValueError: keys of one kind together with a section of another kind.
-    """
-    tree = dict(tree)
-    if SHORT_STAGE_ONE in tree:
-        if "stage_one" in tree:
-            raise ValueError("from and stage_one are the same key; give one of them")
-        tree["stage_one"] = tree.pop(SHORT_STAGE_ONE)
-    for kind, (section, discriminator) in SHORTHANDS.items():
-        if kind not in tree:
-            continue
-        short, given = tree.pop(kind), tree.get(section)
-        given, short = {} if given is None else given, {} if short is None else short
-        if not isinstance(short, dict) or not isinstance(given, dict):
-            tree[section] = given or short
-            continue
-        if (other := given.get(discriminator, kind)) != kind:
-            raise ValueError(f"{kind}.* are keys of {section}.kind={kind}, and {section}.kind is {shown(other)}")
-        tree[section] = _merged({discriminator: kind, **given}, short)
-    return tree
-
-
-def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {key for key, value in over.items() if isinstance(value, dict) and isinstance(tree.get(key), dict)}
-    return tree | over | {key: _merged(tree[key], over[key]) for key in both}
-
-
-def kinds_first(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides in an order in which a kind drops none of the others."""
-    return dict(sorted(keys.items(), key=lambda item: canonical(item[0]) != "sampler.kind"))
 
 
 def keys_with(trait: Trait) -> tuple[str, ...]:

@@ -228,6 +228,15 @@ class ArConfig(TrainedConfig):
     )
 
 
+class PriorConfig(SamplerConfig):
+    """A fixed distribution of codes, fitted to nothing: what the generator of method=gan is trained with."""
+
+    kind: Literal["prior"] = "prior"
+    shape: Annotated[Literal["normal", "uniform", "sphere"], Trait.IN_REGISTRY] = Field(
+        "normal", description="normal: N(0, 1) on each axis; uniform: from -1 to 1; sphere: uniform, of unit norm"
+    )
+
+
 # One entry per kind.
 SAMPLERS: dict[str, type[SamplerConfig]] = {
     section.model_fields["kind"].default: section
@@ -242,6 +251,7 @@ SAMPLERS: dict[str, type[SamplerConfig]] = {
         DriftConfig,
         CouplingConfig,
         ArConfig,
+        PriorConfig,
     )
 }
 

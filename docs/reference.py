@@ -22,7 +22,7 @@ import pdoc.render
 SITE = Path(__file__).with_name("site")
 CHAPTERS = {
     "Train and sample": ("", ".errors", ".inference.model", ".tracking.source"),
-    "Recipes": (".config.run", ".config.sections", ".config.samplers", ".config.section"),
+    "Recipes": (".config.run", ".config.sections", ".config.networks", ".config.samplers", ".config.section"),
     "Add a metric or a feature extractor": (
         ".metrics.spec",
         ".metrics.tally",

@@ -120,7 +120,7 @@ def export_model(
     config: Config,
     generator_state: dict[str, Tensor],
     sampler_state: dict[str, Tensor] | None,
-    gaussian_state: dict[str, Tensor],
+    gaussian_state: dict[str, Tensor] | None,
     rows: int,
     fingerprint: str,
 ) -> Path:
@@ -128,14 +128,15 @@ def export_model(
 
     Args:
         sampler_state: weights of the configured sampler, or None after stage 1 (then only the Gaussian can sample).
-        gaussian_state: of the Gaussian over the codes of the `rows` training images.
+        gaussian_state: of the Gaussian over the codes of the `rows` training images; None where they have none.
         fingerprint: fingerprint of the data set.
     Raises:
         UserError: weights or codes are not finite.
         EnvironmentFault: the disk is full or failing.
     """
     configs = {"gaussian": GAUSSIAN, config.sampler.kind: config.sampler}
-    states = {"gaussian": gaussian_state} | ({} if sampler_state is None else {config.sampler.kind: sampler_state})
+    given = {"gaussian": gaussian_state} | ({} if sampler_state is None else {config.sampler.kind: sampler_state})
+    states = {kind: state for kind, state in given.items() if state is not None}
     samplers = {kind: SamplerEntry(config=configs[kind], file=f"sampler-{kind}.safetensors") for kind in states}
     tensors = {GENERATOR: generator_state} | {samplers[kind].file: state for kind, state in states.items()}
     for file, state in tensors.items():

@@ -98,7 +98,8 @@ def evaluate(
     training = training_set(at_home, manifest) if unseen and with_codes else None
     sets = ImageSets(images, unseen, training, None if unseen else held_out_images(config, images.index))
     model = replace(model, memory=int(config.evaluation.memory_gb * GIB))
-    trained = Trained(model, manifest.rows, (lambda rows: stored_codes(config, rows, step)) if with_codes else None)
+    coded = with_codes and config.has_codes
+    trained = Trained(model, manifest.rows, (lambda rows: stored_codes(config, rows, step)) if coded else None)
     unseen_rows = 0 if sets.held_out is None else len(sets.held_out)
     total = images_in_all(config, len(images), unseen_rows, len(samplers_of(model)), pictures=False)
     return measure(config, trained, sets, seed=seed, team=Team(on_images=counting(on_images, total)))
@@ -153,7 +154,8 @@ def images_in_all(config: Config, rows: int, held_out: int, kinds: int, pictures
     """
     samples = config.evaluation.samples
     searched = min(rows, DEFAULT_LIMIT) if pictures else 0
-    return rows + held_out + min(rows, RECONSTRUCTED) + min(rows, samples) + kinds * samples + searched
+    reconstructed = min(rows, RECONSTRUCTED) + min(rows, samples) if config.has_codes else 0
+    return rows + held_out + reconstructed + kinds * samples + searched
 
 
 def reconstruction(
@@ -235,8 +237,13 @@ def closest_pairs(
 
 
 def samplers_of(model: SamplingModel) -> list[str]:
-    """The kinds of samplers that are measured: the model's own, and the baseline."""
-    return list(dict.fromkeys((model.own, BASELINE)))
+    """The kinds of samplers that are measured: the model's own, and the baseline where there are codes."""
+    return [kind for kind in dict.fromkeys((model.own, BASELINE)) if kind == model.own or kind in model.samplers]
+
+
+def kinds_of(config: Config) -> int:
+    """The number of samplers of a run that are measured."""
+    return len({config.sampler.kind, BASELINE}) if config.has_codes else 1
 
 
 def draw_codes(model: SamplingModel, part: range, seed: int, sampler: str | None = None) -> Iterator[Tensor]:

@@ -31,6 +31,9 @@ class Stream(IntEnum):
     SAMPLES = 2
     TRAINING = 3  # random numbers of a step of training, beside the candidates
     CODES = 4  # noise on the codes of stage 1
+    PRIOR = 5  # noise that a generator draws its training images from
+    PENALTY = 6  # where a critic's slope is measured
+    STATISTICS = 7  # noise that stands for all of a prior
 
 
 # The numbers that these kinds had before streams were named; changing them would change the images of every seed.

@@ -139,6 +139,11 @@ def stage_infos(config: Config) -> dict[str, StageInfo]:
     return {info.name: info for info in (stage.info(config) for stage in stages_of(config))}
 
 
+def first_epochs(config: Config) -> int:
+    """Epochs of the first stage, which trains the generator."""
+    return next(iter(stage_infos(config).values())).epochs
+
+
 def numbered(infos: Mapping[str, StageInfo], name: str) -> str:
     """Format the number and title of a stage: `stage 1 (GLO)`."""
     return f"stage {list(infos).index(name) + 1} ({infos[name].title})"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..trainers.plan.estimate import Estimate, make_plan
+from ..trainers.stage import first_epochs
 from .ledger import Trial, format_params, trials
 from .search import first_trials
 from .study import StudyConfig
@@ -93,7 +94,7 @@ def expected(study: StudyConfig) -> float:
     """Expected share of the epochs under successive halving: 1/reduction of the trials pass each rung."""
     if not study.stops_early:
         return 1.0
-    epochs, grace, reduction = study.base().glo.epochs, study.scheduler.grace, study.scheduler.reduction
+    epochs, grace, reduction = first_epochs(study.base()), study.scheduler.grace, study.scheduler.reduction
     if epochs <= grace:
         return 1.0
     rungs = [grace * reduction**k for k in range(int(math.log(epochs / grace, reduction)) + 1)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
-from ..config.run import canonical
+from ..config.shorthands import canonical
 from ..errors import EnvironmentFault, GlannError, UserError, one_line
 from ..metrics.result import canonical_keys
 from ..storage.journal import Journal, read

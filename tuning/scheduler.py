@@ -17,7 +17,7 @@ from ..metrics.spec import Better, best_metric
 from ..reports.run_folder import JOURNAL
 from ..storage.journal import entries
 from ..trainers.run.measuring import entry_of
-from ..trainers.stage import stage_infos
+from ..trainers.stage import first_epochs, stage_infos
 from .ledger import BASELINE, Trial
 from .study import StudyConfig
 
@@ -46,7 +46,7 @@ def build_scheduler(study: StudyConfig, trials: list[Trial]) -> TrialScheduler:
         grace_period=study.scheduler.grace,
         reduction_factor=study.scheduler.reduction,
         # no rung at the last epoch: a trial that gets there is measured anyway
-        max_t=max(study.base().glo.epochs - 1, study.scheduler.grace),
+        max_t=max(first_epochs(study.base()) - 1, study.scheduler.grace),
         stop_last_trials=False,
     )
     for trial in trials:

@@ -27,19 +27,17 @@ from ..config.paths import absolute
 from ..config.run import (
     RECIPES,
     Config,
-    canonical,
     find_recipe,
     has_trait,
     keys_with,
-    kinds_first,
     known_keys,
     load_tree,
     require_trainable,
     set_key,
     validate,
-    with_shorthands,
 )
 from ..config.section import Section, Trait
+from ..config.shorthands import canonical, kinds_first, with_shorthands
 from ..errors import UserError
 from ..metrics.result import HELD_OUT, OWN, from_key, known_results, to_key
 from ..metrics.spec import METRICS, Metric, Samples, metric_families
@@ -284,7 +282,15 @@ class StudyConfig(Section):
         tree |= {"name": name, "runs_dir": runs_dir}
         if self.search.kind == "population" and "checkpoint.every_epochs" not in self.overrides:
             set_key(tree, "checkpoint.every_epochs", self.search.interval)  # for other members to continue from
-        return validate(tree, where)
+        config = validate(tree, where)
+        if not config.has_codes and self.second_stage_only:
+            raise UserError(f"method={config.method} has no stage 1 to share; search another section; in {where}")
+        if not config.has_codes and self.stops_early and self.scheduler.by == "loss":
+            raise UserError(
+                "the losses of a critic do not rank trials; set scheduler.by=score and "
+                f"overrides.evaluation.every_epochs, or scheduler.kind=none; in {where}"
+            )
+        return config
 
     @property
     def extractor_needed(self) -> str | None:

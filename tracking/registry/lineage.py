@@ -20,8 +20,9 @@ from urllib.parse import quote
 
 from ... import __version__
 from ...config import run as config
-from ...config.run import Config, canonical, keys_with
+from ...config.run import Config, keys_with
 from ...config.section import Trait
+from ...config.shorthands import canonical
 from ...errors import UserError, redact
 from ...inference.package import MANIFEST, ModelManifest, read_manifest
 from ...metrics.result import canonical_keys

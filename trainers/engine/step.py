@@ -20,7 +20,7 @@ from ...cluster.checkpoints.pieces import LazyTensor
 from ...cluster.row_optimizers import gradient_fault
 from ...config.sections import EngineConfig
 from ...models.comm import all_sum, world_size
-from ...models.norm import pending_statistics
+from ...models.norm import frozen_statistics, pending_statistics
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,12 +29,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class OptimizerConfig:
     """Adam of one network: learning rate, betas, and the decay of the moving average of the weights (0 is off).
 
-    lr: at construction; every step sets its own.
+    lr: at construction; every step sets its own. clip: bound of every weight after an update (0 is off).
     """
 
     lr: float
     betas: tuple[float, float]
     ema: float = 0.0
+    clip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,20 @@ class StepResult:
 
 
 class GuardedAdam(torch.optim.Adam):
-    """Adam that skips updates while `withhold` is set, also inside a wrapper (DeepSpeed calls `step` itself)."""
+    """Adam that skips updates while `withhold` is set, also inside a wrapper (DeepSpeed calls `step` itself).
 
-    withhold = False
+    With `clip`, weights are bounded here and not by their owner, so that ZeRO bounds the copies that it updates.
+    """
+
+    withhold, clip = False, 0.0
 
     def step(self, closure: Any = None) -> Any:
-        return None if self.withhold else super().step(closure)
+        if self.withhold:
+            return None
+        done = super().step(closure)
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"] if self.clip):
+            parameter.data.clamp_(-self.clip, self.clip)
+        return done
 
 
 class Precision(nn.Module):
@@ -78,8 +87,8 @@ class Engine:
     """Plain PyTorch, one process: the reference, and the base of `DeepSpeedEngine`.
 
     A process may hold several engines, one per network. A loss that goes through the network of another engine calls
-    its `network`, not its `forward`, and switches its parameters off meanwhile (`requires_grad_`): its next update
-    would else contain the gradients of this loss.
+    its `local`, not its `forward`, and switches its parameters off meanwhile (`requires_grad_`): its next update would
+    else contain the gradients of this loss.
 
     Args:
         network: called as network(z_BD, weight_B); moved to `device` and put in training mode.
@@ -112,6 +121,8 @@ class Engine:
             betas=optimizer.betas,
             fused=device.type == "cuda",
         )
+        self.optimizer.clip = optimizer.clip
+        self.local = forward
         self.forward: nn.Module = self._wrap(forward, config, batch)
         updates = 0.0 if state is None else float(state["updates"])
         prime(self.optimizer, self._stored_parameters(), updates)
@@ -162,9 +173,10 @@ class Engine:
         self,
         z_BD: Tensor,
         weight_B: Tensor,
-        loss_of: Callable[[Tensor, slice], Tensor],
+        loss_of: Callable[[Any, slice], Tensor],
         lr: float,
         piggyback_K: Tensor | None = None,
+        hold: bool = False,
     ) -> StepResult:
         """One update from the mean loss over the real rows of all workers.
 
@@ -174,7 +186,8 @@ class Engine:
             loss_of: (outputs of a slice of the batch, the slice) -> loss per row.
             lr: learning rate of this step.
             piggyback_K: a few float32 numbers, equally many on every worker; their sums over workers are returned with
-                the loss, in the same all-reduce.
+                the loss, in the same all-reduce. They are read after `loss_of` was called, which may set them.
+            hold: compute everything, but change nothing.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -203,13 +216,19 @@ class Engine:
         summed = all_sum(exchanged).cpu()
         loss_sum, fault = summed[:2].tolist()
         # a NaN or infinity on one worker makes the sum non-finite on all, so all workers decide alike
-        self.optimizer.withhold = not (is_finite(loss_sum) and is_finite(fault))
+        self.optimizer.withhold = hold or not (is_finite(loss_sum) and is_finite(fault))
         applied = self._update()
         if applied:
             statistics.commit()
             if self.ema:
                 self.ema.update(self.shards())
         return StepResult(loss_sum / real_rows, grad_BD, applied, summed[2:])
+
+    @torch.no_grad()
+    def draw(self, z_BD: Tensor, weight_B: Tensor) -> Tensor:
+        """What the network makes of inputs in training, for the step of another one; nothing changes. Collective."""
+        with frozen_statistics(self.network):
+            return self.forward(z_BD, weight_B)
 
     def _no_step(self, z_BD: Tensor, piggyback_K: Tensor | None) -> StepResult:
         """The result of a global batch without a real row, which moves nothing, by momentum neither."""

@@ -1,4 +1,4 @@
-"""Costs per image of a step of stage 1, measured on the networks without allocating them."""
+"""Costs per image of a step that trains the generator, measured on the networks without allocating them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,28 @@ from torch import Tensor, nn
 
 from ...config.run import Config
 from ...models.cost import Cost, cost, training_bytes
+from ...models.critics import Critic, critic_of
 from ...models.generators import Generator, generator_of
-from ...models.losses import ReconstructionLoss, build_loss
+from ...models.losses import build_loss
 from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
 
 
+class Compared(nn.Module):
+    """A critic in the place of a reconstruction loss: (fake, real) -> one number per row, with both in the graph."""
+
+    def __init__(self, critic: Critic) -> None:
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
+        return self.critic(fake_BCHW).score_B - self.critic(real_BCHW).score_B
+
+
 def training_costs(config: Config) -> tuple[Cost, Cost]:
-    """Costs per image of the generator and the loss, forward and backward, with what checkpointing recomputes."""
+    """Costs per image of the generator and the loss, forward and backward, with what checkpointing recomputes.
+
+    In place of the loss, a generator that is trained against a critic has the critic, on a real and a generated image.
+    """
     generator, loss = build_networks(config, "meta")
     image = (config.data.channels, config.data.resolution, config.data.resolution)
     return cost(generator, (config.generator.latent_dim,)), cost(loss, image, image)
@@ -29,9 +44,9 @@ def step_bytes(config: Config, batch: int) -> int:
 class Step(nn.Module):
     """Loss of the images of codes, as one module."""
 
-    def __init__(self, generator: Generator, loss: ReconstructionLoss) -> None:
+    def __init__(self, generator: Generator, loss: nn.Module) -> None:
         super().__init__()
-        self.generator, self.loss, self.patch = generator, loss, loss.patch
+        self.generator, self.loss, self.patch = generator, loss, getattr(loss, "patch", None)
 
     def forward(self, z_BD: Tensor, real_BCHW: Tensor, **seeds: Tensor) -> Tensor:
         loss_B: Tensor = self.loss(self.generator(z_BD), real_BCHW, **seeds)
@@ -45,16 +60,24 @@ def model_flops(config: Config) -> int:
     (Chowdhery et al. 2022, Appendix B).
     """
     engine = config.engine.model_copy(update={"activation_checkpointing": False})
-    return sum(part.flops for part in training_costs(config.model_copy(update={"engine": engine})))
+    generator, loss = training_costs(config.model_copy(update={"engine": engine}))
+    if config.has_codes:
+        return generator.flops + loss.flops
+    keys = config.networks
+    critic = loss.flops // 2  # of one image
+    slopes = {"none": 0, "r1-r2": 2}.get(keys.penalty.kind, 1)  # each is one more pass, differentiated twice
+    judging = generator.forward_flops + (2 + 2 * slopes) * critic
+    return judging + keys.generator_steps * (generator.flops + critic) // keys.critic.steps
 
 
-def build_networks(config: Config, device: str) -> tuple[Generator, ReconstructionLoss]:
-    """Generator and loss as configured, with random weights, so that a plan needs no downloads."""
+def build_networks(config: Config, device: str) -> tuple[Generator, nn.Module]:
+    """Generator and loss, or critic, as configured, with random weights, so that a plan needs no downloads."""
     with torch.device(device):
         generator = generator_of(config)
+        if not config.has_codes:
+            return generator, Compared(critic_of(config))
         features: FeatureNet | None = None
         if config.loss.kind == "perceptual":
             network = Vgg16 if config.loss.network == "vgg16" else SqueezeNet
             features = network("caffe").requires_grad_(False)
-        loss = build_loss(config.loss, config.data.resolution, features)
-    return generator, loss
+        return generator, build_loss(config.loss, config.data.resolution, features)

@@ -28,7 +28,7 @@ from ...errors import EnvironmentFault, GlannError
 from ...models.cost import Cost
 from ...samplers.base import build_network
 from ..stage import StageCost, StageInfo, numbered, stage_infos, stages_of
-from .costs import build_networks, training_costs
+from .costs import build_networks, model_flops, training_costs
 from .devices import GPUS
 from .evaluation import (
     GIB,
@@ -116,7 +116,7 @@ def make_plan(config: Config) -> Plan:
     generator, loss = training_costs(config)
     with torch.device("meta"):
         network = build_network(config.sampler, config.generator.latent_dim, config.glo.constraint)
-    flops_per_image = generator.flops + loss.flops
+    flops_per_image = generator.flops + loss.flops if config.has_codes else model_flops(config)
     costs = stage_costs(config, rows.count)
     total_flops = sum(stage.flops for stage in costs.values())
     evaluation = evaluation_cost(config, rows.count, rows.held_out, generator)
@@ -140,7 +140,9 @@ def make_plan(config: Config) -> Plan:
         estimates=tuple(
             estimate
             for workers, needed in memory.items()
-            for estimate in estimates(config, workers, flops_per_image, total_flops, evaluation, interim, needed.device)
+            for estimate in estimates(
+                config, workers, generator.flops + loss.flops, total_flops, evaluation, interim, needed.device
+            )
         ),
     )
 
@@ -180,7 +182,7 @@ def stage_costs(config: Config, rows: int) -> dict[str, StageCost]:
 def estimates(
     config: Config,
     workers: int,
-    flops_per_image: int,
+    timed_flops: int,
     total_flops: float,
     evaluation: EvaluationCost,
     interim: InterimCost,
@@ -192,7 +194,7 @@ def estimates(
         memory: bytes that are needed on a worker's device.
     """
     if not config.cluster.gpus_per_worker:
-        rate = flops_per_image / seconds_per_image(config, workers, flops_per_image)
+        rate = timed_flops / seconds_per_image(config, workers, timed_flops)
         share = min(1.0, (os.cpu_count() or 1) / (workers * config.cluster.cpus_per_worker))
         if config.cluster.address is not None:
             share = 1.0  # the workers have machines of their own
@@ -217,10 +219,14 @@ def estimates(
     return tuple(found)
 
 
-def seconds_per_image(config: Config, workers: int, flops_per_image: int) -> float:
-    """Seconds per image of one real step on the CPU, including Adam, with the threads and batch of a worker."""
+def seconds_per_image(config: Config, workers: int, timed_flops: int) -> float:
+    """Seconds per image of one real step on the CPU, including Adam, with the threads and batch of a worker.
+
+    Args:
+        timed_flops: operations per image of that step, through the generator and the loss, or the critic.
+    """
     generator, loss = build_networks(config, "cpu")
-    batch = min(micro_batch(config, workers), max(1, TIMED_FLOPS // flops_per_image))
+    batch = min(micro_batch(config, workers), max(1, TIMED_FLOPS // timed_flops))
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.glo.generator_lr)
     z_BD = torch.randn(batch, config.generator.latent_dim).requires_grad_()
     real_BCHW = torch.rand(batch, config.data.channels, config.data.resolution, config.data.resolution)
@@ -252,9 +258,10 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("sampler", f"{plan.sampler_parameters / 1e6:.3f} M parameters ({config.sampler.kind})"),
         (
             "per image",
-            f"{_flops(plan.flops_per_image)}: generator {_flops(plan.generator.flops)}, loss {_flops(plan.loss.flops)}",
+            f"{_flops(plan.flops_per_image)}: generator {_flops(plan.generator.flops)}, "
+            f"{'loss' if config.has_codes else 'critic'} {_flops(plan.loss.flops)}",
         ),
-        ("latent rate", _latent_rate(config, plan.rows.count)),
+        *([("latent rate", _latent_rate(config, plan.rows.count))] if config.has_codes else []),
         ("steps", ", ".join(f"{cost.steps:,} of {numbered(plan.stages, name)}" for name, cost in plan.costs.items())),
         ("total", ", ".join(f"{_flops(cost.flops)} in stage {n}" for n, cost in enumerate(plan.costs.values(), 1))),
         ("evaluation", _evaluation(plan)),

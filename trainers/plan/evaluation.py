@@ -10,7 +10,7 @@ import torch
 
 from ...config.run import Config
 from ...inference.model import DEFAULT_BATCH
-from ...metrics.evaluate import RECONSTRUCTED, images_in_all
+from ...metrics.evaluate import RECONSTRUCTED, images_in_all, kinds_of
 from ...metrics.features.extractor import extractor_spec
 from ...models.cost import Cost, inference_bytes
 from ...models.generators import generator_of
@@ -65,12 +65,14 @@ def evaluation_cost(config: Config, rows: int, held_out: int, generator: Cost) -
     Args:
         rows, held_out: numbers of training images and of unseen ones.
     """
-    measured, kinds = config.evaluation, len({config.sampler.kind, "gaussian"})
+    measured, kinds = config.evaluation, kinds_of(config)
     with torch.device("meta"):
         decoder = generator_of(config)
     needed = inference_bytes(decoder, (config.generator.latent_dim,))
     at_once = max(1, min(DEFAULT_BATCH, int(measured.memory_gb * GIB) // needed))
     reconstructed, compared = min(rows, measured.samples), min(rows, RECONSTRUCTED)
+    if not config.has_codes:
+        reconstructed = compared = 0
     drawn, images = kinds * measured.samples + reconstructed, images_in_all(config, rows, held_out, kinds)
     features = (drawn + rows + held_out) * extractor_spec(measured.extractor).gflop * 1e9
     return EvaluationCost(
@@ -92,8 +94,8 @@ def interim_cost(config: Config, rows: int, generator: Cost) -> InterimCost:
         return InterimCost(0, 0, 0.0)
     first, *later = (math.ceil(info.epochs / every) for info in stage_infos(config).values())
     first = 0 if config.stage_one is not None else first
-    images = first * (samples + min(rows, samples)) + sum(later) * samples
-    passed = first * rows * len(config.generator.norms) if config.glo.ema else 0
+    images = first * (samples + (min(rows, samples) if config.has_codes else 0)) + sum(later) * samples
+    passed = first * rows * len(config.generator.norms) if config.has_codes and config.glo.ema else 0
     features = images * extractor_spec(config.evaluation.extractor).gflop * 1e9
     return InterimCost(first + sum(later), images, (images + passed) * generator.forward_flops + features)
 

@@ -64,7 +64,7 @@ def memory_of(
 def images_in_memory(config: Config, workers: int) -> tuple[int, int]:
     """Bytes of images in uint8 in the main memory of a worker: that are read ahead of a step, and that are measured."""
     image = config.data.channels * config.data.resolution**2
-    ahead = (config.data.prefetch + 1) * Share(config.glo.batch_size, 0, workers).size
+    ahead = (config.data.prefetch + 1) * Share(config.batch_size, 0, workers).size
     return ahead * image, 2 * DEFAULT_BATCH * image  # a batch, and the parts that it is made of
 
 
@@ -83,13 +83,16 @@ def of_training(config: Config, generator: Cost, loss: Cost, workers: int) -> di
         "gradients": weights // (workers if stage >= 2 else 1),
         "optimiser (Adam)": 2 * weights // (workers if stage >= 1 else 1),
         "activations": activations // (2 if half else 1),
-        "loss network": FLOAT * loss.frozen_parameters,
     }
+    if config.has_codes:
+        memory["loss network"] = FLOAT * loss.frozen_parameters
+    else:
+        memory["critic (weights, gradients, Adam)"] = 4 * FLOAT * loss.parameters  # at most: ZeRO cuts it, too
     if stage >= 1:
         memory["ZeRO's own copy of its share"] = weights // workers
     if half:
         memory["bfloat16 copies"] = (weights + FLOAT * loss.frozen_parameters) // 2
-    if config.glo.ema:
+    if config.glo.ema if config.has_codes else config.networks.ema:
         memory["averaged generator"] = weights
     return memory
 
@@ -97,11 +100,13 @@ def of_training(config: Config, generator: Cost, loss: Cost, workers: int) -> di
 def micro_batch(config: Config, workers: int) -> int:
     """Rows per worker and micro-batch."""
     accumulation = config.engine.accumulation
-    return Share(config.glo.batch_size, 0, workers, accumulation).size // accumulation
+    return Share(config.batch_size, 0, workers, accumulation).size // accumulation
 
 
 def latent_bytes(config: Config, rows: int) -> int:
     """Bytes of codes, optimiser state and step counters of one worker's rows, in its node's main memory."""
+    if not config.has_codes:
+        return 0
     code = FLOAT * config.generator.latent_dim
     state = {"adam": 2 * code, "adagrad": FLOAT, "published": 0}[config.glo.latent_optimizer]
     return rows * (code + state + 8)

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ...config.run import Config, canonical, load
+from ...config.run import Config, load
+from ...config.shorthands import canonical
 from ...datasets.index import Index
 from ...errors import UserError
 

@@ -84,7 +84,9 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         store, mirror = open_store(config.checkpoint_url, config.s3), RunMirror(config)
         rows = require_fit(index, config.data, config.cluster.max_workers)
-        tags = {"glann.fingerprint": index.fingerprint, "glann.latent_lr": f"{latent_lr(config.glo, rows):.6g}"}
+        tags = {"glann.fingerprint": index.fingerprint}
+        if config.has_codes:
+            tags["glann.latent_lr"] = f"{latent_lr(config.glo, rows):.6g}"
         tags |= hooks.tags
         data = DataInput(config.data.url, index.fingerprint, rows, index.resolution, index.channels)
         try:

@@ -20,7 +20,7 @@ from ...config.run import Config
 from ...config.samplers import GaussianConfig, SamplerConfig
 from ...datasets.reader import ImageRows
 from ...inference.model import SamplingModel
-from ...metrics.evaluate import GIB, ImageSets, Trained, images_in_all, measure, stored_codes
+from ...metrics.evaluate import GIB, ImageSets, Trained, images_in_all, kinds_of, measure, stored_codes
 from ...metrics.frechet import FeatureMoments
 from ...metrics.judge import Codes
 from ...metrics.nearest import nearest_images
@@ -48,12 +48,12 @@ Item = TypeVar("Item")
 class Evaluated:
     """Results and pictures of a trained run, and what its package needs of the codes.
 
-    step: of the checkpoint. gaussian: state of the Gaussian over the codes. seconds: duration. hardware: the devices of
-    the workers.
+    step: of the checkpoint. gaussian: state of the Gaussian over the codes, if there are any. seconds: duration.
+    hardware: the devices of the workers.
     """
 
     step: int
-    gaussian: dict[str, Tensor]
+    gaussian: dict[str, Tensor] | None
     results: list[Result]
     drawn: dict[str, Sheet]
     seconds: float
@@ -77,17 +77,17 @@ def evaluate_trained(
     """
     began = monotonic()
     held_out = held_out_images(config, images.index)
-    kinds = len({config.sampler.kind, "gaussian"})
-    total = images_in_all(config, len(images), 0 if held_out is None else len(held_out), kinds)
+    total = images_in_all(config, len(images), 0 if held_out is None else len(held_out), kinds_of(config))
 
     team = Team.of_all(counting(on_images, total // world_size()))
 
     def codes(rows: range) -> Iterator[Tensor]:
         return stored_codes(config, rows, step)
 
-    gaussian = gaussian_of(codes, len(images), team)
+    gaussian = gaussian_of(codes, len(images), team) if config.has_codes else None
     model = model_of(config, networks, gaussian, device)
-    results = measure(config, Trained(model, len(images), codes), ImageSets(images, held_out=held_out), team=team)
+    trained = Trained(model, len(images), codes if config.has_codes else None)
+    results = measure(config, trained, ImageSets(images, held_out=held_out), team=team)
     drawn = draw_pictures(model, images, config.preview.images, team)
     devices = Counter(team.collected(name_of(device)))
     hardware = ", ".join(f"{number} x {name}" for name, number in devices.items())
@@ -121,6 +121,8 @@ def model_of(
         states.append((GaussianConfig(), gaussian))
     if MAPPING in networks:
         states.append((config.sampler, networks[MAPPING]["weights"]))
+    elif not config.has_codes:
+        states.append((config.sampler, {}))  # the distribution that the generator is trained with
     samplers = {}
     for sampler, state in states:
         samplers[sampler.kind] = build_network(sampler, config.generator.latent_dim, config.glo.constraint)

@@ -74,7 +74,7 @@ class Interim:
         judge = self.judge
         if not begin(SAMPLES):
             return None
-        if MAPPING in networks:
+        if MAPPING in networks or not self.config.has_codes:
             drawn = judge.tally(model_of(self.config, networks, None, self.device), None)
             return lambda: judge.compare(drawn, OWN)
         model = model_of(self.config, networks, gaussian_of(codes, rows, judge.team), self.device)

@@ -24,6 +24,8 @@ from ...storage.base import MissingObject, Store
 from ...storage.open import local_folder, open_store
 from ...tracking.source import is_registered
 from ..glo import GENERATOR, averaged_statistics
+from ..networks import STATISTICS_OF
+from ..rounds import prior_codes
 from ..sampler import MAPPING
 from ..stage import final_weights
 from .evaluation import gaussian_of
@@ -41,18 +43,20 @@ class CheckpointModel:
 
 
 def export_saved(
-    folder: Path, config: Config, saved: Saved, gaussian: dict[str, Tensor], rows: int, fingerprint: str
+    folder: Path, config: Config, saved: Saved, gaussian: dict[str, Tensor] | None, rows: int, fingerprint: str
 ) -> None:
     """Write the packaged model of a checkpoint; before stage 2 its own sampler is the Gaussian.
 
     Args:
-        gaussian: state of the Gaussian over its codes.
+        gaussian: state of the Gaussian over its codes, if there are any.
     Raises:
         UserError: weights or codes are not finite. EnvironmentFault: the disk is full or failing.
     """
     weights, sampler = final_weights(saved.networks[GENERATOR]), None
     if MAPPING in saved.networks:
         sampler = saved.networks[MAPPING]["weights"]
+    elif not config.has_codes:
+        sampler = {}
     else:
         config = config.model_copy(update={"sampler": GaussianConfig()})
     export_model(folder, config, weights, sampler, gaussian, rows, fingerprint)
@@ -75,7 +79,7 @@ def open_checkpoint(
     state, saved = load_any(store, step)
     rows = state["rows"]
     with_statistics(config, saved, store, step, rows, device)
-    gaussian = gaussian_of(lambda part: codes_in(store, part, step), rows, ALONE)
+    gaussian = gaussian_of(lambda part: codes_in(store, part, step), rows, ALONE) if config.has_codes else None
     with TemporaryDirectory(prefix="glann-model-") as scratch:
         export_saved(Path(scratch) / MODEL, config, saved, gaussian, rows, state["fingerprint"])
         manifest, model = open_folder(Path(scratch) / MODEL, f"{source} at {folder_name(step)}", device)
@@ -88,7 +92,10 @@ def with_statistics(config: Config, saved: Saved, store: Store, step: int, rows:
     averaged = generator.get("ema", {})
     if not averaged or not config.generator.normalises or averaged.keys() == generator["weights"].keys():
         return
-    z_ND = torch.cat(list(codes_in(store, range(rows), step)))
+    if config.has_codes:
+        z_ND = torch.cat(list(codes_in(store, range(rows), step)))
+    else:
+        z_ND = prior_codes(config, min(rows, STATISTICS_OF))
     averaged |= averaged_statistics(config, generator, z_ND, DEFAULT_BATCH, device)
 
 

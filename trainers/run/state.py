@@ -131,10 +131,12 @@ def checked_state(state: dict[str, Any], where: str) -> dict[str, Any]:
     return state
 
 
-def restore_rows(store: Store, serial: int, latents: LatentTable, rows: range, position: Position) -> None:
+def restore_rows(store: Store, serial: int, latents: LatentTable, position: Position) -> None:
     """Load a worker's rows of a checkpoint into its latent table, independent of the workers that wrote them."""
+    if not latents.rows:  # of a method without codes
+        return
     done = (position.epoch, position.step - 1)  # the last update of these rows
-    latents.restore(reader.load_rows(store, serial, rows), done)
+    latents.restore(reader.load_rows(store, serial, latents.rows), done)
 
 
 def file_name(network: str, group: str) -> str:

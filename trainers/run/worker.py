@@ -86,6 +86,22 @@ def train_worker(task: dict[str, Any]) -> str | None:
     return None
 
 
+def table_of(config: Config, rows: range) -> LatentTable:
+    """The codes of a worker's rows in an actor; an empty table for a method without codes."""
+    if not config.has_codes:
+        return LatentTable.in_process(range(0), 1, config.seed)
+    return LatentTable.spawn(
+        rows,
+        config.generator.latent_dim,
+        config.seed,
+        optimizer=config.glo.latent_optimizer,
+        betas=config.glo.betas,
+        constraint=config.glo.constraint,
+        batch=config.glo.batch_size,
+        init_scale=config.glo.init_scale,
+    )
+
+
 class Worker:
     """One worker's part of a run: its rows, their codes, and its replica or shard of the networks."""
 
@@ -110,16 +126,7 @@ class Worker:
             fence=lambda: require(self.store, lease),
             on_commit=lambda step: reporter.post(CheckpointSaved(step)),
         )
-        self.latents = LatentTable.spawn(
-            self.rows,
-            config.generator.latent_dim,
-            config.seed,
-            optimizer=config.glo.latent_optimizer,
-            betas=config.glo.betas,
-            constraint=config.glo.constraint,
-            batch=config.glo.batch_size,
-            init_scale=config.glo.init_scale,
-        )
+        self.latents = table_of(config, self.rows)
         self.infos, self.loss_weights = stage_infos(config), loss_weights(config)
         self.interim = Interim(config, self.images, device)
         self.control = Control(reporter.requested, self.save_due)
@@ -329,7 +336,7 @@ class Worker:
         while (serial := self.agreed(next(steps, -1))) >= 0:
             try:
                 saved = load(self.store, serial, self.images.index, len(self.images), self.loss_weights)
-                restore_rows(self.store, serial, self.latents, self.rows, saved.position)
+                restore_rows(self.store, serial, self.latents, saved.position)
             except layout.DamagedCheckpoint as error:
                 faults[serial] = str(error)
             if (finder := self.first(serial in faults)) is None:

@@ -29,9 +29,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ...config.address import LocalPath
 from ...config.parse import explain, kind_of, plain_data, shown, suggest
 from ...config.paths import absolute
-from ...config.run import COMPARISONS, RECIPES, Config, canonical, find_recipe, kinds_first, known_keys, load, load_tree
+from ...config.run import COMPARISONS, RECIPES, Config, find_recipe, known_keys, load, load_tree
 from ...config.section import Section
 from ...config.sections import EvaluationConfig
+from ...config.shorthands import canonical, kinds_first
 from ...errors import UserError
 from ...storage.files import read_document
 from ...trainers.run.stage_one import stage_one_differences
@@ -152,7 +153,7 @@ class Comparison(Section):
         configs = {method: self._whole(Cell(method, self.seeds[0])) for method in self.methods}
         for method, config in configs.items():
             same = (other for other in found.values() if not stage_one_differences(configs[other], config))
-            found[method] = next(same, method)
+            found[method] = next(same, method) if config.has_codes else method
         return found
 
     def _whole(self, cell: Cell) -> Config:

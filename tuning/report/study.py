@@ -15,6 +15,7 @@ from ...reports.figures import metric_rows
 from ...reports.page import Figure, environment, figure, write_page
 from ...reports.run_folder import IMAGES, JOURNAL, REPORT
 from ...storage import journal
+from ...trainers.stage import stage_infos
 from .. import ledger
 from ..ledger import BASELINE, STATES, Trial
 from ..space import Params
@@ -204,7 +205,10 @@ def cells(facts: StudyFacts, row: Row) -> dict[str, object]:
 
 def stage(facts: StudyFacts) -> tuple[str, str]:
     """The stage whose losses the curves show: (name in the journal, name on the page)."""
-    return ("imle", "stage 2") if facts.study.second_stage_only else ("glo", "stage 1")
+    base = facts.study.base()
+    return (
+        (base.sampler.kind, "stage 2") if facts.study.second_stage_only else (next(iter(stage_infos(base))), "stage 1")
+    )
 
 
 def curves(facts: StudyFacts) -> Markup | str:

@@ -426,3 +426,12 @@ def test_what_is_saved_is_read_back_as_the_same_study(tmp_path: Path):
     path = tmp_path / "again.yaml"
     path.write_text(study.to_yaml())
     assert load_study(path) == study
+
+
+def test_studies_of_a_critic_are_not_ruled_by_its_losses(tmp_path):
+    changes = {"recipe": "gan-digits", "overrides": {}, "space": {"networks.critic.lr": {"log_uniform": [1e-5, 1e-3]}}}
+    assert "do not rank trials" in refusal(tmp_path, changes)
+    study = load_study(written(tmp_path, changes | {"scheduler": {"kind": "none"}}))
+    assert study.base().networks.critic.kind == "infogan"
+    shared = {"space": {"sampler.shape": {"choice": ["uniform", "normal"]}}, "scheduler": {"kind": "none"}}
+    assert "no stage 1 to share" in refusal(tmp_path, changes | shared)

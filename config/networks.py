@@ -1,0 +1,139 @@
+"""The section of generators that are trained against a critic: `method: gan`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .schedule import ScheduleConfig
+from .section import Fraction, Positive, Section, Trait
+
+# One entry per objective, with the keys of `networks.objective` that it reads.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "minimax": ("smooth",),
+    "non-saturating": ("smooth",),
+    "least-squares": ("targets",),
+    "wasserstein": (),
+    "hinge": (),
+    **dict.fromkeys(("kl", "reverse-kl", "pearson", "neyman", "hellinger", "js", "gan", "tv"), ()),
+    "energy": ("margin",),
+    "began": ("gamma", "rate"),
+    "loss-sensitive": ("weight",),
+    "relativistic": (),
+}
+OF_ERRORS = ("energy", "began", "loss-sensitive")  # objectives whose real images have the lower scores
+OF_SIGNS = ("minimax", "non-saturating", "hinge")  # those whose critic says `real` by a positive score
+
+
+class ObjectiveConfig(Section):
+    """What generator and critic are trained for; a kind reads only the keys whose descriptions name it."""
+
+    kind: Annotated[str, Trait.IN_REGISTRY] = Field("non-saturating", description=", ".join(OBJECTIVES))
+    smooth: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="minimax, non-saturating: label of real images; below 1 is one-sided smoothing"
+    )
+    targets: tuple[float, float, float] = Field(
+        (0.0, 1.0, 1.0), description="least-squares: a, b, c, where generated and real images are moved, and by G"
+    )
+    margin: Positive = Field(0.2, description="energy: error of generated images up to which the critic raises it")
+    gamma: Fraction = Field(0.75, description="began: wanted ratio of the errors of generated and real images")
+    rate: Positive = Field(0.001, description="began: step of the balance between the two")
+    weight: Positive = Field(1.0, description="loss-sensitive: weight of the margin, which is the images' distance")
+
+
+class CriticConfig(Section):
+    """The critic: image -> score."""
+
+    kind: Annotated[Literal["infogan", "dcgan", "resnet", "autoencoder"], Trait.IN_REGISTRY] = Field(
+        "infogan", description="infogan: 28-64 px; dcgan; resnet: 32-1024 px; autoencoder (28-64 px): its error"
+    )
+    width: Annotated[int, Trait.IN_REGISTRY] = Field(64, ge=4, le=1024, description="base number of channels")
+    max_width: int = Field(1024, ge=4, le=4096, description="upper bound of channels (resnet)")
+    code_dim: int = Field(64, ge=1, le=4096, description="size of the code (autoencoder)")
+    batch_norm: bool = Field(False, description="BatchNorm, of real and generated images apart; not with a penalty")
+    spectral_norm: bool = Field(False, description="divide every layer by its largest singular value (SNGAN)")
+    clip: float = Field(0.0, ge=0, description="bound of every weight (published Wasserstein GAN: 0.01); 0 is off")
+    lr: Annotated[Positive, Trait.IN_REGISTRY] = Field(1e-4, description="learning rate of the critic")
+    steps: int = Field(1, ge=1, description="updates of the critic, each with new images, before those of G")
+
+
+class PenaltyConfig(Section):
+    """The penalty on the critic's slope."""
+
+    kind: Annotated[Literal["none", "between", "around", "r1", "r2", "r1-r2"], Trait.IN_REGISTRY] = Field(
+        "none",
+        description="between (WGAN-GP) and around real images (DRAGAN): towards slope 1; r1 at real images, r2 at "
+        "generated ones: towards 0",
+    )
+    weight: Positive = Field(10.0, description="weight of the penalty (R3GAN's gamma for r1-r2)")
+
+
+class NetworksConfig(Section):
+    """Training of the generator against a critic (method: gan)."""
+
+    epochs: Annotated[int, Trait.IN_REGISTRY] = Field(ge=1, description="passes over the data set, by the critic")
+    batch_size: Annotated[int, Trait.IN_REGISTRY] = Field(
+        64, ge=1, description="global batch, over all workers; independent of their number"
+    )
+    objective: ObjectiveConfig = ObjectiveConfig()
+    critic: CriticConfig = CriticConfig()
+    penalty: PenaltyConfig = PenaltyConfig()
+    generator_lr: Annotated[Positive, Trait.IN_REGISTRY] = Field(1e-4, description="learning rate of the generator")
+    generator_steps: int = Field(1, ge=1, description="updates of G after those of the critic")
+    betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's betas, for both")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged generator; 0 is off")
+    gate: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="the critic is updated only up to this accuracy on the last batch (3D-GAN: 0.8)"
+    )
+    feature_matching: float = Field(0.0, ge=0, description="weight of the critic's mean features in G's loss")
+    pull_away: float = Field(0.0, ge=0, description="weight in G's loss of the likeness of its images (EBGAN-PT: 0.1)")
+    schedule: ScheduleConfig = ScheduleConfig()
+    max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
+
+    @property
+    def looks_at_batches(self) -> bool:
+        """Whether a loss has statistics of the whole batch."""
+        return bool(self.feature_matching or self.pull_away or self.critic.batch_norm)
+
+    def fault(self, resolution: int, accumulation: int) -> str | None:
+        """What is wrong with a combination of keys, and what to do.
+
+        Args:
+            resolution: of the images, in pixels. accumulation: micro-batches of a step.
+        """
+        objective, critic, kind = self.objective, self.critic, self.objective.kind
+        defaults = ObjectiveConfig()
+        if kind not in OBJECTIVES:
+            return f"networks.objective.kind={kind!r} is unknown; there are {', '.join(OBJECTIVES)}"
+        for key in ObjectiveConfig.model_fields:
+            if key not in ("kind", *OBJECTIVES[kind]) and getattr(objective, key) != getattr(defaults, key):
+                return f"networks.objective.{key} is not read by networks.objective.kind={kind}; leave it out"
+        if critic.kind in ("infogan", "autoencoder") and resolution > 64:
+            return f"networks.critic.kind={critic.kind} sees images up to 64 px, not {resolution}; use resnet or dcgan"
+        if critic.kind == "resnet" and resolution & (resolution - 1):
+            return f"networks.critic.kind=resnet sees images of 32, 64, 128 px and so on, not {resolution}; use infogan"
+        if accumulation > 1 and self.looks_at_batches:
+            return (
+                f"engine.accumulation={accumulation} would take BatchNorm, networks.feature_matching and "
+                "networks.pull_away over micro-batches and so train something else; set engine.accumulation=1"
+            )
+        if self.penalty.kind != "none" and critic.batch_norm:
+            return (
+                f"networks.penalty.kind={self.penalty.kind} needs the slope of each image's own score, which BatchNorm "
+                "mixes with those of the batch; set networks.critic.batch_norm=false"
+            )
+        if kind in ("energy", "began") and critic.kind != "autoencoder":
+            return f"networks.objective.kind={kind} needs an error for a score; set networks.critic.kind=autoencoder"
+        if critic.kind == "autoencoder" and kind not in OF_ERRORS:
+            return (
+                "networks.critic.kind=autoencoder has an error for a score; set networks.objective.kind to one of "
+                + ", ".join(OF_ERRORS)
+            )
+        if critic.kind == "resnet" and critic.batch_norm:
+            return "networks.critic.kind=resnet has no BatchNorm; set networks.critic.batch_norm=false"
+        if self.gate < 1 and kind not in OF_SIGNS:
+            return (
+                f"networks.gate needs scores with a sign; set networks.objective.kind to one of {', '.join(OF_SIGNS)}"
+            )
+        return None

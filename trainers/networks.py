@@ -1,0 +1,167 @@
+"""The stage of generators that are trained against critics: one loop for every objective.
+
+Shapes: B rows of this worker's batch, D latent dimension, K numbers of a piggyback.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cluster.placement import Share, ranges, stratified_plan
+from ..config.run import Config
+from ..datasets.loader import BadRows, batches
+from ..datasets.reader import ImageRows
+from ..errors import UserError
+from ..models.comm import rank, world_size
+from ..models.critics import critic_of
+from ..models.generators import generator_of
+from ..models.objectives.named import objective_of
+from .engine.build import build_engine
+from .engine.step import Engine, OptimizerConfig
+from .glo import GENERATOR, averaged_statistics
+from .plan.costs import model_flops
+from .previews import Pictures, Previews
+from .rounds import Player, Round, Sums, prior_codes, prior_of
+from .stage import Stage, StageContext, StageCost, StageInfo, StageStep, State
+
+CRITIC = "critic"  # network name
+STATISTICS_OF = 16384  # codes that the averaged generator's BatchNorm is measured with
+
+
+class Networks(Stage):
+    """A generator and its critic on one worker, each with an engine of its own."""
+
+    def __init__(self, context: StageContext, networks: Mapping[str, State]) -> None:
+        config, keys = context.config, context.config.networks
+        self.context, self.preview_every = context, config.preview.every_epochs
+        torch.manual_seed(config.seed)
+        drawn = OptimizerConfig(keys.generator_lr, keys.betas, keys.ema)
+        self.generator = self.engine(generator_of(config), drawn, networks.get(GENERATOR), config.engine.zero)
+        torch.manual_seed(config.seed + 2)
+        judging = OptimizerConfig(keys.critic.lr, keys.betas, clip=keys.critic.clip)
+        state = networks.get(CRITIC)
+        # its network is also called outside of DeepSpeed, which ZeRO 3 would have taken apart
+        self.critic = Player(self.engine(critic_of(config), judging, state, min(config.engine.zero, 2)))
+        if state is not None:
+            self.critic.balance, self.critic.accuracy = state["player"]["measured"].tolist()
+        self.drawing = Previews(config, context.images, context.latents.rows, context.device)
+
+    def engine(self, network: nn.Module, optimizer: OptimizerConfig, state: State | None, zero: int) -> Engine:
+        config = self.context.config
+        settings = config.engine.model_copy(update={"zero": zero})
+        return build_engine(network, optimizer, settings, config.batch_size, self.context.device, state)
+
+    @classmethod
+    def info(cls, config: Config) -> StageInfo:
+        return StageInfo("networks", "GAN", config.networks.epochs)
+
+    @classmethod
+    def cost(cls, config: Config, rows: int) -> StageCost:
+        keys = config.networks
+        steps = keys.epochs * math.ceil(rows / keys.batch_size)
+        return StageCost(steps, float(model_flops(config)) * rows * keys.epochs)
+
+    def steps(self, epoch: int, step: int, piggyback: Callable[[], Tensor]) -> Iterator[StageStep]:
+        context = self.context
+        context.enter("networks")
+        players = {CRITIC: self.critic}
+        yield from train_networks(context.config, context.images, self.generator, players, (epoch, step), piggyback)
+
+    def lazy_state(self) -> dict[str, State]:
+        return {GENERATOR: self.generator.lazy_state(), CRITIC: self.with_measures(self.critic.engine.lazy_state())}
+
+    def state(self) -> dict[str, State]:
+        config, generator = self.context.config, self.generator.state()
+        if "ema" in generator and config.generator.normalises:
+            batch = Share(config.batch_size, rank(), world_size()).size
+            codes = prior_codes(config, min(len(self.context.images), STATISTICS_OF))
+            generator["ema"] |= averaged_statistics(config, generator, codes, batch, self.context.device)
+        return {GENERATOR: generator, CRITIC: self.with_measures(self.critic.engine.state())}
+
+    def with_measures(self, state: dict[str, Any]) -> State:
+        """The state of the critic with the numbers that decide on its next steps."""
+        measured = torch.tensor([self.critic.balance, self.critic.accuracy], dtype=torch.float64)
+        return state | {"player": {"measured": measured}}
+
+    def previews(self) -> Pictures:
+        return self.drawing.sampled(self.generator.weights(), {})  # every worker holds a part
+
+    def image_flops(self) -> int:
+        return model_flops(self.context.config)
+
+
+def train_networks(
+    config: Config,
+    images: ImageRows,
+    generator: Engine,
+    critics: Mapping[str, Player],
+    start: tuple[int, int],
+    piggyback: Callable[[], Tensor],
+) -> Iterator[StageStep]:
+    """Train a generator against critics; yields after every batch, with which each critic is updated.
+
+    The generator is updated after every `networks.critic.steps` batches. Batches do not depend on the number of
+    workers, and a position alone says where to resume.
+
+    Args:
+        start: (epoch, step) of the first step to take.
+        piggyback: called once per step for numbers [K] whose sum over workers is returned with the step.
+    Raises:
+        UserError: `networks.max_bad_steps` steps in a row were not finite.
+    """
+    keys, prior = config.networks, prior_of(config).to(generator.device)
+    objective = objective_of(keys.objective)
+    share = Share(keys.batch_size, rank(), world_size(), config.engine.accumulation)
+    own = ranges(len(images), share.world)[share.rank]
+    bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(own)), 0
+    for epoch in range(start[0], keys.epochs):
+        first = start[1] if epoch == start[0] else 0
+        plan, sums = stratified_plan(config.seed, epoch, len(images), keys.batch_size, share, first), Sums()
+        steps = first + len(plan)
+        for batch in batches(
+            images, plan, threads=config.data.threads, prefetch=config.data.prefetch, max_bad=bad_rows
+        ):
+            scale = keys.schedule.factor(epoch + batch.step / steps, keys.epochs)
+            now = Round.of(config, objective, prior, generator, epoch, batch, scale)
+
+            carried_K, made = piggyback(), []
+            judged = [now.critic_step(player, carried_K) for player in critics.values()]
+            if (epoch * steps + batch.step + 1) % keys.critic.steps == 0:
+                players = list(critics.values())
+                made = [now.generator_step(players, draw) for draw in range(1, 1 + keys.generator_steps)]
+
+            sums.add(judged, made)
+            loss, rows = judged[0].loss, batch.rows_B[batch.weight_B > 0].tolist()
+            applied = loss is None or (all(done.applied for done in judged) and all(done.applied for done in made))
+            if loss is not None:  # a batch without a readable image is no step
+                bad_in_a_row = 0 if applied else bad_in_a_row + 1
+            ends = batch.step + 1 == steps
+            yield StageStep(
+                epoch,
+                batch.step,
+                steps,
+                judged[0].piggyback_K,
+                loss=loss,
+                rows_B=rows,
+                applied=applied,
+                facts=sums.means() if ends else {},
+                ends_epoch=ends,
+            )
+            if bad_in_a_row >= keys.max_bad_steps:
+                raise diverged(bad_in_a_row, epoch, batch.step, rows)
+
+
+def diverged(steps: int, epoch: int, step: int, rows: list[int]) -> UserError:
+    """The error for a run whose steps are no longer finite."""
+    return UserError(
+        f"loss or gradients were not finite for {steps} steps in a row, up to epoch {epoch} step {step} (rows here "
+        f"{rows[:8]}...); lower networks.generator_lr and networks.critic.lr, or set engine.precision=fp32"
+    )
+
+
+STAGE = Networks
