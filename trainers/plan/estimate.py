@@ -298,10 +298,12 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     blocks = [
         ("memory", f"{where} while it trains", memory.training),
         ("", f"{where} while it measures the trained run", memory.evaluation),
-        ("main memory", f"on each worker's node{fewest}", memory.process | {"latent table, a process": memory.table}),
     ]
-    if not gpu:
-        blocks[-1] = ("", f"in each worker's latent table, a process of its own{fewest}", {"codes": memory.table})
+    table = {"latent table, a process": memory.table} if memory.table else {}
+    if gpu:
+        blocks.append(("main memory", f"on each worker's node{fewest}", memory.process | table))
+    elif table:
+        blocks.append(("", f"in each worker's latent table, a process of its own{fewest}", {"codes": memory.table}))
     lines = []
     for label, words, parts in blocks:
         lines.append((label, f"{_bytes(sum(parts.values()))} {words}"))
