@@ -5,14 +5,17 @@ Legend: B rows of a local batch, N rows of the data set, n rows of one worker, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
 from ..datasets.loader import PlannedBatch
+from .index_cipher import IndexCipher
 
+_AT_ONCE = 1 << 15  # places of a permutation that are computed together: each call costs a fraction of a millisecond
 _LOCAL, _GLOBAL, _STRATA = 1, 2, 3  # keeps the permutations of the stages apart for equal seeds
 
 
@@ -123,13 +126,68 @@ def epoch_plan(
     return plan
 
 
-def global_batches(seed: int, epoch: int, rows: int, batch: int) -> list[np.ndarray]:
-    """The global batches of stage 2: a permutation of all N rows, cut into batches that differ by at most one row.
+@dataclass(frozen=True)
+class GlobalBatches(Sequence[np.ndarray]):
+    """The global batches of an epoch of stage 2: a permutation of all N rows, cut into batches that differ by at most
+    one row.
 
-    It does not depend on the number of workers, so neither does the path of the mapping.
+    It does not depend on the number of workers, so neither does the path of the mapping. Nothing is stored: a batch is
+    computed when it is asked for, and a worker's part of the epoch from its own rows.
+
+    Args:
+        batch: rows of a global batch, at most.
     """
-    order_N = _permutation(rows, _GLOBAL, seed, epoch)
-    return [order_N[part.start : part.stop] for part in ranges(rows, _ceil(rows, batch))]
+
+    seed: int
+    epoch: int
+    rows: int
+    batch: int
+
+    @cached_property
+    def cipher(self) -> IndexCipher:
+        return IndexCipher(self.rows, _GLOBAL, self.seed, self.epoch)
+
+    def __len__(self) -> int:
+        return _ceil(self.rows, self.batch)
+
+    def start(self, step: int) -> int:
+        """The place of a batch's first row in the permutation; as in `ranges`, the first batches have the extra row."""
+        share, extra = divmod(self.rows, len(self))
+        return step * share + min(step, extra)
+
+    def size(self, step: int) -> int:
+        """Rows of a batch."""
+        return self.start(step + 1) - self.start(step)
+
+    def __getitem__(self, step: int) -> np.ndarray:  # type: ignore[override]
+        if not -len(self) <= step < len(self):
+            raise IndexError(f"batch {step} of {len(self)}")
+        step %= len(self)
+        return self.cipher.at(np.arange(self.start(step), self.start(step + 1)))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        together = max(1, _AT_ONCE // self.batch)
+        for first in range(0, len(self), together):
+            starts = [self.start(step) for step in range(first, min(first + together, len(self)) + 1)]
+            row_K = self.cipher.at(np.arange(starts[0], starts[-1]))
+            for start, stop in pairwise(starts):
+                yield row_K[start - starts[0] : stop - starts[0]]
+
+    def own(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a worker in the order of the epoch, in time and memory of these n rows only.
+
+        Returns:
+            The n rows, and for every batch the number of them before it, int64 [len(self) + 1].
+        """
+        place_n = self.cipher.places(np.arange(rows.start, rows.stop))
+        order_n = np.argsort(place_n)
+        starts = np.array([self.start(step) for step in range(len(self) + 1)])
+        return order_n + rows.start, np.searchsorted(place_n[order_n], starts)
+
+
+def global_batches(seed: int, epoch: int, rows: int, batch: int) -> GlobalBatches:
+    """The global batches of an epoch of stage 2."""
+    return GlobalBatches(seed, epoch, rows, batch)
 
 
 def stratified_plan(

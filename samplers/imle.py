@@ -1,7 +1,7 @@
 """IMLE: the mapping T from noise to latent codes, by nearest neighbours.
 
-Shapes: B own rows of a global batch, D latent dimension, E noise dimension, N rows, n own rows,
-M candidates, m own candidates, W workers, K numbers of a piggyback.
+Shapes: B own rows of a global batch, D latent dimension, E noise dimension, N rows, n own rows, R own rows of many
+batches, M candidates, m own candidates, W workers, K numbers of a piggyback, S steps.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import cast
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..cluster.inverted_file import ivf_nearest
 from ..cluster.neighbours import ring_nearest
-from ..cluster.placement import global_batches, ranges
+from ..cluster.placement import GlobalBatches, global_batches, ranges
 from ..config.samplers import ImleConfig, ImleKeys, SamplerConfig
 from ..errors import UserError
 from ..models.comm import all_sum, rank, world_size
@@ -30,6 +31,7 @@ from .adam import reduced_step, restore_moments, saved_moments
 from .base import Codes, FitStep, Sampler, State
 from .gathering import gather_array
 
+ROWS_AT_ONCE = 1 << 18  # rows of all workers whose noise is made together: that of a whole epoch, as a rule
 CHUNK = 16384  # candidates mapped at once; also the noise rows that fix T's statistics
 
 
@@ -114,17 +116,9 @@ class Imle(Sampler):
             batches = global_batches(self.seed, epoch, codes.total, self.config.batch_size)
             pulls = self.pulls(epoch, z_nD, codes) if self.config.chamfer else None
             self.network.train(self.config.statistics == "batch")
-            for step, batch in enumerate(batches):
-                mine = (batch >= codes.rows.start) & (batch < codes.rows.stop)
-                own = torch.as_tensor(batch[mine] - codes.rows.start)
-                e_BE = self.noise_of(matches.epoch_n[own], matches.index_n[own])
-                if self.config.noise_on_match:
-                    rows_B = torch.as_tensor(batch[mine])
-                    more_BE = noise(self.seed, epoch, rows_B, self.config.noise_dim, self.device, Stream.TRAINING)
-                    e_BE = e_BE + self.config.noise_on_match * more_BE
+            for step, (e_BE, z_BD) in enumerate(self.pairs(epoch, batches, matches, z_nD, codes.rows)):
                 pulled = self.pulled(pulls, epoch, step, len(batches), z_nD, codes) if pulls else None
-                z_BD = z_nD[own.to(self.device)]
-                error, applied, piggyback_K = self.update(e_BE, z_BD, len(batch), lr, piggyback(), pulled)
+                error, applied, piggyback_K = self.update(e_BE, z_BD, batches.size(step), lr, piggyback(), pulled)
                 loss += error
                 bad_in_a_row = 0 if applied else bad_in_a_row + 1
                 yield FitStep(epoch, step, len(batches), piggyback_K, applied)
@@ -133,6 +127,27 @@ class Imle(Sampler):
                         f"IMLE was not finite for {bad_in_a_row} steps in a row in epoch {epoch}; lower sampler.lr"
                     )
             yield self._end_of_epoch(epoch, len(batches), codes.total, loss, matches, piggyback())
+
+    def pairs(
+        self, epoch: int, batches: GlobalBatches, matches: Matches, z_nD: Tensor, rows: range
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The noise and the code of this worker's rows of every batch, [B, E] and [B, D].
+
+        Their noise is made for many steps at once: made for one, it would be half of the step's work.
+        """
+        order_n, first_S = batches.own(rows)
+        steps = max(1, ROWS_AT_ONCE // batches.size(0))
+        for start in range(0, len(batches), steps):
+            bounds = first_S[start : start + steps + 1]
+            row_R = torch.as_tensor(order_n[bounds[0] : bounds[-1]])
+            own_R = row_R - rows.start
+            e_RE = self.noise_of(matches.epoch_n[own_R], matches.index_n[own_R])
+            if self.config.noise_on_match:
+                more_RE = noise(self.seed, epoch, row_R, self.config.noise_dim, self.device, Stream.TRAINING)
+                e_RE = e_RE + self.config.noise_on_match * more_RE
+            z_RD = z_nD[own_R.to(self.device)]
+            for first, last in pairwise((bounds - bounds[0]).tolist()):
+                yield e_RE[first:last], z_RD[first:last]
 
     def update(
         self,
