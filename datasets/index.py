@@ -3,7 +3,8 @@
 `index.json` is small: the shape of the images and one entry per shard.  The records of the images are
 in `images.bin` beside it, 44 bytes per row (offset u64, length u32, SHA-256; little-endian, in the
 order of the global row ids), so that a million images load in less than a second.  `index.json`
-contains the hash of `images.bin` and is written last: without it there is no data set.
+contains the hash of `images.bin` and is written last: without it there is no data set.  Beyond `BLOCK_ROWS` rows it
+contains a hash for each block of so many records too, and a reader fetches only the blocks of the rows that it reads.
 
 Legend: N rows, S shards.
 """
@@ -23,18 +24,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..config.parse import reason
 from ..config.sections import S3Config
 from ..errors import UserError, redact
-from ..storage.base import MissingObject, Store
+from ..storage.base import MissingObject, Store, TruncatedObject
 from ..storage.open import open_store
 from .codec import EXTENSIONS
 from .labels import LABEL, Labels, LabelsEntry
 from .left_out import MAX_REASONS, LeftOut, Text
+from .records import BLOCK_ROWS, RECORD, Records
 
 INDEX_FILE = "index.json"
 IMAGES_FILE = "images.bin"
 LABELS_FILE = "labels.bin"
 HELD_OUT = "held-out"  # folder of the images that training does not see, below the data set's
 FORMAT, VERSION = "glann-images", 1
-RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("sha256", "u1", (32,))])
 _MAX_INDEX_BYTES = 64 << 20
 _TAR_BLOCK = 512
 
@@ -73,6 +74,7 @@ class Header(BaseModel):
     rows: int = Field(ge=1, le=1 << 40)
     shards: tuple[Shard, ...] = Field(min_length=1)
     images_sha256: Sha256
+    blocks: tuple[Sha256, ...] | None = Field(None, min_length=1)  # of every BLOCK_ROWS records, where there are more
     left_out: tuple[LeftOut, ...] = Field((), max_length=MAX_REASONS + 1)  # files of the source that are not in it
     remarks: dict[Text, Annotated[int, Field(ge=1)]] = Field({}, max_length=20)  # images taken in part, by reason
     held_out: HeldOut | None = None
@@ -84,11 +86,16 @@ class Header(BaseModel):
 
 @dataclass(frozen=True)
 class Index:
-    """A validated index. `records_N` has the fields of `RECORD`; `first_S` is the first row of each shard."""
+    """A validated index. `records` have the fields of `RECORD`; `first_S` is the first row of each shard."""
 
     header: Header
-    records_N: np.ndarray
+    records: Records
     first_S: np.ndarray
+
+    @property
+    def records_N(self) -> np.ndarray:
+        """The records of all rows, in memory: 44 bytes a row."""
+        return self.records.whole()
 
     @property
     def name(self) -> str:
@@ -201,6 +208,8 @@ class Index:
         header = _parse_header(header_bytes, url)
         try:
             _check_length(header, store.size(IMAGES_FILE), url)
+            if header.blocks is not None:
+                return Index(header, _blocks_of(header, store), _first_rows(header))
             records_bytes = store.read(IMAGES_FILE)
         except MissingObject as error:
             raise UserError(
@@ -243,8 +252,10 @@ def build(
 ) -> tuple[bytes, bytes]:
     """The bytes of `index.json` and `images.bin`.
 
-    The last five are written only where there are any: glann 0.1 does not read an index with them.
+    The last five, and the hashes of blocks, are written only where there are any: glann 0.1 does not read an index
+    with them.
     """
+    rows = sum(shard.rows for shard in shards)
     tree = {
         "format": FORMAT,
         "version": VERSION,
@@ -252,11 +263,16 @@ def build(
         "resolution": resolution,
         "channels": channels,
         "image_format": image_format,
-        "rows": sum(shard.rows for shard in shards),
+        "rows": rows,
         "shards": [shard.model_dump() for shard in shards],
         "images_sha256": hashlib.sha256(records).hexdigest(),
         "recipe": recipe,
     }
+    if rows > BLOCK_ROWS:
+        size = BLOCK_ROWS * RECORD.itemsize
+        tree["blocks"] = [
+            hashlib.sha256(records[start : start + size]).hexdigest() for start in range(0, len(records), size)
+        ]
     tree["fingerprint"] = _fingerprint(tree)
     if left_out:
         tree["left_out"] = [group.model_dump() for group in left_out]
@@ -273,6 +289,8 @@ def build(
 
 def _fingerprint(tree: dict) -> str:
     contents = {key: value for key, value in tree.items() if key not in _NOT_DATA}
+    if contents.get("blocks") is None:  # of a small data set, and of any that was packed by glann 0.1
+        contents.pop("blocks", None)
     return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -281,12 +299,41 @@ def parse(header_bytes: bytes, records_bytes: bytes, where: str) -> Index:
     header = _parse_header(header_bytes, where)
     _check_length(header, len(records_bytes), where)
     if hashlib.sha256(records_bytes).hexdigest() != header.images_sha256:
-        raise UserError(f"{where}/{IMAGES_FILE} is damaged (wrong SHA-256); copy or pack the data set again")
-    rows_S = np.array([shard.rows for shard in header.shards], np.int64)
-    first_S = np.concatenate(([0], np.cumsum(rows_S)[:-1]))
+        raise _damaged(where)
     records_N = np.frombuffer(records_bytes, RECORD)
+    first_S = _first_rows(header)
     _check_records(header, records_N, first_S, where)
-    return Index(header, records_N, first_S)
+    return Index(header, Records.loaded(records_N), first_S)
+
+
+def _first_rows(header: Header) -> np.ndarray:
+    """The first row of each shard, int64 [S]."""
+    rows_S = np.array([shard.rows for shard in header.shards], np.int64)
+    return np.concatenate(([0], np.cumsum(rows_S)[:-1]))
+
+
+def _blocks_of(header: Header, store: Store) -> Records:
+    """The records of a large data set, each block of which is read and checked when it is first needed."""
+    first_S, hashes = _first_rows(header), header.blocks or ()
+
+    def read(number: int) -> np.ndarray:
+        first = number * BLOCK_ROWS
+        count = min(BLOCK_ROWS, header.rows - first)
+        try:
+            data = store.read_range(IMAGES_FILE, first * RECORD.itemsize, count * RECORD.itemsize)
+        except (MissingObject, TruncatedObject) as error:
+            raise UserError(f"{store.url}/{IMAGES_FILE} was changed or removed since the start ({error})") from error
+        if hashlib.sha256(data).hexdigest() != hashes[number]:
+            raise _damaged(store.url)
+        records_K = np.frombuffer(data, RECORD)
+        _check_records(header, records_K, first_S, store.url, first)
+        return records_K
+
+    return Records(header.rows, BLOCK_ROWS, read)
+
+
+def _damaged(where: str) -> UserError:
+    return UserError(f"{where}/{IMAGES_FILE} is damaged (wrong SHA-256); copy or pack the data set again")
 
 
 def _check_length(header: Header, size: int, where: str) -> None:
@@ -317,21 +364,22 @@ def _parse_header(data: bytes, where: str) -> Header:
         raise UserError(f"{where}/{INDEX_FILE} is wrong: the rows of its shards do not add up to {header.rows}")
     if len({shard.file for shard in header.shards}) != len(header.shards):
         raise UserError(f"{where}/{INDEX_FILE} is wrong: two shards have the same name")
+    if header.blocks is not None and len(header.blocks) != -(-header.rows // BLOCK_ROWS):
+        raise UserError(f"{where}/{INDEX_FILE} is wrong: it has {len(header.blocks)} hashes of blocks of records")
     return header
 
 
-def _check_records(header: Header, records_N: np.ndarray, first_S: np.ndarray, where: str) -> None:
-    """Check that every image lies inside its shard, after the one before it. Raises UserError."""
-    offset_N, length_N = records_N["offset"], records_N["length"].astype(np.uint64)
+def _check_records(header: Header, records_K: np.ndarray, first_S: np.ndarray, where: str, first: int = 0) -> None:
+    """Check that every image from row `first` on lies inside its shard, after the one before it. Raises UserError."""
+    offset_K, length_K = records_K["offset"], records_K["length"].astype(np.uint64)
     bytes_S = np.array([shard.bytes for shard in header.shards], np.uint64)
-    rows_S = np.array([shard.rows for shard in header.shards], np.int64)
-    bytes_N = np.repeat(bytes_S, rows_S)
-    fits_N = (length_N > 0) & (offset_N >= _TAR_BLOCK) & (offset_N <= bytes_N) & (length_N <= bytes_N - offset_N)
-    follows_N = np.ones(header.rows, bool)
-    follows_N[1:] = offset_N[1:] >= offset_N[:-1] + length_N[:-1]
-    follows_N[first_S] = True
-    if not (fits_N & follows_N).all():
-        row = int(np.argmin(fits_N & follows_N))
+    shard_K = np.searchsorted(first_S, np.arange(first, first + len(records_K)), side="right") - 1
+    bytes_K = bytes_S[shard_K]
+    fits_K = (length_K > 0) & (offset_K >= _TAR_BLOCK) & (offset_K <= bytes_K) & (length_K <= bytes_K - offset_K)
+    follows_K = np.ones(len(records_K), bool)
+    follows_K[1:] = (offset_K[1:] >= offset_K[:-1] + length_K[:-1]) | (shard_K[1:] != shard_K[:-1])
+    if not (fits_K & follows_K).all():
+        row = first + int(np.argmin(fits_K & follows_K))
         raise UserError(
             f"{where}/{IMAGES_FILE} is wrong: row {row} does not lie inside its shard; pack the data set again"
         )

@@ -17,9 +17,10 @@ import numpy as np
 
 from ..errors import UserError
 from ..storage.base import Store
-from .index import HELD_OUT, INDEX_FILE, PACKING_FILE, RECORD, Index, parse
+from .index import HELD_OUT, INDEX_FILE, PACKING_FILE, Index, parse
 from .labels import Labels
 from .left_out import counted
+from .records import RECORD
 from .shards import Packing, ShardWriter
 
 IN_TRAINING = "equal to a training image, left out"

@@ -88,7 +88,7 @@ class ImageRows:
         if not 0 <= row < self._rows:
             raise IndexError(f"row {row} of {self._rows}")
         shard = self.index.shards[self.index.shard_of(row)]
-        record = self.index.records_N[row]
+        record = self.index.records[row]
         sha256 = record["sha256"].tobytes()
         try:
             data = self._read_range(shard, int(record["offset"]), int(record["length"]), sha256)

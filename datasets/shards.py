@@ -19,9 +19,10 @@ from ..errors import UserError
 from ..storage.base import Store
 from ..storage.files import read_at
 from ..storage.local import LocalStore
-from .index import IMAGES_FILE, INDEX_FILE, LABELS_FILE, PACKING_FILE, RECORD, Sha256, Shard, build, image_key
+from .index import IMAGES_FILE, INDEX_FILE, LABELS_FILE, PACKING_FILE, Sha256, Shard, build, image_key
 from .labels import LABEL, Labels, LabelsEntry
 from .left_out import Text
+from .records import RECORD
 from .sources.archives import MAX_MEMBER_BYTES, tar_members
 
 log = logging.getLogger(__name__)

@@ -138,7 +138,7 @@ def _check_shard(index: Index, shard: Shard, first: int, path: Path) -> list[Fau
 
 def _check_image(index: Index, row: int, descriptor: int) -> str:
     """The fault of the image of `row`, or an empty string."""
-    record = index.records_N[row]
+    record = index.records[row]
     data = read_at(descriptor, int(record["offset"]), int(record["length"]))
     if len(data) != record["length"]:
         return "beyond the end of the shard"

@@ -269,7 +269,7 @@ def _read_data(config: Config) -> str:
     store = open_store(data.url, config.s3)
     first_shard_end = int(index.first_S[1]) - 1 if len(index.first_S) > 1 else index.rows - 1
     for row in sorted({first_shard_end, index.rows - 1}):
-        record = index.records_N[row]
+        record = index.records[row]
         shard = index.shards[index.shard_of(row)]
         image = store.read_range(shard.file, int(record["offset"]), int(record["length"]))
         if hashlib.sha256(image).digest() != record["sha256"].tobytes():

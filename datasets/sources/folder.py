@@ -197,7 +197,7 @@ def _packed_part(store: Store, index: Index) -> Source:
     def items(start: int) -> Iterator[Item]:
         for row in range(start, index.rows):
             shard = index.shards[index.shard_of(row)]
-            record = index.records_N[row]
+            record = index.records[row]
 
             def read(shard=shard, record=record) -> bytes:
                 data = store.read_range(shard.file, int(record["offset"]), int(record["length"]))
