@@ -334,7 +334,8 @@ class TrackingConfig(Section):
         100, ge=1, description="steps of stage 1 between entries of loss and speed, besides those of every epoch"
     )
     system_metrics: bool = Field(
-        True, description="log processor, memory and GPU of every worker each minute, as MLflow's system metrics"
+        True,
+        description="log processor, memory and GPU of the first 32 workers each minute, as MLflow's system metrics",
     )
     tensorboard: bool = Field(False, description="also write TensorBoard's event files, into the run folder")
     register_as: str | None = Field(

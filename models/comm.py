@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# One tensor for all ranks, not a list of one each. Torch 2.13 has given the function a new name.
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -36,6 +38,6 @@ def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     world = world_size(group)
     if world == 1:
         return tensor[None]
-    parts = [torch.empty_like(tensor) for _ in range(world)]
-    dist.all_gather(parts, tensor, group)
-    return torch.stack(parts)
+    gathered = tensor.new_empty(world, *tensor.shape)
+    _GATHER(gathered.view(-1), tensor.reshape(-1), group)
+    return gathered

@@ -45,15 +45,16 @@ from .layout import (
     file_key,
     folder_name,
     load_manifest,
-    parse,
     row_blocks,
     survey,
 )
+from .parts import Parts, together
 from .pieces import BLOCK_BYTES, Groups, copy_share, put, serialized
 from .retention import remove_torn, retain
 
 log = logging.getLogger(__name__)
 _POLL_S = (0.02, 1.0)  # first and longest pause while waiting for another rank
+_REQUESTS_PER_S = 100  # of all ranks together while they wait
 
 
 class Rows(Protocol):
@@ -191,11 +192,13 @@ class CheckpointWriter:
         began, before = time.monotonic(), self._committed(job.step)
         files = self._write(job)
         part = Part(attempt=self._attempt, world=self._world, files=files)
-        self._store.write(self._part(job.step, self._rank), part.model_dump_json().encode())
+        prefix = f"{self._folder(job.step)}/part-"
+        self._store.write(f"{prefix}{self._rank}.json", part.model_dump_json().encode())
+        parts = Parts(self._store, prefix, self._attempt, self._world)
         if self._rank == 0:
-            self._commit(job, lambda: self._committed(job.step) not in (None, before))
+            self._commit(job, parts, lambda: self._committed(job.step) not in (None, before))
         else:
-            self._wait_until(lambda: self._committed(job.step) not in (None, before), job.step)
+            self._wait_until(lambda: self._committed(job.step) not in (None, before), job.step, parts)
         written, seconds = sum(file.size for file in files.values()), time.monotonic() - began
         self._report = SaveReport(job.step, written, seconds)
         log.info("saved step %d: %.1f MB of rank %d in %.2f s", job.step, written / 1e6, self._rank, seconds)
@@ -220,12 +223,12 @@ class CheckpointWriter:
             pause = min(2 * pause, _POLL_S[1])
         return files
 
-    def _commit(self, job: _Job, by_another: Callable[[], bool]) -> None:
+    def _commit(self, job: _Job, parts: Parts, by_another: Callable[[], bool]) -> None:
         """Rank 0: write the manifest once every rank's part is written."""
-        self._wait_until(lambda: len(self._parts(job.step)) == self._world or by_another(), job.step)
+        self._wait_until(lambda: not parts.missing() or by_another(), job.step, parts)
         if by_another():
             raise self._overtaken(job.step)
-        files = {name: file for part in self._parts(job.step).values() for name, file in part.files.items()}
+        files = {name: file for part in parts.by_rank().values() for name, file in part.files.items()}
         blocks = row_blocks(files)
         rows = blocks[-1].stop if blocks else 0
         check_cover(blocks, range(rows), f"the parts of step {job.step}")
@@ -246,9 +249,8 @@ class CheckpointWriter:
             if self._committed(job.step) != self._attempt:
                 raise self._overtaken(job.step) from error
         whole = {file_key(manifest, name) for name in files} | {f"{folder}/{MANIFEST}"}
-        for key in self._store.list(f"{folder}/"):  # the parts, and files of a killed attempt
-            if key not in whole:
-                self._store.delete(key)
+        beside = [key for key in self._store.list(f"{folder}/") if key not in whole]
+        together(self._store.delete, beside)  # the parts, and files of a killed attempt
 
     def _overtaken(self, step: int) -> UserError:
         return UserError(
@@ -259,21 +261,6 @@ class CheckpointWriter:
     def _folder(self, step: int) -> str:
         return f"{folder_name(step)}/{self._attempt}"
 
-    def _part(self, step: int, rank: int | str) -> str:
-        return f"{self._folder(step)}/part-{rank}.json"
-
-    def _parts(self, step: int) -> dict[int, Part]:
-        """The parts of this attempt that are written, by rank."""
-        parts = {}
-        for key in self._store.list(self._part(step, "").removesuffix(".json")):
-            try:
-                part = parse(Part, self._store.read(key), key)
-            except MissingObject:  # rank 0 has committed and removed it meanwhile
-                continue
-            if (part.attempt, part.world) == (self._attempt, self._world):
-                parts[int(key.rpartition("-")[2].removesuffix(".json"))] = part
-        return parts
-
     def _committed(self, step: int) -> str | None:
         """The attempt that committed this step, if any; empty if its manifest is damaged."""
         try:
@@ -283,17 +270,18 @@ class CheckpointWriter:
         except DamagedCheckpoint:
             return ""
 
-    def _wait_until(self, ready: Callable[[], bool], step: int) -> None:
+    def _wait_until(self, ready: Callable[[], bool], step: int, parts: Parts) -> None:
         deadline, pause = time.monotonic() + self._timeout, _POLL_S[0]
+        longest = max(_POLL_S[1], self._world / _REQUESTS_PER_S)  # a store is shared by all ranks
         while not ready():
             if time.monotonic() > deadline:
-                missing = sorted(set(range(self._world)) - set(self._parts(step))) or [0]
+                missing = parts.missing() or [0]
                 raise EnvironmentFault(
                     f"saving step {step} timed out after {self._timeout:g} s: nothing from rank "
                     f"{', '.join(map(str, missing))}; look at the logs of these workers, or raise checkpoint.timeout_s"
                 )
             time.sleep(pause)
-            pause = min(2 * pause, _POLL_S[1])
+            pause = min(2 * pause, longest)
 
     def _begin(self) -> str:
         """A new attempt id, the same on all ranks, after rank 0 has removed the remains of earlier attempts."""

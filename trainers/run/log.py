@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 LINE_EVERY_S = 55.0  # without a terminal there is a line a minute, whatever happens
+TRACKED_WORKERS = 32  # whose devices MLflow has series of
 SYSTEM_EVERY_S = 60.0  # between entries of a worker's device
 EPOCH_LINES = 20  # of a stage with short epochs; every epoch has one that takes longer than `LINE_EVERY_S`
 
@@ -122,6 +123,8 @@ class RunLog:
 
     def on_device(self, event: events.DeviceSampled) -> None:
         """Track the means of a minute under the names of MLflow's system metrics, by worker."""
+        if event.use.rank >= TRACKED_WORKERS:
+            return  # status.json has all
         if not (self.config.tracking.system_metrics and self.telemetry.current.workers):
             return  # before the first step nobody knows which step it is
         rank, now = event.use.rank, monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from time import monotonic
 from typing import Any
@@ -10,7 +11,8 @@ from ...errors import EnvironmentFault
 from .control import Request
 from .events import Evaluating, FromWorker, Message, Phase, Progress
 
-PROGRESS_EVERY = 0.5  # seconds; a bar needs no more
+PROGRESS_EVERY_S = 0.5  # a bar needs no more
+MESSAGES_PER_S = 32  # of a kind that every worker repeats, of all of them together: the mailbox is one actor
 STOPPED = "stopped"  # return value of a worker that stopped on request
 
 
@@ -33,13 +35,23 @@ class Mailbox:
         return messages
 
 
-class Reporter:
-    """A worker's interface to the mailbox. Sending never blocks."""
+def interval(seconds: float, workers: int) -> float:
+    """Seconds between a worker's messages of a kind that all workers repeat: `seconds` if there are few workers."""
+    return max(seconds, workers / MESSAGES_PER_S)
 
-    def __init__(self, mailbox: Any, rank: int, group: int) -> None:
-        """`group`: number of the worker group, by which the driver detects messages of past groups."""
+
+class Reporter:
+    """A worker's interface to the mailbox. Sending never blocks.
+
+    Args:
+        group: number of the worker group, by which the driver detects messages of past groups.
+        workers: of the group.
+    """
+
+    def __init__(self, mailbox: Any, rank: int, group: int, workers: int) -> None:
         self.mailbox, self.rank, self.group = mailbox, rank, group
-        self.last_progress = 0.0
+        self.progress_every = {Progress: PROGRESS_EVERY_S, Evaluating: interval(PROGRESS_EVERY_S, workers)}
+        self.last_progress = -math.inf
         self.phase = ""
         self.answer: Any = None
         self.last_request = Request.NOTHING
@@ -52,9 +64,9 @@ class Reporter:
         self.mailbox.send.remote(Message(self.group, event))
 
     def progress(self, event: Progress | Evaluating) -> None:
-        """Send a progress event, at most one every `PROGRESS_EVERY` seconds."""
+        """Send a progress event, unless the last one was a short time ago."""
         now = monotonic()
-        if now - self.last_progress >= PROGRESS_EVERY:
+        if now - self.last_progress >= self.progress_every[type(event)]:
             self.last_progress = now
             self.send(event)
 

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from ...cluster.latents import LatentTable
 from ...config.run import Config, redacted_config
 from ...datasets.index import Index
 from ...errors import UserError
+from ...models.comm import broadcast, rank, world_size
 from ...storage.base import Store
 from ..stage import State
 
@@ -72,16 +74,19 @@ class Saved:
         }
 
 
-def load(store: Store, serial: int, index: Index, rows: int, weights: str | None = None) -> Saved:
+def load(
+    store: Store, serial: int, index: Index, rows: int, weights: str | None = None, counters_only: bool = False
+) -> Saved:
     """The networks and counters of a checkpoint.
 
     Args:
         weights: SHA-256 of the weights of the loss network, to resume with; None if nothing is trained with it.
+        counters_only: leave out the networks, which another worker reads and broadcasts (`share_networks`).
     Raises:
         UserError: the checkpoint was made with other data or other weights. DamagedCheckpoint: its contents are not
             what was written.
     """
-    state, saved = load_any(store, serial)
+    state, saved = load_any(store, serial, counters_only)
     if (state["rows"], state["fingerprint"]) != (rows, index.fingerprint):
         raise UserError(
             f"{store.url} was trained on other data ({state['rows']} rows, fingerprint "
@@ -97,9 +102,11 @@ def load(store: Store, serial: int, index: Index, rows: int, weights: str | None
     return saved
 
 
-def load_any(store: Store, serial: int) -> tuple[dict[str, Any], Saved]:
+def load_any(store: Store, serial: int, counters_only: bool = False) -> tuple[dict[str, Any], Saved]:
     """The counters of a checkpoint (`Saved.state`), and its networks, of whatever data. Raises DamagedCheckpoint."""
     state = checked_state(reader.load_state(store, serial), f"{store.url}: the state of step {serial}")
+    if counters_only:
+        return state, Saved(Position(**state["position"]))
     present = reader.names(store, serial)
     networks = {}
     for name, updates in state["updates"].items():
@@ -111,6 +118,44 @@ def load_any(store: Store, serial: int) -> tuple[dict[str, Any], Saved]:
         groups = {group_name(name, file): reader.load_tensors(store, serial, file) for file in files}
         networks[name] = {"updates": updates} | groups
     return state, Saved(Position(**state["position"]), networks)
+
+
+def share_networks(networks: dict[str, State], device: torch.device) -> dict[str, State]:
+    """Rank 0's networks, on the CPU of every worker; the arguments of other ranks are ignored. Collective.
+
+    Args:
+        device: on which collectives run.
+    """
+    if world_size() == 1:
+        return networks
+    text = json.dumps(_outline(networks)).encode() if rank() == 0 else b""
+    length = int(broadcast(torch.tensor(len(text), device=device)))
+    data = torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8).to(device)
+    outline = json.loads(bytes(broadcast(data).tolist()))
+    shared: dict[str, State] = {}
+    for network, (updates, groups) in outline.items():
+        shared[network] = {"updates": updates}
+        for group, tensors in groups.items():
+            shared[network][group] = {}
+            for name, (dtype, shape) in tensors.items():
+                own = networks[network][group][name] if rank() == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+                shared[network][group][name] = broadcast(own.contiguous().to(device)).cpu()
+    return shared
+
+
+def _outline(networks: dict[str, State]) -> dict[str, Any]:
+    """By network: its updates, and type and shape of its tensors by group and name."""
+    return {
+        network: (
+            state["updates"],
+            {
+                group: {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+                for group, tensors in state.items()
+                if isinstance(tensors, dict)
+            },
+        )
+        for network, state in networks.items()
+    }
 
 
 class _State(BaseModel):

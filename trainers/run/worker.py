@@ -48,10 +48,10 @@ from .events import (
     Warned,
 )
 from .heartbeat import repeated
-from .mailbox import STOPPED, Reporter
+from .mailbox import STOPPED, Reporter, interval
 from .measuring import Interim
 from .meter import Meter
-from .state import Position, Saved, load, restore_rows
+from .state import Position, Saved, load, restore_rows, share_networks
 
 
 class Stopped(Exception):
@@ -74,11 +74,13 @@ def train_worker(task: dict[str, Any]) -> str | None:
     from ray.train.torch import get_device
 
     config = Config.model_validate(task["config"])
-    reporter = Reporter(task["mailbox"], ray.train.get_context().get_world_rank(), task["group"])
+    context = ray.train.get_context()
+    workers = context.get_world_size()
+    reporter = Reporter(task["mailbox"], context.get_world_rank(), task["group"], workers)
     reporter.send(Joined(ray.get_runtime_context().get_node_id()))
     device = get_device()
     sampler = DeviceSampler(reporter.rank, device, config.cluster.cpus_per_worker, reporter.post)
-    with repeated(sampler, SAMPLE_EVERY_S, "device-use"):
+    with repeated(sampler, interval(SAMPLE_EVERY_S, workers), "device-use"):
         try:
             Worker(config, reporter, device, task["lease"]).run()
         except Stopped:
@@ -335,7 +337,8 @@ class Worker:
         finders: dict[int, int] = {}  # by step: the lowest rank that found it damaged
         while (serial := self.agreed(next(steps, -1))) >= 0:
             try:
-                saved = load(self.store, serial, self.images.index, len(self.images), self.loss_weights)
+                counters_only = self.rank > 0  # a thousand workers would read the same networks a thousand times
+                saved = load(self.store, serial, self.images.index, len(self.images), self.loss_weights, counters_only)
                 restore_rows(self.store, serial, self.latents, saved.position)
             except layout.DamagedCheckpoint as error:
                 faults[serial] = str(error)
@@ -346,6 +349,7 @@ class Worker:
                 if self.rank == 0:
                     self.reporter.send(Resumed(saved.position))
                     self.best_so_far(saved.position.stage)  # reports one that is lost
+                saved.networks = share_networks(saved.networks, self.device)
                 return saved
             finders[serial] = finder
         if finders:
