@@ -54,8 +54,10 @@ def test_what_high_resolution_runs_on_trains_as_plain_pytorch_does(local_ray, gl
     exact = precision == "fp32"
     np.testing.assert_allclose(answers[0][0], losses, rtol=1e-4 if exact else 2e-2)
     together_BD = np.concatenate([answer[1] for answer in answers])
-    scale = np.abs(grad_BD).max()
-    np.testing.assert_allclose(together_BD, grad_BD, atol=scale * (1e-4 if exact else 5e-2))
+    if exact:
+        np.testing.assert_allclose(together_BD, grad_BD, atol=1e-4 * np.abs(grad_BD).max())
+    else:  # bf16 keeps 8 bits, and single numbers are sums that nearly cancel
+        assert np.linalg.norm(together_BD - grad_BD) <= 5e-2 * np.linalg.norm(grad_BD)
     for name, tensor in weights.items():
         np.testing.assert_array_equal(answers[0][2][name], answers[1][2][name], err_msg=name)
         if exact:

@@ -83,4 +83,4 @@ def test_workers_end_where_one_ends(local_ray, ranks, case):
 
 
 def test_every_kind_is_here():
-    assert {case.split()[0] for case in CASES} == set(SAMPLERS)
+    assert {case.split()[0] for case in CASES} == set(SAMPLERS) - {"prior"}, "which is not fitted"
