@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -31,10 +33,17 @@ class Records:
         self._blocks: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock: an index travels to other processes."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     @classmethod
     def loaded(cls, records_N: np.ndarray) -> Records:
         """Records in memory."""
-        return cls(len(records_N), max(1, len(records_N)), lambda number: records_N)
+        return cls(len(records_N), max(1, len(records_N)), partial(_only_block, records_N))
 
     def __getitem__(self, row: int) -> np.void:
         """The record of a row. Raises UserError if its block is damaged."""
@@ -52,3 +61,8 @@ class Records:
         """All records [N], in memory."""
         blocks = [self.block(number) for number in range(-(-self.rows // self.block_rows))]
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+def _only_block(records_N: np.ndarray, number: int) -> np.ndarray:
+    del number
+    return records_N

@@ -19,7 +19,6 @@ from ..config.sections import GeneratorConfig
 from ..errors import UserError
 from .activations import ACTIVATIONS
 from .norm import SharedBatchNorm, frozen_statistics
-from .uncompiled import uncompiled
 
 FULLY_CONNECTED = 1024  # InfoGAN's first layer
 START = 4  # side of the resnet's first feature map
@@ -54,7 +53,7 @@ class Generator(nn.Module):
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-@uncompiled  # the compiler supports checkpoints, but not with contexts
+@torch.compiler.disable  # the compiler supports checkpoints, but not with contexts
 def _checkpoint_with_statistics(net: Generator, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """Checkpoint a stage so that BatchNorm counts its batch once although the stage runs twice."""
     return checkpoint(

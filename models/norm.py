@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from .comm import broadcast, gather, world_size
-from .uncompiled import uncompiled
 
 
 class SharedBatchNorm(nn.Module):
@@ -143,7 +142,7 @@ def _over_channels(value_C: Tensor, like: Tensor) -> Tensor:
 
 
 # Collectives inside a compiled graph gain nothing here and have broken compilers before.
-@uncompiled
+@torch.compiler.disable
 def _shared_batch_norm(
     x: Tensor, weight_B: Tensor | None, weight_C: Tensor, bias_C: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -177,3 +177,15 @@ def test_one_of_1024_workers_opens_100_million_rows_in_megabytes():
     assert index.rows == rows > 100_000_000
     assert store.read_bytes <= 3 * len(data)
     assert peak < 40e6
+
+
+def test_an_index_travels_to_another_process(small_blocks):
+    """Ray carries it to the trials of a study that share a stage 1."""
+    from ray import cloudpickle
+
+    records_N = np.zeros(5, RECORD)
+    records_N["offset"] = range(5)
+    for records in (Records.loaded(records_N), Records(5, 2, lambda number: records_N[2 * number : 2 * number + 2])):
+        assert records[1]["offset"] == 1, "some may be in memory already"
+        again = cloudpickle.loads(cloudpickle.dumps(records))
+        assert [again[row]["offset"] for row in range(5)] == list(range(5))

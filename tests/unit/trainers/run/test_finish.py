@@ -36,7 +36,7 @@ def test_what_is_told_can_be_copied_from_a_narrow_terminal(tmp_path):
     lines = printed_lines(config)
     assert lines[0] == "mine: done"
     assert "5,000 images of 28 px" in lines[1]
-    assert lines[1].endswith("24 + 30 epochs, 2 workers, 1.5 min")
+    assert lines[1].endswith("22 + 30 epochs, 2 workers, 1.5 min")
     assert "samples are compared with the training images; the report has all figures" in lines
     assert any(line.split() == ["Fréchet", "distance", "(squeezenet)", "0.3797"] for line in lines)
     assert f"{config.run_dir}/report.html" in lines
