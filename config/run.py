@@ -7,8 +7,7 @@ before anything starts, with the key, the given value, the allowed values and th
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Self, get_args
@@ -214,7 +213,11 @@ def load(
     tree, given = load_tree(path), [*map(read_override, overrides), *changes.items()]
     for key, value in given:
         set_key(tree, key, value)
-    config = validate(tree, str(path), [canonical(key) for key, _ in given])
+    read = _read(tree)
+    if not isinstance(read, Config):
+        alone = _read(load_tree(path))  # only a fault that the file has by itself names the file
+        raise _refusal(read, str(path) if not isinstance(alone, Config) and read[0] in alone else "")
+    config = read
     require_trainable(config)
     return config
 
@@ -280,21 +283,26 @@ def bundled_recipes() -> list[Path]:
     return sorted(path for path in RECIPES.glob("*.yaml") if not path.name.startswith(COMPARISONS))
 
 
-def validate(tree: dict[str, Any], where: str, given: Iterable[str] = ()) -> Config:
-    """Validate plain data as a configuration; raises UserError with one line per error.
+def validate(tree: dict[str, Any], where: str) -> Config:
+    """Validate plain data, which is from `where`, as a configuration; raises UserError with one line per error."""
+    read = _read(tree)
+    if not isinstance(read, Config):
+        raise _refusal(read, where)
+    return read
 
-    Args:
-        where: origin of the data. An error that names one of the `given` keys, which are not from there, leaves it out.
-    """
+
+def _read(tree: dict[str, Any]) -> Config | list[str]:
+    """The configuration of plain data, or a line for each of its faults."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         lines = [explain(fault, known_keys(), (*UNION_TAGS, *TAGS)) for fault in faults[:MAX_FAULTS]]
-        lines += [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        named = any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", lines[0]) for key in given)
-        first = lines[0] if named else f"{lines[0]}; in {where}"
-        raise UserError("\n       ".join([first, *lines[1:]])) from error
+        return lines + ([f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else [])
+
+
+def _refusal(lines: list[str], where: str) -> UserError:
+    return UserError("\n       ".join([f"{lines[0]}; in {where}" if where else lines[0], *lines[1:]]))
 
 
 def read_override(override: str) -> tuple[str, Any]:

@@ -133,8 +133,8 @@ def no_ray(address: str | None, error: Exception) -> EnvironmentFault:
     if address is None:
         folder, _ = session_folder()
         return EnvironmentFault(
-            f"Ray did not start on this machine: {reason}; its logs are in {folder}/session_latest/logs; RAY_TMPDIR "
-            "chooses another folder"
+            f"Ray did not start on this machine: {reason}; where the machine is busy or short of memory, try again "
+            f"when it is not; otherwise see the logs in {folder}/session_latest/logs"
         )
     return EnvironmentFault(
         f"no Ray cluster at {address}: {reason}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE"

@@ -21,9 +21,9 @@ SMALL = {
 }
 
 
-def refusal(*overrides: str) -> str:
+def refusal(*overrides: str, recipe: str = "digits") -> str:
     with pytest.raises(UserError) as caught:
-        load("digits", list(overrides))
+        load(recipe, list(overrides))
     assert caught.value.exit_status == 2
     return str(caught.value)
 
@@ -45,6 +45,21 @@ def test_a_key_with_its_section_in_front_is_shown_as_a_file_has_it(tmp_path: Pat
     recipe.write_text(load("digits").to_yaml() + "data.url: elsewhere\n")
     with pytest.raises(UserError, match=r"unknown key 'data.url': .* in its section, `data: \{url: ...\}`; in .*mine"):
         load(recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override"),
+    [("gan-digits", "from=x"), ("digits", "glo.batch_size=1"), ("digits", "imle.epoch=3"), ("digits", "seed=-1")],
+)
+def test_a_fault_of_an_override_does_not_name_the_file(recipe, override):
+    assert ".yaml" not in refusal(override, recipe=recipe)
+
+
+def test_a_fault_of_the_file_names_it_beside_an_override(tmp_path: Path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(load("digits").to_yaml() + "epochs: 3\n")
+    with pytest.raises(UserError, match=r"unknown key epochs.*; in .*mine.yaml"):
+        load(recipe, ["seed=3"])
 
 
 def test_a_known_key_in_the_wrong_section_is_found():
