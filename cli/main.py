@@ -18,6 +18,7 @@ from .drain import drain, leave
 from .evaluate import evaluate, report
 from .jobs import jobs_app, submit
 from .mlflow_server import mlflow
+from .paragraphs import fill_paragraphs
 from .registry import registry_app
 from .sample import interpolate, sample
 from .streams import discard_unwritten, open_streams, print_error
@@ -59,7 +60,7 @@ def root(
     """Train GLANN on a cluster: non-adversarial image generation with one latent code per image.
 
     \b
-    glann train digits                          5,000 digits, two workers, no GPU
+    glann train digits                          10,000 digits, two workers, no GPU
     glann train celebahq-1024 --dry-run         the estimated cost, without training
     glann sample runs/digits --out samples.png  new images from a finished run
     glann doctor celebahq-1024                  check that this cluster is ready for it
@@ -83,6 +84,7 @@ app.command()(doctor)
 app.command()(mlflow)
 app.command()(drain)
 app.command(hidden=True)(leave)
+fill_paragraphs(app)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

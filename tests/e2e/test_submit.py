@@ -153,7 +153,7 @@ def test_ctrl_c_leaves_the_job_running_and_the_same_command_finds_it(cluster, sh
     again = cluster(*submit)
     first_line = again.stdout.splitlines()[0]
     assert (again.returncode, first_line) == (0, "watched.1 is running already; nothing was started")
-    other = cluster(*submit, "glo.latent_lr=0.5")
+    other = cluster(*submit, "checkpoint.every_minutes=9")  # which may change, but not while it runs
     assert other.returncode == 2
     assert "watched.1 is running with another configuration; stop it first" in other.stderr
     cluster("jobs", "stop", "watched")

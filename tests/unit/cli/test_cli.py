@@ -482,6 +482,16 @@ def test_examples_in_help_are_commands_that_there_are():
             assert tuple(words[:2]) in known, line
 
 
+def test_paragraphs_of_help_fill_the_terminal(capsys):
+    """Typer breaks the later ones where the source does, and then again at the edge."""
+    status, out, _ = run(capsys, "evaluate", "--help")
+    first, *_, last = cli.evaluate.__doc__.strip().split("\n\n")
+    assert status == 0
+    lines = [line.strip() for line in out.splitlines()]
+    assert first in " ".join(lines)
+    assert not set(map(str.strip, last.splitlines()[:-1])) & set(lines)  # none ends where that of the source does
+
+
 def test_a_long_command_shows_how_far_it_is(capsys, monkeypatch):
     """Without a terminal a line every so often, on stderr: the output is for other programs."""
     from glann.cli import progress
