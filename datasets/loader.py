@@ -70,7 +70,13 @@ class BadRows:
 
 
 def batches(
-    images: ImageRows, plan: Iterable[PlannedBatch], *, threads: int, prefetch: int, max_bad: BadRows
+    images: ImageRows,
+    plan: Iterable[PlannedBatch],
+    *,
+    threads: int,
+    prefetch: int,
+    max_bad: BadRows,
+    pinned: bool = False,
 ) -> Iterator[Batch]:
     """Yield the batches of `plan` in order, with `prefetch` of them decoded in the background.
 
@@ -78,6 +84,8 @@ def batches(
     threads are raised at the batch they belong to.  If the iterator is closed or dropped early, its
     threads have ended before `close()` returns.
 
+    Args:
+        pinned: decode into page-locked memory, from which a GPU copies without help of the host.
     Raises:
         UserError: more bad images than `max_bad` allows.
         EnvironmentFault: storage failed after all retries.
@@ -85,10 +93,10 @@ def batches(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="glann-decode")
     upcoming = iter(plan)
     try:
-        ahead = deque(_start(pool, images, planned, threads) for planned in islice(upcoming, prefetch))
+        ahead = deque(_start(pool, images, planned, threads, pinned) for planned in islice(upcoming, prefetch))
         while ahead:
             batch = _collect(*ahead.popleft(), max_bad)
-            ahead.extend(_start(pool, images, planned, threads) for planned in islice(upcoming, 1))
+            ahead.extend(_start(pool, images, planned, threads, pinned) for planned in islice(upcoming, 1))
             yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -98,14 +106,15 @@ _Faults = list[CorruptImage]
 
 
 def _start(
-    pool: ThreadPoolExecutor, images: ImageRows, planned: PlannedBatch, threads: int
-) -> tuple[PlannedBatch, np.ndarray, list[Future[_Faults]]]:
+    pool: ThreadPoolExecutor, images: ImageRows, planned: PlannedBatch, threads: int, pinned: bool
+) -> tuple[PlannedBatch, Tensor, list[Future[_Faults]]]:
     """Start to decode a batch, split evenly over the threads."""
     index = images.index
-    img_BCHW = np.zeros((len(planned.rows_B), index.channels, index.resolution, index.resolution), np.uint8)
+    shape = (len(planned.rows_B), index.channels, index.resolution, index.resolution)
+    img_BCHW = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
     places = np.flatnonzero(planned.weight_B)
     parts = [part for part in np.array_split(places, threads) if len(part)]
-    return planned, img_BCHW, [pool.submit(_decode, images, planned.rows_B, img_BCHW, part) for part in parts]
+    return planned, img_BCHW, [pool.submit(_decode, images, planned.rows_B, img_BCHW.numpy(), part) for part in parts]
 
 
 def _decode(images: ImageRows, rows_B: np.ndarray, img_BCHW: np.ndarray, places: np.ndarray) -> _Faults:
@@ -119,7 +128,7 @@ def _decode(images: ImageRows, rows_B: np.ndarray, img_BCHW: np.ndarray, places:
     return faults
 
 
-def _collect(planned: PlannedBatch, img_BCHW: np.ndarray, parts: list[Future[_Faults]], max_bad: BadRows) -> Batch:
+def _collect(planned: PlannedBatch, img_BCHW: Tensor, parts: list[Future[_Faults]], max_bad: BadRows) -> Batch:
     """Wait for a batch and set the weight of its bad rows to 0."""
     weight_B = np.array(planned.weight_B, np.float32)
     for part in parts:
@@ -127,4 +136,4 @@ def _collect(planned: PlannedBatch, img_BCHW: np.ndarray, parts: list[Future[_Fa
             max_bad.add(fault)
             weight_B[planned.rows_B == fault.row] = 0
     rows_B = np.array(planned.rows_B, np.int64)
-    return Batch(planned.step, torch.from_numpy(rows_B), torch.from_numpy(img_BCHW), torch.from_numpy(weight_B))
+    return Batch(planned.step, torch.from_numpy(rows_B), img_BCHW, torch.from_numpy(weight_B))

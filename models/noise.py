@@ -85,12 +85,15 @@ def noise(
     Raises:
         ValueError: an argument is out of range.
     """
-    index_B = torch.as_tensor(index_B, dtype=torch.int64, device=device)
-    epoch_B = torch.as_tensor(epoch, dtype=torch.int64, device=index_B.device).expand(len(index_B))
+    index_B = torch.as_tensor(index_B, dtype=torch.int64)
+    epoch_B = torch.as_tensor(epoch, dtype=torch.int64).expand(len(index_B))
+    # Checked where they are, as a rule on the CPU: reading them on a device would wait for it.
     if not 0 <= seed <= _MASK or (len(epoch_B) and not 0 <= int(epoch_B.min()) <= int(epoch_B.max()) <= _MASK):
         raise ValueError(f"seed {seed} and epoch {epoch} must be in [0, 2**32)")
     if index_B.numel() and int(index_B.min()) < 0:
         raise ValueError("indices of noise rows must not be negative")
+    unwaited = torch.device(device).type != "cpu"
+    index_B, epoch_B = index_B.to(device, non_blocking=unwaited), epoch_B.to(device, non_blocking=unwaited)
     blocks = -(-dim // 4)
     e_BE = torch.empty(len(index_B), dim, dtype=torch.float32, device=index_B.device)
     block_K = torch.arange(blocks, dtype=torch.int64, device=index_B.device)

@@ -110,10 +110,18 @@ class PendingMoments:
             fault += torch.where(torch.isfinite(kept).all(), 0.0, torch.nan)
         return fault
 
-    def commit(self) -> None:
-        """Move the running statistics, in the order of the calls."""
-        for layer, *moments in self.moments:
-            layer.track(*moments)
+    def commit(self, applied: Tensor | None = None) -> None:
+        """Move the running statistics, in the order of the calls.
+
+        Args:
+            applied: a bool on their device; if it is false, nothing moves. None: true.
+        """
+        for layer, mean_C, var_C, count in self.moments:
+            if applied is not None:  # the moments may be NaN; a count of 0 moves nothing
+                mean_C = torch.where(applied, mean_C, layer.running_mean)
+                var_C = torch.where(applied, var_C, layer.running_var)
+                count = torch.where(applied, count, 0)
+            layer.track(mean_C, var_C, count)
         self.moments.clear()
 
 

@@ -35,11 +35,9 @@ def crop(img_BCHW: Tensor, side: int, seed_B: Tensor) -> Tensor:
     left_B = _mix(seed_B + 2).remainder(width - side + 1)
     offsets_P = torch.arange(side, device=img_BCHW.device)
     row_BP, column_BP = top_B[:, None] + offsets_P, left_B[:, None] + offsets_P
-    batch_B = torch.arange(len(img_BCHW), device=img_BCHW.device)
-    channel_C = torch.arange(img_BCHW.shape[1], device=img_BCHW.device)
-    return img_BCHW[
-        batch_B[:, None, None, None], channel_C[None, :, None, None], row_BP[:, None, :, None], column_BP[:, None, None]
-    ]
+    # One side after the other: the gradient of an index of both is sorted before it is added up, that of this is not.
+    strip_BCPW = img_BCHW.gather(2, row_BP[:, None, :, None].expand(-1, img_BCHW.shape[1], -1, width))
+    return strip_BCPW.gather(3, column_BP[:, None, None, :].expand(-1, img_BCHW.shape[1], side, -1))
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ Shapes: B rows of this worker's batch, D latent dimension, n rows of this worker
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from .previews import Pictures, Previews
 from .stage import Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
 
 GENERATOR = "generator"  # network name
+IN_FLIGHT = {"cuda": 1}  # steps queued behind the one whose result is read, by type of device; a CPU queues none
 
 
 class Glo(Stage):
@@ -65,7 +67,14 @@ class Glo(Stage):
         context = self.context
         context.enter("glo")
         yield from train_glo(
-            context.config, context.images, context.latents, self.engine, self.loss, (epoch, step), piggyback
+            context.config,
+            context.images,
+            context.latents,
+            self.engine,
+            self.loss,
+            (epoch, step),
+            piggyback,
+            IN_FLIGHT.get(context.device.type, 0),
         )
 
     def lazy_state(self) -> dict[str, State]:
@@ -112,68 +121,126 @@ def train_glo(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     start: tuple[int, int],
     piggyback: Callable[[], Tensor],
+    in_flight: int = 0,
 ) -> Iterator[StageStep]:
     """Stage 1, Eq. 3 of the paper: fit the generator and the codes of this worker's rows.
 
     Yields after every step; logging, saving and stopping are up to the caller.
     An epoch that was interrupted is resumed with the rows that it has not visited.
 
+    A step's result is read after `in_flight` further steps were queued, so that the device never waits for the host. No
+    row is visited twice in an epoch, so the numbers are the same. A yielded step that others are in flight behind has a
+    piggyback of 0, and must not be saved; once a piggyback is not 0, and at the end of an epoch, there are none.
+
     Args:
         start: (epoch, step) of the first step to take.
         loss: (fake [B, C, H, W], real [B, C, H, W], patch seed per row) -> loss per row.
-        piggyback: called once per step for numbers [K] whose sum over workers is returned with the step.
+        piggyback: called once per step for numbers [K], not negative, whose sum over workers is returned with the step,
+            or with a later one.
+        in_flight: the same on all workers.
     Raises:
         UserError: `glo.max_bad_steps` steps in a row were not finite.
     """
     bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(latents.rows)), 0
     code_space = CodeSpace(config, images, latents, engine.device)
+    launched: deque[Launched] = deque()
+    carried_K = torch.zeros(0)
     for epoch in range(start[0], config.glo.epochs):
         first_step = start[1] if epoch == start[0] else 0
         plan = plan_epoch(config, len(images), epoch, first_step, latents, engine)
         steps = first_step + len(plan)
-        for planned in plan[:2]:
-            latents.prefetch(planned.rows_B)
-        after_next = [*plan[2:], None, None][: len(plan)]
-        stream = batches(images, plan, threads=config.data.threads, prefetch=config.data.prefetch, max_bad=bad_rows)
-        for planned, ahead, batch in zip(plan, after_next, stream, strict=True):
-            z_BD, gradient_of_codes = disturbed(
-                latents.gather(planned.rows_B).to(engine.device), config, epoch, planned.rows_B
-            )
-            img_BCHW = batch.img_BCHW.to(engine.device, non_blocking=True).float() / 255
-            weight_B = batch.weight_B.to(engine.device, non_blocking=True)
-            seed_B = patch_seeds(config.seed, epoch, batch.rows_B)
+        for planned, ahead, batch in with_images(config, images, latents, plan, bad_rows, 2 + in_flight):
             scale = config.glo.schedule.factor(epoch + batch.step / steps, config.glo.epochs)
             code_lr = latent_lr(config.glo, len(images)) * scale
-
-            result = engine.step(
-                z_BD,
-                weight_B,
-                lambda fake, part: loss(fake, img_BCHW[part], seed_B[part]),  # noqa: B023
-                config.glo.generator_lr * scale,
-                piggyback(),
-            )
-
-            result = replace(result, grad_BD=gradient_of_codes(result.grad_BD))
-            rows_B = visit(latents, epoch, steps, code_lr, planned, batch, result, ahead)
-            if result.loss is not None:  # a batch without a readable image is no step
-                bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
+            queued = launch(config, latents, engine, loss, epoch, batch, scale, piggyback())
+            launched.append(Launched(planned, ahead, batch, code_lr, queued))
             ends_epoch = batch.step + 1 == steps
-            measures, warning = code_space.at_the_end_of(epoch) if ends_epoch else ({}, "")
-            yield StageStep(
-                epoch,
-                batch.step,
-                steps,
-                result.piggyback_K,
-                loss=result.loss,
-                rows_B=rows_B,
-                applied=result.applied or result.loss is None,
-                facts={"latent_lr": code_lr} | measures,
-                ends_epoch=ends_epoch,
-                warning=warning,
-            )
-            if bad_in_a_row >= config.glo.max_bad_steps:
-                raise diverged(bad_in_a_row, epoch, batch.step, rows_B)
+            while launched and (ends_epoch or len(launched) > in_flight or carried_K.any()):
+                step = launched.popleft()
+                result = step.result()
+                rows_B = visit(latents, epoch, steps, step, result)
+                if result.loss is not None:  # a batch without a readable image is no step
+                    bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
+                carried_K = result.piggyback_K + (carried_K if len(carried_K) else 0)
+                settled = not launched
+                measures, warning = code_space.at_the_end_of(epoch) if ends_epoch and settled else ({}, "")
+                yield StageStep(
+                    epoch,
+                    step.batch.step,
+                    steps,
+                    carried_K if settled else torch.zeros_like(carried_K),
+                    loss=result.loss,
+                    rows_B=rows_B,
+                    applied=result.applied or result.loss is None,
+                    facts={"latent_lr": step.code_lr} | measures,
+                    ends_epoch=ends_epoch and settled,
+                    warning=warning,
+                )
+                if settled:
+                    carried_K = torch.zeros(0)
+                if bad_in_a_row >= config.glo.max_bad_steps:
+                    raise diverged(bad_in_a_row, epoch, step.batch.step, rows_B)
         latents.flush()  # the next epoch may begin with rows of this one's last step
+
+
+def with_images(
+    config: Config, images: ImageRows, latents: LatentTable, plan: list[PlannedBatch], bad_rows: BadRows, depth: int
+) -> Iterator[tuple[PlannedBatch, PlannedBatch | None, Batch]]:
+    """Batches of an epoch, the batch `depth` steps after each, and its images, decoded ahead.
+
+    Args:
+        depth: batches whose codes are asked for before their step begins.
+    """
+    for planned in plan[:depth]:
+        latents.prefetch(planned.rows_B)
+    later = [*plan[depth:], *[None] * depth][: len(plan)]
+    threads, prefetch, pinned = config.data.threads, config.data.prefetch, torch.cuda.is_available()
+    stream = batches(images, plan, threads=threads, prefetch=prefetch, max_bad=bad_rows, pinned=pinned)
+    yield from zip(plan, later, stream, strict=True)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step whose result has not been read.
+
+    ahead: a later batch, whose codes are gathered by the call that updates those of this one. result: waits for it.
+    """
+
+    planned: PlannedBatch
+    ahead: PlannedBatch | None
+    batch: Batch
+    code_lr: float
+    result: Callable[[], StepResult]
+
+
+def launch(
+    config: Config,
+    latents: LatentTable,
+    engine: Engine,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    epoch: int,
+    batch: Batch,
+    scale: float,
+    piggyback_K: Tensor,
+) -> Callable[[], StepResult]:
+    """Queue the step on a batch; returns a function that waits for its result.
+
+    Args:
+        scale: the schedule's factor of the learning rate.
+    """
+    z_BD, gradient_of_codes = disturbed(
+        engine.upload(latents.gather(batch.rows_B.numpy())), config, epoch, batch.rows_B.numpy()
+    )
+    img_BCHW = engine.upload(batch.img_BCHW).float() / 255
+    seed_B = engine.upload(patch_seeds(config.seed, epoch, batch.rows_B))
+    step = engine.launch(
+        z_BD,
+        engine.upload(batch.weight_B),
+        lambda fake, part: loss(fake, img_BCHW[part], seed_B[part]),
+        config.glo.generator_lr * scale,
+        piggyback_K,
+    )
+    return step.fetch(gradient_of_codes(step.grad_BD))
 
 
 def disturbed(
@@ -193,28 +260,27 @@ def disturbed(
     return moved_BD.detach(), lambda grad_BD: torch.autograd.grad(moved_BD, own_BD, grad_BD)[0]
 
 
-def visit(
-    latents: LatentTable,
-    epoch: int,
-    steps: int,
-    lr: float,
-    planned: PlannedBatch,
-    batch: Batch,
-    result: StepResult,
-    ahead: PlannedBatch | None,
-) -> list[int]:
+def visit(latents: LatentTable, epoch: int, steps: int, step: Launched, result: StepResult) -> list[int]:
     """Start the visit of a batch's rows in the table; returns those whose images were read.
 
     Args:
         steps: steps of the epoch.
-        ahead: a later batch, whose codes the same call gathers, so that they are ready when its step begins.
     """
-    weight_B = batch.weight_B
-    rows_B = batch.rows_B[weight_B > 0].numpy()
+    planned, batch, ahead = step.planned, step.batch, step.ahead
+    read_B = batch.weight_B > 0
+    rows_B = batch.rows_B[read_B].numpy()
     if result.applied:
-        grad_BD = result.grad_BD[(weight_B > 0).to(result.grad_BD.device)].cpu()
-        unread_B = planned.rows_B[(planned.weight_B > 0) & (weight_B.numpy() == 0)]
-        latents.apply(epoch, batch.step, rows_B, grad_BD, lr, unread_B, ahead and ahead.rows_B, steps)
+        unread_B = planned.rows_B[(planned.weight_B > 0) & ~read_B.numpy()]
+        latents.apply(
+            epoch,
+            batch.step,
+            rows_B,
+            result.grad_BD[read_B],
+            step.code_lr,
+            unread_B,
+            ahead and ahead.rows_B,
+            steps,
+        )
     else:
         latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
     return rows_B.tolist()

@@ -22,6 +22,8 @@ from ...config.sections import EngineConfig
 from ...models.comm import rank
 from .step import Engine, full_shape
 
+LARGEST_BUCKET = 500_000_000  # numbers; DeepSpeed's default
+
 
 class DeepSpeedEngine(Engine):
     """The same step through DeepSpeed, with ZeRO 0-3 over all workers.
@@ -38,7 +40,10 @@ class DeepSpeedEngine(Engine):
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.clip_norm,
-            "zero_optimization": {"stage": self.zero},
+            "zero_optimization": {
+                "stage": self.zero,
+                "reduce_bucket_size": bucket_size(sum(parameter.numel() for parameter in forward.parameters())),
+            },
             "zero_allow_untested_optimizer": True,  # GuardedAdam is torch's Adam
             "steps_per_print": None,
         }
@@ -53,13 +58,13 @@ class DeepSpeedEngine(Engine):
         if not last:
             self.runtime.step()  # counts the micro-batch
 
-    def _update(self) -> bool:
+    def _update(self, withheld: Tensor) -> Tensor:
         if self.zero == 0:  # ZeRO 1-3 check their gradients themselves
             grads = [p.grad for p in self.network.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(grads)
-            self.optimizer.withhold |= not bool(torch.isfinite(norm))
+            withheld = withheld | ~torch.isfinite(nn.utils.get_total_norm(grads))
+        self.optimizer.withheld = withheld.float()
         self.runtime.step()
-        return not self.optimizer.withhold and self.runtime.was_step_applied()
+        return withheld | (not self.runtime.was_step_applied())
 
     def _stored_parameters(self) -> list[Tensor]:
         if self.zero == 3:  # ZeRO 3 removes them from the parameter groups between steps
@@ -127,6 +132,14 @@ class DeepSpeedEngine(Engine):
         padded = torch.zeros(numel * self.world, device=value.device, dtype=value.dtype)
         padded[: value.numel()] = value.flatten()
         return padded[rank() * numel :][:numel]
+
+
+def bucket_size(parameters: int) -> int:
+    """Gradients, in float32, that ZeRO 1-3 add up over the workers at a time, in a buffer of this size.
+
+    DeepSpeed's default allocates 2 GB for a model of any size.
+    """
+    return min(parameters, LARGEST_BUCKET)
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -21,6 +21,7 @@ from ...cluster.row_optimizers import gradient_fault
 from ...config.sections import EngineConfig
 from ...models.comm import all_sum, world_size
 from ...models.norm import frozen_statistics, pending_statistics
+from .transfer import Download, Upload
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,12 +41,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of one global step.
+    """Result of one global step, on the CPU.
 
     loss: mean over the real rows of all workers; None if there is none.  grad_BD: gradient of each row's own loss with
     respect to its input, without any averaging.  applied: False if there was no real row, or if the loss, a gradient or
     a batch's statistics were not finite; then nothing of the network or its optimiser changed.  piggyback_K: sum over
-    workers of the `piggyback_K` they passed in, float32 on the CPU; empty without one.
+    workers of the `piggyback_K` they passed in, float32; empty without one.
     """
 
     loss: float | None
@@ -54,20 +55,52 @@ class StepResult:
     piggyback_K: Tensor
 
 
-class GuardedAdam(torch.optim.Adam):
-    """Adam that skips updates while `withhold` is set, also inside a wrapper (DeepSpeed calls `step` itself).
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose work is queued on the device; the host has waited for none of it.
 
-    With `clip`, weights are bounded here and not by their owner, so that ZeRO bounds the copies that it updates.
+    grad_BD: as in `StepResult`, on the device.  numbers: sum of the losses, 1 if the step is withheld, number of real
+    rows, and the piggyback, summed over workers; on the device.
     """
 
-    withhold, clip = False, 0.0
+    grad_BD: Tensor
+    numbers: Tensor
+
+    def fetch(self, grad_BD: Tensor | None = None) -> Callable[[], StepResult]:
+        """Queue the one copy to the CPU; the callable waits for it.
+
+        Args:
+            grad_BD: what to return as the gradient, on the device; None is the step's own.
+        """
+        copies = Download(self.numbers, self.grad_BD if grad_BD is None else grad_BD)
+
+        def result() -> StepResult:
+            numbers, own_BD = copies.wait()
+            loss_sum, withheld, real_rows = numbers[:3].tolist()
+            return StepResult(loss_sum / real_rows if real_rows else None, own_BD, not withheld, numbers[3:])
+
+        return result
+
+
+class GuardedAdam(torch.optim.Adam):
+    """Adam that skips an update if `withheld` is 1, also inside a wrapper (DeepSpeed calls `step` itself).
+
+    The fused optimiser reads it on the device, as it does the overflow flag of a gradient scaler. With `clip`, weights
+    are bounded here and not by their owner, so that ZeRO bounds the copies that it updates.
+    """
+
+    withheld: Tensor | None = None
+    clip = 0.0
 
     def step(self, closure: Any = None) -> Any:
-        if self.withhold:
+        if self.defaults["fused"]:
+            self.found_inf = self.withheld
+        elif self.withheld is not None and self.withheld:
             return None
         done = super().step(closure)
         for parameter in (parameter for group in self.param_groups for parameter in group["params"] if self.clip):
-            parameter.data.clamp_(-self.clip, self.clip)
+            bounded = parameter.data.clamp(-self.clip, self.clip)
+            parameter.data.copy_(bounded if self.withheld is None else bounded.where(self.withheld == 0, parameter.data))
         return done
 
 
@@ -106,7 +139,7 @@ class Engine:
         state: Mapping | None = None,
     ) -> None:
         self.network = network.to(device).train()
-        self.device = device
+        self.device, self.upload = device, Upload(device)
         self.world = world_size()
         self.accumulation = config.accumulation
         self.clip_norm = config.clip_norm
@@ -140,13 +173,14 @@ class Engine:
     def _backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def _update(self) -> bool:
-        """Clip, update and clear the gradients; True if the update was applied."""
+    def _update(self, withheld: Tensor) -> Tensor:
+        """Clip, update and clear the gradients, unless the update is withheld; returns whether it was (a bool)."""
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm or float("inf"))
-        self.optimizer.withhold |= not bool(torch.isfinite(norm))
+        withheld = withheld | ~torch.isfinite(norm)
+        self.optimizer.withheld = withheld.float()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return not self.optimizer.withhold
+        return withheld
 
     def _stored_parameters(self) -> list[Tensor]:
         """The tensors that the optimiser updates."""
@@ -178,11 +212,26 @@ class Engine:
         piggyback_K: Tensor | None = None,
         hold: bool = False,
     ) -> StepResult:
-        """One update from the mean loss over the real rows of all workers.
+        """`launch`, and wait for the result."""
+        return self.launch(z_BD, weight_B, loss_of, lr, piggyback_K, hold).fetch()()
+
+    def launch(
+        self,
+        z_BD: Tensor,
+        weight_B: Tensor,
+        loss_of: Callable[[Any, slice], Tensor],
+        lr: float,
+        piggyback_K: Tensor | None = None,
+        hold: bool = False,
+    ) -> LaunchedStep:
+        """Queue one update from the mean loss over the real rows of all workers.
+
+        Whether it is applied is decided on the device, so that the host may queue the next step meanwhile. (ZeRO 1-3
+        wait: DeepSpeed reads its gradient norm and its overflow flag.)
 
         Args:
             z_BD: inputs of this worker's batch, cut into `accumulation` micro-batches.
-            weight_B: 1 for a real row, 0 for padding.
+            weight_B: 1 for a real row, 0 for padding; on the device.
             loss_of: (outputs of a slice of the batch, the slice) -> loss per row.
             lr: learning rate of this step.
             piggyback_K: a few float32 numbers, equally many on every worker; their sums over workers are returned with
@@ -191,10 +240,8 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        real_rows = float(all_sum(weight_B.sum()))
-        if not real_rows:
-            return self._no_step(z_BD, piggyback_K)
-        scale = self.world / real_rows  # gradients are averaged over workers
+        real_rows = all_sum(weight_B.sum())
+        scale = real_rows.new_full((), self.world) / real_rows.clamp(min=1)  # gradients are averaged over workers
         micro = -(-len(z_BD) // self.accumulation)
         grads: list[Tensor] = []
         total = torch.zeros((), device=self.device)
@@ -212,28 +259,21 @@ class Engine:
         grad_BD = torch.cat(grads)
         exchanged = torch.stack([total, gradient_fault(grad_BD) + statistics.fault(self.device)])
         if piggyback_K is not None:
-            exchanged = torch.cat([exchanged, piggyback_K.to(self.device)])
-        summed = all_sum(exchanged).cpu()
-        loss_sum, fault = summed[:2].tolist()
-        # a NaN or infinity on one worker makes the sum non-finite on all, so all workers decide alike
-        self.optimizer.withhold = hold or not (is_finite(loss_sum) and is_finite(fault))
-        applied = self._update()
-        if applied:
-            statistics.commit()
-            if self.ema:
-                self.ema.update(self.shards())
-        return StepResult(loss_sum / real_rows, grad_BD, applied, summed[2:])
+            exchanged = torch.cat([exchanged, self.upload(piggyback_K)])
+        summed = all_sum(exchanged)
+        # A NaN or infinity on one worker makes the sum non-finite on all, so all workers decide alike. A batch without
+        # a real row is no step: momentum alone would move the weights.
+        withheld = self._update(~torch.isfinite(summed[:2]).all() | (real_rows == 0) | hold)
+        statistics.commit(~withheld)
+        if self.ema:
+            self.ema.update(self.shards(), ~withheld)
+        return LaunchedStep(grad_BD, torch.cat([summed[:1], withheld[None], real_rows[None], summed[2:]]))
 
     @torch.no_grad()
     def draw(self, z_BD: Tensor, weight_B: Tensor) -> Tensor:
         """What the network makes of inputs in training, for the step of another one; nothing changes. Collective."""
         with frozen_statistics(self.network):
             return self.forward(z_BD, weight_B)
-
-    def _no_step(self, z_BD: Tensor, piggyback_K: Tensor | None) -> StepResult:
-        """The result of a global batch without a real row, which moves nothing, by momentum neither."""
-        carried_K = torch.empty(0) if piggyback_K is None else piggyback_K.to(self.device, copy=True)
-        return StepResult(None, torch.zeros_like(z_BD), False, all_sum(carried_K).cpu())
 
     def weights(self, averaged: bool = True) -> dict[str, Tensor]:
         """Whole fp32 weights and buffers by name, on the CPU; of the moving average if there is one. Collective."""
@@ -294,9 +334,10 @@ class MovingAverage:
         self.shards = [shard.detach().clone() for shard in (shards if start is None else start)]
 
     @torch.no_grad()
-    def update(self, shards: list[Tensor]) -> None:
-        """Move the average towards these weights by `1 - decay`."""
-        torch._foreach_lerp_(self.shards, shards, 1 - self.decay)
+    def update(self, shards: list[Tensor], applied: Tensor) -> None:
+        """Move the average towards these weights by `1 - decay`, if the step was applied (a bool on their device)."""
+        share = (1 - self.decay) * applied
+        torch._foreach_lerp_(self.shards, shards, [share] * len(shards))
 
 
 def prime(optimizer: torch.optim.Optimizer, parameters: list[Tensor], updates: float) -> None:
@@ -313,8 +354,3 @@ def prime(optimizer: torch.optim.Optimizer, parameters: list[Tensor], updates: f
 def full_shape(parameter: Tensor) -> torch.Size:
     """Shape of the whole parameter, also if ZeRO 3 partitions it."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def is_finite(number: float) -> bool:
-    """Whether a number is neither NaN nor infinite."""
-    return number - number == 0.0

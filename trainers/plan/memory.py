@@ -8,6 +8,7 @@ from ...cluster.placement import Share
 from ...config.run import Config
 from ...inference.model import DEFAULT_BATCH
 from ...models.cost import Cost
+from ..engine.deepspeed import bucket_size
 from .costs import step_bytes
 from .evaluation import FLOAT, EvaluationCost
 
@@ -90,6 +91,7 @@ def of_training(config: Config, generator: Cost, loss: Cost, workers: int) -> di
         memory["critic (weights, gradients, Adam)"] = 4 * FLOAT * loss.parameters  # at most: ZeRO cuts it, too
     if stage >= 1:
         memory["ZeRO's own copy of its share"] = weights // workers
+        memory["ZeRO's bucket of gradients"] = FLOAT * (bucket_size(generator.parameters) + bucket_size(loss.parameters))
     if half:
         memory["bfloat16 copies"] = (weights + FLOAT * loss.frozen_parameters) // 2
     if config.glo.ema if config.has_codes else config.networks.ema:
