@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -143,44 +143,60 @@ def train_glo(
     """
     bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(latents.rows)), 0
     code_space = CodeSpace(config, images, latents, engine.device)
-    launched: deque[Launched] = deque()
-    carried_K = torch.zeros(0)
     for epoch in range(start[0], config.glo.epochs):
         first_step = start[1] if epoch == start[0] else 0
         plan = plan_epoch(config, len(images), epoch, first_step, latents, engine)
         steps = first_step + len(plan)
-        for planned, ahead, batch in with_images(config, images, latents, plan, bad_rows, 2 + in_flight):
-            scale = config.glo.schedule.factor(epoch + batch.step / steps, config.glo.epochs)
+        decoded = with_images(config, images, latents, plan, bad_rows, 2 + in_flight)
+        queued = (launch(config, latents, engine, loss, (epoch, steps), *batch, piggyback()) for batch in decoded)
+        for step, result in in_order(queued, in_flight):
+            scale = config.glo.schedule.factor(epoch + step.batch.step / steps, config.glo.epochs)
             code_lr = latent_lr(config.glo, len(images)) * scale
-            queued = launch(config, latents, engine, loss, epoch, batch, scale, piggyback())
-            launched.append(Launched(planned, ahead, batch, code_lr, queued))
-            ends_epoch = batch.step + 1 == steps
-            while launched and (ends_epoch or len(launched) > in_flight or carried_K.any()):
-                step = launched.popleft()
-                result = step.result()
-                rows_B = visit(latents, epoch, steps, step, result)
-                if result.loss is not None:  # a batch without a readable image is no step
-                    bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
-                carried_K = result.piggyback_K + (carried_K if len(carried_K) else 0)
-                settled = not launched
-                measures, warning = code_space.at_the_end_of(epoch) if ends_epoch and settled else ({}, "")
-                yield StageStep(
-                    epoch,
-                    step.batch.step,
-                    steps,
-                    carried_K if settled else torch.zeros_like(carried_K),
-                    loss=result.loss,
-                    rows_B=rows_B,
-                    applied=result.applied or result.loss is None,
-                    facts={"latent_lr": step.code_lr} | measures,
-                    ends_epoch=ends_epoch and settled,
-                    warning=warning,
-                )
-                if settled:
-                    carried_K = torch.zeros(0)
-                if bad_in_a_row >= config.glo.max_bad_steps:
-                    raise diverged(bad_in_a_row, epoch, step.batch.step, rows_B)
+            rows_B = visit(latents, epoch, steps, code_lr, step, result)
+            if result.loss is not None:  # a batch without a readable image is no step
+                bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
+            ends_epoch = step.batch.step + 1 == steps
+            measures, warning = code_space.at_the_end_of(epoch) if ends_epoch else ({}, "")
+            yield StageStep(
+                epoch,
+                step.batch.step,
+                steps,
+                result.piggyback_K,
+                loss=result.loss,
+                rows_B=rows_B,
+                applied=result.applied or result.loss is None,
+                facts={"latent_lr": code_lr} | measures,
+                ends_epoch=ends_epoch,
+                warning=warning,
+            )
+            if bad_in_a_row >= config.glo.max_bad_steps:
+                raise diverged(bad_in_a_row, epoch, step.batch.step, rows_B)
         latents.flush()  # the next epoch may begin with rows of this one's last step
+
+
+def in_order(queued: Iterator[Launched], in_flight: int) -> Iterator[tuple[Launched, StepResult]]:
+    """Results of steps that are queued as the iterator advances; each is read after `in_flight` further ones.
+
+    Once a piggyback is not 0, what is queued is read before more is. It is returned with the last of them, and 0 with
+    those before.
+    """
+    waiting: deque[Launched] = deque()
+    carried_K = torch.zeros(0)
+
+    def read() -> tuple[Launched, StepResult]:
+        nonlocal carried_K
+        step = waiting.popleft()
+        result = step.result()
+        sum_K = result.piggyback_K + (carried_K if len(carried_K) else 0)
+        carried_K = sum_K if waiting else torch.zeros(0)
+        return step, replace(result, piggyback_K=torch.zeros_like(sum_K) if waiting else sum_K)
+
+    for step in queued:
+        waiting.append(step)
+        while waiting and (len(waiting) > in_flight or carried_K.any()):
+            yield read()
+    while waiting:
+        yield read()
 
 
 def with_images(
@@ -209,7 +225,6 @@ class Launched:
     planned: PlannedBatch
     ahead: PlannedBatch | None
     batch: Batch
-    code_lr: float
     result: Callable[[], StepResult]
 
 
@@ -218,19 +233,22 @@ def launch(
     latents: LatentTable,
     engine: Engine,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-    epoch: int,
+    at: tuple[int, int],
+    planned: PlannedBatch,
+    ahead: PlannedBatch | None,
     batch: Batch,
-    scale: float,
     piggyback_K: Tensor,
-) -> Callable[[], StepResult]:
-    """Queue the step on a batch; returns a function that waits for its result.
+) -> Launched:
+    """Queue the step on a batch.
 
     Args:
-        scale: the schedule's factor of the learning rate.
+        at: the epoch, and the number of its steps.
+        ahead: as in `Launched`.
     """
-    z_BD, gradient_of_codes = disturbed(
-        engine.upload(latents.gather(batch.rows_B.numpy())), config, epoch, batch.rows_B.numpy()
-    )
+    epoch, steps = at
+    scale = config.glo.schedule.factor(epoch + batch.step / steps, config.glo.epochs)
+    z_BD = engine.upload(latents.gather(planned.rows_B))
+    z_BD, gradient_of_codes = disturbed(z_BD, config, epoch, planned.rows_B)
     img_BCHW = engine.upload(batch.img_BCHW).float() / 255
     seed_B = engine.upload(patch_seeds(config.seed, epoch, batch.rows_B))
     step = engine.launch(
@@ -240,7 +258,7 @@ def launch(
         config.glo.generator_lr * scale,
         piggyback_K,
     )
-    return step.fetch(gradient_of_codes(step.grad_BD))
+    return Launched(planned, ahead, batch, step.fetch(gradient_of_codes(step.grad_BD)))
 
 
 def disturbed(
@@ -260,7 +278,9 @@ def disturbed(
     return moved_BD.detach(), lambda grad_BD: torch.autograd.grad(moved_BD, own_BD, grad_BD)[0]
 
 
-def visit(latents: LatentTable, epoch: int, steps: int, step: Launched, result: StepResult) -> list[int]:
+def visit(
+    latents: LatentTable, epoch: int, steps: int, code_lr: float, step: Launched, result: StepResult
+) -> list[int]:
     """Start the visit of a batch's rows in the table; returns those whose images were read.
 
     Args:
@@ -276,7 +296,7 @@ def visit(latents: LatentTable, epoch: int, steps: int, step: Launched, result: 
             batch.step,
             rows_B,
             result.grad_BD[read_B],
-            step.code_lr,
+            code_lr,
             unread_B,
             ahead and ahead.rows_B,
             steps,

@@ -33,7 +33,8 @@ class Download:
     """Tensors on their way from the device."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        self.tensors, self.copied = tensors, None
+        self.tensors: tuple[Tensor, ...] = tensors
+        self.copied: torch.cuda.Event | None = None
         if any(tensor.is_cuda for tensor in tensors):
             self.tensors = tuple(
                 torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
