@@ -100,7 +100,9 @@ class GuardedAdam(torch.optim.Adam):
         done = super().step(closure)
         for parameter in (parameter for group in self.param_groups for parameter in group["params"] if self.clip):
             bounded = parameter.data.clamp(-self.clip, self.clip)
-            parameter.data.copy_(bounded if self.withheld is None else bounded.where(self.withheld == 0, parameter.data))
+            parameter.data.copy_(
+                bounded if self.withheld is None else bounded.where(self.withheld == 0, parameter.data)
+            )
         return done
 
 

@@ -91,7 +91,8 @@ def of_training(config: Config, generator: Cost, loss: Cost, workers: int) -> di
         memory["critic (weights, gradients, Adam)"] = 4 * FLOAT * loss.parameters  # at most: ZeRO cuts it, too
     if stage >= 1:
         memory["ZeRO's own copy of its share"] = weights // workers
-        memory["ZeRO's bucket of gradients"] = FLOAT * (bucket_size(generator.parameters) + bucket_size(loss.parameters))
+        buckets = bucket_size(generator.parameters) + bucket_size(loss.parameters)
+        memory["ZeRO's buckets of gradients"] = FLOAT * buckets
     if half:
         memory["bfloat16 copies"] = (weights + FLOAT * loss.frozen_parameters) // 2
     if config.glo.ema if config.has_codes else config.networks.ema:

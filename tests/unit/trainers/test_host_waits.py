@@ -183,6 +183,40 @@ def test_the_fused_optimiser_is_told_on_the_device_that_nothing_moves(packed, fu
         assert all(torch.equal(before[group][name], value) for name, value in after[group].items()), group
 
 
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_a_critic_that_is_held_back_keeps_weights_beyond_its_bound(kind):
+    """`networks.critic.clip` bounds what an update has moved; a step that is held, or not finite, changes nothing."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(DIM, 1)
+    optimizer = engine_step.GuardedAdam(network.parameters(), lr=1e-2, fused=kind == "fused")
+    optimizer.clip = 0.05
+    engine_step.prime(optimizer, list(network.parameters()), 0.0)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert max(float(value.abs().max()) for value in before.values()) > optimizer.clip
+    for withheld in (1.0, 0.0):
+        optimizer.withheld = torch.tensor(withheld)
+        network(torch.randn(BATCH, DIM)).sum().backward()
+        optimizer.step()
+        largest = max(float(value.abs().max()) for value in network.state_dict().values())
+        unchanged = all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+        assert unchanged == bool(withheld)
+        assert (largest > 0.0500001) == bool(withheld)
+    assert {float(slot["step"]) for slot in optimizer.state.values()} == {1.0}
+
+
+def test_a_held_step_reports_its_loss_and_moves_nothing(packed, fused):
+    engine = stage_of(packed).engine
+    before, z_BD, ones = engine.state(), torch.randn(BATCH, DIM), torch.ones(BATCH)
+    result = engine.step(z_BD, ones, lambda fake, part: fake.mean((1, 2, 3)), 1e-2, torch.ones(2), hold=True)
+    assert not result.applied
+    assert np.isfinite(result.loss)
+    assert result.piggyback_K.tolist() == [1.0, 1.0]
+    after = engine.state()
+    assert after["updates"] == before["updates"] == 0
+    for group in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        assert all(torch.equal(before[group][name], value) for name, value in after[group].items()), group
+
+
 def test_the_gradient_of_patches_is_not_sorted():
     """A gradient by `index_put` with accumulation sorts all its indices on a GPU."""
     called = []
