@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --qui
 SPEC   := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study quality test test-cluster test-faults system-test-packages fuzz lint types docs clean
+.PHONY: help demo study quality bench bench-gpu test test-cluster test-faults system-test-packages fuzz lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,12 @@ study: $(VENV)/.installed-run  ## 12 trials over both stages; the best is regist
 
 quality: $(VENV)/.installed-run  ## samplers on one stage 1 of the digits, and the published recipe beside them
 	@$(BIN)/glann compare quality
+
+bench: $(VENV)/.installed-test  ## ratios to what one would otherwise use, in one table (15 minutes on two cores)
+	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-gpu: $(VENV)/.installed-run  ## the same of 1024 px on a GPU; BENCH_ARGS='--bundle FILE.tar.gz' packs it to be carried
+	@$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
 
 # Programs that some tests drive: root on Debian gets them; anybody else's tests are skipped and say why.
 SYSTEM_TEST_PACKAGES := chromium chromium-driver

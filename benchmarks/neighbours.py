@@ -19,6 +19,7 @@ from functools import partial
 import faiss
 import torch
 from glann.cluster.neighbours import nearest
+from harness import Row, least
 from torch import Tensor
 
 
@@ -93,6 +94,27 @@ def compare_searches(options: argparse.Namespace) -> None:
         for name, taken in best.items():
             wrong = int((found[name] != found["ours"]).sum())
             print(f"  {name:16s} {taken:7.3f} s   {taken / best['ours']:5.2f} x ours   {wrong} answers differ")
+
+
+def rows(queries: int = 10_000, candidates: int = 20_000, threads: int = 2, repeats: int = 3) -> list[Row]:
+    """Rows of `bench.py`. The bars are the ratios of the first measurement, to be kept."""
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    torch.manual_seed(0)
+    found = []
+    for d, bar in ((64, 2.8), (256, 4.4)):
+        z_ND = torch.nn.functional.normalize(torch.randn(queries, d), dim=1)
+        c_MD = torch.nn.functional.normalize(torch.randn(candidates, d), dim=1)
+        sides = {"ours": partial(our_search, z_ND, c_MD), "faiss": partial(faiss_search, z_ND, c_MD)}
+        taken = least(sides, repeats)
+        rate = 2 * queries * candidates * d / taken["ours"] / 1e9
+        work = f"exact search, {queries:,} x {candidates:,}, d = {d}, {threads} threads"
+        found.append(Row(work, "faiss flat", taken["faiss"], taken["ours"], "s", bar, f"{rate:.0f} GFLOP/s"))
+    spread_MD, equal_MD = collapsed(4000, 64)["spread"], collapsed(4000, 64)["all equal"]
+    sides = {"spread": partial(our_search, spread_MD, spread_MD), "equal": partial(our_search, spread_MD, equal_MD)}
+    taken = least(sides, repeats)
+    work = "exact search among equal candidates, 4,000 x 4,000, d = 64"
+    return [*found, Row(work, "spread candidates", taken["spread"], taken["equal"], "s")]
 
 
 def main() -> None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..config.run import Config
-from ..config.sections import GeneratorConfig
 from ..errors import UserError
 from .activations import ACTIVATIONS
 from .norm import SharedBatchNorm, frozen_statistics
+
+if TYPE_CHECKING:  # a benchmark runs this module where only torch is installed
+    from ..config.run import Config
+    from ..config.sections import GeneratorConfig
 
 FULLY_CONNECTED = 1024  # InfoGAN's first layer
 START = 4  # side of the resnet's first feature map

@@ -10,15 +10,18 @@ Shapes: B batch, C channels, H and W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config.sections import LossConfig
 from ..errors import UserError
 from .patches import crop
 from .perceptual import FeatureNet
+
+if TYPE_CHECKING:  # a benchmark runs this module where only torch is installed
+    from ..config.sections import LossConfig
 
 SMALLEST_LEVEL = 4  # px; smaller copies have no useful content
 

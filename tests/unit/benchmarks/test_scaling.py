@@ -31,7 +31,7 @@ ROWS, DIM, NOISE, BATCH = 101, 3, 4, 25
 
 @pytest.fixture(scope="module")
 def scaling():
-    path = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
+    path = Path(__file__).parents[3] / "benchmarks" / "scaling.py"
     spec = importlib.util.spec_from_file_location("scaling", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["scaling"] = module  # dataclasses look their module up
