@@ -173,7 +173,7 @@ def _row(entry: ModelEntry, version: Version) -> tuple[str, ...]:
 
 def _metrics(version: Version) -> str:
     """The first few metrics, without the baseline's."""
-    from ..metrics.result import OWN, from_key
+    from ..metrics.result import names_sampler
 
-    shown = [(name, value) for name, value in sorted(version.metrics.items()) if from_key(name).sampler in (None, OWN)]
+    shown = [(name, value) for name, value in sorted(version.metrics.items()) if not names_sampler(name)]
     return ", ".join(f"{name} {float(value):.4g}" for name, value in shown[:METRICS_SHOWN]) or "-"

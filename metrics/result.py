@@ -3,7 +3,9 @@
 Where values are stored by name (MLflow, summary.json, ledgers, tags), a result has a key,
 `[SAMPLER/]METRIC[:REFERENCE]`: the metric alone for the run's own sampler or for none (`fd_lite0`, `l1`), the sampler
 in front otherwise (`gaussian/fd_lite0`), and behind it the reference set, unless that is the training images
-(`fd_lite0:held-out`). Only `to_key` and `from_key` depend on this format.
+(`fd_lite0:held-out`). Only this file depends on this format.
+
+The table of metrics is imported where it is looked into: listing stored values needs no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from ..config.samplers import SAMPLERS
-from .spec import METRICS
 
 OWN = "own"  # the run's own sampler, of whatever kind
 BASELINE = "gaussian"  # measured beside the run's own sampler
@@ -100,7 +101,13 @@ def from_key(key: str) -> Key:
 
 def canonical_keys(stored: Mapping[str, Value]) -> dict[str, Value]:
     """Convert stored values to current keys."""
-    return {to_key(*from_key(key)): value for key, value in stored.items()}
+    old = {key for key in stored if key.endswith(OLD_SUFFIX) or key.startswith(f"{OWN}/")}
+    return {to_key(*from_key(key)) if key in old else key: value for key, value in stored.items()}
+
+
+def names_sampler(key: str) -> bool:
+    """Whether a current key is that of a sampler other than the run's own."""
+    return "/" in key
 
 
 def by_key(results: Iterable[Result]) -> dict[str, float]:
@@ -116,6 +123,8 @@ def deviations(results: Iterable[Result]) -> dict[str, float]:
 
 def known_results() -> list[str]:
     """Every possible key of a result: of every kind of sampler, and against training and held-out images."""
+    from .spec import METRICS
+
     keys = list(METRICS)
     for reference in (None, HELD_OUT):
         for name, metric in METRICS.items():
@@ -127,4 +136,6 @@ def known_results() -> list[str]:
 
 
 def _of_samples(metric: str) -> bool:
+    from .spec import METRICS
+
     return metric in METRICS and METRICS[metric].of_samples

@@ -24,7 +24,6 @@ from ...config.run import Config, keys_with
 from ...config.section import Trait
 from ...config.shorthands import canonical
 from ...errors import UserError, redact
-from ...inference.package import MANIFEST, ModelManifest, read_manifest
 from ...metrics.result import canonical_keys
 from ...reports.run_folder import CARD, IMAGES, TRACKED_CONFIG
 from .client import fetch, locate, opened
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
+
+    from ...inference.package import ModelManifest
 
 FINGERPRINT, RUN, RUN_NAME = "glann.fingerprint", "glann.run", "glann.run_name"
 STUDY, TRIAL, PARENT = "glann.study", "glann.trial", "mlflow.parentRunId"
@@ -118,6 +119,8 @@ def manifest_of(client: MlflowClient, logged: LoggedModel) -> ModelManifest:
     Raises:
         UserError: not a model of glann.
     """
+    from ...inference.package import MANIFEST, read_manifest  # torch; the registry is listed without
+
     with tempfile.TemporaryDirectory(prefix="glann-manifest-") as scratch:
         where = f"{logged.artifact_location.rstrip('/')}/artifacts/model/{MANIFEST}"
         return read_manifest(fetch(client.tracking_uri, where, Path(scratch)).parent)

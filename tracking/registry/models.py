@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...errors import UserError
-from ...inference.package import MANIFEST
 from ...metrics.result import from_key
 from .client import CHALLENGER, CHAMPION
 from .lineage import DESCRIPTION, EVALUATION, describe_registered, description, manifest_of, version_tags
@@ -72,6 +71,8 @@ def publish(client: MlflowClient, run_id: str, folder: Path, register_as: str | 
 
 def _begun(client: MlflowClient, run: Run, folder: Path) -> LoggedModel:
     """The logged model of this folder in its run, identified by its manifest; created if it does not exist."""
+    from ...inference.package import MANIFEST  # torch; the registry is listed without
+
     manifest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     run_id, experiment = run.info.run_id, run.info.experiment_id
     for logged in client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"):

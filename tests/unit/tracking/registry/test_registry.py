@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -697,3 +699,16 @@ def test_every_name_is_found_however_many_there_are(monkeypatch):
         return page
 
     assert catalogue.names(SimpleNamespace(search_registered_models=search)) == ["m0", "m1", "m2"]
+
+
+def test_listing_needs_no_torch():
+    """Its import would take most of the two seconds in which the list is to be there; stored keys name their metrics."""
+    code = (
+        "import sys, glann.cli.registry as shown, glann.tracking.registry.catalogue as catalogue; "
+        "tags = {'glann.metric.fd_lite0': '2.5', 'glann.metric.gaussian/fd_lite0': '3', 'glann.metric.l1': '0.04'}; "
+        "print(shown._metrics(catalogue.Version('digits', 1, None, 0.0, tags))); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "fd_lite0 2.5, l1 0.04\n"
