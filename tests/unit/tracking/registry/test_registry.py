@@ -702,7 +702,7 @@ def test_every_name_is_found_however_many_there_are(monkeypatch):
 
 
 def test_listing_needs_no_torch():
-    """Its import would take most of the two seconds in which the list is to be there; stored keys name their metrics."""
+    """Its import would take most of the two seconds in which the list is to be there."""
     code = (
         "import sys, glann.cli.registry as shown, glann.tracking.registry.catalogue as catalogue; "
         "tags = {'glann.metric.fd_lite0': '2.5', 'glann.metric.gaussian/fd_lite0': '3', 'glann.metric.l1': '0.04'}; "
