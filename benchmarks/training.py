@@ -25,7 +25,7 @@ from glann.models.perceptual import Vgg16, build_features
 from glann.samplers.base import Codes, build_sampler
 from glann.trainers.engine.build import build_engine
 from glann.trainers.engine.step import OptimizerConfig
-from glann.trainers.glo import Launched, launch, visit
+from glann.trainers.glo import launch, visit
 from harness import Row, least, machine, report
 from published import GloStep, ImleEpoch
 
@@ -54,9 +54,9 @@ class OurStep:
         planned = PlannedBatch(self.step, rows_B, ones_B)
         img_BCHW = self.pixels_NCHW[first : first + self.batch]
         batch = Batch(self.step, torch.from_numpy(rows_B), img_BCHW, torch.from_numpy(ones_B))
-        queued = launch(self.config, self.table, self.engine, self.loss, 0, batch, 1.0, torch.zeros(3))
-        launched = Launched(planned, None, batch, self.config.glo.latent_lr, queued)
-        visit(self.table, 0, self.steps, launched, queued())
+        at = (0, self.steps)
+        step = launch(self.config, self.table, self.engine, self.loss, at, planned, None, batch, torch.zeros(3))
+        visit(self.table, *at, self.config.glo.latent_lr, step, step.result())
         self.step += 1
 
 
