@@ -37,8 +37,8 @@ class Generator(nn.Module):
         return torch.sigmoid(self.conv2(self.act(self.bn_conv(h))))
 
 
-def vgg16() -> nn.Sequential:
-    """The layers of VGG-16 up to the last convolution's ReLU."""
+def vgg16(count: int | None = None) -> nn.Sequential:
+    """The first layers of VGG-16's features; all up to the last convolution's ReLU without `count`."""
     layers: list[nn.Module] = []
     channels = 3
     for width in WIDTHS:
@@ -47,7 +47,7 @@ def vgg16() -> nn.Sequential:
             channels = width
         else:
             layers.append(nn.MaxPool2d(2, 2))
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers[:count])
 
 
 class GloStep:
@@ -60,7 +60,7 @@ class GloStep:
         self.img_NCHW, self.batch, self.levels = img_NCHW, batch, levels
         self.codes, self.generator = nn.Embedding(len(img_NCHW), dim), Generator(dim)
         nn.init.normal_(self.codes.weight, std=0.01)
-        self.features = vgg16()[: TAPS[levels - 1] + 1].requires_grad_(not frozen)
+        self.features = vgg16(TAPS[levels - 1] + 1).requires_grad_(not frozen)
         self.of_generator = torch.optim.Adam(self.generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
         self.of_codes = torch.optim.Adam(self.codes.parameters(), lr=1e-2, betas=(0.5, 0.999))
 

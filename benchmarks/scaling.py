@@ -33,6 +33,8 @@ FLOAT = 4
 ROWS = (30_000, 1_000_000, 100_000_000, 1_000_000_000)
 WORKERS = (8, 64, 256, 1024)
 PROBES = 16
+ROW_TICKS = {10**4: "10,000", 10**5: "100,000", 10**6: "1 M", 10**7: "10 M", 10**8: "100 M", 10**9: "1,000 M"}
+TIME_TICKS = {1: "1 s", 60: "1 min", 3600: "1 h", 86400: "1 day", 30 * 86400: "30 days"}
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ def duration(value: float) -> str:
 
 
 def plots(sizes: Sizes, rates: Rates, folder: Path) -> None:
-    """`scaling-stage-1.svg` and `scaling-stage-2.svg`: seconds of an epoch over N, a line for every W."""
+    """`scaling-stage-1.svg` and `scaling-stage-2.svg`: time of an epoch over N, a line for every W."""
     from glann.reports.charts import drawing
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +274,10 @@ def plots(sizes: Sizes, rates: Rates, folder: Path) -> None:
             axes = figure.add_subplot()
             for workers in WORKERS:
                 axes.plot(rows, [seconds(stage(sizes, rates, n, workers)) for n in rows], label=f"W = {workers:,}")
-            axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="seconds of an epoch")
+            axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="an epoch takes")
+            axes.set_xticks(list(ROW_TICKS), labels=list(ROW_TICKS.values()))
+            axes.set_yticks(list(TIME_TICKS), labels=list(TIME_TICKS.values()))
+            axes.minorticks_off()
             axes.set_title(f"stage {number}", loc="left")
             axes.legend(frameon=False)
             axes.grid(alpha=0.2)

@@ -56,7 +56,7 @@ class OurStep:
         batch = Batch(self.step, torch.from_numpy(rows_B), img_BCHW, torch.from_numpy(ones_B))
         at = (0, self.steps)
         step = launch(self.config, self.table, self.engine, self.loss, at, planned, None, batch, torch.zeros(3))
-        visit(self.table, *at, self.config.glo.latent_lr, step, step.result())
+        visit(self.table, *at, float(self.config.glo.latent_lr), step, step.result())
         self.step += 1
 
 
