@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 # Imports what it is told to run, where of all installed packages there is only torch with what it needs itself.
 ALONE = """
 import runpy, sys, torch, torch.utils.flop_counter, torch.utils.checkpoint, torch.distributed.nn.functional
-ours = {"pydantic", "numpy", "yaml", "ray", "deepspeed", "mlflow", "boto3", "PIL", "scipy", "safetensors", "typer"}
+ours = {"pydantic", "yaml", "ray", "deepspeed", "mlflow", "boto3", "PIL", "scipy", "safetensors", "typer"}
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
