@@ -15,6 +15,7 @@ from rich.text import Text
 from ..trainers.stage import stage_infos
 from .ledger import Ledger, Trial, best_of, format_params
 from .not_pickled import NotPickled
+from .scheduler import last_score
 from .study import StudyConfig
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class Board(NotPickled, tune.Callback):
         """Result of an ended trial: its value, how far it came, or why it failed."""
         if trial.state == "finished":
             return f"{self.study.metric} {trial.value:.4g}"
+        if trial.state == "stopped" and self.study.scheduler.by == "score":
+            return last_score(self.study, self.study.run_dir(trial.number)) or "early"
         if trial.state == "stopped":
             return f"after epoch {trial.epoch}, loss {trial.loss:.4g}" if trial.loss is not None else "early"
         return trial.why

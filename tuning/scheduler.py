@@ -102,6 +102,17 @@ def compared(study: StudyConfig, run_dir: Path) -> Iterator[tuple[int, float]]:
             yield int(entry[EPOCH]), lower_is_better(float(value), metric.better)
 
 
+def last_score(study: StudyConfig, run_dir: Path) -> str:
+    """The score that a trial was last compared by, in words; empty without one."""
+    base = study.base().evaluation
+    metric = best_metric(base.extractor, base.best)
+    reached = [*compared(study, run_dir)][-1:]
+    name = to_key(metric.name, BASELINE_SAMPLER)
+    return "".join(
+        f"after epoch {epoch}, {name} {lower_is_better(number, metric.better):.4g}" for epoch, number in reached
+    )
+
+
 def lower_is_better(value: float, better: Better) -> float:
     """A score as schedulers take it."""
     return value if better == "lower" else -value

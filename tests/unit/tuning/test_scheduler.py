@@ -12,7 +12,7 @@ from glann.cluster.checkpoints.best import Best
 from glann.storage.journal import Journal
 from glann.trainers.run.events import EpochDone, Measured
 from glann.tuning.ledger import Trial
-from glann.tuning.scheduler import EPOCH, LOSS, build_scheduler, compared, losses, within
+from glann.tuning.scheduler import EPOCH, LOSS, build_scheduler, compared, last_score, losses, within
 from glann.tuning.search import member
 from glann.tuning.study import StudyConfig
 from glann.tuning.trial import TrialRun
@@ -165,6 +165,8 @@ def test_scores_of_earlier_starts_are_replayed(tmp_path: Path, best: str, sign: 
     )
     journal.append({"stage": "imle/measured", "epoch": 2, "step": 30, best: 3.0})
     journal.close()
+    assert last_score(study, study.run_dir(2)) == ""
+    assert last_score(study, study.run_dir(1)) == f"after epoch 2, gaussian/{best} 7"
     assert list(compared(study, study.run_dir(1))) == [(2, sign * 7.0)]
     assert list(losses(study.run_dir(1), "glo")) == [(1, 0.5), (2, 0.5)]
 
