@@ -139,6 +139,11 @@ class Config(Section):
             )
         if self.loss.patch and self.loss.patch > self.data.resolution:
             raise ValueError(f"loss.patch={self.loss.patch} is larger than data.resolution={self.data.resolution}")
+        if self.loss.cache_features and (self.loss.patch or self.loss.kind != "perceptual"):
+            raise ValueError(
+                f"loss.cache_features={self.loss.cache_features:g} keeps the feature maps of whole images, which "
+                f"loss.{'patch' if self.loss.patch else f'kind={self.loss.kind}'} does not compare; leave it out"
+            )
         return self
 
     def _fault_of_networks(self) -> str | None:

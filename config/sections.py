@@ -141,6 +141,12 @@ class LossConfig(Section):
     patch: int | None = Field(
         None, ge=32, description="use random patches of this side at full resolution (whole image at lower scales)"
     )
+    cache_features: Annotated[float, Trait.RESUMABLE, Trait.NOT_SEARCHABLE] = Field(
+        0.0,
+        ge=0,
+        description="gigabytes of a worker's device for the feature maps of its images, each computed once; "
+        "0 computes them at every visit",
+    )
 
 
 class GloConfig(Section):

@@ -82,8 +82,20 @@ class PerceptualLoss(ReconstructionLoss):
         self.features, self.taps, self.levels = features, tuple(taps), levels
         self.magnify, self.pixel_weight, self.feature_weight, self.patch = magnify, pixel_weight, feature_weight, patch
 
-    def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor, patch_seed_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        fake_BCHW: Tensor,
+        real_BCHW: Tensor,
+        patch_seed_B: Tensor | None = None,
+        real_maps_BV: Tensor | None = None,
+    ) -> Tensor:
+        """As `ReconstructionLoss.forward`.
+
+        Args:
+            real_maps_BV: `real_maps` of `real_BCHW`, if they are known; without patches.
+        """
         loss_B = fake_BCHW.new_zeros(len(fake_BCHW), dtype=torch.float32)
+        known = None if real_maps_BV is None else _Values(real_maps_BV)
         for level, (fake, real) in enumerate(scales(fake_BCHW, real_BCHW.detach(), self.levels)):
             if self.pixel_weight:
                 loss_B = loss_B + self.pixel_weight * l1_per_image(fake, real)
@@ -92,18 +104,42 @@ class PerceptualLoss(ReconstructionLoss):
                     raise ValueError("a loss with patches needs patch_seed_B in train mode")
                 fake, real = crop(fake, self.patch, patch_seed_B), crop(real, self.patch, patch_seed_B)
             if self.feature_weight:
-                loss_B = loss_B + self.feature_weight * self._features(fake, real)
+                loss_B = loss_B + self.feature_weight * self._features(fake, real, known)
         return loss_B
 
-    def _features(self, fake: Tensor, real: Tensor) -> Tensor:
-        if self.magnify > 1:
-            height, width = (round(self.magnify * side) for side in fake.shape[-2:])
-            fake, real = _resize(fake, (height, width)), _resize(real, (height, width))
+    @torch.no_grad()
+    def real_maps(self, real_BCHW: Tensor) -> Tensor:
+        """The values of all feature maps of images at all scales, [B, V], which `forward` takes."""
+        maps = [found for img, _ in scales(real_BCHW, real_BCHW, self.levels) for found in self._maps(img)]
+        return torch.cat([found.permute(0, 2, 3, 1).flatten(1) for found in maps], 1)
+
+    def _features(self, fake: Tensor, real: Tensor, known: _Values | None) -> Tensor:
         with torch.no_grad():
-            real_maps = self.features(real, self.taps)
-        fake_maps = self.features(fake, self.taps)
+            real_maps = [] if known else self._maps(real)
+        fake_maps = self._maps(fake)
+        if known:
+            real_maps = [known.take(found) for found in fake_maps]
         terms = [l1_per_image(*maps) for maps in zip(fake_maps, real_maps, strict=True)]
         return torch.stack(terms).sum(0)
+
+    def _maps(self, img_BCHW: Tensor) -> list[Tensor]:
+        if self.magnify > 1:
+            height, width = (round(self.magnify * side) for side in img_BCHW.shape[-2:])
+            img_BCHW = _resize(img_BCHW, (height, width))
+        return self.features(img_BCHW, self.taps)
+
+
+class _Values:
+    """Feature maps out of the values of `PerceptualLoss.real_maps`, one after the other."""
+
+    def __init__(self, value_BV: Tensor) -> None:
+        self.value_BV, self.at = value_BV, 0
+
+    def take(self, like_BCHW: Tensor) -> Tensor:
+        """The next map, of that shape; channels last, as feature networks make them."""
+        _, channels, height, width = like_BCHW.shape
+        begin, self.at = self.at, self.at + channels * height * width
+        return self.value_BV[:, begin : self.at].unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
 
 
 class LaplacianLoss(ReconstructionLoss):

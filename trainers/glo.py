@@ -30,7 +30,8 @@ from ..models.statistics import set_exact_statistics
 from .code_space import CodeSpace
 from .engine.build import build_engine
 from .engine.step import Engine, OptimizerConfig, StepResult
-from .objective import build_objective
+from .feature_cache import FeatureCache
+from .objective import Objective
 from .plan.costs import model_flops, training_costs
 from .previews import Pictures, Previews
 from .stage import Stage, StageContext, StageCost, StageInfo, StageStep, State, final_weights
@@ -50,7 +51,10 @@ class Glo(Stage):
         optimizer = OptimizerConfig(config.glo.generator_lr, config.glo.betas, config.glo.ema)
         state = networks.get(GENERATOR)
         self.engine = build_engine(network, optimizer, config.engine, config.glo.batch_size, context.device, state)
-        self.loss = build_objective(config, context.device)
+        self.loss = objective = Objective(config, context.device)
+        self.features = None
+        if config.loss.cache_features:
+            self.features = FeatureCache(config, context.latents.rows, context.device, objective.real_maps)
         self.drawing = Previews(config, context.images, context.latents.rows, context.device)
 
     @classmethod
@@ -75,6 +79,7 @@ class Glo(Stage):
             (epoch, step),
             piggyback,
             IN_FLIGHT.get(context.device.type, 0),
+            self.features,
         )
 
     def lazy_state(self) -> dict[str, State]:
@@ -118,10 +123,11 @@ def train_glo(
     images: ImageRows,
     latents: LatentTable,
     engine: Engine,
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     start: tuple[int, int],
     piggyback: Callable[[], Tensor],
     in_flight: int = 0,
+    features: FeatureCache | None = None,
 ) -> Iterator[StageStep]:
     """Stage 1, Eq. 3 of the paper: fit the generator and the codes of this worker's rows.
 
@@ -134,7 +140,7 @@ def train_glo(
 
     Args:
         start: (epoch, step) of the first step to take.
-        loss: (fake [B, C, H, W], real [B, C, H, W], patch seed per row) -> loss per row.
+        loss: (fake, real [B, C, H, W], patch seed per row, and with `features` the real maps) -> loss per row.
         piggyback: called once per step for numbers [K], not negative, whose sum over workers is returned with the step,
             or with a later one.
         in_flight: the same on all workers.
@@ -147,8 +153,8 @@ def train_glo(
         first_step = start[1] if epoch == start[0] else 0
         plan = plan_epoch(config, len(images), epoch, first_step, latents, engine)
         steps = first_step + len(plan)
-        decoded = with_images(config, images, latents, plan, bad_rows, 2 + in_flight)
-        queued = (launch(config, latents, engine, loss, (epoch, steps), *batch, piggyback()) for batch in decoded)
+        read = with_images(config, images, latents, plan, bad_rows, 2 + in_flight)
+        queued = (launch(config, latents, engine, loss, (epoch, steps), *one, piggyback(), features) for one in read)
         for step, result in in_order(queued, in_flight):
             scale = config.glo.schedule.factor(epoch + step.batch.step / steps, config.glo.epochs)
             code_lr = latent_lr(config.glo, len(images)) * scale
@@ -232,12 +238,13 @@ def launch(
     config: Config,
     latents: LatentTable,
     engine: Engine,
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     at: tuple[int, int],
     planned: PlannedBatch,
     ahead: PlannedBatch | None,
     batch: Batch,
     piggyback_K: Tensor,
+    features: FeatureCache | None = None,
 ) -> Launched:
     """Queue the step on a batch.
 
@@ -250,11 +257,13 @@ def launch(
     z_BD = engine.upload(latents.gather(planned.rows_B))
     z_BD, gradient_of_codes = disturbed(z_BD, config, epoch, planned.rows_B)
     img_BCHW = engine.upload(batch.img_BCHW).float() / 255
-    seed_B = engine.upload(patch_seeds(config.seed, epoch, batch.rows_B))
+    constants = [img_BCHW, engine.upload(patch_seeds(config.seed, epoch, batch.rows_B))]
+    if features is not None:
+        constants.append(features.maps(planned.rows_B, batch.weight_B.numpy() > 0, img_BCHW))
     step = engine.launch(
         z_BD,
         engine.upload(batch.weight_B),
-        lambda fake, part: loss(fake, img_BCHW[part], seed_B[part]),
+        lambda fake, part: loss(fake, *(constant[part] for constant in constants)),
         config.glo.generator_lr * scale,
         piggyback_K,
     )

@@ -1,12 +1,11 @@
 """Construction of the configured reconstruction loss.
 
-Shapes: B rows of a batch, C channels, H, W height and width.
+Shapes: B rows of a batch, C channels, H, W height and width, V values of the feature maps of an image.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from ..config.paths import expand
 from ..config.run import Config
 from ..datasets.assets.catalogue import ASSETS, load_weights, weights_of
 from ..errors import UserError
-from ..models.losses import build_loss
+from ..models.losses import PerceptualLoss, build_loss
 from ..models.perceptual import build_features
 from ..storage.files import NotRegular, open_regular, os_fault
 
@@ -41,24 +40,37 @@ def loss_weights(config: Config) -> str | None:
         raise os_fault(error, expand(name)) from error
 
 
-def build_objective(config: Config, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Build the loss: (fake [B, C, H, W], real [B, C, H, W], patch seeds [B]) -> loss_B, float32.
+class Objective:
+    """The loss: (fake [B, C, H, W], real [B, C, H, W], patch seeds [B]) -> loss_B, float32.
 
     Downloads the weights of the perceptual network if they are not cached.
 
     Raises:
         UserError: weights, taps or levels that do not fit. EnvironmentFault: the weights cannot be downloaded.
     """
-    features = None
-    if (name := weights_of(config.loss)) is not None:
-        features = build_features(config.loss.network, *load_weights(name))
-    loss = build_loss(config.loss, config.data.resolution, features).to(device)
-    if device.type == "cuda":
-        loss = cast(Any, loss).to(memory_format=torch.channels_last)
-    bf16 = config.engine.precision == "bf16"
 
-    def objective(fake_BCHW: Tensor, real_BCHW: Tensor, seed_B: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return loss(fake_BCHW, real_BCHW, seed_B).float()
+    def __init__(self, config: Config, device: torch.device) -> None:
+        features = None
+        if (name := weights_of(config.loss)) is not None:
+            features = build_features(config.loss.network, *load_weights(name))
+        self.loss = build_loss(config.loss, config.data.resolution, features).to(device)
+        if device.type == "cuda":
+            self.loss = cast(Any, self.loss).to(memory_format=torch.channels_last)
+        self.device, self.bf16 = device, config.engine.precision == "bf16"
+        self.compute = torch.compile(self._compute) if config.engine.compile else self._compute
 
-    return torch.compile(objective) if config.engine.compile else objective
+    def __call__(
+        self, fake_BCHW: Tensor, real_BCHW: Tensor, seed_B: Tensor, real_maps_BV: Tensor | None = None
+    ) -> Tensor:
+        """real_maps_BV: `real_maps` of the real images, if they are known."""
+        more = () if real_maps_BV is None else (real_maps_BV,)  # a perceptual loss takes them
+        return self.compute(fake_BCHW, real_BCHW, seed_B, *more)
+
+    def real_maps(self, real_BCHW: Tensor) -> Tensor:
+        """Feature maps of real images, [B, V], of a perceptual loss."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return cast(PerceptualLoss, self.loss).real_maps(real_BCHW)
+
+    def _compute(self, *given: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.loss(*given).float()

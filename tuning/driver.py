@@ -20,7 +20,7 @@ from ..metrics.result import from_key
 from ..reports.run_folder import RAY, REPORT
 from ..storage.files import write_whole
 from ..tracking.runs import TrackedRun
-from ..trainers.objective import build_objective
+from ..trainers.objective import Objective
 from ..trainers.run.folder import take_back_tracking
 from ..trainers.run.lifecycle import open_run
 from ..trainers.run.mirror import RunMirror, take_back
@@ -64,7 +64,7 @@ def run_study(study: StudyConfig, console: Console, resume: bool = False) -> Pat
                 f"metric={study.metric} needs held-out images, and {base.data.url} has none; pack it anew with "
                 "--holdout, or set evaluation.data"
             )
-        build_objective(base, torch.device("cpu"))  # downloads the weights once, before the trials need them
+        Objective(base, torch.device("cpu"))  # downloads the weights once, before the trials need them
         build_extractor(base.evaluation.extractor)
         tags = {"glann.study": study.name, "glann.fingerprint": index.fingerprint}
         mirror, opened = RunMirror(base, of_study), False

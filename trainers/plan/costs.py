@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from ...config.run import Config
+from ...errors import UserError
 from ...models.cost import Cost, cost, training_bytes
 from ...models.critics import Critic, critic_of
 from ...models.generators import Generator, generator_of
-from ...models.losses import build_loss
+from ...models.losses import PerceptualLoss, build_loss
 from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
 
 
@@ -51,6 +54,32 @@ class Step(nn.Module):
     def forward(self, z_BD: Tensor, real_BCHW: Tensor, **seeds: Tensor) -> Tensor:
         loss_B: Tensor = self.loss(self.generator(z_BD), real_BCHW, **seeds)
         return loss_B
+
+
+def maps_values(config: Config) -> int:
+    """Values of the feature maps of a real image, at all scales of the perceptual loss."""
+    loss, side = cast(PerceptualLoss, build_networks(config, "meta")[1]), config.data.resolution
+    return loss.real_maps(torch.empty(1, config.data.channels, side, side, device="meta")).shape[1]
+
+
+def maps_dtype(config: Config) -> torch.dtype:
+    """The precision that feature maps are computed in."""
+    return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+
+
+def cache_bytes(config: Config, rows: int) -> int:
+    """Bytes that the feature maps of so many rows take on a worker; 0 if they are not kept."""
+    return rows * maps_values(config) * maps_dtype(config).itemsize if config.loss.cache_features else 0
+
+
+def require_cache_fits(config: Config, rows: int) -> None:
+    """Raise UserError if the feature maps of a worker's rows need more than `loss.cache_features`."""
+    needed = cache_bytes(config, rows)
+    if needed > 1e9 * config.loss.cache_features:
+        raise UserError(
+            f"loss.cache_features={config.loss.cache_features:g} GB is too small: the feature maps of {rows:,} images "
+            f"take {needed / 1e9:,.1f} GB of a worker; use more workers, allow that much, or set it to 0"
+        )
 
 
 def model_flops(config: Config) -> int:

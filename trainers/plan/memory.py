@@ -9,7 +9,7 @@ from ...config.run import Config
 from ...inference.model import DEFAULT_BATCH
 from ...models.cost import Cost
 from ..engine.deepspeed import bucket_size
-from .costs import step_bytes
+from .costs import cache_bytes, require_cache_fits, step_bytes
 from .evaluation import FLOAT, EvaluationCost
 
 PROCESS = 600 << 20  # of a training worker that has imported all, and joined its group: 580 MiB measured
@@ -46,10 +46,15 @@ def memory_of(
 
     Args:
         rows: of the worker with the most.
+    Raises:
+        UserError: the feature maps of so many rows need more than `loss.cache_features`.
     """
+    require_cache_fits(config, rows)
     process = {"Python, torch and Ray": PROCESS, "networks to be saved": 3 * FLOAT * generator.parameters}
     ahead, measured = images_in_memory(config, workers)
     training = of_training(config, generator, loss, workers)
+    if kept_maps := cache_bytes(config, rows):
+        training["feature maps of real images"] = kept_maps
     measuring = {"generator": FLOAT * generator.parameters, "images decoded at once": evaluation.memory}
     measuring["feature extractor"] = EXTRACTOR
     if config.cluster.gpus_per_worker:

@@ -26,7 +26,7 @@ from ...storage.journal import entries
 from ...storage.open import open_store
 from ...tracking.runs import DataInput, TrackedRun
 from ...tracking.tensorboard import require_tensorboard
-from ..objective import build_objective
+from ..objective import Objective
 from ..plan.remaining import Remaining, Work
 from . import finish, stage_one
 from .evaluation import Evaluated
@@ -78,7 +78,7 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         if config.stage_one is not None:
             stage_one.require_same_stage_one(config)
         index = open_data(config, console)
-        build_objective(config, torch.device("cpu"))  # find invalid taps or files before training starts
+        Objective(config, torch.device("cpu"))  # find invalid taps or files before training starts
         build_extractor(config.evaluation.extractor)
         best_metric(config.evaluation.extractor, config.evaluation.best)
         config.run_dir.mkdir(parents=True, exist_ok=True)
