@@ -37,7 +37,7 @@ DIM, NOISE = 64, 32
 class OurStep:
     """A step of `paper-mnist` as a worker takes it, codes included, on images in memory.
 
-    cached: with `loss.cache_features`, on one batch again and again, whose feature maps are known after the first visit.
+    cached: with `loss.cache_features`, on one batch again and again, whose feature maps are known after one visit.
     """
 
     def __init__(self, img_NCHW: torch.Tensor, batch: int, cached: bool) -> None:
