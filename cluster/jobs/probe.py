@@ -40,7 +40,8 @@ def nodes(names):
         if node["Alive"]:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             pending[node["NodeManagerAddress"]] = look.options(scheduling_strategy=here).remote(names)
-    return {address: ray.get(answer, timeout=TIMEOUT_S) for address, answer in pending.items()}
+    answers = ray.get(list(pending.values()), timeout=TIMEOUT_S)  # for all nodes together
+    return {address: answers[at] for at, address in enumerate(pending)}
 
 
 def tracking():
