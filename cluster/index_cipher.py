@@ -1,8 +1,8 @@
 """A permutation of 0..n-1 whose every place is computed by itself, in constant memory.
 
 A Feistel network over Z_a x Z_b with modular addition, with a b just above n, and cycle walking (Black & Rogaway,
-"Ciphers with arbitrary finite domains", CT-RSA 2002): a worker asks for the places of its own rows, or for the rows of
-one batch, and nobody holds the order of all rows.
+"Ciphers with arbitrary finite domains", CT-RSA 2002): a worker computes the places of its own rows, or the rows of one
+batch; the order of all rows is never stored.
 
 Legend: K indices of a call.
 """

@@ -5,8 +5,6 @@ Shapes: B batch, D latent dimension, n rows of this worker, N rows of all worker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,8 @@ from ..config.samplers import SamplerConfig
 from ..models.comm import all_sum
 from ..models.mapping import NoiseToCode
 from ..models.sphere import Constraint, project
-from .base import Codes, FitStep, Sampler
+from .base import Codes
+from .closed_form import ClosedForm
 
 CHUNK = 65536
 
@@ -35,8 +34,8 @@ class Gaussian(NoiseToCode):
         return project(self.mean + e_BE @ self.root.T, self.constraint)
 
 
-class GaussianSampler(Sampler):
-    """The fit in closed form: one epoch of one step."""
+class GaussianSampler(ClosedForm):
+    """The fit: mean and covariance."""
 
     title = "Gaussian"
 
@@ -44,20 +43,11 @@ class GaussianSampler(Sampler):
     def build(config: SamplerConfig, latent_dim: int, constraint: Constraint) -> Gaussian:
         return Gaussian(latent_dim, constraint)
 
-    def fit(
-        self,
-        codes: Codes,
-        first_epoch: int,
-        piggyback: Callable[[], Tensor],
-        enter: Callable[[str], None] = lambda phase: None,
-    ) -> Iterator[FitStep]:
-        if first_epoch >= self.epochs:
-            return
-        enter("gaussian")
+    def solve(self, codes: Codes) -> float:
+        """Returns the trace of the covariance."""
         fitted = gaussian(codes.z_nD, codes.total, self.device)
         self.network.load_state_dict(fitted)
-        variance = float(fitted["root"].square().sum())  # the trace of the covariance
-        yield FitStep(0, 0, 1, all_sum(piggyback().to(self.device)).cpu(), True, {"loss": variance})
+        return float(fitted["root"].square().sum())
 
 
 def gaussian(z_nD: Tensor, total: int | None = None, device: torch.device | None = None) -> dict[str, Tensor]:

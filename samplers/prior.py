@@ -7,17 +7,16 @@ Shapes: B batch, D latent dimension (and of the noise).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import cast
 
 from torch import Tensor
 
 from ..config.samplers import PriorConfig, SamplerConfig
-from ..models.comm import all_sum
 from ..models.mapping import NoiseToCode
 from ..models.noise import uniform
 from ..models.sphere import Constraint, project
-from .base import Codes, FitStep, Sampler
+from .base import Codes
+from .closed_form import ClosedForm
 
 
 class Prior(NoiseToCode):
@@ -33,8 +32,8 @@ class Prior(NoiseToCode):
         return project(e_BD, "sphere") if self.shape == "sphere" else e_BD
 
 
-class PriorSampler(Sampler):
-    """Nothing to fit: one epoch of one step."""
+class PriorSampler(ClosedForm):
+    """Nothing to fit."""
 
     title = "Prior"
 
@@ -42,17 +41,8 @@ class PriorSampler(Sampler):
     def build(config: SamplerConfig, latent_dim: int, constraint: Constraint) -> Prior:
         return Prior(latent_dim, cast(PriorConfig, config).shape)
 
-    def fit(
-        self,
-        codes: Codes,
-        first_epoch: int,
-        piggyback: Callable[[], Tensor],
-        enter: Callable[[str], None] = lambda phase: None,
-    ) -> Iterator[FitStep]:
-        if first_epoch >= self.epochs:
-            return
-        enter("prior")
-        yield FitStep(0, 0, 1, all_sum(piggyback().to(self.device)).cpu(), True, {"loss": 0.0})
+    def solve(self, codes: Codes) -> float:
+        return 0.0
 
 
 SAMPLER = PriorSampler

@@ -20,13 +20,13 @@ from ..cluster.placement import Share, epoch_plan, even_batch, rows_left
 from ..config.run import Config
 from ..datasets.loader import BadRows, Batch, PlannedBatch, batches
 from ..datasets.reader import ImageRows
-from ..errors import UserError
 from ..models.comm import gather, rank
 from ..models.generators import generator_of
 from ..models.noise import Stream, noise
 from ..models.patches import patch_seeds
 from ..models.sphere import project
 from ..models.statistics import set_exact_statistics
+from .bad_steps import BadSteps
 from .code_space import CodeSpace
 from .engine.build import build_engine
 from .engine.step import Engine, OptimizerConfig, StepResult
@@ -147,7 +147,8 @@ def train_glo(
     Raises:
         UserError: `glo.max_bad_steps` steps in a row were not finite.
     """
-    bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(latents.rows)), 0
+    bad_rows = BadRows(config.data.max_bad_fraction, len(latents.rows))
+    bad_steps = BadSteps(config.glo.max_bad_steps, "glo.latent_lr and glo.generator_lr")
     code_space = CodeSpace(config, images, latents, engine.device)
     for epoch in range(start[0], config.glo.epochs):
         first_step = start[1] if epoch == start[0] else 0
@@ -159,11 +160,9 @@ def train_glo(
             scale = config.glo.schedule.factor(epoch + step.batch.step / steps, config.glo.epochs)
             code_lr = latent_lr(config.glo, len(images)) * scale
             rows_B = visit(latents, epoch, steps, code_lr, step, result)
-            if result.loss is not None:  # a batch without a readable image is no step
-                bad_in_a_row = 0 if result.applied else bad_in_a_row + 1
             ends_epoch = step.batch.step + 1 == steps
             measures, warning = code_space.at_the_end_of(epoch) if ends_epoch else ({}, "")
-            yield StageStep(
+            done = StageStep(
                 epoch,
                 step.batch.step,
                 steps,
@@ -175,8 +174,8 @@ def train_glo(
                 ends_epoch=ends_epoch,
                 warning=warning,
             )
-            if bad_in_a_row >= config.glo.max_bad_steps:
-                raise diverged(bad_in_a_row, epoch, step.batch.step, rows_B)
+            yield done
+            bad_steps.count(done)
         latents.flush()  # the next epoch may begin with rows of this one's last step
 
 
@@ -313,14 +312,6 @@ def visit(
     else:
         latents.skip(epoch, batch.step, planned.rows_B[planned.weight_B > 0])
     return rows_B.tolist()
-
-
-def diverged(steps: int, epoch: int, step: int, rows: list[int]) -> UserError:
-    """The error for a run whose steps are no longer finite."""
-    return UserError(
-        f"loss or gradients were not finite for {steps} steps in a row, up to epoch {epoch} step {step} (rows here "
-        f"{rows[:8]}...); lower glo.latent_lr and glo.generator_lr, or set engine.precision=fp32"
-    )
 
 
 def plan_epoch(

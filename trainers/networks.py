@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,11 @@ from ..cluster.placement import Share, ranges, stratified_plan
 from ..config.run import Config
 from ..datasets.loader import BadRows, batches
 from ..datasets.reader import ImageRows
-from ..errors import UserError
 from ..models.comm import rank, world_size
 from ..models.critics import critic_of
 from ..models.generators import generator_of
 from ..models.objectives.named import objective_of
+from .bad_steps import BadSteps
 from .engine.build import build_engine
 from .engine.step import Engine, OptimizerConfig
 from .glo import GENERATOR, averaged_statistics
@@ -46,9 +45,8 @@ class Networks(Stage):
         judging = OptimizerConfig(keys.critic.lr, keys.betas, clip=keys.critic.clip)
         state = networks.get(CRITIC)
         # its network is also called outside of DeepSpeed, which ZeRO 3 would have taken apart
-        self.critic = Player(self.engine(critic_of(config), judging, state, min(config.engine.zero, 2)))
-        if state is not None:
-            self.critic.balance, self.critic.accuracy = state["player"]["measured"].tolist()
+        engine = self.engine(critic_of(config), judging, state, min(config.engine.zero, 2))
+        self.critic = Player.resumed(engine, state)
         self.drawing = Previews(config, context.images, context.latents.rows, context.device)
 
     def engine(self, network: nn.Module, optimizer: OptimizerConfig, state: State | None, zero: int) -> Engine:
@@ -73,7 +71,7 @@ class Networks(Stage):
         yield from train_networks(context.config, context.images, self.generator, players, (epoch, step), piggyback)
 
     def lazy_state(self) -> dict[str, State]:
-        return {GENERATOR: self.generator.lazy_state(), CRITIC: self.with_measures(self.critic.engine.lazy_state())}
+        return {GENERATOR: self.generator.lazy_state(), CRITIC: self.critic.saved(self.critic.engine.lazy_state())}
 
     def state(self) -> dict[str, State]:
         config, generator = self.context.config, self.generator.state()
@@ -81,12 +79,7 @@ class Networks(Stage):
             batch = Share(config.batch_size, rank(), world_size()).size
             codes = prior_codes(config, min(len(self.context.images), STATISTICS_OF))
             generator["ema"] |= averaged_statistics(config, generator, codes, batch, self.context.device)
-        return {GENERATOR: generator, CRITIC: self.with_measures(self.critic.engine.state())}
-
-    def with_measures(self, state: dict[str, Any]) -> State:
-        """The state of the critic with the numbers that decide on its next steps."""
-        measured = torch.tensor([self.critic.balance, self.critic.accuracy], dtype=torch.float64)
-        return state | {"player": {"measured": measured}}
+        return {GENERATOR: generator, CRITIC: self.critic.saved(self.critic.engine.state())}
 
     def previews(self) -> Pictures:
         return self.drawing.sampled(self.generator.weights(), {})  # every worker holds a part
@@ -118,7 +111,8 @@ def train_networks(
     objective = objective_of(keys.objective)
     share = Share(keys.batch_size, rank(), world_size(), config.engine.accumulation)
     own = ranges(len(images), share.world)[share.rank]
-    bad_rows, bad_in_a_row = BadRows(config.data.max_bad_fraction, len(own)), 0
+    bad_rows = BadRows(config.data.max_bad_fraction, len(own))
+    bad_steps = BadSteps(keys.max_bad_steps, "networks.generator_lr and networks.critic.lr")
     for epoch in range(start[0], keys.epochs):
         first = start[1] if epoch == start[0] else 0
         plan, sums = stratified_plan(config.seed, epoch, len(images), keys.batch_size, share, first), Sums()
@@ -136,32 +130,20 @@ def train_networks(
                 made = [now.generator_step(players, draw) for draw in range(1, 1 + keys.generator_steps)]
 
             sums.add(judged, made)
-            loss, rows = judged[0].loss, batch.rows_B[batch.weight_B > 0].tolist()
-            applied = loss is None or (all(done.applied for done in judged) and all(done.applied for done in made))
-            if loss is not None:  # a batch without a readable image is no step
-                bad_in_a_row = 0 if applied else bad_in_a_row + 1
-            ends = batch.step + 1 == steps
-            yield StageStep(
+            loss, ends = judged[0].loss, batch.step + 1 == steps
+            done = StageStep(
                 epoch,
                 batch.step,
                 steps,
                 judged[0].piggyback_K,
                 loss=loss,
-                rows_B=rows,
-                applied=applied,
+                rows_B=batch.rows_B[batch.weight_B > 0].tolist(),
+                applied=loss is None or all(player.applied for player in (*judged, *made)),
                 facts=sums.means() if ends else {},
                 ends_epoch=ends,
             )
-            if bad_in_a_row >= keys.max_bad_steps:
-                raise diverged(bad_in_a_row, epoch, batch.step, rows)
-
-
-def diverged(steps: int, epoch: int, step: int, rows: list[int]) -> UserError:
-    """The error for a run whose steps are no longer finite."""
-    return UserError(
-        f"loss or gradients were not finite for {steps} steps in a row, up to epoch {epoch} step {step} (rows here "
-        f"{rows[:8]}...); lower networks.generator_lr and networks.critic.lr, or set engine.precision=fp32"
-    )
+            yield done
+            bad_steps.count(done)
 
 
 STAGE = Networks

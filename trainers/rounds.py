@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,24 @@ MEASURES = 4  # numbers of a critic's step: rows, right decisions, sums of the s
 
 @dataclass
 class Player:
-    """A critic in training. balance: k of BEGAN. accuracy: share of images it told apart, in its last batch."""
+    """A critic in training.
+
+    balance: k of BEGAN. accuracy: share of the images of its last batch that it classified rightly.
+    """
 
     engine: Engine
     balance: float = 0.0
     accuracy: float = 0.0
+
+    @classmethod
+    def resumed(cls, engine: Engine, state: Mapping[str, Any] | None) -> Player:
+        """The critic as it was `saved`, or a new one."""
+        return cls(engine, *(() if state is None else state["player"]["measured"].tolist()))
+
+    def saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of its engine with the numbers that decide on its next steps."""
+        measured = torch.tensor([self.balance, self.accuracy], dtype=torch.float64)
+        return state | {"player": {"measured": measured}}
 
     def measure(self, summed: Sequence[float], objective: Objective) -> dict[str, float]:
         """Take in the sums of a batch over all workers; returns what to report."""

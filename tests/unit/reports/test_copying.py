@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
-
 import pytest
 import torch
 from code_clouds import fitted
+from finished_run import texts_of
 from glann.config.run import load
 from glann.metrics.copying import copying_of_codes
 from glann.metrics.evaluate import measured_metrics
 from glann.metrics.tally import KeptFeatures
-from glann.reports.card import write_card
 from glann.reports.copying import warning
-from glann.reports.run import write_report
-from glann.trainers.run.finish import summary_of
-from rich.console import Console
 
 
 @pytest.mark.parametrize(
@@ -40,20 +34,8 @@ def test_what_was_measured_is_said_in_words_beyond_the_limits(metrics, said):
 
 def test_report_card_and_the_end_of_the_command_say_it(tmp_path):
     config = load("digits", ["name=mine", f"runs_dir={tmp_path}", "tracking.enabled=false"])
-    config.run_dir.mkdir(parents=True)
-    (config.run_dir / "config.yaml").write_text(config.to_yaml())
     for share in (0.91, 0.55):
-        metrics = {"fd_lite0-96:held-out": 40.0, "copying_lite0-96:held-out": share}
-        (config.run_dir / "summary.json").write_text(
-            json.dumps({"metrics": metrics, "deviations": {}, "timings": {"train_s": 90}, "rows": 5000})
-        )
-        console = Console(width=300, record=True, file=io.StringIO())
-        console.print(summary_of(config), soft_wrap=True)
-        for text in (
-            write_report(config.run_dir).read_text(),
-            write_card(config.run_dir).read_text(),
-            console.export_text(),
-        ):
+        for text in texts_of(config, {"fd_lite0-96:held-out": 40.0, "copying_lite0-96:held-out": share}):
             assert ("The sampler copies: 91% of its samples" in text) == (share == 0.91)
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import json
-
 import pytest
+from finished_run import texts_of
 from glann.config.run import load
-from glann.reports.card import write_card
 from glann.reports.figures import figure_rows, main_rows
 from glann.reports.limits import limits, verdict
-from glann.reports.run import write_report
-from glann.trainers.run.finish import summary_of
-from rich.console import Console
 
 
 def measured(samples: float, reconstructions: float, floor: float, reference: str = "") -> dict[str, float]:
@@ -79,21 +73,11 @@ def test_a_bound_without_its_figure_is_not_lost():
 
 def test_report_card_and_the_end_of_the_command_say_it(tmp_path):
     config = load("digits", ["name=mine", f"runs_dir={tmp_path}", "tracking.enabled=false"])
-    config.run_dir.mkdir(parents=True)
-    (config.run_dir / "config.yaml").write_text(config.to_yaml())
     figures = measured(295.0, 82.0, 8.0)
-    (config.run_dir / "summary.json").write_text(
-        json.dumps({"metrics": figures, "deviations": {}, "timings": {"train_s": 90}, "rows": 5000})
-    )
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(summary_of(config), soft_wrap=True)
-    for text in (
-        write_report(config.run_dir).read_text(),
-        write_card(config.run_dir).read_text(),
-        console.export_text(),
-    ):
+    report, card, end = texts_of(config, figures)
+    for text in (report, card, end):
         assert verdict(figures) in text.replace("&#39;", "'")
-    assert "reconstructions 82 · real images 8" in write_report(config.run_dir).read_text()
+    assert "reconstructions 82 · real images 8" in report
 
 
 def test_what_counts_is_against_one_reference_and_of_the_baseline_the_distance():

@@ -8,72 +8,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from glann.cluster.checkpoints import lease
 from glann.config.run import Config
 from glann.datasets.index import Index
-from glann.datasets.pack import pack
 from glann.inference.package import MANIFEST, load_model, read_manifest
 from glann.metrics.evaluate import evaluate
-from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
 from glann.reports.card import write_card
-from glann.reports.run_folder import write_config
 from glann.storage.open import open_store
 from glann.trainers.run.control import Request
 from glann.trainers.run.evaluation import Evaluated
 from glann.trainers.run.events import EpochDone, Measured, Resumed
 from glann.trainers.run.packaging import export_saved, open_checkpoint
 from glann.trainers.run.state import load_any
-from glann.trainers.run.worker import Stopped, Worker
-from torch import nn
+from glann.trainers.run.worker import Stopped
+from one_worker import Driver, in_one_process, noise_images, worker
 
 ROWS = 60
 
 
-class Driver:
-    """What a worker reports to; it asks for a stop after so many epochs."""
-
-    rank = 0
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.events: list[Any] = []
-        self.stop_after = stop_after
-
-    def send(self, event: Any) -> None:
-        self.events.append(event)
-
-    post = send
-
-    def progress(self, event: Any) -> None:
-        pass
-
-    def enter(self, phase: str) -> None:
-        pass
-
-    def requested(self) -> Request:
-        done = sum(isinstance(event, EpochDone) for event in self.events)
-        return Request.STOP if done == self.stop_after else Request.NOTHING
-
-    def of(self, kind: type) -> list[Any]:
-        return [event for event in self.events if isinstance(event, kind)]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    np.savez(folder / "x.npz", images=np.random.default_rng(0).integers(0, 256, (ROWS, 28, 28, 1), np.uint8))
-    pack(str(folder / "x.npz"), str(folder / "data"), resolution=28, channels=1)
-    return folder / "data"
+    return noise_images(tmp_path_factory.mktemp("images"), ROWS)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def in_process(tmp_path_factory):
-    """No lease, and features that need no weights."""
-    features = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())
-    made = ExtractorSpec("squeezenet-caffe", 147, lambda *_: features, lambda img: img[:, :1])
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("GLANN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patched.setattr("glann.trainers.run.worker.require", lambda *_: None)
-        patched.setitem(EXTRACTORS, "squeezenet", made)
+    with in_one_process(tmp_path_factory.mktemp("cache")):
         yield
 
 
@@ -98,10 +57,15 @@ def configured(data: Path, home: Path, name: str) -> Config:
     return Config.model_validate({"name": name, "runs_dir": str(home), **tree})
 
 
-def train(config: Config, driver: Driver) -> Driver:
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(config.run_dir, config)
-    Worker(config, driver, torch.device("cpu"), lease.Ticket(1, "a")).run()  # type: ignore[arg-type]
+def train(config: Config, stop_after: int | None = None) -> Driver:
+    """The driver after the run; it asks for a stop after so many epochs."""
+
+    def at(event: Any) -> None:
+        if isinstance(event, EpochDone) and len(driver.of(EpochDone)) == stop_after:
+            driver.request = Request.STOP
+
+    driver = Driver(at)
+    worker(config, driver).run()
     return driver
 
 
@@ -117,7 +81,7 @@ def packaged(config: Config, driver: Driver) -> Path:
 
 def test_a_run_is_measured_stopped_resumed_and_packaged_as_if_it_had_not_been(data, tmp_path, monkeypatch):
     straight, cut = configured(data, tmp_path, "straight"), configured(data, tmp_path, "cut")
-    whole = train(straight, Driver())
+    whole = train(straight)
     epochs = [event.numbers for event in whole.of(EpochDone)]
     assert len(epochs) == 3
     assert {"loss", "generator_loss", "balance", "real_score", "fake_score"} <= epochs[-1].keys()
@@ -128,8 +92,8 @@ def test_a_run_is_measured_stopped_resumed_and_packaged_as_if_it_had_not_been(da
     assert {"samples", "interpolations", "nearest"} == evaluated.drawn.keys()
 
     with pytest.raises(Stopped):
-        train(cut, Driver(stop_after=1))
-    again = train(cut, Driver())
+        train(cut, stop_after=1)
+    again = train(cut)
     assert again.of(Resumed)
     models = [packaged(config, driver) for config, driver in ((straight, whole), (cut, again))]
     files = [{path.name: path.read_bytes() for path in model.iterdir() if path.name != MANIFEST} for model in models]

@@ -5,29 +5,22 @@ A whole run of one worker, in this process and without Ray.
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from glann.cluster.checkpoints import lease
 from glann.cluster.checkpoints.best import find_step, named_best, usable_best
 from glann.cluster.checkpoints.layout import DamagedCheckpoint, folder_name, survey
 from glann.cluster.checkpoints.reader import load_rows
-from glann.cluster.latents import LatentTable
 from glann.config.run import Config
-from glann.datasets.pack import pack
 from glann.errors import UserError
 from glann.inference.package import load_model
-from glann.metrics.features.extractor import EXTRACTORS, ExtractorSpec
 from glann.metrics.result import Result
 from glann.metrics.spec import best_metric
-from glann.reports.run_folder import write_config
 from glann.storage.open import open_store
 from glann.trainers.run import measuring
 from glann.trainers.run.control import Request
@@ -37,58 +30,20 @@ from glann.trainers.run.folder import differences
 from glann.trainers.run.measuring import Interim
 from glann.trainers.run.packaging import export_saved, open_checkpoint
 from glann.trainers.run.state import load_any
-from glann.trainers.run.worker import Stopped, Worker
-from torch import nn
+from glann.trainers.run.worker import Stopped
+from one_worker import Driver, in_one_process, noise_images, worker
 
 ROWS = 60
 
 
-class Driver:
-    """What a worker reports to, in place of the driver's mailbox; `at` is called with every event."""
-
-    def __init__(self, at: Callable[[Any], None] = lambda event: None) -> None:
-        self.events: list[Any] = []
-        self.phases: list[str] = []
-        self.request, self.at = Request.NOTHING, at
-
-    def send(self, event: Any) -> None:
-        self.events.append(copy.deepcopy(event) if isinstance(event, Resumed) else event)  # its position moves on
-        self.at(event)
-
-    def post(self, event: Any) -> None:
-        self.send(event)
-
-    def progress(self, event: Any) -> None:
-        self.at(event)
-
-    def enter(self, phase: str) -> None:
-        self.phases.append(phase)
-
-    def requested(self) -> Request:
-        return self.request
-
-    def of(self, kind: type) -> list[Any]:
-        return [event for event in self.events if isinstance(event, kind)]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    np.savez(folder / "x.npz", images=np.random.default_rng(0).integers(0, 256, (ROWS, 28, 28, 1), np.uint8))
-    pack(str(folder / "x.npz"), str(folder / "data"), resolution=28, channels=1)
-    return folder / "data"
+    return noise_images(tmp_path_factory.mktemp("images"), ROWS)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def in_process(tmp_path_factory):
-    """The table in this process, no lease, and features that need no weights."""
-    features = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())
-    made = ExtractorSpec("squeezenet-caffe", 147, lambda *_: features, lambda img: img[:, :1])
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("GLANN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patched.setattr(LatentTable, "spawn", LatentTable.in_process)
-        patched.setattr("glann.trainers.run.worker.require", lambda *_: None)
-        patched.setitem(EXTRACTORS, "squeezenet", made)
+    with in_one_process(tmp_path_factory.mktemp("cache")):
         yield
 
 
@@ -112,12 +67,10 @@ def configured(data: Path, home: Path, name: str = "run", **sections: dict[str, 
 def train(config: Config, driver: Driver | None = None, evaluate: bool = False) -> Driver:
     """The driver after all stages, and the evaluation."""
     driver = driver or Driver()
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(config.run_dir, config)
-    worker = Worker(config, driver, torch.device("cpu"), lease.Ticket(1, "a"))  # type: ignore[arg-type]
+    made = worker(config, driver)
     if not evaluate:
-        worker.evaluate = lambda: None  # type: ignore[method-assign]
-    worker.run()
+        made.evaluate = lambda: None  # type: ignore[method-assign]
+    made.run()
     return driver
 
 
