@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from .samplers import PriorConfig, SamplerConfig
 from .schedule import ScheduleConfig
 from .section import Fraction, Positive, Section, Trait
 
@@ -23,6 +24,8 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "relativistic": (),
 }
 OF_ERRORS = ("energy", "began", "loss-sensitive")  # objectives whose real images have the lower scores
+OF_LOGITS = ("minimax", "non-saturating")  # those whose score is the logit of `real`
+LONGEST_DECAY = 0.9999  # of RMSProp
 OF_SIGNS = ("minimax", "non-saturating", "hinge")  # those whose critic says `real` by a positive score
 
 
@@ -54,6 +57,13 @@ class CriticConfig(Section):
     batch_norm: bool = Field(False, description="BatchNorm, of real and generated images apart; not with a penalty")
     spectral_norm: bool = Field(False, description="divide every layer by its largest singular value (SNGAN)")
     clip: float = Field(0.0, ge=0, description="bound of every weight (published Wasserstein GAN: 0.01); 0 is off")
+    kernels: int = Field(
+        0, ge=0, le=4096, description="numbers that say how near an image is to its batch (minibatch discrimination)"
+    )
+    kernel_dim: int = Field(5, ge=1, le=256, description="dimension in which each of these measures")
+    classes: int = Field(
+        0, ge=0, le=4096, description="classes of the images beside that of generated ones (semi-supervised, K + 1)"
+    )
     lr: Annotated[Positive, Trait.IN_REGISTRY] = Field(1e-4, description="learning rate of the critic")
     steps: int = Field(1, ge=1, description="updates of the critic, each with new images, before those of G")
 
@@ -81,20 +91,39 @@ class NetworksConfig(Section):
     penalty: PenaltyConfig = PenaltyConfig()
     generator_lr: Annotated[Positive, Trait.IN_REGISTRY] = Field(1e-4, description="learning rate of the generator")
     generator_steps: int = Field(1, ge=1, description="updates of G after those of the critic")
+    optimizer: Literal["adam", "rmsprop"] = Field(
+        "adam", description="of both; rmsprop needs betas: [0, its decay] (published Wasserstein GAN)"
+    )
     betas: tuple[Fraction, Fraction] = Field((0.5, 0.999), description="Adam's betas, for both")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged generator; 0 is off")
     gate: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="the critic is updated only up to this accuracy on the last batch (3D-GAN: 0.8)"
     )
+    adversarial: float = Field(
+        1.0, ge=0, description="weight of the objective in G's loss (0: its other terms alone, as feature matching)"
+    )
     feature_matching: float = Field(0.0, ge=0, description="weight of the critic's mean features in G's loss")
     pull_away: float = Field(0.0, ge=0, description="weight in G's loss of the likeness of its images (EBGAN-PT: 0.1)")
+    history: float = Field(
+        0.0, ge=0, description="weight in both losses of the squared distance of weights to their mean over all updates"
+    )
+    condition: bool = Field(
+        False, description="G and the critic see the label of each image (CGAN), one of sampler.categories"
+    )
+    labelled: int = Field(
+        0, ge=0, description="images whose labels critic.classes learn from, equally many of each; others are not seen"
+    )
+    information: float = Field(
+        0.0, ge=0, description="weight of what an image says of its code's category and first numbers (InfoGAN: 1)"
+    )
+    continuous: int = Field(0, ge=0, description="first numbers of a code that networks.information is about")
     schedule: ScheduleConfig = ScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
 
     @property
     def looks_at_batches(self) -> bool:
         """Whether a loss has statistics of the whole batch."""
-        return bool(self.feature_matching or self.pull_away or self.critic.batch_norm)
+        return bool(self.feature_matching or self.pull_away or self.critic.batch_norm or self.critic.kernels)
 
     def fault(self, resolution: int, accumulation: int) -> str | None:
         """What is wrong with a combination of keys, and what to do.
@@ -115,13 +144,19 @@ class NetworksConfig(Section):
             return f"networks.critic.kind=resnet sees images of 32, 64, 128 px and so on, not {resolution}; use infogan"
         if accumulation > 1 and self.looks_at_batches:
             return (
-                f"engine.accumulation={accumulation} would take BatchNorm, networks.feature_matching and "
-                "networks.pull_away over micro-batches and so train something else; set engine.accumulation=1"
+                f"engine.accumulation={accumulation} would take BatchNorm, networks.critic.kernels, "
+                "networks.feature_matching and networks.pull_away over micro-batches and so train something else; set "
+                "engine.accumulation=1"
             )
         if self.penalty.kind != "none" and critic.batch_norm:
             return (
                 f"networks.penalty.kind={self.penalty.kind} needs the slope of each image's own score, which BatchNorm "
                 "mixes with those of the batch; set networks.critic.batch_norm=false"
+            )
+        if self.penalty.kind != "none" and critic.kernels:
+            return (
+                f"networks.penalty.kind={self.penalty.kind} needs the slope of each image's own score, which "
+                "networks.critic.kernels mixes with those of the batch; set networks.critic.kernels=0"
             )
         if kind in ("energy", "began") and critic.kind != "autoencoder":
             return f"networks.objective.kind={kind} needs an error for a score; set networks.critic.kind=autoencoder"
@@ -136,4 +171,53 @@ class NetworksConfig(Section):
             return (
                 f"networks.gate needs scores with a sign; set networks.objective.kind to one of {', '.join(OF_SIGNS)}"
             )
+        if self.optimizer == "rmsprop" and (self.betas[0] or self.betas[1] > LONGEST_DECAY):
+            return (
+                f"networks.optimizer=rmsprop has no momentum, and a decay up to {LONGEST_DECAY}; set networks.betas="
+                "[0, 0.99]"
+            )
+        return self.fault_of_labels()
+
+    def fault_of_labels(self) -> str | None:
+        """What is wrong with the keys of classes and codes."""
+        critic, kind = self.critic, self.objective.kind
+        if bool(critic.classes) != bool(self.labelled) or critic.classes == 1:
+            return "networks.critic.classes (2 or more) and networks.labelled belong together; set both or neither"
+        if self.labelled % max(critic.classes, 1):
+            return f"networks.labelled={self.labelled} is no multiple of networks.critic.classes={critic.classes}"
+        if critic.classes and kind not in OF_LOGITS:
+            return "networks.critic.classes make the score a logit; set networks.objective.kind to one of " + ", ".join(
+                OF_LOGITS
+            )
+        if critic.classes and (self.information or self.condition):
+            return (
+                "networks.critic.classes use labels and the critic's head in another way than networks.condition and "
+                "networks.information; leave out one"
+            )
+        if critic.kind == "autoencoder" and (critic.classes or critic.kernels or self.information):
+            return (
+                "networks.critic.kind=autoencoder has no features to classify; leave out networks.critic.classes, "
+                "networks.critic.kernels and networks.information"
+            )
+        if self.continuous and not self.information:
+            return "networks.continuous is not read without networks.information; set both or neither"
+        return None
+
+    def fault_of_codes(self, sampler: SamplerConfig, latent_dim: int) -> str | None:
+        """What is wrong with the keys of codes and the distribution of codes together."""
+        if not isinstance(sampler, PriorConfig):
+            return None
+        free = latent_dim - sampler.categories
+        if sampler.categories == 1 or free < max(1, self.continuous):
+            return (
+                f"sampler.categories={sampler.categories} and networks.continuous={self.continuous} do not fit into "
+                f"generator.latent_dim={latent_dim}; there are none or at least 2 categories, and at least one further "
+                "number"
+            )
+        if self.condition and not sampler.categories:
+            return "networks.condition needs the number of labels; set sampler.categories"
+        if self.information and not (sampler.categories or self.continuous):
+            return "networks.information is about categories and numbers of a code; set sampler.categories"
+        if self.continuous and sampler.shape != "uniform":
+            return "networks.continuous is about numbers from -1 to 1; set sampler.shape=uniform"
         return None

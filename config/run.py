@@ -105,6 +105,10 @@ class Config(Section):
                 f"generator.kind=resnet makes images from 64 px, data.resolution is {self.data.resolution}; "
                 "use generator.kind=infogan"
             )
+        if self.generator.reference and not (self.method == "gan" and self.generator.has_norms):
+            raise ValueError(
+                "generator.reference is for method=gan and a generator with BatchNorm; set generator.reference=0"
+            )
         least, most = self.cluster.min_workers, self.cluster.max_workers
         if least > most:
             raise ValueError(f"cluster.workers has min={least} and max={most}; min must not be larger")
@@ -154,7 +158,9 @@ class Config(Section):
             return f"method={self.method} draws its codes from a fixed distribution; set sampler.kind=prior"
         if self.stage_one is not None:
             return f"method={self.method} has no stage 1 to take over; leave out from"
-        return self.networks.fault(self.data.resolution, self.engine.accumulation)
+        return self.networks.fault(self.data.resolution, self.engine.accumulation) or self.networks.fault_of_codes(
+            self.sampler, self.generator.latent_dim
+        )
 
     @property
     def has_codes(self) -> bool:

@@ -235,6 +235,12 @@ class PriorConfig(SamplerConfig):
     shape: Annotated[Literal["normal", "uniform", "sphere"], Trait.IN_REGISTRY] = Field(
         "normal", description="normal: N(0, 1) on each axis; uniform: from -1 to 1; sphere: uniform, of unit norm"
     )
+    categories: Annotated[int, Trait.IN_REGISTRY] = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="the last so many numbers of a code are a category: one is 1, the others 0",
+    )
 
 
 # One entry per kind.

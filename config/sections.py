@@ -73,24 +73,31 @@ class DataConfig(Section):
 class GeneratorConfig(Section):
     """The generator G: latent code -> image."""
 
-    kind: Annotated[Literal["infogan", "resnet"], Trait.IN_REGISTRY] = Field(
-        description="infogan: 28-64 px; resnet (Mescheder 2018): 64-1024 px"
+    kind: Annotated[Literal["infogan", "dcgan", "resnet"], Trait.IN_REGISTRY] = Field(
+        description="infogan: 28-64 px; dcgan: 28-1024 px; resnet (Mescheder 2018): 64-1024 px"
     )
     latent_dim: Annotated[int, Trait.IN_REGISTRY] = Field(
         64, ge=1, le=4096, description="dimension d of the latent codes"
     )
     width: Annotated[int, Trait.IN_REGISTRY] = Field(64, ge=4, le=1024, description="base number of channels")
-    max_width: int = Field(1024, ge=4, le=4096, description="upper bound of channels (resnet)")
+    max_width: int = Field(1024, ge=4, le=4096, description="upper bound of channels (dcgan, resnet)")
     upsample: Literal["native", "resize"] = Field(
         "native", description="native: the published layer; resize: upsample plus convolution (no checkerboard)"
     )
-    batch_norm: bool = Field(True, description="BatchNorm in infogan (paper: off for CIFAR)")
+    batch_norm: bool = Field(True, description="BatchNorm in infogan (paper: off for CIFAR) and dcgan")
+    reference: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="method=gan: codes of a fixed batch by which BatchNorm normalises each row (virtual batch "
+        "normalisation); 0: by the row's own batch",
+    )
     norm_after: tuple[Literal["fc1", "fc2", "up1"], ...] = Field(
         ("fc1", "fc2", "up1"),
         description="layers of infogan that BatchNorm follows, where it is on (yedidh/glann: [fc2, up1])",
     )
     activation: Literal["relu", "leaky-relu"] = Field(
-        "relu", description="of infogan's hidden layers (InfoGAN: relu; yedidh/glann, compare_gan: leaky-relu, 0.2)"
+        "relu", description="of infogan's and dcgan's hidden layers (yedidh/glann, compare_gan: leaky-relu, 0.2)"
     )
     init: Literal["normal", "xavier"] = Field(
         "normal",
@@ -110,8 +117,13 @@ class GeneratorConfig(Section):
 
     @property
     def normalises(self) -> bool:
-        """Whether the network contains BatchNorm."""
-        return bool(self.norms)
+        """Whether the network has BatchNorm over the rows of a batch."""
+        return not self.reference and self.has_norms
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether the network has BatchNorm, virtual or not."""
+        return bool(self.norms) or (self.kind == "dcgan" and self.batch_norm)
 
 
 class LossConfig(Section):

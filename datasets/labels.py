@@ -1,6 +1,8 @@
 """Labels of the images of a data set: integers in columns, -1 where one is not known.
 
-They are for judges; training does not read them.  Legend: N images, L columns.
+They are for judges, and for generators that are trained with labels (method=gan); GLANN does not read them.
+
+Legend: N images, L columns.
 """
 
 from __future__ import annotations

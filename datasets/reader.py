@@ -74,6 +74,11 @@ class ImageRows:
     def __len__(self) -> int:
         return self._rows
 
+    def labels(self) -> np.ndarray | None:
+        """The first label of every row, int32 [N], -1 where it is not known; None if the data have none."""
+        found = self.index.read_labels(self._store)
+        return None if found is None else found.value_NL[: self._rows, 0]
+
     @property
     def shared_store(self) -> Store | None:
         """The store of the data; None if they are in a folder."""

@@ -1,6 +1,7 @@
 """Critics: an image to a score, and to features.
 
-Shapes: B batch, S images of a row, C channels, H = W the resolution in pixels, F features.
+Shapes: B batch, S images of a row, C channels, H = W the resolution in pixels, F features, K classes or kernels, Q
+numbers of a head.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +18,47 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ..config.networks import CriticConfig
 from ..config.run import Config
+from ..config.samplers import PriorConfig
 from ..config.sections import GeneratorConfig
 from ..errors import UserError
 from .generators import FULLY_CONNECTED, START, InfoGanGenerator, ResidualBlock
 from .norm import SharedBatchNorm
+from .terms import likeness
+
+CODE_HEAD = 128  # width of InfoGAN's head
 
 
 class Judgement(NamedTuple):
-    """A score and features of images; with a second axis S where S images of a row were judged."""
+    """A score and features of images; with a second axis S where S images of a row were judged.
+
+    head_BQ: logits of the classes, or what the image says of its code (`models.labels.information`); else Q is 0.
+    """
 
     score_B: Tensor
     features_BF: Tensor
+    head_BQ: Tensor
 
 
 class Critic(nn.Module):
-    """Base of critics. A kind defines `features`, and `score` where it is not a linear function of them."""
+    """Base of critics. A kind defines `features`, and `judge` where a score is not a linear function of them.
 
-    def __init__(self, features: int) -> None:
+    With K classes the score is log sum_k exp(logit_k), the logit of `real` where generated images are class K + 1 with
+    logit 0 (Salimans et al. 2016, Sec. 5). With kernels the last layer also sees the likeness to the rest of the batch.
+    """
+
+    def __init__(self, features: int, config: CriticConfig) -> None:
         super().__init__()
-        self.last = nn.Linear(features, 1)
+        self.count, self.classes, self.kernels = features, config.classes, config.kernels
+        self.last = nn.Linear(features + config.kernels, max(config.classes, 1))
+        if config.kernels:
+            self.kernel = nn.Linear(features, config.kernels * config.kernel_dim, bias=False)
+        self.head: nn.Module | None = None
 
     def forward(self, img: Tensor, weight_B: Tensor | None = None) -> Judgement:
         """Judge images [B, C, H, W], or [B, S, C, H, W]; BatchNorm sees the first of all rows, then the second ones.
 
         Args:
-            weight_B: 0 for padding rows, which BatchNorm ignores.
+            weight_B: 0 for padding rows, which BatchNorm and kernels ignore.
         """
         if img.dim() == 4:
             return self.judge(img, weight_B)
@@ -49,9 +66,21 @@ class Critic(nn.Module):
         return Judgement(*(torch.stack(one, 1) for one in zip(*parts, strict=True)))
 
     def judge(self, img_BCHW: Tensor, weight_B: Tensor | None) -> Judgement:
-        """Score and features of one image a row."""
+        """Judge one image a row."""
         features_BF = self.features(img_BCHW, weight_B)
-        return Judgement(self.last(features_BF)[:, 0], features_BF)
+        logit_BK = self.last(torch.cat([features_BF, self.near(features_BF, weight_B)], 1))
+        if self.classes:
+            return Judgement(logit_BK.logsumexp(1), features_BF, logit_BK)
+        return Judgement(
+            logit_BK[:, 0], features_BF, features_BF[:, :0] if self.head is None else self.head(features_BF)
+        )
+
+    def near(self, features_BF: Tensor, weight_B: Tensor | None) -> Tensor:
+        """The likeness of each row to the other ones, [B, kernels]."""
+        if not self.kernels:
+            return features_BF[:, :0]
+        kernel_BKC = self.kernel(features_BF).view(len(features_BF), self.kernels, -1)
+        return likeness(kernel_BKC.float(), features_BF.new_ones(len(features_BF)) if weight_B is None else weight_B)
 
     def features(self, img_BCHW: Tensor, weight_B: Tensor | None) -> Tensor:
         """Features [B, F]."""
@@ -68,7 +97,7 @@ class InfoGanCritic(Critic):
     def __init__(self, config: CriticConfig, resolution: int, channels: int) -> None:
         if resolution % 4 or not 8 <= resolution <= 64:
             raise UserError(f"networks.critic.kind=infogan sees images of 8 to 64 px in steps of 4, not {resolution}")
-        super().__init__(FULLY_CONNECTED)
+        super().__init__(FULLY_CONNECTED, config)
         width, biased = config.width, not config.batch_norm
         self.conv1 = nn.Conv2d(channels, width, 4, stride=2, padding=1)
         self.conv2 = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=biased)
@@ -95,7 +124,7 @@ class DcganCritic(Critic):
         while (side := resolution >> halvings) > START and side % 2 == 0:
             halvings += 1
         widths = [channels, *(config.width << k for k in range(halvings))]
-        super().__init__(widths[-1] * side**2)
+        super().__init__(widths[-1] * side**2, config)
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         for number, (fan_in, fan_out) in enumerate(pairwise(widths)):
             norm = config.batch_norm and number > 0
@@ -125,7 +154,7 @@ class ResNetCritic(Critic):
             )
         halvings = int(math.log2(resolution // START))
         widths = [min(config.width << k, config.max_width) for k in range(halvings + 1)]
-        super().__init__(widths[-1] * START**2)
+        super().__init__(widths[-1] * START**2, config)
         self.from_image = nn.Conv2d(channels, widths[0], 3, padding=1)
         ends = zip([widths[0], *widths[:-1]], widths, strict=True)
         self.blocks = nn.ModuleList(ResidualBlock(fan_in, fan_out) for fan_in, fan_out in ends)
@@ -145,7 +174,7 @@ class AutoencoderCritic(Critic):
     """
 
     def __init__(self, config: CriticConfig, resolution: int, channels: int) -> None:
-        super().__init__(FULLY_CONNECTED)
+        super().__init__(FULLY_CONNECTED, config)
         self.last = nn.Linear(FULLY_CONNECTED, config.code_dim)
         self.encoder = InfoGanCritic(config, resolution, channels)
         del self.encoder.last
@@ -157,7 +186,7 @@ class AutoencoderCritic(Critic):
     def judge(self, img_BCHW: Tensor, weight_B: Tensor | None) -> Judgement:
         code_BF = self.last(self.encoder.features(img_BCHW, weight_B))
         error = self.decoder(code_BF, weight_B) - img_BCHW
-        return Judgement(error.abs().flatten(1).mean(1), code_BF)
+        return Judgement(error.abs().flatten(1).mean(1), code_BF, code_BF[:, :0])
 
 
 KINDS: dict[str, Callable[[CriticConfig, int, int], Critic]] = {
@@ -168,8 +197,10 @@ KINDS: dict[str, Callable[[CriticConfig, int, int], Critic]] = {
 }
 
 
-def build_critic(config: CriticConfig, resolution: int, channels: int) -> Critic:
+def build_critic(config: CriticConfig, resolution: int, channels: int, code: int = 0) -> Critic:
     """Build a critic: forward(img_BCHW, weight_B=None) -> Judgement.
+
+    With `code` it has InfoGAN's head of so many numbers: fc 128, LeakyReLU(0.2), fc, on the features of the critic.
 
     With `spectral_norm` every convolution and matrix is divided by its largest singular value, from one power
     iteration a pass (Miyato et al. 2018, Sec. 2.1).
@@ -178,6 +209,8 @@ def build_critic(config: CriticConfig, resolution: int, channels: int) -> Critic
         UserError: this kind of critic cannot see images of that resolution.
     """
     critic = KINDS[config.kind](config, resolution, channels)
+    if code:
+        critic.head = nn.Sequential(nn.Linear(critic.count, CODE_HEAD), nn.LeakyReLU(0.2), nn.Linear(CODE_HEAD, code))
     if config.spectral_norm:
         for layer in list(critic.modules()):
             if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -187,7 +220,14 @@ def build_critic(config: CriticConfig, resolution: int, channels: int) -> Critic
 
 def critic_of(config: Config) -> Critic:
     """Build the critic of a run, with random weights."""
-    return build_critic(config.networks.critic, config.data.resolution, config.data.channels)
+    keys, channels = config.networks, config.data.channels + label_maps(config)
+    code = cast(PriorConfig, config.sampler).categories + keys.continuous if keys.information else 0
+    return build_critic(keys.critic, config.data.resolution, channels, code)
+
+
+def label_maps(config: Config) -> int:
+    """Channels for the label of an image."""
+    return cast(PriorConfig, config.sampler).categories if config.networks.condition else 0
 
 
 def initialise(critic: Critic) -> None:

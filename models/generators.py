@@ -1,6 +1,6 @@
 """The generators G: latent code -> image in [0, 1].
 
-Shapes: B batch, D latent dimension, C channels, H = W the resolution in pixels.
+Shapes: B batch, D latent dimension, C channels, H = W the resolution in pixels, R codes of a reference batch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from .activations import ACTIVATIONS
 from .norm import SharedBatchNorm, frozen_statistics
+from .virtual_norm import VirtualBatchNorm
 
 if TYPE_CHECKING:  # a benchmark runs this module where only torch is installed
     from ..config.run import Config
@@ -30,19 +33,30 @@ START = 4  # side of the resnet's first feature map
 class Generator(nn.Module):
     """Base of generators: `latent_dim`, `resolution`, `channels` and activation checkpointing.
 
+    With a reference batch of codes R, every layer normalises by its statistics and those of the row itself.
+
     With `unit_input`, a code is divided by its norm first, with no gradient through the norm, as in yedidh/glann.
 
     With `checkpoint_activations` set, the activations inside each stage are recomputed in the backward
     pass; results and running statistics are the same either way.
     """
 
+    reference_RD: Tensor | None
+
     def __init__(self, latent_dim: int, resolution: int, channels: int) -> None:
         super().__init__()
         self.latent_dim, self.resolution, self.channels = latent_dim, resolution, channels
         self.checkpoint_activations = self.unit_input = False
+        self.register_buffer("reference_RD", None)
 
     def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
         """Images img_BCHW in [0, 1]; `weight_B` is 0 for padding rows, which BatchNorm ignores."""
+        if self.reference_RD is None:
+            return self.images(z_BD, weight_B)
+        return self.images(torch.cat([self.reference_RD.to(z_BD.dtype), z_BD]), None)[len(self.reference_RD) :]
+
+    def images(self, z_BD: Tensor, weight_B: Tensor | None) -> Tensor:
+        """The images of codes, after those of the reference batch if there is one."""
         raise NotImplementedError
 
     def _unit(self, z_BD: Tensor) -> Tensor:
@@ -91,16 +105,16 @@ class InfoGanGenerator(Generator):
         self.fc2 = nn.Linear(FULLY_CONNECTED, flat, bias=biased["fc2"])
         double = _resized_convolution if config.upsample == "resize" else _transposed_convolution
         self.up1, self.up2 = double(2 * width, width, "up1" not in norms), double(width, channels, True)
-        self.norm1 = SharedBatchNorm(FULLY_CONNECTED) if "fc1" in norms else None
-        self.norm2 = SharedBatchNorm(flat) if "fc2" in norms else None
-        self.norm3 = SharedBatchNorm(width) if "up1" in norms else None
+        self.norm1 = _batch_norm(config, FULLY_CONNECTED) if "fc1" in norms else None
+        self.norm2 = _batch_norm(config, flat) if "fc2" in norms else None
+        self.norm3 = _batch_norm(config, width) if "up1" in norms else None
         self.activation = ACTIVATIONS[config.activation]
         if config.init == "xavier":
             self._initialise_as_published()
         else:
             self._initialise(0.02 if norms else None)
 
-    def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
+    def images(self, z_BD: Tensor, weight_B: Tensor | None) -> Tensor:
         h = self._stage(self._dense, self._unit(z_BD), weight_B)
         return self._stage(self._convolve, h, weight_B)
 
@@ -137,6 +151,46 @@ class InfoGanGenerator(Generator):
         return [layer for layer in self.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
 
 
+class DcganGenerator(Generator):
+    """DCGAN's generator (Radford, Metz & Chintala 2016): fc to 4x4 px (7x7 of 28), then 4x4 stride-2 transposed
+    convolutions, channels halving from min(max_width, width * 2^k) down to `width`, and (tanh + 1) / 2.
+
+    BatchNorm, where it is on, and an activation (published: ReLU) before each. Published for 64 px: width 128; that of
+    PyTorch's own example is 64. `resize` upsamples and convolves as infogan's does.
+    """
+
+    def __init__(self, config: GeneratorConfig, resolution: int, channels: int) -> None:
+        super().__init__(config.latent_dim, resolution, channels)
+        doublings = 0
+        while (side := resolution >> doublings) > START and side % 2 == 0:
+            doublings += 1
+        self.side, norm = side, config.batch_norm
+        widths = [min(config.width << k, config.max_width) for k in range(doublings - 1, -1, -1)]
+        double = _resized_convolution if config.upsample == "resize" else _transposed_convolution
+        self.fc = nn.Linear(config.latent_dim, widths[0] * side**2, bias=not norm)
+        self.ups = nn.ModuleList(double(fan_in, fan_out, not norm) for fan_in, fan_out in pairwise(widths))
+        self.norms = nn.ModuleList(_batch_norm(config, width) for width in widths if norm)
+        self.to_image = double(widths[-1], channels, True)
+        self.activation = ACTIVATIONS[config.activation]
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def images(self, z_BD: Tensor, weight_B: Tensor | None) -> Tensor:
+        h = self.fc(self._unit(z_BD)).view(len(z_BD), -1, self.side, self.side)
+        for number, up in enumerate([*self.ups, self.to_image]):
+            h = self._stage(partial(self._double, number, up), h, weight_B)
+        return (torch.tanh(h) + 1) / 2
+
+    def _double(self, number: int, up: nn.Module, h: Tensor, weight_B: Tensor | None) -> Tensor:
+        if len(self.norms):
+            h = self.norms[number](h, weight_B)
+        out: Tensor = up(self.activation(h))
+        return out
+
+
 class ResNetGenerator(Generator):
     """The residual generator of Mescheder, Geiger & Nowozin 2018 for 64 to 1024 px; no BatchNorm.
 
@@ -160,7 +214,7 @@ class ResNetGenerator(Generator):
         )
         self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
-    def forward(self, z_BD: Tensor, weight_B: Tensor | None = None) -> Tensor:
+    def images(self, z_BD: Tensor, weight_B: Tensor | None) -> Tensor:
         del weight_B  # no layer mixes rows
         h = self.fc(self._unit(z_BD)).view(len(z_BD), -1, START, START)
         for block in self.blocks[:-1]:
@@ -195,6 +249,8 @@ def build_generator(config: GeneratorConfig, resolution: int, channels: int) -> 
     """
     network = _network(config, resolution, channels)
     network.unit_input = config.unit_input
+    if config.reference:
+        network.reference_RD = torch.zeros(config.reference, config.latent_dim)
     return network
 
 
@@ -204,6 +260,10 @@ def _network(config: GeneratorConfig, resolution: int, channels: int) -> Generat
         if resolution % 4 or not 8 <= resolution <= 64:
             raise UserError(f"generator.kind=infogan makes images of 8 to 64 px in steps of 4, not {resolution}")
         return InfoGanGenerator(config, resolution, channels)
+    if config.kind == "dcgan":
+        if resolution % 4 or resolution < 2 * START:
+            raise UserError(f"generator.kind=dcgan makes images from 8 px in steps of 4, not {resolution}")
+        return DcganGenerator(config, resolution, channels)
     if resolution < 2 * START or resolution & (resolution - 1):
         raise UserError(f"generator.kind=resnet makes images whose side is a power of two from 8, not {resolution}")
     if config.max_width < config.width:
@@ -215,8 +275,13 @@ def _network(config: GeneratorConfig, resolution: int, channels: int) -> Generat
     )
 
 
-def _norm(layer: SharedBatchNorm | None, h: Tensor, weight_B: Tensor | None) -> Tensor:
-    return h if layer is None else layer(h, weight_B)
+def _batch_norm(config: GeneratorConfig, channels: int) -> nn.Module:
+    return VirtualBatchNorm(channels, config.reference) if config.reference else SharedBatchNorm(channels)
+
+
+def _norm(layer: nn.Module | None, h: Tensor, weight_B: Tensor | None) -> Tensor:
+    out: Tensor = h if layer is None else layer(h, weight_B)
+    return out
 
 
 def _transposed_convolution(fan_in: int, fan_out: int, bias: bool) -> nn.Module:

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     PRIOR = 5  # noise that a generator draws its training images from
     PENALTY = 6  # where a critic's slope is measured
     STATISTICS = 7  # noise that stands for all of a prior
+    LABELLED = 8  # which labelled image accompanies a row
 
 
 # The numbers that these kinds had before streams were named; changing them would change the images of every seed.

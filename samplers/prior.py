@@ -2,16 +2,18 @@
 
 With the codes of GLO it is a baseline: how much worse are codes that know nothing of the images?
 
-Shapes: B batch, D latent dimension (and of the noise).
+Shapes: B batch, E noise dimension, F numbers of a code that say no category, K categories.
 """
 
 from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from ..config.samplers import PriorConfig, SamplerConfig
+from ..models.labels import one_hot
 from ..models.mapping import NoiseToCode
 from ..models.noise import uniform
 from ..models.sphere import Constraint, project
@@ -20,16 +22,26 @@ from .closed_form import ClosedForm
 
 
 class Prior(NoiseToCode):
-    """z = e, 2 P(e) - 1 on each axis, or e / |e|."""
+    """z = e, 2 P(e) - 1 on each axis, or e / |e|; with categories, followed by one of K unit vectors.
 
-    def __init__(self, latent_dim: int, shape: str) -> None:
+    The last number of the noise chooses among them, all alike: category k has its quantiles from k / K to (k + 1) / K.
+    """
+
+    def __init__(self, latent_dim: int, shape: str, categories: int = 0) -> None:
         super().__init__()
-        self.noise_dim, self.shape = latent_dim, shape
+        self.free, self.shape, self.categories = latent_dim - categories, shape, categories
+        self.noise_dim = self.free + bool(categories)
 
-    def forward(self, e_BD: Tensor) -> Tensor:
+    def forward(self, e_BE: Tensor) -> Tensor:
+        e_BF = e_BE[:, : self.free]
         if self.shape == "uniform":
-            return (2 * uniform(e_BD) - 1).to(e_BD.dtype)
-        return project(e_BD, "sphere") if self.shape == "sphere" else e_BD
+            z_BF = (2 * uniform(e_BF) - 1).to(e_BE.dtype)
+        else:
+            z_BF = project(e_BF, "sphere") if self.shape == "sphere" else e_BF
+        if not self.categories:
+            return z_BF
+        category_B = (uniform(e_BE[:, -1]) * self.categories).long().clamp(max=self.categories - 1)
+        return torch.cat([z_BF, one_hot(category_B, self.categories).to(z_BF.dtype)], 1)
 
 
 class PriorSampler(ClosedForm):
@@ -39,7 +51,8 @@ class PriorSampler(ClosedForm):
 
     @staticmethod
     def build(config: SamplerConfig, latent_dim: int, constraint: Constraint) -> Prior:
-        return Prior(latent_dim, cast(PriorConfig, config).shape)
+        keys = cast(PriorConfig, config)
+        return Prior(latent_dim, keys.shape, keys.categories)
 
     def solve(self, codes: Codes) -> float:
         return 0.0

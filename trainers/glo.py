@@ -29,7 +29,8 @@ from ..models.statistics import set_exact_statistics
 from .bad_steps import BadSteps
 from .code_space import CodeSpace
 from .engine.build import build_engine
-from .engine.step import Engine, OptimizerConfig, StepResult
+from .engine.optimizer import OptimizerConfig
+from .engine.step import Engine, StepResult
 from .feature_cache import FeatureCache
 from .objective import Objective
 from .plan.costs import model_flops, training_costs

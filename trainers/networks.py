@@ -17,15 +17,15 @@ from ..datasets.loader import BadRows, batches
 from ..datasets.reader import ImageRows
 from ..models.comm import rank, world_size
 from ..models.critics import critic_of
-from ..models.generators import generator_of
-from ..models.objectives.named import objective_of
 from .bad_steps import BadSteps
 from .engine.build import build_engine
-from .engine.step import Engine, OptimizerConfig
+from .engine.optimizer import OptimizerConfig
+from .engine.step import Engine
 from .glo import GENERATOR, averaged_statistics
 from .plan.costs import model_flops
 from .previews import Pictures, Previews
-from .rounds import Player, Round, Sums, prior_codes, prior_of
+from .prior import prior_codes, referenced_generator
+from .rounds import Game, Player, Sums
 from .stage import Stage, StageContext, StageCost, StageInfo, StageStep, State
 
 CRITIC = "critic"  # network name
@@ -39,10 +39,11 @@ class Networks(Stage):
         config, keys = context.config, context.config.networks
         self.context, self.preview_every = context, config.preview.every_epochs
         torch.manual_seed(config.seed)
-        drawn = OptimizerConfig(keys.generator_lr, keys.betas, keys.ema)
-        self.generator = self.engine(generator_of(config), drawn, networks.get(GENERATOR), config.engine.zero)
+        both = {"kind": keys.optimizer, "history": keys.history}
+        drawn = OptimizerConfig(keys.generator_lr, keys.betas, keys.ema, **both)
+        self.generator = self.engine(referenced_generator(config), drawn, networks.get(GENERATOR), config.engine.zero)
         torch.manual_seed(config.seed + 2)
-        judging = OptimizerConfig(keys.critic.lr, keys.betas, clip=keys.critic.clip)
+        judging = OptimizerConfig(keys.critic.lr, keys.betas, clip=keys.critic.clip, **both)
         state = networks.get(CRITIC)
         # its network is also called outside of DeepSpeed, which ZeRO 3 would have taken apart
         engine = self.engine(critic_of(config), judging, state, min(config.engine.zero, 2))
@@ -107,8 +108,7 @@ def train_networks(
     Raises:
         UserError: `networks.max_bad_steps` steps in a row were not finite.
     """
-    keys, prior = config.networks, prior_of(config).to(generator.device)
-    objective = objective_of(keys.objective)
+    keys, game = config.networks, Game.of(config, images, generator)
     share = Share(keys.batch_size, rank(), world_size(), config.engine.accumulation)
     own = ranges(len(images), share.world)[share.rank]
     bad_rows = BadRows(config.data.max_bad_fraction, len(own))
@@ -121,7 +121,7 @@ def train_networks(
             images, plan, threads=config.data.threads, prefetch=config.data.prefetch, max_bad=bad_rows
         ):
             scale = keys.schedule.factor(epoch + batch.step / steps, keys.epochs)
-            now = Round.of(config, objective, prior, generator, epoch, batch, scale)
+            now = game.round(epoch, batch, scale)
 
             carried_K, made = piggyback(), []
             judged = [now.critic_step(player, carried_K) for player in critics.values()]

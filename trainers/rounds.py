@@ -15,23 +15,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cluster.placement import ranges
+from ..config.networks import NetworksConfig
 from ..config.run import Config
 from ..datasets.loader import Batch
-from ..models.comm import rank, world_size
+from ..datasets.reader import ImageRows
 from ..models.critics import Judgement
+from ..models.labels import class_loss, information, with_category, with_maps
 from ..models.noise import Stream, noise
 from ..models.norm import frozen_statistics
 from ..models.objectives.base import Objective, Scores
+from ..models.objectives.named import objective_of
 from ..models.penalties import penalty
 from ..models.terms import feature_matching, pull_away
-from ..samplers.base import build_network
+from ..samplers.prior import Prior
 from .engine.step import Engine, StepResult
+from .labelled import Labelled, labelled_of, labels_of
+from .prior import prior_of
 
-MEASURES = 4  # numbers of a critic's step: rows, right decisions, sums of the scores of real and of generated images
+# Sums of a critic's step: rows, right decisions, scores of real and of generated images, rows with a label, rows that
+# are classified rightly, and the information of generated images about their codes.
+MEASURES = 7
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Player:
 
     def measure(self, summed: Sequence[float], objective: Objective) -> dict[str, float]:
         """Take in the sums of a batch over all workers; returns what to report."""
-        rows, right, real, fake = summed
+        rows, right, real, fake, known, hits, information = summed
         if not all(map(math.isfinite, summed)) or not rows:
             return {}
         self.accuracy, real, fake = right / rows, real / rows, fake / rows
@@ -65,6 +72,10 @@ class Player:
         if objective.rebalanced is not None:
             self.balance = objective.rebalanced(self.balance, real, fake)
             facts["balance"] = self.balance
+        if known:
+            facts["class_accuracy"] = hits / known
+        if self.engine.network.head is not None:
+            facts["information"] = information / rows
         return facts
 
 
@@ -81,99 +92,134 @@ class CriticStep:
     facts: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Round:
-    """A batch of real images, and who plays with it.
-
-    prior: normal noise to codes. weight_B: 0 for padding and unreadable rows. scale: factor of the learning rates.
-    """
+@dataclass(frozen=True, eq=False)
+class Game:
+    """What all batches have in common. prior: normal noise to codes. label_N: of every row, where they are seen."""
 
     config: Config
     objective: Objective
-    prior: nn.Module
+    prior: Prior
     generator: Engine
+    label_N: np.ndarray | None
+    labelled: Labelled | None
+
+    @classmethod
+    def of(cls, config: Config, images: ImageRows, generator: Engine) -> Game:
+        label_N, prior = labels_of(config, images), prior_of(config).to(generator.device)
+        labelled = labelled_of(config, images, label_N, generator.device)
+        return cls(config, objective_of(config.networks.objective), prior, generator, label_N, labelled)
+
+    def round(self, epoch: int, batch: Batch, scale: float) -> Round:
+        """The round of a batch as it was read; scale: factor of the learning rates."""
+        device = self.generator.device
+        real_BCHW = batch.img_BCHW.to(device, non_blocking=True).float() / 255
+        weight_B, rows_B = (part.to(device, non_blocking=True) for part in (batch.weight_B, batch.rows_B))
+        label_B = torch.full_like(rows_B, -1)
+        if self.label_N is not None:
+            label_B = torch.as_tensor(self.label_N[batch.rows_B.numpy()], device=device).long()
+        return Round(self, epoch, rows_B, real_BCHW, label_B, weight_B, scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """A batch of real images. weight_B: 0 for padding and unreadable rows. label_B: -1 where none is seen."""
+
+    game: Game
     epoch: int
     rows_B: Tensor
     real_BCHW: Tensor
+    label_B: Tensor
     weight_B: Tensor
     scale: float
 
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        objective: Objective,
-        prior: nn.Module,
-        generator: Engine,
-        epoch: int,
-        batch: Batch,
-        scale: float,
-    ) -> Round:
-        """The round of a batch as it was read."""
-        device = generator.device
-        real_BCHW = batch.img_BCHW.to(device, non_blocking=True).float() / 255
-        weight_B = batch.weight_B.to(device, non_blocking=True)
-        rows_B = batch.rows_B.to(device, non_blocking=True)
-        return cls(config, objective, prior, generator, epoch, rows_B, real_BCHW, weight_B, scale)
+    @property
+    def networks(self) -> NetworksConfig:
+        return self.game.config.networks
 
     def codes(self, draw: int) -> Tensor:
         """Fresh codes z_BD; draw 0 is the critic's, those from 1 on are the generator's."""
-        number = self.epoch * (1 + self.config.networks.generator_steps) + draw
-        dim, device = self.config.generator.latent_dim, self.generator.device
+        number, prior = self.epoch * (1 + self.networks.generator_steps) + draw, self.game.prior
         with torch.no_grad():
-            return self.prior(noise(self.config.seed, number, self.rows_B, dim, device, Stream.PRIOR))
+            device, seed = self.rows_B.device, self.game.config.seed
+            code_BD = prior(noise(seed, number, self.rows_B, prior.noise_dim, device, Stream.PRIOR))
+        return with_category(code_BD, self.label_B, prior.categories) if self.networks.condition else code_BD
+
+    def seen(self, img_BCHW: Tensor, part: slice = slice(None)) -> Tensor:
+        """Images as critics see them: with their labels, where these are a condition."""
+        if not self.networks.condition:
+            return img_BCHW
+        return with_maps(img_BCHW, self.label_B[part], self.game.prior.categories)
+
+    def information(self, judged_BQ: Tensor, code_BD: Tensor) -> Tensor:
+        """What generated images say of their codes, per row."""
+        return information(judged_BQ.float(), code_BD, self.game.prior.categories, self.networks.continuous)
 
     def critic_step(self, player: Player, piggyback_K: Tensor) -> CriticStep:
         """Update a critic, unless it is too good already, and what depends on the scores of all workers."""
-        networks, critic = self.config.networks, player.engine
-        fake_BCHW = self.generator.draw(self.codes(0), self.weight_B)
+        networks, critic, objective, seed = self.networks, player.engine, self.game.objective, self.game.config.seed
+        code_BD = self.codes(0)
+        fake_BCHW = self.game.generator.draw(code_BD, self.weight_B)
+        shown, class_B = [self.seen(fake_BCHW), self.seen(self.real_BCHW)], None
+        if self.game.labelled is not None:
+            known_BCHW, class_B = self.game.labelled.draw(seed, self.epoch, self.rows_B)
+            shown.append(known_BCHW)
         sent_K = torch.cat([torch.zeros(MEASURES), piggyback_K]).to(critic.device)
         measured = sent_K[:MEASURES]  # set while the loss is computed, and summed with it
 
         def loss_of(judged: Judgement, part: slice) -> Tensor:
-            fake_B, real_B = judged.score_B.float().unbind(1)
+            fake_B, real_B = judged.score_B[:, :2].float().unbind(1)
             images, rows_B, weight_B = (self.real_BCHW[part], fake_BCHW[part]), self.rows_B[part], self.weight_B[part]
-            gap_B = (images[0] - images[1]).abs().flatten(1).mean(1) if self.objective.needs_gap else 0.0
-            loss_B = self.objective.critic(Scores(real_B, fake_B, gap_B, player.balance))
+            gap_B = (images[0] - images[1]).abs().flatten(1).mean(1) if objective.needs_gap else 0.0
+            loss_B = objective.critic(Scores(real_B, fake_B, gap_B, player.balance))
             if (kind := networks.penalty.kind) != "none":
-                slope_B = penalty(kind, lambda x: score(critic, x), *images, self.config.seed, self.epoch, rows_B)
+                slope_B = penalty(kind, lambda x: score(critic, self.seen(x, part)), *images, seed, self.epoch, rows_B)
                 loss_B = loss_B + networks.penalty.weight * slope_B
+            known_B = hit_B = bound_B = torch.zeros_like(real_B)
+            if class_B is not None:
+                loss_B = loss_B + class_loss(judged.head_BQ[:, 2].float(), class_B[part])
+                known_B = (self.label_B[part] >= 0).float()
+                hit_B = (judged.head_BQ[:, 1].argmax(1) == self.label_B[part]).float()
+            if networks.information:
+                bound_B = self.information(judged.head_BQ[:, 0], code_BD[part])
+                loss_B = loss_B - networks.information * bound_B
             right_B = 0.5 * ((real_B > 0).float() + (fake_B < 0).float())
-            seen = torch.stack([torch.ones_like(real_B), right_B, real_B, fake_B]).detach()
+            seen = torch.stack([torch.ones_like(real_B), right_B, real_B, fake_B, known_B, hit_B, bound_B]).detach()
             measured.add_(torch.where(weight_B > 0, seen, 0.0).sum(1))
             return loss_B
 
         held = player.accuracy > networks.gate
-        both = torch.stack([fake_BCHW, self.real_BCHW], 1)
-        result = critic.step(both, self.weight_B, loss_of, networks.critic.lr * self.scale, sent_K, hold=held)
+        inputs = torch.stack(shown, 1)
+        result = critic.step(inputs, self.weight_B, loss_of, networks.critic.lr * self.scale, sent_K, hold=held)
         summed, carried_K = result.piggyback_K[:MEASURES].tolist(), result.piggyback_K[MEASURES:]
-        facts = player.measure(summed, self.objective) if result.applied or held else {}
+        facts = player.measure(summed, objective) if result.applied or held else {}
         return CriticStep(result.loss, result.applied or held, carried_K, facts)
 
     def generator_step(self, players: Sequence[Player], draw: int) -> StepResult:
         """Update the generator against all critics."""
-        networks = self.config.networks
+        networks, objective, code_BD = self.networks, self.game.objective, self.codes(draw)
 
         def loss_of(fake_BCHW: Tensor, part: slice) -> Tensor:
-            real_BCHW, weight_B = self.real_BCHW[part], self.weight_B[part]
+            real_BCHW, weight_B = self.seen(self.real_BCHW[part], part), self.weight_B[part]
             losses = []
             for player in players:
-                fake, real = player.engine.local(fake_BCHW, weight_B), None
-                if self.objective.needs_real or networks.feature_matching:
+                fake, real = player.engine.local(self.seen(fake_BCHW, part), weight_B), None
+                if objective.needs_real or networks.feature_matching:
                     with torch.no_grad():
                         real = player.engine.local(real_BCHW, weight_B)
                 real_B = fake.score_B.detach() if real is None else real.score_B
-                loss_B = self.objective.generator(Scores(real_B.float(), fake.score_B.float()))
+                loss_B = networks.adversarial * objective.generator(Scores(real_B.float(), fake.score_B.float()))
                 if real is not None and networks.feature_matching:
                     matched = feature_matching(fake.features_BF.float(), real.features_BF.float(), weight_B)
                     loss_B = loss_B + networks.feature_matching * matched
                 if networks.pull_away:
                     loss_B = loss_B + networks.pull_away * pull_away(fake.features_BF.float(), weight_B)
+                if networks.information:
+                    loss_B = loss_B - networks.information * self.information(fake.head_BQ, code_BD[part])
                 losses.append(loss_B)
             return torch.stack(losses).sum(0)
 
         with watching([player.engine.network for player in players]):
-            return self.generator.step(self.codes(draw), self.weight_B, loss_of, networks.generator_lr * self.scale)
+            return self.game.generator.step(code_BD, self.weight_B, loss_of, networks.generator_lr * self.scale)
 
 
 @contextmanager
@@ -208,15 +254,3 @@ class Sums:
 
     def means(self) -> dict[str, float]:
         return {name: math.fsum(values) / len(values) for name, values in self.values.items() if values}
-
-
-def prior_of(config: Config) -> nn.Module:
-    """The distribution of codes, a function of normal noise."""
-    return build_network(config.sampler, config.generator.latent_dim, config.glo.constraint)
-
-
-def prior_codes(config: Config, count: int) -> Tensor:
-    """This worker's part of `count` codes of the prior, always the same ones."""
-    own = ranges(count, world_size())[rank()]
-    index_n = torch.arange(own.start, own.stop)
-    return prior_of(config)(noise(config.seed, 0, index_n, config.generator.latent_dim, stream=Stream.STATISTICS))

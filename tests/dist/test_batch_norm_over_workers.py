@@ -23,7 +23,7 @@ from glann.datasets.reader import ImageRows
 from glann.models.generators import build_generator
 from glann.samplers.base import Codes, build_sampler
 from glann.trainers.engine.build import build_engine
-from glann.trainers.engine.step import OptimizerConfig
+from glann.trainers.engine.optimizer import OptimizerConfig
 from glann.trainers.glo import GENERATOR, Glo
 from glann.trainers.stage import StageContext, final_weights
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from glann.config.sections import EngineConfig
 from glann.trainers.engine.build import build_engine
-from glann.trainers.engine.step import OptimizerConfig
+from glann.trainers.engine.optimizer import OptimizerConfig
 from torch import nn
 
 BATCH, STEPS = 12, 5

@@ -13,7 +13,7 @@ import torch
 from glann.config.sections import EngineConfig, GeneratorConfig
 from glann.models.generators import build_generator
 from glann.trainers.engine.build import build_engine
-from glann.trainers.engine.step import OptimizerConfig
+from glann.trainers.engine.optimizer import OptimizerConfig
 
 BATCH, STEPS, DIM = 8, 5, 12
 

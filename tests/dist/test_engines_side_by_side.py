@@ -15,7 +15,7 @@ import pytest
 import torch
 from glann.config.sections import EngineConfig
 from glann.trainers.engine.build import build_engine
-from glann.trainers.engine.step import OptimizerConfig
+from glann.trainers.engine.optimizer import OptimizerConfig
 from torch import nn
 
 WIDTHS, BATCHES, ACCUMULATION = ((5, 17, 7), (7, 9, 3)), (12, 8), (2, 1)

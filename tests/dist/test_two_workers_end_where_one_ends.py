@@ -15,7 +15,7 @@ from glann.cluster.latents import LatentTable
 from glann.config.run import validate
 from glann.models.generators import build_generator
 from glann.trainers.engine.build import build_engine
-from glann.trainers.engine.step import OptimizerConfig
+from glann.trainers.engine.optimizer import OptimizerConfig
 from glann.samplers.base import Codes, build_sampler
 
 ROWS, BATCH = 26, 8

@@ -17,7 +17,7 @@ from glann.config.run import validate
 from glann.datasets.pack import pack
 from glann.datasets.reader import ImageRows
 from glann.trainers.engine.build import build_engine
-from glann.trainers.engine.step import OptimizerConfig
+from glann.trainers.engine.optimizer import OptimizerConfig
 from glann.trainers.glo import train_glo
 from torch import nn
 

@@ -11,7 +11,7 @@ from glann.models.losses import build_loss
 from glann.models.noise import noise
 from glann.models.perceptual import build_features
 from glann.trainers.engine.build import build_engine
-from glann.trainers.engine.step import OptimizerConfig
+from glann.trainers.engine.optimizer import OptimizerConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")

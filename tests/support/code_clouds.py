@@ -42,10 +42,15 @@ def cloud(name: str, rows: int) -> Tensor:
 
 
 def covered(sampler: Sampler, name: str) -> tuple[int, float]:
-    """Modes that a draw comes within 3 standard deviations of, and the share of 2,500 draws that do."""
-    centre_M2, deviation = CLOUDS[name]()
+    """`modes_covered` by 2,500 draws of a sampler."""
     e_BE = noise(0, 7, torch.arange(DRAWS), sampler.network.noise_dim, stream=Stream.SAMPLES)
-    distance_B, mode_B = torch.cdist(sampler.codes(e_BE) / SHRUNK, centre_M2).min(1)
+    return modes_covered(sampler.codes(e_BE) / SHRUNK, name)
+
+
+def modes_covered(drawn_B2: Tensor, name: str) -> tuple[int, float]:
+    """Modes that a draw comes within 3 standard deviations of, and the share of draws that do."""
+    centre_M2, deviation = CLOUDS[name]()
+    distance_B, mode_B = torch.cdist(drawn_B2, centre_M2).min(1)
     good_B = distance_B < 3 * deviation
     return len(set(mode_B[good_B].tolist())), float(good_B.float().mean())
 

@@ -11,7 +11,8 @@ from ...config.sections import EngineConfig
 from ...models.comm import world_size
 from ...models.norm import SharedBatchNorm
 from .deepspeed import DeepSpeedEngine
-from .step import Engine, OptimizerConfig
+from .optimizer import OptimizerConfig
+from .step import Engine
 
 
 def build_engine(

@@ -21,22 +21,8 @@ from ...cluster.row_optimizers import gradient_fault
 from ...config.sections import EngineConfig
 from ...models.comm import all_sum, world_size
 from ...models.norm import frozen_statistics, pending_statistics
+from .optimizer import GuardedAdam, OptimizerConfig
 from .transfer import Download, Upload
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Adam of one network: learning rate, betas, and the decay of the moving average of the weights (0 is off).
-
-    lr: at construction; every step sets its own. clip: bound of every weight after an update (0 is off).
-    """
-
-    lr: float
-    betas: tuple[float, float]
-    ema: float = 0.0
-    clip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,30 +66,6 @@ class LaunchedStep:
             return StepResult(loss_sum / real_rows if real_rows else None, own_BD, not withheld, numbers[3:])
 
         return result
-
-
-class GuardedAdam(torch.optim.Adam):
-    """Adam that skips an update if `withheld` is 1, also inside a wrapper (DeepSpeed calls `step` itself).
-
-    The fused optimiser reads it on the device, as it does the overflow flag of a gradient scaler. With `clip`, weights
-    are bounded here and not by their owner, so that ZeRO bounds the copies that it updates.
-    """
-
-    withheld: Tensor | None = None
-    clip = 0.0
-
-    def step(self, closure: Any = None) -> Any:
-        if self.defaults["fused"]:
-            self.found_inf = self.withheld
-        elif self.withheld is not None and self.withheld:
-            return None
-        done = super().step(closure)
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"] if self.clip):
-            bounded = parameter.data.clamp(-self.clip, self.clip)
-            parameter.data.copy_(
-                bounded if self.withheld is None else bounded.where(self.withheld == 0, parameter.data)
-            )
-        return done
 
 
 class Precision(nn.Module):
@@ -150,17 +112,11 @@ class Engine:
         self.names = [name for name, _ in network.named_parameters()]
         self.ema = None
         forward = Precision(network, device, config.precision == "bf16")
-        self.optimizer = GuardedAdam(
-            network.parameters(),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            fused=device.type == "cuda",
-        )
-        self.optimizer.clip = optimizer.clip
+        self.optimizer = GuardedAdam(network.parameters(), optimizer, fused=device.type == "cuda")
         self.local = forward
         self.forward: nn.Module = self._wrap(forward, config, batch)
         updates = 0.0 if state is None else float(state["updates"])
-        prime(self.optimizer, self._stored_parameters(), updates)
+        self.optimizer.prime(self._stored_parameters(), updates)
         if state is not None:
             self._restore_moments(state)
         if optimizer.ema:
@@ -300,9 +256,9 @@ class Engine:
         if self.ema:
             averages = dict(zip(map(id, parameters.values()), self.ema.shards, strict=True))
             state["ema"] = lazy(parameters, lambda parameter: self._whole_of(parameter, averages[id(parameter)]))
-        for key in MOMENTS:
+        for key in self.optimizer.moments:
             state[key] = lazy(parameters, partial(self._moment, key=key))
-        state["updates"] = max(float(slot["step"]) for slot in self.optimizer.state.values())
+        state["updates"] = self.optimizer.updates
         return state
 
     def state(self) -> dict[str, Any]:
@@ -323,7 +279,7 @@ class Engine:
         return shard.float()
 
     def _restore_moments(self, state: Mapping) -> None:
-        for key in MOMENTS:
+        for key in self.optimizer.moments:
             for name, parameter in zip(self.names, self.network.parameters(), strict=True):
                 self._set_moment(parameter, key, state[key][name].to(self.device))
 
@@ -340,17 +296,6 @@ class MovingAverage:
         """Move the average towards these weights by `1 - decay`, if the step was applied (a bool on their device)."""
         share = (1 - self.decay) * applied
         torch._foreach_lerp_(self.shards, shards, [share] * len(shards))
-
-
-def prime(optimizer: torch.optim.Optimizer, parameters: list[Tensor], updates: float) -> None:
-    """Create Adam's state before the first step, so that it can always be saved and restored."""
-    for parameter in parameters:
-        on = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
-        optimizer.state[parameter] = {
-            "step": torch.tensor(updates, dtype=torch.float32, device=on),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

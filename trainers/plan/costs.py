@@ -6,11 +6,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...config.run import Config
 from ...errors import UserError
 from ...models.cost import Cost, cost, training_bytes
-from ...models.critics import Critic, critic_of
+from ...models.critics import Critic, critic_of, label_maps
 from ...models.generators import Generator, generator_of
 from ...models.losses import PerceptualLoss, build_loss
 from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
@@ -19,12 +20,14 @@ from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
 class Compared(nn.Module):
     """A critic in the place of a reconstruction loss: (fake, real) -> one number per row, with both in the graph."""
 
-    def __init__(self, critic: Critic) -> None:
+    def __init__(self, critic: Critic, maps: int) -> None:
+        """maps: channels for the label of an image."""
         super().__init__()
-        self.critic = critic
+        self.critic, self.maps = critic, maps
 
     def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
-        return self.critic(fake_BCHW).score_B - self.critic(real_BCHW).score_B
+        fake_B, real_B = (self.critic(F.pad(x, (0, 0, 0, 0, 0, self.maps))).score_B for x in (fake_BCHW, real_BCHW))
+        return fake_B - real_B
 
 
 def training_costs(config: Config) -> tuple[Cost, Cost]:
@@ -101,10 +104,11 @@ def model_flops(config: Config) -> int:
 
 def build_networks(config: Config, device: str) -> tuple[Generator, nn.Module]:
     """Generator and loss, or critic, as configured, with random weights, so that a plan needs no downloads."""
+    keys = config.generator.model_copy(update={"reference": 0})  # comes once with every batch, not with every image
     with torch.device(device):
-        generator = generator_of(config)
+        generator = generator_of(config.model_copy(update={"generator": keys}))
         if not config.has_codes:
-            return generator, Compared(critic_of(config))
+            return generator, Compared(critic_of(config), label_maps(config))
         features: FeatureNet | None = None
         if config.loss.kind == "perceptual":
             network = Vgg16 if config.loss.network == "vgg16" else SqueezeNet

@@ -83,7 +83,7 @@ def of_training(config: Config, generator: Cost, loss: Cost, workers: int) -> di
     stage = config.engine.zero
     weights = FLOAT * generator.parameters
     half = config.engine.precision == "bf16"
-    activations = step_bytes(config, micro_batch(config, workers))
+    activations = step_bytes(config, config.generator.reference + micro_batch(config, workers))
     memory = {
         "weights": weights // (workers if stage >= 3 else 1),
         "gradients": weights // (workers if stage >= 2 else 1),

@@ -25,7 +25,7 @@ from ...storage.open import local_folder, open_store
 from ...tracking.source import is_registered
 from ..glo import GENERATOR, averaged_statistics
 from ..networks import STATISTICS_OF
-from ..rounds import prior_codes
+from ..prior import prior_codes
 from ..sampler import MAPPING
 from ..stage import final_weights
 from .evaluation import gaussian_of

@@ -10,6 +10,7 @@ from glann.config.sections import GeneratorConfig
 from glann.errors import UserError
 from glann.models.generators import build_generator
 from glann.models.norm import SharedBatchNorm
+from glann.models.virtual_norm import VirtualBatchNorm
 from scipy.signal import convolve2d, correlate2d
 from torch import nn
 
@@ -156,7 +157,8 @@ def test_resnet_equals_a_float64_reference():
 
 
 @pytest.mark.parametrize(
-    ("kind", "resolution"), [("infogan", 28), ("infogan", 32), ("infogan", 64), ("resnet", 64), ("resnet", 256)]
+    ("kind", "resolution"),
+    [("infogan", 28), ("infogan", 32), ("infogan", 64), ("dcgan", 28), ("dcgan", 64), ("resnet", 64), ("resnet", 256)],
 )
 @pytest.mark.parametrize("upsample", ["native", "resize"])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -179,13 +181,20 @@ def test_the_published_widths():
     assert tuple(infogan.up1.weight.shape) == (128, 64, 4, 4)
     assert tuple(infogan.up2.weight.shape) == (64, 1, 4, 4)
     with torch.device("meta"):
+        dcgan = build_generator(GeneratorConfig(kind="dcgan", latent_dim=100, width=128), 64, 3)
+        example = build_generator(GeneratorConfig(kind="dcgan", latent_dim=100, width=64), 64, 3)
+    assert tuple(dcgan.fc.weight.shape) == (1024 * 4 * 4, 100)
+    assert [layer.out_channels for layer in [*dcgan.ups, dcgan.to_image]] == [512, 256, 128, 3]
+    # PyTorch's example (nz 100, ngf 64) has this many, without our biases of the three colours
+    assert sum(p.numel() for p in example.parameters()) == 3_576_704 + 3
+    with torch.device("meta"):
         resnet = build_generator(GeneratorConfig(kind="resnet", latent_dim=256), 256, 3)
     assert tuple(resnet.fc.weight.shape) == (1024 * 4 * 4, 256)
     assert [block.conv1.in_channels for block in resnet.blocks] == [1024, 1024, 1024, 512, 256, 128, 64]
     assert not any(isinstance(layer, SharedBatchNorm) for layer in resnet.modules())
 
 
-@pytest.mark.parametrize("kind", ["infogan", "resnet"])
+@pytest.mark.parametrize("kind", ["infogan", "dcgan", "resnet"])
 def test_checkpointed_activations_change_no_number(kind):
     resolution = 8 if kind == "infogan" else 32
     plain, thrifty = (build_generator(small(kind), resolution, 3) for _ in range(2))
@@ -221,6 +230,37 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
     torch.testing.assert_close(net(z_BD)[3:4], net(z_BD[3:4]))
 
 
+@pytest.mark.parametrize("kind", ["infogan", "dcgan"])
+def test_with_a_reference_batch_a_row_does_not_depend_on_its_mates_in_training(kind):
+    net = build_generator(small(kind, reference=7), 8, 1)
+    net.reference_RD.copy_(codes(7))
+    z_BD = codes(5)
+    img_BCHW = net(z_BD)
+    for row in range(5):
+        torch.testing.assert_close(net(z_BD[row : row + 1])[0], img_BCHW[row])
+    torch.testing.assert_close(net.eval()(z_BD), img_BCHW)
+    before = img_BCHW[0].detach().clone()
+    net.reference_RD.copy_(codes(7))
+    assert not torch.allclose(net(z_BD)[0], before, atol=1e-4)
+    assert "reference_RD" in net.state_dict()
+
+
+def test_virtual_statistics_are_those_of_the_reference_and_the_row_together():
+    for shape in ((6, 3), (6, 3, 4, 5)):
+        norm = VirtualBatchNorm(3, 4)
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        x = torch.randn(shape) * 3 + 2
+        out = norm(x)
+        for row in (4, 5):
+            whole = nn.functional.batch_norm(
+                torch.cat([x[:4], x[row : row + 1]]), None, None, norm.weight, norm.bias, training=True
+            )
+            torch.testing.assert_close(out[row], whole[4], atol=1e-5, rtol=1e-4)
+        alone = nn.functional.batch_norm(x[:4], None, None, norm.weight, norm.bias, training=True)
+        torch.testing.assert_close(out[:4], alone, atol=1e-5, rtol=1e-4)
+
+
 def test_resize_draws_no_checkerboard_out_of_a_flat_map():
     flat = torch.ones(1, 8, 6, 6)
     native = build_generator(small("infogan"), 8, 1).up1(flat)[..., 2:-2, 2:-2]
@@ -235,6 +275,7 @@ def test_resize_draws_no_checkerboard_out_of_a_flat_map():
         (small("infogan"), 128, "128"),
         (small("infogan"), 30, "30"),
         (small("resnet"), 96, "96"),
+        (small("dcgan"), 30, "30"),
         (small("resnet", width=32), 64, "max_width"),
     ],
 )

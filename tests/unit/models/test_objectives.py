@@ -22,8 +22,9 @@ from glann.models.objectives.named import BUILDERS, objective_of
 from glann.models.objectives.relativistic import relativistic
 from glann.models.objectives.wasserstein import wasserstein
 from glann.models.penalties import around, between, one_centred, penalty, slope, zero_centred
-from glann.models.terms import feature_matching, pull_away
+from glann.models.terms import feature_matching, likeness, pull_away
 from scipy.optimize import linprog
+from threaded_ranks import on_ranks
 from torch import nn
 
 P = torch.tensor([0.40, 0.30, 0.20, 0.08, 0.02], dtype=torch.float64)
@@ -330,3 +331,14 @@ def test_feature_matching_compares_means_of_real_rows():
     fake, real, weight = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([1.0, 0, 1, 1, 0])
     wanted = (real[weight > 0].mean(0) - fake[weight > 0].mean(0)).square().sum()
     torch.testing.assert_close(feature_matching(fake, real, weight), wanted)
+
+
+def test_the_likeness_of_a_row_is_that_to_the_other_real_rows_of_all_workers():
+    kernel, weight = torch.randn(6, 3, 2, dtype=torch.float64), torch.tensor([1.0, 1, 0, 1, 1, 0], dtype=torch.float64)
+    found = likeness(kernel, weight)
+    for row in range(6):
+        others = [other for other in range(6) if other != row and weight[other]]
+        wanted = sum(torch.exp(-(kernel[row] - kernel[other]).abs().sum(1)) for other in others)
+        torch.testing.assert_close(found[row], wanted)
+    parts = on_ranks(2, lambda rank: likeness(kernel[3 * rank :][:3], weight[3 * rank :][:3]))
+    torch.testing.assert_close(torch.cat(parts), found)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from glann.cluster.latents import LatentTable
 from glann.config.networks import OBJECTIVES, ObjectiveConfig
 from glann.config.run import validate
+from glann.datasets.loader import BadRows, PlannedBatch, batches
 from glann.errors import UserError
 from glann.models.objectives.base import Objective
 from glann.models.objectives.named import BUILDERS
 from glann.trainers.networks import Networks, train_networks
-from glann.trainers.rounds import Player
+from glann.trainers.rounds import Game, Player
 from glann.trainers.stage import StageContext
 from toy_images import ToyImages
 
@@ -26,6 +29,7 @@ def config(objective: str = "non-saturating", epochs: int = 2, **keys: Any):
     critic = {"kind": "autoencoder" if objective in ENERGIES else "infogan", "width": 4, "code_dim": 4}
     critic |= keys.pop("critic", {})
     generator = {"kind": "infogan", "latent_dim": 5, "width": 4} | keys.pop("generator", {})
+    sampler = keys.pop("sampler", {})
     networks = {"epochs": epochs, "batch_size": BATCH, "objective": {"kind": objective}, "critic": critic}
     tree = {
         "name": "t",
@@ -33,7 +37,7 @@ def config(objective: str = "non-saturating", epochs: int = 2, **keys: Any):
         "data": {"url": "x", "resolution": 28, "channels": 1, "threads": 1},
         "generator": generator,
         "networks": networks | keys,
-        "sampler": {"kind": "prior", "shape": "uniform"},
+        "sampler": {"kind": "prior", "shape": "uniform"} | sampler,
         "engine": {"kind": "torch"},
     }
     return validate(tree, "test")
@@ -92,8 +96,24 @@ def test_every_kind_of_objective_moves_both_networks(objective):
         {"objective": "began", "critic": {"kind": "autoencoder"}},
         {"critic": {"spectral_norm": True}, "gate": 0.6, "objective": "hinge"},
         {"objective": "relativistic", "penalty": {"kind": "r1-r2"}, "feature_matching": 1.0, "pull_away": 0.1},
+        {"optimizer": "rmsprop", "betas": [0, 0.99], "history": 0.1, "critic": {"kernels": 3}},
+        {"condition": True, "sampler": {"categories": 3}, "penalty": {"kind": "between"}},
+        {"critic": {"classes": 3}, "labelled": 6, "feature_matching": 1.0, "adversarial": 0.0},
+        {"information": 1.0, "continuous": 1, "sampler": {"categories": 3}},
+        {"ema": 0.5, "generator": {"kind": "dcgan", "reference": 5}},
     ],
-    ids=["batch-norm", "penalty", "balance", "gate", "terms"],
+    ids=[
+        "batch-norm",
+        "penalty",
+        "balance",
+        "gate",
+        "terms",
+        "rmsprop",
+        "condition",
+        "classes",
+        "information",
+        "virtual",
+    ],
 )
 @pytest.mark.parametrize("after", [2, 4])
 def test_a_resumed_run_ends_bit_for_bit_where_a_straight_one_ends(keys, after):
@@ -139,6 +159,41 @@ def test_clipping_bounds_the_critic_and_not_the_generator():
     assert any(float(p.detach().abs().max()) > 0.005 for p in made.generator.network.parameters())
 
 
+@pytest.mark.parametrize(
+    ("keys", "fact", "least", "most"),
+    [
+        ({"condition": True, "sampler": {"categories": 3}}, "real_score", -9, 9),
+        ({"critic": {"classes": 3}, "labelled": 6}, "class_accuracy", 0, 1),
+        ({"information": 1.0, "sampler": {"categories": 3}}, "information", -9, math.log(3)),
+    ],
+    ids=["condition", "classes", "information"],
+)
+def test_labels_and_codes_are_used_and_reported(keys, fact, least, most):
+    [*_, last] = run(stage(config(**keys)))
+    assert least <= last.facts[fact] <= most
+
+
+def test_a_conditional_generator_gets_the_labels_of_the_batch():
+    made = stage(config(condition=True, sampler={"categories": 3}))
+    images = ToyImages(ROWS)
+    [batch] = batches(
+        images, [PlannedBatch(0, np.arange(4), np.ones(4, np.float32))], threads=1, prefetch=1, max_bad=BadRows(0, 4)
+    )
+    now = Game.of(made.context.config, images, made.generator).round(0, batch, 1.0)
+    for draw in (0, 1):
+        assert torch.equal(now.codes(draw)[:, -3:].argmax(1), torch.from_numpy(images.labels()[:4]).long())
+    assert not torch.equal(now.codes(0)[:, :2], now.codes(1)[:, :2])
+
+
+def test_labels_that_do_not_fit_the_configuration_are_refused():
+    for keys, words in (
+        ({"condition": True, "sampler": {"categories": 2}}, "labels up to 2"),
+        ({"critic": {"classes": 3}, "labelled": 30}, "needs 10 images of label 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(stage(config(**keys)), count=1)
+
+
 def test_critics_side_by_side_each_learn_and_the_generator_follows_their_sum():
     one, two = stage(config(epochs=1)), stage(config(epochs=1))
     images = ToyImages(ROWS)
@@ -181,6 +236,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_many_end_the_run():
         ({"objective": {"kind": "hings"}}, "unknown"),
         ({"objective": {"kind": "kl"}, "gate": 0.8}, "sign"),
         ({"critic": {"kind": "resnet"}}, "28"),
+        ({"penalty": {"kind": "r1"}, "critic": {"kernels": 5}}, "kernels"),
+        ({"optimizer": "rmsprop"}, "momentum"),
+        ({"critic": {"classes": 10}}, "belong together"),
+        ({"critic": {"classes": 10}, "labelled": 15}, "multiple"),
+        ({"critic": {"classes": 2}, "labelled": 4, "objective": {"kind": "hinge"}}, "logit"),
+        ({"critic": {"classes": 2}, "labelled": 4, "condition": True}, "leave out one"),
+        ({"condition": True}, r"sampler\.categories"),
+        ({"information": 1.0}, r"sampler\.categories"),
+        ({"information": 1.0, "continuous": 2}, "uniform"),
+        ({"continuous": 2}, "not read"),
+        ({"information": 1.0, "continuous": 65}, "fit"),
     ],
 )
 def test_impossible_combinations_are_refused_by_name(keys, words):

@@ -11,7 +11,7 @@ from glann.config.sections import EngineConfig, GeneratorConfig
 from glann.models.generators import build_generator
 from glann.models.norm import SharedBatchNorm
 from glann.trainers.engine.build import build_engine
-from glann.trainers.engine.step import OptimizerConfig
+from glann.trainers.engine.optimizer import OptimizerConfig
 from torch import nn
 
 
@@ -266,3 +266,32 @@ def test_accumulation_with_batchnorm_is_refused(seed):
     with pytest.raises(ValueError, match=r"engine\.accumulation=2 would change what a network with BatchNorm learns"):
         engine_of(NormNet(), accumulation=2)
     assert engine_of(NormNet()).accumulation == 1
+
+
+@pytest.mark.parametrize("wanted", ["rmsprop", "history"])
+def test_variants_of_the_optimiser_are_those_written_out(seed, wanted):
+    """RMSProp as torch has it; historical averaging by a loop over |w - mean w|^2 of all weights so far."""
+    weight, steps = 0.3, 5
+    config = {"rmsprop": {"kind": "rmsprop"}, "history": {"history": weight}}[wanted]
+    optimizer = OptimizerConfig(1e-2, (0.0, 0.9), **config)
+    net, twin = Net(), Net()
+    twin.load_state_dict(net.state_dict())
+    engine = build_engine(net, optimizer, EngineConfig(kind="torch"), 12, torch.device("cpu"))
+    kind = torch.optim.RMSprop if wanted == "rmsprop" else torch.optim.Adam
+    settings = {"alpha": 0.9} if wanted == "rmsprop" else {"betas": (0.0, 0.9)}
+    reference = kind(twin.parameters(), lr=1e-2, **settings)
+    seen = [[] for _ in twin.parameters()]
+    for _ in range(steps):
+        z_BD, x = torch.randn(12, 5), torch.rand(12, 3, 2, 2)
+        engine.step(z_BD, torch.ones(12), l1_of(x), 1e-2)
+        loss = (twin(z_BD) - x).abs().mean((1, 2, 3)).mean()
+        for parameter, before in zip(twin.parameters(), seen, strict=True):
+            before.append(parameter.detach().clone())
+            if wanted == "history":
+                loss = loss + weight * (parameter - torch.stack(before).mean(0)).square().sum()
+        reference.zero_grad()
+        loss.backward()
+        reference.step()
+    assert engine.state()["updates"] == steps
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
