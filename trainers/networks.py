@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +40,14 @@ class Networks(Stage):
         config, keys = context.config, context.config.networks
         self.context, self.preview_every = context, config.preview.every_epochs
         torch.manual_seed(config.seed)
-        both = {"kind": keys.optimizer, "history": keys.history}
-        drawn = OptimizerConfig(keys.generator_lr, keys.betas, keys.ema, **both)
+        optimizer = partial(OptimizerConfig, betas=keys.betas, kind=keys.optimizer, history=keys.history)
+        drawn = optimizer(keys.generator_lr, ema=keys.ema)
         self.generator = self.engine(referenced_generator(config), drawn, networks.get(GENERATOR), config.engine.zero)
         torch.manual_seed(config.seed + 2)
-        judging = OptimizerConfig(keys.critic.lr, keys.betas, clip=keys.critic.clip, **both)
+        judging = optimizer(keys.critic.lr, clip=keys.critic.clip)
         state = networks.get(CRITIC)
         # its network is also called outside of DeepSpeed, which ZeRO 3 would have taken apart
-        engine = self.engine(critic_of(config), judging, state, min(config.engine.zero, 2))
-        self.critic = Player.resumed(engine, state)
+        self.critic = Player.resumed(self.engine(critic_of(config), judging, state, min(config.engine.zero, 2)), state)
         self.drawing = Previews(config, context.images, context.latents.rows, context.device)
 
     def engine(self, network: nn.Module, optimizer: OptimizerConfig, state: State | None, zero: int) -> Engine:
@@ -138,7 +138,7 @@ def train_networks(
                 judged[0].piggyback_K,
                 loss=loss,
                 rows_B=batch.rows_B[batch.weight_B > 0].tolist(),
-                applied=loss is None or all(player.applied for player in (*judged, *made)),
+                applied=loss is None or all([*(one.applied for one in judged), *(one.applied for one in made)]),
                 facts=sums.means() if ends else {},
                 ends_epoch=ends,
             )
