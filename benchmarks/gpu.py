@@ -42,7 +42,7 @@ from glann.models.perceptual import Vgg16, build_features  # noqa: E402
 # Those of configs/celebahq-1024.yaml; a test compares them.
 SIDE, CHANNELS, FLOAT = 1024, 3, 4
 GENERATOR: Any = SimpleNamespace(
-    kind="resnet", latent_dim=256, width=16, max_width=512, upsample="native", unit_input=False
+    kind="resnet", latent_dim=256, width=16, max_width=512, upsample="native", unit_input=False, reference=0
 )
 LOSS: Any = SimpleNamespace(
     kind="perceptual", taps=None, levels=None, magnify=1.0, pixel_weight=1.0, feature_weight=1.0, patch=None,

@@ -25,7 +25,7 @@ from glann.models.losses import PerceptualLoss, build_loss
 from glann.models.perceptual import Vgg16, build_features
 from glann.samplers.base import Codes, build_sampler
 from glann.trainers.engine.build import build_engine
-from glann.trainers.engine.step import OptimizerConfig
+from glann.trainers.engine.optimizer import OptimizerConfig
 from glann.trainers.feature_cache import FeatureCache
 from glann.trainers.glo import launch, visit
 from harness import Row, least, machine, report

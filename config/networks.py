@@ -9,6 +9,7 @@ from pydantic import Field
 from .samplers import PriorConfig, SamplerConfig
 from .schedule import ScheduleConfig
 from .section import Fraction, Positive, Section, Trait
+from .sections import GeneratorConfig
 
 # One entry per objective, with the keys of `networks.objective` that it reads.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
@@ -203,16 +204,18 @@ class NetworksConfig(Section):
             return "networks.continuous is not read without networks.information; set both or neither"
         return None
 
-    def fault_of_codes(self, sampler: SamplerConfig, latent_dim: int) -> str | None:
-        """What is wrong with the keys of codes and the distribution of codes together."""
+    def fault_of_codes(self, sampler: SamplerConfig, generator: GeneratorConfig) -> str | None:
+        """What is wrong with the keys of codes, their distribution and the generator together."""
+        if generator.reference and not generator.has_norms:
+            return "generator.reference is for a generator with BatchNorm; set generator.reference=0"
         if not isinstance(sampler, PriorConfig):
             return None
-        free = latent_dim - sampler.categories
+        free = generator.latent_dim - sampler.categories
         if sampler.categories == 1 or free < max(1, self.continuous):
             return (
                 f"sampler.categories={sampler.categories} and networks.continuous={self.continuous} do not fit into "
-                f"generator.latent_dim={latent_dim}; there are none or at least 2 categories, and at least one further "
-                "number"
+                f"generator.latent_dim={generator.latent_dim}; there are none or at least 2 categories, and at least "
+                "one further number"
             )
         if self.condition and not sampler.categories:
             return "networks.condition needs the number of labels; set sampler.categories"

@@ -105,10 +105,6 @@ class Config(Section):
                 f"generator.kind=resnet makes images from 64 px, data.resolution is {self.data.resolution}; "
                 "use generator.kind=infogan"
             )
-        if self.generator.reference and not (self.method == "gan" and self.generator.has_norms):
-            raise ValueError(
-                "generator.reference is for method=gan and a generator with BatchNorm; set generator.reference=0"
-            )
         least, most = self.cluster.min_workers, self.cluster.max_workers
         if least > most:
             raise ValueError(f"cluster.workers has min={least} and max={most}; min must not be larger")
@@ -153,14 +149,13 @@ class Config(Section):
     def _fault_of_networks(self) -> str | None:
         """What is wrong with the section `networks` and the method together, and what to do."""
         if has_codes(self.method):
-            return None
+            return "generator.reference is for method=gan; leave it out" if self.generator.reference else None
         if self.sampler.kind != "prior":
             return f"method={self.method} draws its codes from a fixed distribution; set sampler.kind=prior"
         if self.stage_one is not None:
             return f"method={self.method} has no stage 1 to take over; leave out from"
-        return self.networks.fault(self.data.resolution, self.engine.accumulation) or self.networks.fault_of_codes(
-            self.sampler, self.generator.latent_dim
-        )
+        fault = self.networks.fault(self.data.resolution, self.engine.accumulation)
+        return fault or self.networks.fault_of_codes(self.sampler, self.generator)
 
     @property
     def has_codes(self) -> bool:

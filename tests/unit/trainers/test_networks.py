@@ -264,6 +264,19 @@ def test_impossible_combinations_are_refused_by_name(keys, words):
         )
 
 
+@pytest.mark.parametrize(
+    ("generator", "method", "words"),
+    [({"kind": "infogan", "batch_norm": False}, "gan", "BatchNorm"), ({"kind": "infogan"}, "glann", "method=gan")],
+)
+def test_a_reference_batch_without_use_is_refused(generator, method, words):
+    tree = config().model_dump(mode="json") | {"method": method, "generator": generator | {"reference": 5}}
+    if method == "glann":
+        tree = {key: value for key, value in tree.items() if key not in ("networks", "sampler")}
+        tree["glo"] = {"epochs": 1}
+    with pytest.raises(UserError, match=words):
+        validate(tree, "test")
+
+
 def test_sections_of_another_method_are_refused_and_not_written():
     settings = config()
     assert not {"glo", "loss"} & settings.model_dump().keys()
