@@ -98,7 +98,7 @@ def of_run(run: Path, extractor: str) -> tuple[Tensor, Constraint, Distance]:
         [result] = panel.compare(real.whole, panel.tally(images(z_BD)), "drawn")
         return {f"{metric.title}, {named}": result.value}
 
-    return shared.z_ND, config.glo.constraint, distance
+    return shared.z_ND, config.constraint, distance
 
 
 def kept(z_ND: Tensor) -> KeptFeatures:

@@ -146,6 +146,24 @@ class LatentShard:
         nothing = np.empty((0, self._z_nD.shape[1]), np.float32)
         return self.apply(epoch, step, np.empty(0, np.int64), nothing, 0.0, rows_B)
 
+    def replace(self, rows_B: Rows, z_BD: np.ndarray) -> None:
+        """Give distinct rows the codes that an encoder has for them; neither moments nor visits change.
+
+        Raises:
+            IndexError: a row outside the shard. ValueError: a wrong shape. UserError: a code that is not finite.
+        """
+        at_B, codes_BD = self._local(rows_B), torch.tensor(z_BD, dtype=torch.float32)  # a copy, as in `apply`
+        if codes_BD.shape != (len(at_B), self._z_nD.shape[1]):
+            raise ValueError(f"codes of shape {tuple(codes_BD.shape)} for {len(at_B)} rows")
+        finite_B = codes_BD.isfinite().all(1)
+        if not finite_B.all():
+            rows = (at_B[~finite_B] + self.rows.start).tolist()
+            raise UserError(
+                f"the codes of rows {rows[:8]} are not finite; lower autoencoder.lr, or look at these images"
+            )
+        self._preserve(at_B)
+        self._z_nD[at_B] = codes_BD
+
     def snapshot(self) -> Arrays:
         """A consistent copy of the state by name: z, the moments and steps (visits), each with n rows."""
         return {name: tensor.numpy().copy() for name, tensor in self._state().items()}

@@ -109,6 +109,13 @@ class LatentTable:
         self._limit_in_flight()
         self._updates.append(self._shard.start("skip", epoch, step, np.array(rows_B, np.int64)))
 
+    def replace(self, rows_B: Rows, z_BD: Tensor) -> None:
+        """Start `LatentShard.replace`."""
+        self._limit_in_flight()
+        codes = z_BD.detach().to("cpu", torch.float32).numpy()
+        self._updates.append(self._shard.start("replace", np.array(rows_B, np.int64), codes))
+        self._gathers.clear()  # what was gathered ahead may be out of date
+
     def flush(self) -> None:
         """Wait for all updates; raise the error of the first that failed."""
         while self._updates:

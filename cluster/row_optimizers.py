@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Moments = dict[str, Tensor]
-Name = Literal["adam", "adagrad", "published"]
+Name = Literal["adam", "adagrad", "published", "none"]
 NEGLIGIBLE = 2.0**-60  # share of a row's first movement below which later ones are left out
 
 
@@ -121,13 +121,28 @@ class PublishedAdam:
         return (z64_BD - visit.lr * moved_BD).float()
 
 
-RowOptimizer = RowAdam | RowAdagrad | PublishedAdam
+@dataclass(frozen=True)
+class Untrained:
+    """No optimiser and no state, for codes that an encoder writes (`LatentShard.replace`)."""
+
+    def moments(self, n: int, dim: int) -> Moments:
+        """No state."""
+        return {}
+
+    def update(self, z_BD: Tensor, grad_BD: Tensor, moments_B: Moments, visits_B: Tensor, visit: Visit) -> Tensor:
+        """Raises ValueError: an encoder is trained in their place."""
+        raise ValueError("codes of an encoder are replaced, not trained")
+
+
+RowOptimizer = RowAdam | RowAdagrad | PublishedAdam | Untrained
 
 
 def row_optimizer(name: Name, betas: tuple[float, float], batch: int = 1) -> RowOptimizer:
     """The optimiser of that name; `betas` apply to both kinds of Adam, `batch` to the published one."""
     if name == "published":
         return PublishedAdam(betas, batch)
+    if name == "none":
+        return Untrained()
     return RowAdam(betas) if name == "adam" else RowAdagrad()
 
 

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
 # One entry per method.
-METHODS: dict[str, tuple[str, ...]] = {"glann": ("glo", "sampler"), "gan": ("networks",)}
+METHODS: dict[str, tuple[str, ...]] = {
+    "glann": ("glo", "sampler"),
+    "gan": ("networks",),
+    "autoencoder": ("autoencoder", "sampler"),
+}
+
+Trainer = Literal["glo", "networks", "autoencoder"]
+# Stages that train the generator, with the sections that each reads; the first is the stage's own.
+SECTIONS: dict[Trainer, tuple[str, ...]] = {
+    "glo": ("glo", "loss"),
+    "networks": ("networks",),
+    "autoencoder": ("autoencoder", "loss"),
+}
+# Values of sections that a method does not read: never used, and nothing to be fetched.
+NEUTRAL: dict[str, dict[str, Any]] = {"glo": {"epochs": 1}, "loss": {"kind": "l1"}}
+
+
+def trainer_of(method: str) -> Trainer:
+    """The stage of a method that trains the generator; its keys are the section of that name."""
+    return cast(Trainer, next((stage for stage in METHODS.get(method, ()) if stage in SECTIONS), "glo"))
 
 
 def has_codes(method: str) -> bool:
-    """Whether a method has a latent code for every image, which GLO trains."""
-    return "glo" in METHODS.get(method, ("glo",))
+    """Whether a method has a latent code for every image: GLO trains it, and an encoder writes it."""
+    return trainer_of(method) != "networks"
 
 
 def unused_sections(method: str) -> tuple[str, ...]:
     """Sections that a method has no stage for: they are not written, and may not be given."""
-    return ("networks",) if has_codes(method) else ("glo", "loss")
+    every = dict.fromkeys(section for sections in SECTIONS.values() for section in sections)
+    return tuple(section for section in every if section not in SECTIONS[trainer_of(method)])
 
 
 def with_unused(tree: dict[str, Any]) -> dict[str, Any]:
@@ -27,12 +47,10 @@ def with_unused(tree: dict[str, Any]) -> dict[str, Any]:
     method = tree.get("method", "glann")
     if method not in METHODS:
         return tree  # refused below
-    unused = unused_sections(method)
+    unused, own = unused_sections(method), trainer_of(method)
     for name in unused:
         if tree.get(name) is not None:
             raise ValueError(f"{name}.* are keys of another method than method={method}; leave them out")
-    if "networks" in unused:
-        return tree
-    if tree.get("networks") is None:
-        raise ValueError(f"missing key networks.epochs: method={method} needs the section networks")
-    return tree | {"glo": {"epochs": 1}, "loss": {"kind": "l1"}}  # never read, and nothing to be fetched
+    if own not in NEUTRAL and tree.get(own) is None:
+        raise ValueError(f"missing key {own}.epochs: method={method} needs the section {own}")
+    return tree | {name: NEUTRAL[name] for name in unused if name in NEUTRAL}

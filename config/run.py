@@ -10,14 +10,15 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from ..errors import UserError, redact
 from .address import LocalPath
-from .methods import METHODS, has_codes, unused_sections, with_unused
+from .autoencoder import AutoencoderConfig
+from .methods import METHODS, Trainer, has_codes, trainer_of, unused_sections, with_unused
 from .networks import NetworksConfig
 from .parse import explain, kind_of, plain_data, read_value, shown, suggest
 from .paths import absolute
@@ -66,6 +67,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     glo: GloConfig
     networks: NetworksConfig = NetworksConfig(epochs=1)
+    autoencoder: AutoencoderConfig = AutoencoderConfig(epochs=1)
     sampler: AnySampler = ImleConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -93,7 +95,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if fault := self._fault_of_networks():
+        loss, precision = self.loss, self.engine.precision
+        if fault := self._fault_of_method() or loss.fault(self.data.resolution, precision) or self.glo.fault():
             raise ValueError(fault)
         if self.generator.kind == "infogan" and self.data.resolution > 64:
             raise ValueError(
@@ -109,47 +112,29 @@ class Config(Section):
         if least > most:
             raise ValueError(f"cluster.workers has min={least} and max={most}; min must not be larger")
         if self.batch_size < most * self.engine.accumulation:
-            section = "glo" if self.has_codes else "networks"
             raise ValueError(
-                f"{section}.batch_size={self.batch_size} leaves no row for some of {most} workers x "
+                f"{self.trainer}.batch_size={self.batch_size} leaves no row for some of {most} workers x "
                 f"engine.accumulation={self.engine.accumulation} micro-batches; use at least "
                 f"{most * self.engine.accumulation}"
             )
         if self.engine.kind == "torch" and (most > 1 or self.engine.zero):
             raise ValueError("engine.kind=torch is one process without ZeRO; set cluster.workers=1 and engine.zero=0")
-        if self.glo.latent_lr == "auto" and self.glo.latent_optimizer == "adagrad":
-            raise ValueError(
-                "glo.latent_lr=auto is a rule for Adam, and glo.latent_optimizer=adagrad takes another rate; "
-                "set glo.latent_lr to a number"
-            )
-        published = self.glo.latent_optimizer == "published" or self.glo.latent_lr == "auto"
-        if published and not self.glo.bounds_movement:
-            raise ValueError(
-                f"glo.betas={list(self.glo.betas)} have no published optimiser, whose movements would have no bound; "
-                "set betas with the first squared below the second and both below 1"
-            )
-        if self.glo.latent_optimizer == "published" and self.glo.constraint != "sphere":
-            raise ValueError(
-                f"glo.latent_optimizer=published is for codes on the sphere, not glo.constraint={self.glo.constraint}; "
-                "set glo.constraint=sphere or glo.latent_optimizer=adam"
-            )
         if self.checkpoint.use == "best" and self.evaluation.every_epochs is None:
             raise ValueError(
                 "checkpoint.use=best takes what was measured while the run trained; set evaluation.every_epochs"
             )
-        if self.loss.patch and self.loss.patch > self.data.resolution:
-            raise ValueError(f"loss.patch={self.loss.patch} is larger than data.resolution={self.data.resolution}")
-        if self.loss.cache_features and (self.loss.patch or self.loss.kind != "perceptual"):
-            raise ValueError(
-                f"loss.cache_features={self.loss.cache_features:g} keeps the feature maps of whole images, which "
-                f"loss.{'patch' if self.loss.patch else f'kind={self.loss.kind}'} does not compare; leave it out"
-            )
         return self
 
-    def _fault_of_networks(self) -> str | None:
-        """What is wrong with the section `networks` and the method together, and what to do."""
-        if has_codes(self.method):
-            return "generator.reference is for method=gan; leave it out" if self.generator.reference else None
+    def _fault_of_method(self) -> str | None:
+        """What is wrong with the method and its sections together, and what to do."""
+        if self.trainer != "networks" and self.generator.reference:
+            return "generator.reference is for method=gan; leave it out"
+        if self.trainer != "glo" and self.loss.cache_features:
+            return f"loss.cache_features is not read by method={self.method}; leave it out"
+        if self.trainer == "autoencoder":
+            return self.autoencoder.fault(self.sampler)
+        if self.trainer == "glo":
+            return None
         if self.sampler.kind != "prior":
             return f"method={self.method} draws its codes from a fixed distribution; set sampler.kind=prior"
         if self.stage_one is not None:
@@ -163,9 +148,20 @@ class Config(Section):
         return has_codes(self.method)
 
     @property
+    def trainer(self) -> Trainer:
+        """The stage that trains the generator, and the section of its keys."""
+        return trainer_of(self.method)
+
+    @property
+    def constraint(self) -> Literal["sphere", "ball", "none"]:
+        """Where codes lie: GLO projects them, all others are free."""
+        return self.glo.constraint if self.trainer == "glo" else "none"
+
+    @property
     def batch_size(self) -> int:
         """Global batch of the stage that trains the generator."""
-        return self.glo.batch_size if self.has_codes else self.networks.batch_size
+        keys: GloConfig | NetworksConfig | AutoencoderConfig = getattr(self, self.trainer)
+        return keys.batch_size
 
     @property
     def run_dir(self) -> Path:
@@ -245,10 +241,10 @@ def require_trainable(config: Config) -> None:
             "micro-batch by its own statistics and so train something else; set engine.accumulation=1, and to save "
             "memory lower glo.batch_size, use more workers or set generator.batch_norm=false"
         )
-    if config.has_codes and config.glo.batch_size == 1:
+    if config.has_codes and config.batch_size == 1:
         raise UserError(
-            "glo.batch_size=1 with generator.batch_norm=true would train no code: an image that is normalised by its "
-            "own statistics has no gradient; use at least 2, or set generator.batch_norm=false"
+            f"{config.trainer}.batch_size=1 with generator.batch_norm=true would train no code: an image that is "
+            "normalised by its own statistics has no gradient; use at least 2, or set generator.batch_norm=false"
         )
 
 

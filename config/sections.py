@@ -129,8 +129,9 @@ class GeneratorConfig(Section):
 class LossConfig(Section):
     """The reconstruction loss between G(z_i) and x_i, one number per image."""
 
-    kind: Annotated[Literal["perceptual", "laplacian", "l1", "l2"], Trait.IN_REGISTRY] = Field(
-        "perceptual", description="what the loss compares"
+    kind: Annotated[Literal["perceptual", "laplacian", "l1", "l2", "bernoulli", "gaussian"], Trait.IN_REGISTRY] = Field(
+        "perceptual",
+        description="what the loss compares; bernoulli, gaussian: -log p(x_i) in nats, for autoencoder.kl",
     )
     network: Annotated[Literal["vgg16", "squeezenet"], Trait.IN_REGISTRY] = Field(
         "vgg16", description="frozen network of the perceptual loss"
@@ -142,6 +143,7 @@ class LossConfig(Section):
     levels: int | None = Field(
         None, ge=1, le=8, description="scales (full size and halvings); empty means the paper's choice"
     )
+    deviation: Positive = Field(0.1, description="gaussian: standard deviation of a pixel around G(z)")
     magnify: float = Field(
         1.0,
         ge=1,
@@ -159,6 +161,22 @@ class LossConfig(Section):
         description="gigabytes of a worker's device for the feature maps of its images, each computed once; "
         "0 computes them at every visit",
     )
+
+    def fault(self, resolution: int, precision: str) -> str | None:
+        """What is wrong with it for images of so many pixels and this precision of G, and what to do."""
+        if self.patch and self.patch > resolution:
+            return f"loss.patch={self.patch} is larger than data.resolution={resolution}"
+        if self.cache_features and (self.patch or self.kind != "perceptual"):
+            return (
+                f"loss.cache_features={self.cache_features:g} keeps the feature maps of whole images, which "
+                f"loss.{'patch' if self.patch else f'kind={self.kind}'} does not compare; leave it out"
+            )
+        if self.kind == "bernoulli" and precision == "bf16":
+            return (
+                "loss.kind=bernoulli takes logarithms of G's output, which engine.precision=bf16 rounds to 0 and 1; "
+                "set engine.precision=fp32 or loss.kind=gaussian"
+            )
+        return None
 
 
 class GloConfig(Section):
@@ -203,6 +221,25 @@ class GloConfig(Section):
         """Whether the published optimiser has a bounded movement: its second moments outlive its first ones."""
         beta1, beta2 = self.betas
         return beta1**2 < beta2 < 1
+
+    def fault(self) -> str | None:
+        """What is wrong with a combination of keys, and what to do."""
+        if self.latent_lr == "auto" and self.latent_optimizer == "adagrad":
+            return (
+                "glo.latent_lr=auto is a rule for Adam, and glo.latent_optimizer=adagrad takes another rate; "
+                "set glo.latent_lr to a number"
+            )
+        if (self.latent_optimizer == "published" or self.latent_lr == "auto") and not self.bounds_movement:
+            return (
+                f"glo.betas={list(self.betas)} have no published optimiser, whose movements would have no bound; "
+                "set betas with the first squared below the second and both below 1"
+            )
+        if self.latent_optimizer == "published" and self.constraint != "sphere":
+            return (
+                f"glo.latent_optimizer=published is for codes on the sphere, not glo.constraint={self.constraint}; "
+                "set glo.constraint=sphere or glo.latent_optimizer=adam"
+            )
+        return None
 
 
 class EngineConfig(Section):

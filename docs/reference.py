@@ -22,7 +22,14 @@ import pdoc.render
 SITE = Path(__file__).with_name("site")
 CHAPTERS = {
     "Train and sample": ("", ".errors", ".inference.model", ".tracking.source"),
-    "Recipes": (".config.run", ".config.sections", ".config.networks", ".config.samplers", ".config.section"),
+    "Recipes": (
+        ".config.run",
+        ".config.sections",
+        ".config.networks",
+        ".config.autoencoder",
+        ".config.samplers",
+        ".config.section",
+    ),
     "Add a metric or a feature extractor": (
         ".metrics.spec",
         ".metrics.tally",

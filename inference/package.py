@@ -152,7 +152,7 @@ def export_model(
                 resolution=config.data.resolution,
                 channels=config.data.channels,
                 generator=config.generator,
-                constraint=config.glo.constraint,
+                constraint=config.constraint,
                 own=config.sampler.kind,
                 samplers=samplers,
                 rows=rows,

@@ -1,8 +1,8 @@
 """Reconstruction losses between a generated and a real image: one float32 value per image.
 
 Every term is a mean over the values of one image (pixels or one feature map), so terms of different
-size have equal weight and an image's loss does not depend on its batch mates.  No graph is built for
-the real image.
+size have equal weight and an image's loss does not depend on its batch mates; likelihoods are sums.  No graph
+is built for the real image.
 
 Shapes: B batch, C channels, H and W pixels.
 """
@@ -23,6 +23,7 @@ from .perceptual import FeatureNet
 if TYPE_CHECKING:  # a benchmark runs this module where only torch is installed
     from ..config.sections import LossConfig
 
+LEAST_CHANCE = 1e-7  # of a pixel's value: a saturated sigmoid must have a finite logarithm
 SMALLEST_LEVEL = 4  # px; smaller copies have no useful content
 
 
@@ -142,6 +143,26 @@ class _Values:
         return self.value_BV[:, begin : self.at].unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
 
 
+class LikelihoodLoss(ReconstructionLoss):
+    """-log p(x | z) of an image in nats: a sum over pixels, which are independent given G(z), their mean.
+
+    Bernoulli (Kingma & Welling 2014, App. C.1), for pixels in [0, 1] the cross-entropy; or, with a deviation, normal,
+    without its constant.
+    """
+
+    def __init__(self, weight: float, deviation: float | None) -> None:
+        super().__init__()
+        self.weight, self.deviation = weight, deviation
+
+    def forward(self, fake_BCHW: Tensor, real_BCHW: Tensor, patch_seed_B: Tensor | None = None) -> Tensor:
+        fake, real = fake_BCHW.float(), real_BCHW.detach().float()
+        if self.deviation is not None:
+            nats = 0.5 * ((real - fake) / self.deviation).square()
+        else:
+            nats = -real * (fake + LEAST_CHANCE).log() - (1 - real) * (1 - fake + LEAST_CHANCE).log()
+        return self.weight * nats.flatten(1).sum(1)
+
+
 class LaplacianLoss(ReconstructionLoss):
     """Laplacian pyramid loss of Bojanowski et al. 2018 (GLO), Eq. 4: sum_j 2^(2j) |L^j(x) - L^j(x')|_1.
 
@@ -201,6 +222,10 @@ def build_loss(config: LossConfig, resolution: int, features: FeatureNet | None 
     for option in ("patch", "taps"):
         if getattr(config, option) is not None:
             raise UserError(f"loss.{option} belongs to loss.kind=perceptual, not {config.kind}; remove it")
+    if config.kind in ("bernoulli", "gaussian"):
+        if levels > 1:
+            raise UserError(f"loss.kind={config.kind} is a likelihood of the image itself; remove loss.levels")
+        return LikelihoodLoss(config.pixel_weight, config.deviation if config.kind == "gaussian" else None)
     if config.kind == "laplacian":
         return LaplacianLoss(levels, config.pixel_weight)
     return PixelLoss(config.kind == "l2", config.pixel_weight, levels)

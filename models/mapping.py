@@ -55,7 +55,7 @@ class Mapping(NoiseToCode):
     """T: e -> z. Published: two hidden layers, Linear without bias, BatchNorm and ReLU (Hoshen et al. 2019, Sec. 4.1).
 
     The published T is not normalised.  Its targets z_i lie on the unit sphere (or in the unit ball), so
-    T(e) is projected here too (unless `constraint` is None): nothing is lost, and the norms of codes are those that G
+    T(e) is projected here too (unless `constraint` is none): nothing is lost, and the norms of codes are those that G
     was trained on.
 
     In training, the published T normalises by the statistics of each batch.  A batch consists of matched noise,
@@ -68,7 +68,7 @@ class Mapping(NoiseToCode):
         noise_dim: int,
         hidden_dim: int,
         latent_dim: int,
-        constraint: Constraint | None = "sphere",
+        constraint: Constraint = "sphere",
         depth: int = 2,
         activation: str = "relu",
         normalisation: str = "batch",
@@ -97,7 +97,7 @@ class Mapping(NoiseToCode):
                 h_BH = self.get_submodule(f"norm{layer}")(h_BH)
             h_BH = self.activation(h_BH)
         z_BD = self.get_submodule(f"fc{self.depth + 1}")(h_BH)
-        return z_BD if self.constraint is None else project(z_BD, self.constraint)
+        return project(z_BD, self.constraint)
 
     @torch.no_grad()
     def fix_statistics(self, e_BE: Tensor) -> None:
@@ -117,14 +117,11 @@ def build_mapping(config: ImleKeys, latent_dim: int, constraint: Constraint = "s
     Args:
         constraint: that of the codes; `config.constraint` has priority.
     """
-    projected: Constraint | None = constraint
-    if config.constraint is not None:
-        projected = None if config.constraint == "none" else config.constraint
     return Mapping(
         config.noise_dim,
         config.hidden_dim,
         latent_dim,
-        projected,
+        config.constraint or constraint,
         config.depth,
         config.activation,
         config.normalisation,

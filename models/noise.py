@@ -35,6 +35,7 @@ class Stream(IntEnum):
     PENALTY = 6  # where a critic's slope is measured
     STATISTICS = 7  # noise that stands for all of a prior
     LABELLED = 8  # which labelled image accompanies a row
+    POSTERIOR = 9  # codes that an encoder's distribution gives
 
 
 # The numbers that these kinds had before streams were named; changing them would change the images of every seed.

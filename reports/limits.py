@@ -65,7 +65,7 @@ class Limits:
         if share < 1 - MOST:
             return (
                 "Stage 1 holds the samples back: even the reconstructions of the training images are about as far "
-                f"away {figures}; train the generator longer, or make it larger (glo.*, generator.*)."
+                f"away {figures}; train the generator longer, or make it larger (generator.*)."
             )
         return (
             f"Both stages hold the samples back: stage 1 adds {1 - share:.0%} of the distance, in its reconstructions, "

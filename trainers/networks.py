@@ -1,6 +1,6 @@
-"""The stage of generators that are trained against critics: one loop for every objective.
+"""The stage of generators that are trained against critics, by every objective.
 
-Shapes: B rows of this worker's batch, D latent dimension, K numbers of a piggyback.
+Shapes: K numbers of a piggyback.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..cluster.placement import Share, ranges, stratified_plan
+from ..cluster.placement import Share
 from ..config.run import Config
-from ..datasets.loader import BadRows, batches
 from ..datasets.reader import ImageRows
 from ..models.comm import rank, world_size
 from ..models.critics import critic_of
-from .bad_steps import BadSteps
 from .engine.build import build_engine
 from .engine.optimizer import OptimizerConfig
 from .engine.step import Engine
 from .glo import GENERATOR, averaged_statistics
+from .passes import Played, Turn, train_passes
 from .plan.costs import model_flops
 from .previews import Pictures, Previews
 from .prior import prior_codes, referenced_generator
-from .rounds import Game, Player, Sums
+from .rounds import Game, Player, facts_of
 from .stage import Stage, StageContext, StageCost, StageInfo, StageStep, State
 
 CRITIC = "critic"  # network name
@@ -109,41 +108,18 @@ def train_networks(
         UserError: `networks.max_bad_steps` steps in a row were not finite.
     """
     keys, game = config.networks, Game.of(config, images, generator)
-    share = Share(keys.batch_size, rank(), world_size(), config.engine.accumulation)
-    own = ranges(len(images), share.world)[share.rank]
-    bad_rows = BadRows(config.data.max_bad_fraction, len(own))
-    bad_steps = BadSteps(keys.max_bad_steps, "networks.generator_lr and networks.critic.lr")
-    for epoch in range(start[0], keys.epochs):
-        first = start[1] if epoch == start[0] else 0
-        plan, sums = stratified_plan(config.seed, epoch, len(images), keys.batch_size, share, first), Sums()
-        steps = first + len(plan)
-        for batch in batches(
-            images, plan, threads=config.data.threads, prefetch=config.data.prefetch, max_bad=bad_rows
-        ):
-            scale = keys.schedule.factor(epoch + batch.step / steps, keys.epochs)
-            now = game.round(epoch, batch, scale)
 
-            carried_K, made = piggyback(), []
-            judged = [now.critic_step(player, carried_K) for player in critics.values()]
-            if (epoch * steps + batch.step + 1) % keys.critic.steps == 0:
-                players = list(critics.values())
-                made = [now.generator_step(players, draw) for draw in range(1, 1 + keys.generator_steps)]
+    def play(turn: Turn, carried_K: Tensor) -> Played:
+        now = game.round(turn.epoch, turn.batch, turn.scale)
+        judged, made = [now.critic_step(player, carried_K) for player in critics.values()], []
+        if (turn.number + 1) % keys.critic.steps == 0:
+            players = list(critics.values())
+            made = [now.generator_step(players, draw) for draw in range(1, 1 + keys.generator_steps)]
+        applied = all([*(one.applied for one in judged), *(one.applied for one in made)])
+        return Played(judged[0].loss, applied, judged[0].piggyback_K, facts_of(judged, made))
 
-            sums.add(judged, made)
-            loss, ends = judged[0].loss, batch.step + 1 == steps
-            done = StageStep(
-                epoch,
-                batch.step,
-                steps,
-                judged[0].piggyback_K,
-                loss=loss,
-                rows_B=batch.rows_B[batch.weight_B > 0].tolist(),
-                applied=loss is None or all([*(one.applied for one in judged), *(one.applied for one in made)]),
-                facts=sums.means() if ends else {},
-                ends_epoch=ends,
-            )
-            yield done
-            bad_steps.count(done)
+    rates = "networks.generator_lr and networks.critic.lr"
+    yield from train_passes(config, keys, images, play, start, piggyback, rates)
 
 
 STAGE = Networks

@@ -65,7 +65,7 @@ class Previews:
         config = self.config
         generator = generator_of(config)
         generator.load_state_dict(weights)
-        network = build_network(sampler, config.generator.latent_dim, config.glo.constraint)
+        network = build_network(sampler, config.generator.latent_dim, config.constraint)
         network.load_state_dict(sampler_weights)
         memory = int(config.evaluation.memory_gb * GIB)
         return SamplingModel(generator.to(self.device), {sampler.kind: network}, sampler.kind, memory=memory)

@@ -18,7 +18,7 @@ from ..samplers.prior import Prior
 
 def prior_of(config: Config) -> Prior:
     """The distribution of codes, a function of normal noise."""
-    return cast(Prior, build_network(config.sampler, config.generator.latent_dim, config.glo.constraint))
+    return cast(Prior, build_network(config.sampler, config.generator.latent_dim, config.constraint))
 
 
 def prior_codes(config: Config, count: int) -> Tensor:

@@ -9,7 +9,6 @@ Shapes: B rows of this worker's batch, D latent dimension, C, H, W channels, hei
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -240,17 +239,12 @@ def score(critic: Engine, img_BCHW: Tensor) -> Tensor:
     return critic.local(img_BCHW, torch.ones(len(img_BCHW), device=img_BCHW.device)).score_B.float()
 
 
-class Sums:
-    """Means over the steps of an epoch."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = defaultdict(list)
-
-    def add(self, judged: Sequence[CriticStep], made: Sequence[StepResult]) -> None:
-        for number, step in enumerate(judged):
-            for name, value in step.facts.items():
-                self.values[name if number == 0 else f"{name}_{number + 1}"].append(value)
-        self.values["generator_loss"] += [step.loss for step in made if step.loss is not None]
-
-    def means(self) -> dict[str, float]:
-        return {name: math.fsum(values) / len(values) for name, values in self.values.items() if values}
+def facts_of(judged: Sequence[CriticStep], made: Sequence[StepResult]) -> dict[str, float]:
+    """Numbers of a batch: of each critic, and the generator's mean loss over its updates."""
+    facts = {
+        name if number == 1 else f"{name}_{number}": value
+        for number, step in enumerate(judged, 1)
+        for name, value in step.facts.items()
+    }
+    losses = [step.loss for step in made if step.loss is not None]
+    return facts | ({"generator_loss": math.fsum(losses) / len(losses)} if losses else {})

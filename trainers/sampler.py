@@ -33,7 +33,7 @@ class SamplerStage(Stage):
         self.sampler = build_sampler(
             config.sampler,
             config.generator.latent_dim,
-            config.glo.constraint,
+            config.constraint,
             seed=config.seed,
             device=context.device,
             state=self.resumable,

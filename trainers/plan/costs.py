@@ -12,6 +12,7 @@ from ...config.run import Config
 from ...errors import UserError
 from ...models.cost import Cost, cost, training_bytes
 from ...models.critics import Critic, critic_of, label_maps
+from ...models.encoders import encoder_of
 from ...models.generators import Generator, generator_of
 from ...models.losses import PerceptualLoss, build_loss
 from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
@@ -40,11 +41,38 @@ def training_costs(config: Config) -> tuple[Cost, Cost]:
     return cost(generator, (config.generator.latent_dim,)), cost(loss, image, image)
 
 
+def encoder_cost(config: Config) -> Cost:
+    """Cost per image of the encoder, forward and backward; nothing for a method without one."""
+    if config.trainer != "autoencoder":
+        return Cost(0, 0, 0, 0)
+    with torch.device("meta"):
+        encoder = encoder_of(config)
+    return cost(encoder, (config.data.channels, config.data.resolution, config.data.resolution))
+
+
 def step_bytes(config: Config, batch: int) -> int:
-    """Bytes of activations and their gradients that a step of stage 1 holds at most, for a batch, in float32."""
+    """Bytes of activations and their gradients that a step of stage 1 holds at most, for a batch, in float32.
+
+    An encoder has a step of its own, after that of the generator.
+    """
     step = Step(*build_networks(config, "meta"))
     image = (config.data.channels, config.data.resolution, config.data.resolution)
-    return training_bytes(step, batch, (config.generator.latent_dim,), image)
+    generating = training_bytes(step, batch, (config.generator.latent_dim,), image)
+    if config.trainer != "autoencoder":
+        return generating
+    with torch.device("meta"):
+        return max(generating, training_bytes(encoder_of(config), batch, image))
+
+
+def step_flops(config: Config) -> int:
+    """Operations per image of a step that trains the generator, with what checkpointing recomputes.
+
+    An encoder also runs once without a graph, for the codes that the generator's step starts from.
+    """
+    if not config.has_codes:
+        return model_flops(config)
+    (generator, loss), encoder = training_costs(config), encoder_cost(config)
+    return generator.flops + loss.flops + encoder.flops + encoder.forward_flops
 
 
 class Step(nn.Module):
@@ -94,7 +122,7 @@ def model_flops(config: Config) -> int:
     engine = config.engine.model_copy(update={"activation_checkpointing": False})
     generator, loss = training_costs(config.model_copy(update={"engine": engine}))
     if config.has_codes:
-        return generator.flops + loss.flops
+        return generator.flops + loss.flops + encoder_cost(config).flops
     keys = config.networks
     critic = loss.flops // 2  # of one image
     slopes = {"none": 0, "r1-r2": 2}.get(keys.penalty.kind, 1)  # each is one more pass, differentiated twice

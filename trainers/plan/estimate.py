@@ -28,7 +28,7 @@ from ...errors import EnvironmentFault, GlannError
 from ...models.cost import Cost
 from ...samplers.base import build_network
 from ..stage import StageCost, StageInfo, numbered, stage_infos, stages_of
-from .costs import build_networks, model_flops, training_costs
+from .costs import build_networks, encoder_cost, step_flops, training_costs
 from .devices import GPUS
 from .evaluation import (
     GIB,
@@ -86,6 +86,7 @@ class Plan:
     generator: Cost
     sampler_parameters: int
     loss: Cost
+    encoder: Cost
     flops_per_image: int
     memory: WorkerMemory
     stages: dict[str, StageInfo]
@@ -115,8 +116,7 @@ def make_plan(config: Config) -> Plan:
     rows = count_rows(config)
     generator, loss = training_costs(config)
     with torch.device("meta"):
-        network = build_network(config.sampler, config.generator.latent_dim, config.glo.constraint)
-    flops_per_image = generator.flops + loss.flops if config.has_codes else model_flops(config)
+        network = build_network(config.sampler, config.generator.latent_dim, config.constraint)
     costs = stage_costs(config, rows.count)
     total_flops = sum(stage.flops for stage in costs.values())
     evaluation = evaluation_cost(config, rows.count, rows.held_out, generator)
@@ -131,7 +131,8 @@ def make_plan(config: Config) -> Plan:
         generator=generator,
         sampler_parameters=sum(parameter.numel() for parameter in network.parameters()),
         loss=loss,
-        flops_per_image=flops_per_image,
+        encoder=encoder_cost(config),
+        flops_per_image=step_flops(config),
         memory=memory[config.cluster.min_workers],
         stages=stage_infos(config),
         costs=costs,
@@ -255,13 +256,15 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         *([("", plan.rows.note)] if plan.rows.note else []),
         ("workers", f"{_count(cluster)} x {device}; {engine.kind}, ZeRO {engine.zero}, {engine.precision}"),
         ("generator", f"{plan.generator.parameters / 1e6:.2f} M parameters ({config.generator.kind})"),
+        *([("encoder", f"{plan.encoder.parameters / 1e6:.2f} M parameters")] if plan.encoder.parameters else []),
         ("sampler", f"{plan.sampler_parameters / 1e6:.3f} M parameters ({config.sampler.kind})"),
         (
             "per image",
             f"{_flops(plan.flops_per_image)}: generator {_flops(plan.generator.flops)}, "
-            f"{'loss' if config.has_codes else 'critic'} {_flops(plan.loss.flops)}",
+            f"{'loss' if config.has_codes else 'critic'} {_flops(plan.loss.flops)}"
+            + (f", encoder {_flops(plan.encoder.flops)}" if plan.encoder.parameters else ""),
         ),
-        *([("latent rate", _latent_rate(config, plan.rows.count))] if config.has_codes else []),
+        *([("latent rate", _latent_rate(config, plan.rows.count))] if config.trainer == "glo" else []),
         ("steps", ", ".join(f"{cost.steps:,} of {numbered(plan.stages, name)}" for name, cost in plan.costs.items())),
         ("total", ", ".join(f"{_flops(cost.flops)} in stage {n}" for n, cost in enumerate(plan.costs.values(), 1))),
         ("evaluation", _evaluation(plan)),

@@ -9,7 +9,7 @@ from ...config.run import Config
 from ...inference.model import DEFAULT_BATCH
 from ...models.cost import Cost
 from ..engine.deepspeed import bucket_size
-from .costs import cache_bytes, require_cache_fits, step_bytes
+from .costs import cache_bytes, encoder_cost, require_cache_fits, step_bytes
 from .evaluation import FLOAT, EvaluationCost
 
 PROCESS = 600 << 20  # of a training worker that has imported all, and joined its group: 580 MiB measured
@@ -50,7 +50,8 @@ def memory_of(
         UserError: the feature maps of so many rows need more than `loss.cache_features`.
     """
     require_cache_fits(config, rows)
-    process = {"Python, torch and Ray": PROCESS, "networks to be saved": 3 * FLOAT * generator.parameters}
+    saved = 3 * FLOAT * (generator.parameters + encoder_cost(config).parameters)
+    process = {"Python, torch and Ray": PROCESS, "networks to be saved": saved}
     ahead, measured = images_in_memory(config, workers)
     training = of_training(config, generator, loss, workers)
     if kept_maps := cache_bytes(config, rows):
@@ -90,13 +91,16 @@ def of_training(config: Config, generator: Cost, loss: Cost, workers: int) -> di
         "optimiser (Adam)": 2 * weights // (workers if stage >= 1 else 1),
         "activations": activations // (2 if half else 1),
     }
-    if config.has_codes:
+    if config.has_codes and loss.frozen_parameters:
         memory["loss network"] = FLOAT * loss.frozen_parameters
-    else:
+    if not config.has_codes:
         memory["critic (weights, gradients, Adam)"] = 4 * FLOAT * loss.parameters  # at most: ZeRO cuts it, too
+    encoder = encoder_cost(config).parameters
+    if encoder:
+        memory["encoder (weights, gradients, Adam)"] = 4 * FLOAT * encoder  # at most, as of a critic
     if stage >= 1:
         memory["ZeRO's own copy of its share"] = weights // workers
-        buckets = bucket_size(generator.parameters) + bucket_size(loss.parameters)
+        buckets = sum(map(bucket_size, (generator.parameters, loss.parameters, encoder)))
         memory["ZeRO's buckets of gradients"] = FLOAT * buckets
     if half:
         memory["bfloat16 copies"] = (weights + FLOAT * loss.frozen_parameters) // 2
@@ -116,5 +120,6 @@ def latent_bytes(config: Config, rows: int) -> int:
     if not config.has_codes:
         return 0
     code = FLOAT * config.generator.latent_dim
-    state = {"adam": 2 * code, "adagrad": FLOAT, "published": 0}[config.glo.latent_optimizer]
+    optimizer = config.glo.latent_optimizer if config.trainer == "glo" else "none"
+    state = {"adam": 2 * code, "adagrad": FLOAT, "published": 0, "none": 0}[optimizer]
     return rows * (code + state + 8)

@@ -12,7 +12,7 @@ from ...config.run import Config
 from ...datasets.fit import held_out_of
 from ...datasets.index import Index
 from ...errors import EnvironmentFault
-from .costs import model_flops, training_costs
+from .costs import step_flops, training_costs
 from .devices import gpu_of
 from .estimate import ASSUMED_UTILISATION, stage_costs
 from .evaluation import EvaluationCost, evaluation_cost
@@ -36,10 +36,9 @@ class Work:
         with contextlib.suppress(EnvironmentFault):  # an estimate does without what cannot be reached now
             found = held_out_of(config, index)
             held_out = 0 if found is None else found[1].rows
-        generator, loss = training_costs(config)
+        generator, _ = training_costs(config)
         flops = {name: cost.flops for name, cost in stage_costs(config, rows).items()}
-        per_image = generator.flops + loss.flops if config.has_codes else model_flops(config)
-        return cls(flops, per_image, evaluation_cost(config, rows, held_out, generator))
+        return cls(flops, step_flops(config), evaluation_cost(config, rows, held_out, generator))
 
 
 class Remaining:

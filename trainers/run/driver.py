@@ -85,7 +85,7 @@ def train(config: Config, console: Console, hooks: Hooks = NO_HOOKS) -> Group:
         store, mirror = open_store(config.checkpoint_url, config.s3), RunMirror(config)
         rows = require_fit(index, config.data, config.cluster.max_workers)
         tags = {"glann.fingerprint": index.fingerprint}
-        if config.has_codes:
+        if config.trainer == "glo":
             tags["glann.latent_lr"] = f"{latent_lr(config.glo, rows):.6g}"
         tags |= hooks.tags
         data = DataInput(config.data.url, index.fingerprint, rows, index.resolution, index.channels)

@@ -125,7 +125,7 @@ def model_of(
         states.append((config.sampler, {}))  # the distribution that the generator is trained with
     samplers = {}
     for sampler, state in states:
-        samplers[sampler.kind] = build_network(sampler, config.generator.latent_dim, config.glo.constraint)
+        samplers[sampler.kind] = build_network(sampler, config.generator.latent_dim, config.constraint)
         samplers[sampler.kind].load_state_dict(state)
     return SamplingModel(generator.to(device), samplers, states[-1][0].kind, memory=memory)
 

@@ -137,7 +137,7 @@ def fit_sampler(config: Config, z_ND: Tensor, tracked: TrackedRun, hooks: Hooks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed + 1)
     sampler = build_sampler(
-        config.sampler, config.generator.latent_dim, config.glo.constraint, seed=config.seed, device=device
+        config.sampler, config.generator.latent_dim, config.constraint, seed=config.seed, device=device
     )
     codes, stage = Codes(z_ND, range(len(z_ND)), len(z_ND)), config.sampler.kind
     for step in sampler.fit(codes, 0, lambda: torch.zeros(0)):

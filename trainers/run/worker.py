@@ -92,6 +92,10 @@ def table_of(config: Config, rows: range) -> LatentTable:
     """The codes of a worker's rows in an actor; an empty table for a method without codes."""
     if not config.has_codes:
         return LatentTable.in_process(range(0), 1, config.seed)
+    if config.trainer != "glo":
+        return LatentTable.spawn(
+            rows, config.generator.latent_dim, config.seed, optimizer="none", constraint=config.constraint
+        )
     return LatentTable.spawn(
         rows,
         config.generator.latent_dim,

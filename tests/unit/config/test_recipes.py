@@ -33,6 +33,8 @@ def test_all_the_promised_recipes_are_there():
         "digits-vgg",
         "fashion",
         "gan-digits",
+        "vae-digits",
+        "ae-ot-digits",
         "faces-64",
         *PAPER,
         "celebahq-256",

@@ -104,7 +104,42 @@ def test_the_perceptual_loss_is_pixels_plus_feature_maps_at_every_scale(squeezen
     torch.testing.assert_close(loss_B.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["perceptual", "laplacian", "l1", "l2"])
+@pytest.mark.parametrize(("kind", "deviation"), [("bernoulli", None), ("gaussian", 0.3)])
+def test_a_likelihood_and_its_gradient_are_those_of_the_distribution(kind, deviation):
+    """Against torch.distributions in float64; the normal one without its constant, which no network changes."""
+    fake, real = pair(3, 1, 8, 8)
+    fake = (0.02 + 0.96 * fake).requires_grad_()
+    wide = fake.detach().double().requires_grad_()
+    if deviation is None:
+        there = torch.distributions.Bernoulli(wide, validate_args=False)
+        expected = -there.log_prob(real.double()).flatten(1).sum(1)
+    else:
+        there = torch.distributions.Normal(wide, deviation)
+        constant = torch.distributions.Normal(0.0, deviation).log_prob(torch.tensor(0.0))
+        expected = (constant - there.log_prob(real.double())).flatten(1).sum(1)
+    keys = {} if deviation is None else {"deviation": deviation}
+    loss_B = build_loss(LossConfig(kind=kind, **keys), 8)(fake, real)
+    torch.testing.assert_close(loss_B.double(), expected, rtol=1e-4, atol=1e-5)
+    expected.sum().backward()
+    loss_B.sum().backward()
+    torch.testing.assert_close(fake.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_saturated_pixel_has_a_finite_likelihood():
+    real = torch.tensor([0.0, 1.0, 0.5]).view(1, 1, 1, 3)
+    fake = torch.tensor([1.0, 0.0, 1.0]).view(1, 1, 1, 3).requires_grad_()
+    loss_B = build_loss(LossConfig(kind="bernoulli"), 28)(fake, real)
+    loss_B.sum().backward()
+    assert loss_B.isfinite().all()
+    assert fake.grad.isfinite().all()
+
+
+def test_a_likelihood_has_one_scale():
+    with pytest.raises(UserError, match=r"remove loss\.levels"):
+        build_loss(LossConfig(kind="gaussian", levels=2), 28)
+
+
+@pytest.mark.parametrize("kind", ["perceptual", "laplacian", "l1", "l2", "bernoulli", "gaussian"])
 def test_the_real_image_is_a_constant_and_an_image_has_its_own_loss(squeezenet, kind):
     fake, real = pair(4, 1, 28, 28)
     fake.requires_grad_(), real.requires_grad_()

@@ -45,3 +45,9 @@ def test_both_ways_keep_their_bits():
     assert torch.equal(project(z_BD, "sphere"), torch.nn.functional.normalize(z_BD, dim=1))
     assert torch.equal(project(z_BD, "ball"), z_BD / z_BD.norm(dim=1, keepdim=True).clamp(min=1.0))
     assert torch.equal(project_rows(z_BD, "sphere", z_BD), (z_BD / z_BD.double().norm(dim=1, keepdim=True)).float())
+
+
+def test_codes_of_an_encoder_lie_anywhere():
+    z_BD = torch.tensor([[3.0, 4.0], [0.0, 0.0], [float("nan"), 1.0]])
+    assert torch.equal(project(z_BD[:2], "none"), z_BD[:2])
+    assert torch.equal(project_rows(z_BD, "none", torch.ones(3, 2)), torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 1.0]]))
