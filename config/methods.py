@@ -9,14 +9,16 @@ METHODS: dict[str, tuple[str, ...]] = {
     "glann": ("glo", "sampler"),
     "gan": ("networks",),
     "autoencoder": ("autoencoder", "sampler"),
+    "imle-pixels": ("pixels", "sampler"),
 }
 
-Trainer = Literal["glo", "networks", "autoencoder"]
+Trainer = Literal["glo", "networks", "autoencoder", "pixels"]
 # Stages that train the generator, with the sections that each reads; the first is the stage's own.
 SECTIONS: dict[Trainer, tuple[str, ...]] = {
     "glo": ("glo", "loss"),
     "networks": ("networks",),
     "autoencoder": ("autoencoder", "loss"),
+    "pixels": ("pixels", "loss"),
 }
 # Values of sections that a method does not read: never used, and nothing to be fetched.
 NEUTRAL: dict[str, dict[str, Any]] = {"glo": {"epochs": 1}, "loss": {"kind": "l1"}}
@@ -28,7 +30,7 @@ def trainer_of(method: str) -> Trainer:
 
 
 def has_codes(method: str) -> bool:
-    """Whether a method has a latent code for every image: GLO trains it, and an encoder writes it."""
+    """Whether a method has a latent code for every image: GLO trains it, an encoder or a search writes it."""
     return trainer_of(method) != "networks"
 
 

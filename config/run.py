@@ -22,6 +22,7 @@ from .methods import METHODS, Trainer, has_codes, trainer_of, unused_sections, w
 from .networks import NetworksConfig
 from .parse import explain, kind_of, plain_data, read_value, shown, suggest
 from .paths import absolute
+from .pixels import PixelsConfig
 from .samplers import TAGS, AnySampler, ImleConfig
 from .section import Section, Trait
 from .sections import (
@@ -68,6 +69,7 @@ class Config(Section):
     glo: GloConfig
     networks: NetworksConfig = NetworksConfig(epochs=1)
     autoencoder: AutoencoderConfig = AutoencoderConfig(epochs=1)
+    pixels: PixelsConfig = PixelsConfig(epochs=1)
     sampler: AnySampler = ImleConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -133,6 +135,8 @@ class Config(Section):
             return f"loss.cache_features is not read by method={self.method}; leave it out"
         if self.trainer == "autoencoder":
             return self.autoencoder.fault(self.sampler)
+        if self.trainer == "pixels":
+            return self.pixels.fault(self.sampler.kind)
         if self.trainer == "glo":
             return None
         if self.sampler.kind != "prior":
@@ -160,8 +164,7 @@ class Config(Section):
     @property
     def batch_size(self) -> int:
         """Global batch of the stage that trains the generator."""
-        keys: GloConfig | NetworksConfig | AutoencoderConfig = getattr(self, self.trainer)
-        return keys.batch_size
+        return int(getattr(self, self.trainer).batch_size)
 
     @property
     def run_dir(self) -> Path:

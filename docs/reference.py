@@ -27,6 +27,7 @@ CHAPTERS = {
         ".config.sections",
         ".config.networks",
         ".config.autoencoder",
+        ".config.pixels",
         ".config.samplers",
         ".config.section",
     ),

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..cluster.placement import Share, ranges, stratified_plan
 from ..config.autoencoder import AutoencoderConfig
 from ..config.networks import NetworksConfig
+from ..config.pixels import PixelsConfig
 from ..config.run import Config
 from ..datasets.loader import BadRows, Batch, PlannedBatch, batches
 from ..datasets.reader import ImageRows
@@ -48,7 +49,7 @@ class Played:
 
 def train_passes(
     config: Config,
-    keys: NetworksConfig | AutoencoderConfig,
+    keys: NetworksConfig | AutoencoderConfig | PixelsConfig,
     images: ImageRows,
     play: Callable[[Turn, Tensor], Played],
     start: tuple[int, int],

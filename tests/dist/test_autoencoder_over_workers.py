@@ -1,6 +1,7 @@
 """An encoder and a generator on two workers end where one process without DeepSpeed ends, on every ZeRO stage.
 
-With BatchNorm in both, which goes over the rows of all workers; resumed half-way on top. Codes as well.
+With BatchNorm in both, which goes over the rows of all workers; resumed half-way on top. Codes as well. And a generator
+that is trained by the nearest of its images, which the workers search together.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from glann.cluster.latents import LatentTable
 from glann.cluster.placement import ranges
 from glann.config.run import validate
 from glann.trainers.autoencoder import Autoencoder
+from glann.trainers.pixels import Pixels
 from glann.trainers.stage import StageContext
 
 ROWS, BATCH, D, STEPS, RESUMED_AT = 25, 10, 6, 6, 2  # three batches an epoch: of nine and eight rows
 LR = 1e-3
 
 
-def train(rank, world, kind, zero, resumed):
+def train(rank, world, kind, zero, resumed, method="autoencoder"):
     from types import SimpleNamespace
 
     class Images:
@@ -36,11 +38,11 @@ def train(rank, world, kind, zero, resumed):
     settings = validate(
         {
             "name": "t",
-            "method": "autoencoder",
+            "method": method,
             "data": {"url": "x", "resolution": 28, "channels": 1, "threads": 1},
             "generator": {"kind": "infogan", "latent_dim": D, "width": 4},
             "loss": {"kind": "bernoulli"},
-            "autoencoder": {"epochs": 2, "batch_size": BATCH, "lr": LR},
+            method.removeprefix("imle-"): {"epochs": 2, "batch_size": BATCH, "lr": LR},
             "sampler": {"kind": "prior"},
             "engine": {"kind": kind, "zero": zero},
             "cluster": {"workers": world},
@@ -50,7 +52,8 @@ def train(rank, world, kind, zero, resumed):
     table = LatentTable.in_process(ranges(ROWS, world)[rank], D, 0, optimizer="none", constraint="none")
 
     def stage(networks):
-        return Autoencoder(StageContext(settings, Images(), table, torch.device("cpu")), networks)
+        kind_of_stage = Autoencoder if method == "autoencoder" else Pixels
+        return kind_of_stage(StageContext(settings, Images(), table, torch.device("cpu")), networks)
 
     made, losses = stage({}), []
     for first, count in ((0, RESUMED_AT), (RESUMED_AT, STEPS - RESUMED_AT)):
@@ -71,12 +74,18 @@ def train(rank, world, kind, zero, resumed):
 
 
 def test_two_workers_end_where_one_ends(local_ray, gloo_group):
-    losses, kept, updates, codes = train(0, 1, "torch", 0, False)
+    cases = [("autoencoder", zero, resumed) for zero, resumed in ((0, False), (1, True), (2, False), (3, True))]
+    cases.append(("imle-pixels", 1, True))
+    alone = {method: train(0, 1, "torch", 0, False, method) for method in ("autoencoder", "imle-pixels")}
     with gloo_group(2) as members:
-        for zero, resumed in ((0, False), (1, True), (2, False), (3, True)):
-            calls = [m.run.remote(train, rank, 2, "deepspeed", zero, resumed) for rank, m in enumerate(members)]
-            answers = local_ray.get(calls, timeout=600)
-            print(f"zero {zero} resumed {resumed}")
+        for method, zero, resumed in cases:
+            losses, kept, updates, codes = alone[method]
+            ends = [
+                member.run.remote(train, rank, 2, "deepspeed", zero, resumed, method)
+                for rank, member in enumerate(members)
+            ]
+            answers = local_ray.get(ends, timeout=600)
+            print(f"{method} zero {zero} resumed {resumed}")
             found = np.concatenate([answer[3] for answer in answers])
             np.testing.assert_allclose(found, codes, atol=2e-3 * np.abs(codes).max(), rtol=1e-2)
             for answer in answers:

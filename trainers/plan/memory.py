@@ -58,6 +58,9 @@ def memory_of(
         training["feature maps of real images"] = kept_maps
     measuring = {"generator": FLOAT * generator.parameters, "images decoded at once": evaluation.memory}
     measuring["feature extractor"] = EXTRACTOR
+    if config.trainer == "pixels":  # its own rows, and up to three blocks of candidates on their way round the workers
+        numbers = config.data.channels * min(config.pixels.side, config.data.resolution) ** 2
+        training["images compared"] = round(FLOAT * numbers * rows * (1 + 3 * config.pixels.candidates))
     if config.cluster.gpus_per_worker:
         process["images read ahead, or measured"] = max(ahead, measured)
     else:

@@ -35,6 +35,7 @@ def test_all_the_promised_recipes_are_there():
         "gan-digits",
         "vae-digits",
         "ae-ot-digits",
+        "imle-pixels-digits",
         "faces-64",
         *PAPER,
         "celebahq-256",
