@@ -53,11 +53,13 @@ def main() -> None:
         parser.error(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would be counted as CPU time
     here, rows = machine(), []
-    for suite in options.suites or SUITES:
-        began = time.monotonic()
-        rows += apart(suite)
-        print(f"{suite}: {time.monotonic() - began:.0f} s", flush=True)
-    report(rows, here)
+    try:
+        for suite in options.suites or SUITES:
+            began = time.monotonic()
+            rows += apart(suite)
+            print(f"{suite}: {time.monotonic() - began:.0f} s", flush=True)
+    finally:  # also when it is interrupted: a suite takes minutes
+        report(rows, here)
 
 
 if __name__ == "__main__":
