@@ -37,9 +37,9 @@ from .sections import (
     LossConfig,
     PreviewConfig,
     S3Config,
-    TrackingConfig,
 )
 from .shorthands import SHORT_STAGE_ONE, SHORTHANDS, canonical, with_shorthands
+from .tracking import TrackingConfig
 
 COMPARISONS = "compare-"  # prefix of the files of comparisons, beside the recipes
 MAX_FAULTS = 20  # reported at once

@@ -20,6 +20,7 @@ from glann.models.patches import crop
 from glann.trainers import glo
 from glann.trainers.engine import step as engine_step
 from glann.trainers.engine import transfer
+from glann.trainers.engine.optimizer import GuardedAdam, OptimizerConfig
 from glann.trainers.glo import Glo, train_glo
 from glann.trainers.stage import StageContext
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -188,9 +189,9 @@ def test_a_critic_that_is_held_back_keeps_weights_beyond_its_bound(kind):
     """`networks.critic.clip` bounds what an update has moved; a step that is held, or not finite, changes nothing."""
     torch.manual_seed(0)
     network = torch.nn.Linear(DIM, 1)
-    optimizer = engine_step.GuardedAdam(network.parameters(), lr=1e-2, fused=kind == "fused")
-    optimizer.clip = 0.05
-    engine_step.prime(optimizer, list(network.parameters()), 0.0)
+    settings = OptimizerConfig(1e-2, (0.9, 0.999), clip=0.05)
+    optimizer = GuardedAdam(network.parameters(), settings, fused=kind == "fused")
+    optimizer.prime(list(network.parameters()), 0.0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert max(float(value.abs().max()) for value in before.values()) > optimizer.clip
     for withheld in (1.0, 0.0):
