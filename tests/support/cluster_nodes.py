@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from cluster_proxy import FaultyProxy
+from glann.datasets.assets.catalogue import fetch
 from netns import Network, wait_until
 from s3_server import ACCESS, PORTS, SECRET, find_weed, free_ports, s3_client, serves, write_identities
 
@@ -36,6 +37,7 @@ HEAD, WORKERS, S3, MLFLOW = "head", ("w1", "w2", "w3"), "s3", "mlflow"
 BUCKET = "glann"
 RAY_PORT, PROXY_PORT, MLFLOW_PORT = 6379, 9000, 5000
 BIN = Path(sys.executable).parent
+FETCHED_BEFORE = ("digits", "squeezenet-caffe")  # data and weights of the jobs that tests run on it
 
 
 class Cluster:
@@ -59,6 +61,8 @@ class Cluster:
         mlflow: str = "",
         memory: Mapping[str, int | None] | None = None,
     ) -> None:
+        for asset in FETCHED_BEFORE:  # as the nodes' networks end at one another
+            fetch(asset)
         self.net = Network(label)
         self.dashboard, self.head_cpus, self.mlflow_store = dashboard, head_cpus, mlflow
         self.token = secrets.token_hex(32)
