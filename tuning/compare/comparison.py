@@ -56,6 +56,13 @@ class Cell:
         return f"{self.method}, seed {self.seed}"
 
 
+class Published(Section):
+    """Distances that others have published, which are shown apart and never ranked with what was measured here."""
+
+    source: str = Field(min_length=1, description="who has published these distances, and how they were measured")
+    figures: dict[str, float] = Field(min_length=1, description="published Frechet distance by the name of its method")
+
+
 class Comparison(Section):
     """Configuration of a comparison."""
 
@@ -80,6 +87,10 @@ class Comparison(Section):
     )
     ratio: tuple[str, str] | None = Field(
         None, description="two methods: the last line is the distance of the first over that of the second"
+    )
+
+    published: tuple[Published, ...] = Field(
+        (), description="distances that others have published, shown below the table with their source"
     )
 
     @model_validator(mode="before")

@@ -17,7 +17,15 @@ from ...reports.run_folder import REPORT
 from ..ledger import trials
 from .comparison import Cell, Comparison
 from .measure import REAL, STRIPS, read_curve
-from .table import Table, as_markdown, build_table, last_line, last_of_each
+from .table import (
+    Table,
+    as_markdown,
+    build_table,
+    by_distance,
+    last_line,
+    last_of_each,
+    published_as_markdown,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +43,8 @@ def write_report(comparison: Comparison) -> Path:
         UserError: the ledger or a picture is damaged. EnvironmentFault: the disk is full or failing.
     """
     table = build_table(comparison, trials(comparison.folder).values())
-    text = "\n".join(filter(None, [redact(as_markdown(table)), last_line(comparison, table)]))
+    parts = [as_markdown(table), published_as_markdown(comparison), last_line(comparison, table)]
+    text = redact("\n".join(filter(None, parts)))
     write_page(comparison.folder / TABLE, text.rstrip() + "\n")
     return write_page(comparison.folder / REPORT, render(comparison, table))
 
@@ -52,6 +61,7 @@ def render(comparison: Comparison, table: Table) -> str:
             progress=progress(comparison),
             ratio=last_line(comparison, table),
             table=table,
+            published=[(group.source, by_distance(group)) for group in comparison.published],
             strips=strips(comparison, table),
             curves=curves(comparison, table),
             remarks=[(row.name, redact(remark)) for row in table.rows for remark in row.remarks],

@@ -13,7 +13,7 @@ from ...metrics.result import FLOOR, HELD_OUT, OWN, RECONSTRUCTION, to_key
 from ...metrics.spec import CODES, METRICS, frechet_name, measured_with
 from ...reports.copying import copies
 from ..ledger import Trial
-from .comparison import Cell, Comparison
+from .comparison import Cell, Comparison, Published
 from .measure import DRAWS, FIT_S, TRAIN_S
 
 COPIED = "COPIES"  # begins the remark on a method whose samples are copies
@@ -186,6 +186,20 @@ def _of(sampler: str, key: str) -> str:
     """The key of the same metric of another sampler."""
     metric, _, reference = key.partition(":")
     return to_key(metric, sampler, reference or None) if metric in METRICS else ""
+
+
+def published_as_markdown(comparison: Comparison) -> str:
+    """What others have published, best first within a source; empty without any."""
+    if not comparison.published:
+        return ""
+    lines = ["Published by others, not measured here:", "", "| method | distance | source |", "|---|---|---|"]
+    for group in comparison.published:
+        lines += [f"| {name} | {figure:g} | {group.source} |" for name, figure in by_distance(group)]
+    return "\n".join(lines) + "\n"
+
+
+def by_distance(group: Published) -> list[tuple[str, float]]:
+    return sorted(group.figures.items(), key=lambda item: item[1])
 
 
 def as_markdown(table: Table) -> str:

@@ -12,7 +12,7 @@ from glann.tuning.compare.comparison import Cell
 from glann.tuning.compare.driver import Clock, remaining
 from glann.tuning.compare.folder import refuse_other_comparison, saved_comparison
 from glann.tuning.compare.report import TABLE, write_report
-from glann.tuning.compare.table import as_markdown, build_table, last_line
+from glann.tuning.compare.table import as_markdown, build_table, last_line, published_as_markdown
 from glann.tuning.ledger import Ledger, trials
 from html_page import Page
 
@@ -43,6 +43,24 @@ def test_a_figure_is_the_mean_over_the_seeds_with_its_deviation(comparison):
     assert table.row("real images (floor)").cell(training) == "8 ± 0"
     assert table.row("reconstructions of imle").cell(held_out) == "–", "not measured against held-out images here"
     assert table.row("published").cell(training) == "–"
+
+
+def test_published_figures_stand_apart_with_their_source_and_are_not_ranked(tmp_path):
+    groups = [{"source": "Someone 2019", "figures": {"theirs": 6.5, "best": 2.0}}]
+    with_published = make_comparison(tmp_path, published=groups)
+    fill_comparison(with_published)
+    assert [row.name for row in table_of(with_published).methods] == ["gmm", "imle", "ot", "published"]
+    text = published_as_markdown(with_published)
+    assert text.index("| best | 2 | Someone 2019 |") < text.index("| theirs | 6.5 | Someone 2019 |")
+    page = write_report(with_published).read_text()
+    assert page.index("Published by others") > page.index("Figures")
+    assert "Someone 2019" in page
+    assert text in with_published.folder.joinpath(TABLE).read_text()
+
+
+def test_without_published_figures_nothing_is_said_of_them(comparison):
+    assert not published_as_markdown(comparison)
+    assert "Published by others" not in write_report(comparison).read_text()
 
 
 def test_one_seed_has_no_deviation(tmp_path):
