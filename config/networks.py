@@ -90,7 +90,9 @@ class NetworksConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     critic: CriticConfig = CriticConfig()
     penalty: PenaltyConfig = PenaltyConfig()
-    generator_lr: Annotated[Positive, Trait.IN_REGISTRY] = Field(1e-4, description="learning rate of the generator")
+    generator_lr: Annotated[Positive | None, Trait.IN_REGISTRY] = Field(
+        None, description="learning rate of the generator; empty: networks.critic.lr"
+    )
     generator_steps: int = Field(1, ge=1, description="updates of G after those of the critic")
     optimizer: Literal["adam", "rmsprop"] = Field(
         "adam", description="of both; rmsprop needs betas: [0, its decay] (published Wasserstein GAN)"
@@ -120,6 +122,11 @@ class NetworksConfig(Section):
     continuous: int = Field(0, ge=0, description="first numbers of a code that networks.information is about")
     schedule: ScheduleConfig = ScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
+
+    @property
+    def rate_of_generator(self) -> float:
+        """Learning rate of the generator before the schedule."""
+        return self.critic.lr if self.generator_lr is None else self.generator_lr
 
     @property
     def looks_at_batches(self) -> bool:

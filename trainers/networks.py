@@ -40,7 +40,7 @@ class Networks(Stage):
         self.context, self.preview_every = context, config.preview.every_epochs
         torch.manual_seed(config.seed)
         optimizer = partial(OptimizerConfig, betas=keys.betas, kind=keys.optimizer, history=keys.history)
-        drawn = optimizer(keys.generator_lr, ema=keys.ema)
+        drawn = optimizer(keys.rate_of_generator, ema=keys.ema)
         self.generator = self.engine(referenced_generator(config), drawn, networks.get(GENERATOR), config.engine.zero)
         torch.manual_seed(config.seed + 2)
         judging = optimizer(keys.critic.lr, clip=keys.critic.clip)

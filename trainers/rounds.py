@@ -218,7 +218,7 @@ class Round:
             return torch.stack(losses).sum(0)
 
         with watching([player.engine.network for player in players]):
-            return self.game.generator.step(code_BD, self.weight_B, loss_of, networks.generator_lr * self.scale)
+            return self.game.generator.step(code_BD, self.weight_B, loss_of, networks.rate_of_generator * self.scale)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Charts of a study: loss curves, and the value of every finished trial.
+"""Charts of a study: loss curves, the value of every finished trial, and the best of so many of them.
 
 In all of them the best trial is blue and bold, the base recipe orange, and stopped or failed trials are faint.
 """
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from ...reports.charts import INK, LINE, drawing, logarithmic, spans_magnitudes, thinned
 from ..ledger import State
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Values = NDArray[np.float64]
 RECIPE = "#d9822b"  # as legible as the blue, for the base recipe
 WIDE = (9.6, 4.2)  # inches
 LABEL_GAP = 0.055  # of the height of the axes, between labels
@@ -85,6 +88,21 @@ def values_over_trials(
         if spans_magnitudes(list(values.values())):
             logarithmic(axes)
         _label(axes, labels)
+
+    return drawing(title, WIDE, draw)
+
+
+def best_of_so_many(low_K: Values, median_K: Values, high_K: Values, metric: str, title: str) -> Markup:
+    """Chart of the best of k trials over k: the median as a line, and what eight draws in ten are between."""
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, "trials that are made", metric)
+        count_K = np.arange(1, len(median_K) + 1)
+        shown_K = [np.where(np.isfinite(values), values, np.nan) for values in (low_K, median_K, high_K)]
+        axes.fill_between(count_K, shown_K[0], shown_K[2], color=LINE, alpha=0.18, linewidth=0)
+        axes.plot(count_K, shown_K[1], color=LINE, linewidth=2, marker="o", markersize=3)
+        if spans_magnitudes(np.concatenate(shown_K)[np.isfinite(np.concatenate(shown_K))].tolist()):
+            logarithmic(axes)
 
     return drawing(title, WIDE, draw)
 

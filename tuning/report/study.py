@@ -1,7 +1,8 @@
-"""report.html and leaderboard.csv of a study."""
+"""report.html, leaderboard.csv and seeds.yaml of a study."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,12 @@ from .. import ledger
 from ..ledger import BASELINE, STATES, Trial
 from ..space import Params
 from ..study import StudyConfig
-from .charts import Curve, loss_curves, values_over_trials
+from .budget_curve import FEWEST, best_of_k_KQ
+from .charts import Curve, best_of_so_many, loss_curves, values_over_trials
 from .importance import FEW, Importance, best_count, importances
 from .leaderboard import Row, as_csv, command, leaderboard, recipe_name, recipe_params, text
 from .parallel import Line, parallel_coordinates
+from .seeds import SEEDS_FILE, seeds_yaml
 
 TABLE = "leaderboard.csv"
 MAX_ROWS = 100
@@ -87,6 +90,8 @@ def write_report(study: StudyConfig) -> Path:
     """
     facts = StudyFacts.read(study)
     write_page(study.folder / TABLE, as_csv(study, facts.rows))
+    if facts.best not in (None, facts.base) and (again := seeds_yaml(study, facts.best)):
+        write_page(study.folder / SEEDS_FILE, again)
     return write_page(study.folder / REPORT, render(facts))
 
 
@@ -105,6 +110,7 @@ def render(facts: StudyFacts) -> str:
             tiles=tiles(facts),
             samples=samples(facts),
             command=command(study, facts.best) if facts.best else "",
+            seeds_command=f"glann compare {study.folder / SEEDS_FILE}" if (study.folder / SEEDS_FILE).exists() else "",
             shares_stage_one=study.second_stage_only,
             rows=[cells(facts, row) for row in facts.rows[:MAX_ROWS]],
             hidden=max(0, len(facts.rows) - MAX_ROWS),
@@ -113,6 +119,7 @@ def render(facts: StudyFacts) -> str:
             curves=curves(facts),
             stage=stage(facts)[1],
             values=value_chart(facts),
+            budget=budget(facts),
             parallel=parallel(facts),
             importance=importance,
             importance_text=importance_text,
@@ -236,6 +243,25 @@ def value_chart(facts: StudyFacts) -> Markup | str:
         return TOO_FEW.format("is one" if values else "is none")
     label = facts.label(facts.best) if facts.best else ""
     return values_over_trials(values, BASELINE, study.minimize, study.metric, "Value of every finished trial", label)
+
+
+def budget(facts: StudyFacts) -> Markup | str:
+    """Chart of what a budget of random trials buys, or the reason why there is none; a failed trial counts as worst."""
+    study = facts.study
+    if study.search.kind != "random" or study.stops_early:
+        return (
+            "Left out: the best of so many trials follows from trials that were drawn at random and trained to the end "
+            "(search.kind=random, scheduler.kind=none)."
+        )
+    worst = math.inf if study.minimize else -math.inf
+    drawn = [trial for trial in facts.trials.values() if trial.number != BASELINE and trial.ended]
+    if len(drawn) < FEWEST:
+        return f"Left out: at least {FEWEST} random trials are needed; there are {len(drawn)}."
+    values = [facts.values.get(trial.number, worst) for trial in drawn]
+    low_K, median_K, high_K = best_of_k_KQ(values, (0.1, 0.5, 0.9), study.minimize).T
+    if not any(map(math.isfinite, median_K)):
+        return "Left out: most random trials have failed."
+    return best_of_so_many(low_K, median_K, high_K, study.metric, "The best of so many random trials")
 
 
 def parallel(facts: StudyFacts) -> Markup | str:
