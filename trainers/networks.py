@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,12 @@ from ..cluster.placement import Share
 from ..config.run import Config
 from ..datasets.reader import ImageRows
 from ..models.comm import rank, world_size
-from ..models.critics import critic_of
+from ..models.critics import Critic, critic_of
 from .engine.build import build_engine
 from .engine.optimizer import OptimizerConfig
 from .engine.step import Engine
 from .glo import GENERATOR, averaged_statistics
+from .labelled import HeldOut
 from .passes import Played, Turn, train_passes
 from .plan.costs import model_flops
 from .previews import Pictures, Previews
@@ -47,6 +49,7 @@ class Networks(Stage):
         state = networks.get(CRITIC)
         # its network is also called outside of DeepSpeed, which ZeRO 3 would have taken apart
         self.critic = Player.resumed(self.engine(critic_of(config), judging, state, min(config.engine.zero, 2)), state)
+        self.unseen = HeldOut.of(config, context.images)
         self.drawing = Previews(config, context.images, context.latents.rows, context.device)
 
     def engine(self, network: nn.Module, optimizer: OptimizerConfig, state: State | None, zero: int) -> Engine:
@@ -68,7 +71,9 @@ class Networks(Stage):
         context = self.context
         context.enter("networks")
         players = {CRITIC: self.critic}
-        yield from train_networks(context.config, context.images, self.generator, players, (epoch, step), piggyback)
+        steps = train_networks(context.config, context.images, self.generator, players, (epoch, step), piggyback)
+        critic = cast(Critic, self.critic.engine.network)
+        yield from self.unseen.measured(steps, critic, context.device) if self.unseen else steps
 
     def lazy_state(self) -> dict[str, State]:
         return {GENERATOR: self.generator.lazy_state(), CRITIC: self.critic.saved(self.critic.engine.lazy_state())}

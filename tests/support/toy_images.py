@@ -12,7 +12,7 @@ class ToyImages:
 
     def __init__(self, rows: int, resolution: int = 28, channels: int = 1) -> None:
         self.rows = rows
-        self.index = SimpleNamespace(channels=channels, resolution=resolution)
+        self.index = SimpleNamespace(channels=channels, resolution=resolution, held_out=None)
 
     def __len__(self) -> int:
         return self.rows
