@@ -84,7 +84,7 @@ def test_studies_that_are_named_exist(page: Path):
 
 @pytest.mark.parametrize("page", SHELL_TEXTS, ids=named)
 def test_comparisons_that_are_named_exist(page: Path):
-    for name in re.findall(r"glann compare +([a-zA-Z0-9./-]+)", page.read_text()):
+    for name in re.findall(r"glann compare +([a-z0-9][A-Za-z0-9./-]*)", page.read_text()):
         bundled = RECIPES / f"{COMPARISONS}{name}.yaml"
         assert name.endswith(".yaml") or bundled.is_file(), f"{named(page)} uses the comparison {name}"
 
