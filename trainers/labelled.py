@@ -114,7 +114,7 @@ class HeldOut:
         try:
             for img_BCHW in training_images(self.images, part, self.config):
                 head_BK = critic.judge(img_BCHW.to(device).float() / 255, None).head_BQ
-                label_B = torch.as_tensor(self.label_N[at : at + len(img_BCHW)], device=device)
+                label_B = torch.tensor(self.label_N[at : at + len(img_BCHW)], device=device)
                 right_B = head_BK.argmax(1) == label_B
                 hits += torch.stack([right_B.sum(), (label_B >= 0).sum()]).double()
                 at += len(img_BCHW)
