@@ -17,11 +17,12 @@ import numpy as np
 
 from ..errors import UserError
 from ..storage.base import Store
-from .index import HELD_OUT, INDEX_FILE, PACKING_FILE, Index, parse
+from .index import HELD_OUT, INDEX_FILE, Index, parse
+from .journal import begin
 from .labels import Labels
 from .left_out import counted
 from .records import RECORD
-from .shards import Packing, ShardWriter
+from .shards import ShardWriter
 
 IN_TRAINING = "equal to a training image, left out"
 LEAST_EXPECTED = 10  # images of a held-out share, on average: with fewer there may be none, and nothing is measured
@@ -59,8 +60,9 @@ class Part:
             if self.index.header.recipe != recipe:
                 raise UserError(f"{store.url} holds another data set; choose another destination or delete it")
             return
-        state = begin(store, recipe_of_state(recipe, labels), count)
-        self._writer = ShardWriter(store, state, folder, layout.name, layout.image_format, layout.shard_bytes, labels)
+        packing, records = begin(store, recipe_of_state(recipe, labels), count)
+        shape = (layout.name, layout.image_format, layout.shard_bytes)
+        self._writer = ShardWriter(store, packing, records, folder, *shape, labels)
 
     @property
     def position(self) -> int:
@@ -113,29 +115,6 @@ class Part:
 def recipe_of_state(recipe: str, labels: Labels | None) -> str:
     """The hash by which an unfinished part is recognised: its labels cannot change either."""
     return hashlib.sha256(f"{recipe} {labels.identity}".encode()).hexdigest() if labels else recipe
-
-
-def begin(store: Store, recipe: str, images: int) -> Packing:
-    """Read the state of the unfinished part in a store, or create a new one."""
-    present = store.list()
-    if PACKING_FILE not in present:
-        if present:
-            raise UserError(f"{store.url} is not empty (it holds {present[0]}); choose an empty destination")
-        packing = Packing(recipe=recipe)
-        store.write(PACKING_FILE, packing.model_dump_json().encode(), only_if_absent=True)
-        return packing
-    try:
-        packing = Packing.model_validate_json(store.read(PACKING_FILE))
-        if packing.finished and packing.finished[-1].position > images:
-            raise ValueError("it is ahead of the source")
-    except ValueError as error:
-        raise UserError(f"{store.url}/{PACKING_FILE} cannot be read; delete the destination and pack again") from error
-    if packing.recipe != recipe:
-        raise UserError(
-            f"{store.url} holds an unfinished pack of another source, with other options or of another version; "
-            "run that command again, choose another destination or delete it"
-        )
-    return packing
 
 
 Taker = Callable[[bytes, int, Iterable[str]], None]  # an encoded image, the position after it, remarks on it

@@ -10,50 +10,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import UserError
 from ..storage.base import Store
 from ..storage.files import read_at
 from ..storage.local import LocalStore
-from .index import IMAGES_FILE, INDEX_FILE, LABELS_FILE, PACKING_FILE, Sha256, Shard, build, image_key
+from .index import IMAGES_FILE, INDEX_FILE, LABELS_FILE, PACKING_FILE, Shard, build, image_key
+from .journal import Packing, Records, entry_bytes, entry_of, parse, together
 from .labels import LABEL, Labels, LabelsEntry
-from .left_out import Text
 from .records import RECORD
 from .sources.archives import MAX_MEMBER_BYTES, tar_members
 
 log = logging.getLogger(__name__)
-
-
-class FinishedShard(BaseModel):
-    """A finished shard, the position in the source after its last image, and the remarks on images up to there."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    shard: Shard
-    position: int = Field(ge=1)
-    remarks: dict[Text, Annotated[int, Field(ge=1)]] = Field({}, max_length=20)
-
-
-class Packing(BaseModel):
-    """The contents of `packing.json`, the state of an unfinished pack."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    recipe: Sha256
-    finished: tuple[FinishedShard, ...] = ()
-
-    @model_validator(mode="after")
-    def _counted(self) -> Packing:
-        """A shard's images lie between the position behind the one before and its own."""
-        rows = before = 0
-        for shard in self.finished:
-            rows += shard.shard.rows
-            if shard.position < rows or shard.position <= before:
-                raise ValueError("the positions of the shards do not fit their images")
-            before = shard.position
-        return self
 
 
 class ShardWriter:
@@ -68,15 +39,22 @@ class ShardWriter:
         self,
         store: Store,
         packing: Packing,
+        records: Records,
         folder: Path,
         name: str,
         image_format: str,
         shard_bytes: int,
         labels: Labels | None = None,
     ):
-        self._store, self._packing, self._folder = store, packing, folder
+        self._store, self._finished, self._folder = store, list(packing.finished), folder
         self._name, self._image_format, self._shard_bytes = name, image_format, shard_bytes
-        self._records = finished_records(store, packing, folder)
+        self._records = finished_records(store, packing, records, folder)
+        for number, finished in enumerate(packing.finished):
+            if finished.shard.file != self._path(number).name:
+                raise UserError(
+                    f"{store.url} has lost {entry_of(finished.shard)} or a file like it; delete the destination, "
+                    "pack again"
+                )
         self._row = sum(finished.shard.rows for finished in packing.finished)
         self._number = len(packing.finished)
         self.position = packing.finished[-1].position if packing.finished else 0
@@ -124,13 +102,13 @@ class ShardWriter:
         `header`: the other arguments of `index.build`.
         """
         records = self.store_all()
-        shards = [finished.shard for finished in self._packing.finished]
+        shards = [finished.shard for finished in self._finished]
         labels = self._store_labels(self._labels) if self._labels else None
         index, images = build(shards=shards, records=records, remarks=self._remarks, labels=labels, **header)
         self._store.write(IMAGES_FILE, images)
         self._store.write(INDEX_FILE, index)
-        for shard in shards if labels else ():
-            self._store.delete(_labels_of(shard))
+        together(self._store.delete, [_labels_of(shard) for shard in shards] if labels else [])
+        together(self._store.delete, [entry_of(finished.shard) for finished in self._finished if finished.records])
         self._store.delete(PACKING_FILE)
         return index, images
 
@@ -139,7 +117,7 @@ class ShardWriter:
         digest, width = hashlib.sha256(), len(labels.columns) * LABEL.itemsize
 
         def parts() -> Iterator[memoryview]:
-            for finished in self._packing.finished:
+            for finished in self._finished:
                 part = self._store.read(_labels_of(finished.shard))
                 if len(part) != finished.shard.rows * width:
                     raise UserError(
@@ -186,9 +164,9 @@ class ShardWriter:
         self._store.write(path.name, path)
         path.unlink()
         self._records.append(records)
-        finished = (*self._packing.finished, FinishedShard(shard=shard, position=position, remarks=remarks))
-        self._packing = Packing(recipe=self._packing.recipe, finished=finished)
-        self._store.write(PACKING_FILE, self._packing.model_dump_json().encode())
+        entry = entry_bytes(shard, position, remarks, records)
+        self._store.write(entry_of(shard), entry)
+        self._finished.append(parse(entry)[0])
 
     @property
     def rows(self) -> int:
@@ -211,26 +189,35 @@ def _member_bytes(data: bytes) -> int:
     return tarfile.BLOCKSIZE * (1 - -len(data) // tarfile.BLOCKSIZE)
 
 
-def finished_records(store: Store, packing: Packing, folder: Path) -> list[bytes]:
-    """The index records of the finished shards, read from the shards and thereby verified. Raises UserError."""
-    records = []
+def finished_records(store: Store, packing: Packing, records: Records, folder: Path) -> list[bytes]:
+    """The index records of the finished shards, which are verified.
+
+    On a local disk the shards are read again. In an object store, which takes objects whole and checks them, their
+    sizes are compared, and only those of an earlier version, whose records were not kept, are read.
+
+    Raises:
+        UserError: a shard is damaged, or is missing.
+    """
+    found: list[bytes] = []
+    sizes = {} if isinstance(store, LocalStore) else store.sizes()
     for finished in packing.finished:
         file_name = finished.shard.file
         if isinstance(store, LocalStore):
-            path = store.path(file_name)
+            shard, record = scan(store.path(file_name), file_name)
+        elif finished.records:
+            record = records[file_name]
+            shard = finished.shard.model_copy(update={"bytes": sizes.get(file_name, 0)})
         else:
-            path = folder / file_name
-            store.download(file_name, path)
-        shard, record = scan(path, file_name)
-        if shard != finished.shard:
+            store.download(file_name, folder / file_name)
+            shard, record = scan(folder / file_name, file_name)
+            (folder / file_name).unlink()
+        if (shard, record) != (finished.shard, records.get(file_name, record)):
             raise UserError(
                 f"{store.url}/{file_name} is damaged or of another pack; delete the destination, pack again"
             )
-        if not isinstance(store, LocalStore):
-            path.unlink()
         log.info("%s of an earlier run is complete", file_name)
-        records.append(record)
-    return records
+        found.append(record)
+    return found
 
 
 def scan(path: Path, file_name: str) -> tuple[Shard, bytes]:

@@ -19,6 +19,7 @@ from glann.cluster.checkpoints.lease import Lease
 from glann.config import run as configuration
 from glann.config.run import Config
 from glann.datasets.index import Index, _fingerprint
+from glann.datasets.journal import entry_bytes, entry_of
 from glann.datasets.pack import pack
 from glann.datasets.reader import ImageRows
 from glann.datasets.verify import verify
@@ -172,6 +173,14 @@ def test_unfinished_pack(jail, workshop, data):
     else:
         tree = data.draw(changed_trees(st.just(tree)))
     files["packing.json"] = data.draw(json_texts(st.just(tree)) | st.just(json.dumps(tree).encode()))
+    if data.draw(st.booleans()):  # as earlier versions did not: a file beside each shard
+        files["packing.json"] = json.dumps({"recipe": index.header.recipe}).encode()
+        records = index.records_N.tobytes()
+        for position, shard in enumerate(index.shards[:-1], 1):
+            own, records = records[: 44 * shard.rows], records[44 * shard.rows :]
+            files[entry_of(shard)] = entry_bytes(shard, position, {}, own)
+        victim = data.draw(st.sampled_from(sorted(name for name in files if name.endswith(".packed"))))
+        files[victim] = data.draw(changed_bytes(st.just(files[victim])) | st.binary(max_size=200))
     folder = jail.fill(files)
     options = {"resolution": 28, "channels": 1, "shard_size_mb": 0.004, "name": "data"}
     jail.read(lambda: pack(str(workshop / "images.npz"), str(folder), **options))

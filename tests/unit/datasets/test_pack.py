@@ -127,8 +127,7 @@ def test_an_interrupted_pack_is_no_data_set(folder, tmp_path):
 def test_an_interrupted_pack_goes_on_and_ends_with_the_same_bytes(folder, tmp_path):
     pack(folder, str(tmp_path / "whole" / "set"), **OPTIONS)
     interrupted(folder, tmp_path / "set")
-    kept = {name: (tmp_path / "set" / name).stat().st_mtime_ns for name in os.listdir(tmp_path / "set")}
-    kept.pop("packing.json")
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("*.tar")}
     assert kept
     seen = []
     pack(folder, str(tmp_path / "set"), progress=lambda done, total: seen.append((done, total)), **OPTIONS)
@@ -168,11 +167,59 @@ def test_an_interrupted_pack_of_something_else_is_refused(folder, tmp_path):
 def test_a_position_that_does_not_fit_the_images_is_refused(folder, tmp_path, position):
     """Behind the images of the shards, images would be packed twice; ahead of the source, left out without a word."""
     interrupted(folder, tmp_path / "set")
-    state = tmp_path / "set" / "packing.json"
-    tree = json.loads(state.read_text())
-    tree["finished"][-1]["position"] = position
-    state.write_text(json.dumps(tree))
+    entry = max((tmp_path / "set").glob("*.packed"))
+    line, _, records = entry.read_bytes().partition(b"\n")
+    entry.write_bytes(json.dumps(json.loads(line) | {"position": position}).encode() + b"\n" + records)
     with pytest.raises(UserError, match=r"packing\.json cannot be read; delete the destination"):
+        pack(folder, str(tmp_path / "set"), **OPTIONS)
+
+
+def as_earlier_versions_did(place):
+    """Keep the finished shards of an interrupted pack in `packing.json` in place of a file beside each."""
+    state = json.loads((place / "packing.json").read_text())
+    for entry in sorted(place.glob("*.packed")):
+        state["finished"].append(json.loads(entry.read_bytes().partition(b"\n")[0]))
+        del state["finished"][-1]["records"]
+        entry.unlink()
+    (place / "packing.json").write_text(json.dumps(state))
+
+
+def test_a_pack_that_an_earlier_version_began_is_finished(folder, tmp_path):
+    pack(folder, str(tmp_path / "whole" / "set"), **OPTIONS)
+    interrupted(folder, tmp_path / "set")
+    as_earlier_versions_did(tmp_path / "set")
+    seen = []
+    pack(folder, str(tmp_path / "set"), progress=lambda done, total: seen.append(done), **OPTIONS)
+    assert seen[0] > 1
+    assert files(tmp_path / "set") == files(tmp_path / "whole" / "set")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda place: (place / "set-000000.packed").unlink(), "has lost set-000001.packed or a file like it"),
+        (lambda place: (place / "set-000001.packed").write_bytes(b"{}\n"), "set-000001.packed cannot be read"),
+        (
+            lambda place: (place / "set-000001.packed").write_bytes((place / "set-000000.packed").read_bytes()),
+            "set-000001.packed cannot be read",
+        ),
+        (
+            lambda place: (place / "set-000001.packed").write_bytes((place / "set-000001.packed").read_bytes()[:-1]),
+            "set-000001.packed cannot be read",
+        ),
+        (
+            lambda place: (place / "set-000001.packed").write_bytes(
+                (place / "set-000001.packed").read_bytes()[:-1] + b"?"
+            ),
+            "set-000001.packed cannot be read",
+        ),
+    ],
+    ids=["lost", "empty", "of-another-shard", "torn", "changed"],
+)
+def test_what_was_kept_of_a_finished_shard_is_checked(folder, tmp_path, damage, message):
+    interrupted(folder, tmp_path / "set")
+    damage(tmp_path / "set")
+    with pytest.raises(UserError, match=message):
         pack(folder, str(tmp_path / "set"), **OPTIONS)
 
 
