@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import yaml
+from codes import kept, synthetic
 from glann.config.samplers import SAMPLERS
 from glann.inference.package import load_model
 from glann.metrics.copying import copying_of_codes
@@ -41,10 +42,8 @@ from glann.reports.run_folder import read_config
 from glann.samplers.base import Codes, build_sampler
 from glann.trainers.run.local import load_stage_one
 from torch import Tensor
-from torch.nn.functional import normalize
 
 DRAWN = 2000
-GROUPS = 20  # of the synthetic codes
 PAPER = "imle"
 ALL = [
     PAPER,
@@ -64,17 +63,6 @@ ALL = [
 ]
 Row = dict[str, float]
 Distance = Callable[[Tensor], Row]  # of the images of codes; empty without a generator
-
-
-def synthetic(rows: int, dim: int) -> Tensor:
-    """Unit codes in groups of a few directions each, as those of a trained stage 1 are."""
-    generator = torch.Generator().manual_seed(0)
-    centre_KD = torch.randn(GROUPS, dim, generator=generator)
-    axes_KDD = torch.randn(GROUPS, dim, dim, generator=generator) / (4 * dim**0.5)
-    axes_KDD *= 0.8 ** torch.arange(dim)
-    own_N = torch.randint(GROUPS, (rows,), generator=generator)
-    spread_ND = (axes_KDD[own_N] @ torch.randn(rows, dim, 1, generator=generator) * dim**0.5)[..., 0]
-    return normalize(centre_KD[own_N] + spread_ND, dim=1)
 
 
 def of_nothing(rows: int, dim: int) -> tuple[Tensor, Constraint, Distance]:
@@ -99,10 +87,6 @@ def of_run(run: Path, extractor: str) -> tuple[Tensor, Constraint, Distance]:
         return {f"{metric.title}, {named}": result.value}
 
     return shared.z_ND, config.constraint, distance
-
-
-def kept(z_ND: Tensor) -> KeptFeatures:
-    return KeptFeatures().update(z_ND, torch.arange(len(z_ND)))
 
 
 def figures(z_BD: Tensor, train: KeptFeatures, held_out: KeptFeatures, distance: Distance) -> Row:

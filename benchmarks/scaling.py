@@ -64,7 +64,8 @@ class Sizes:
     noise_dim: int
     candidates: float
     batch_per_worker: int  # of stage 1
-    batch: int  # of stage 2, over all workers
+    batch: int  # of stage 2, over all workers, where that makes no more steps than:
+    most_steps: float  # of an epoch of stage 2
     image_bytes: int
     workers_per_node: int
 
@@ -93,6 +94,7 @@ def sizes_of(config: Config) -> Sizes:
         candidates=getattr(keys, "candidates", 2.0),
         batch_per_worker=max(1, config.glo.batch_size // 8),
         batch=getattr(keys, "batch_size", 128),
+        most_steps=getattr(keys, "max_steps_per_epoch", None) or math.inf,
         image_bytes=config.data.resolution**2 // 2,  # JPEG; 513 kB at 1024 px
         workers_per_node=8,
     )
@@ -116,7 +118,7 @@ def stage_one_counts(sizes: Sizes, rows: int, workers: int) -> Counts:
 
 def stage_two_counts(sizes: Sizes, rows: int, workers: int) -> Counts:
     """W - 1 blocks of candidates around the ring, and an all-reduce a step, with one more at the end of the epoch."""
-    steps = math.ceil(rows / sizes.batch)
+    steps = math.ceil(rows / max(sizes.batch, math.ceil(rows / sizes.most_steps)))
     block = sizes.candidates * rows / workers * FLOAT * sizes.dim
     ring = 2 * (workers - 1) / workers
     return Counts(

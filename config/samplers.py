@@ -44,6 +44,12 @@ class ImleKeys(SamplerConfig):
 
     epochs: Annotated[int, Trait.IN_REGISTRY] = Field(50, ge=1, description="rounds of fresh candidates and matches")
     batch_size: int = Field(128, ge=1, description="global batch, over all workers")
+    max_steps_per_epoch: int | None = Field(
+        None,
+        ge=1,
+        description="where the rows make more batches than this of batch_size, the batches are larger, so that the "
+        "steps of an epoch do not grow with the rows; empty: no bound (published)",
+    )
     noise_dim: Annotated[int, Trait.IN_REGISTRY] = Field(32, ge=1, description="dimension of the noise e")
     hidden_dim: Annotated[int, Trait.IN_REGISTRY] = Field(128, ge=1, description="width of the hidden layers")
     depth: Annotated[int, Trait.IN_REGISTRY] = Field(2, ge=1, le=32, description="hidden layers")
@@ -73,6 +79,11 @@ class ImleKeys(SamplerConfig):
     search: NeighbourSearchConfig = NeighbourSearchConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
+
+    def batch_of(self, rows: int) -> int:
+        """Rows of a global batch, at most, where an epoch has so many rows."""
+        fewest = 1 if self.max_steps_per_epoch is None else -(-rows // self.max_steps_per_epoch)
+        return max(self.batch_size, fewest)
 
     @property
     def untrainable(self) -> str | None:

@@ -113,7 +113,7 @@ class Imle(Sampler):
             enter(self.config.kind)
             lr = self.config.lr * self.config.schedule.factor(epoch, self.epochs)
             loss = torch.zeros((), device=self.device)
-            batches = global_batches(self.seed, epoch, codes.total, self.config.batch_size)
+            batches = global_batches(self.seed, epoch, codes.total, self.config.batch_of(codes.total))
             pulls = self.pulls(epoch, z_nD, codes) if self.config.chamfer else None
             self.network.train(self.config.statistics == "batch")
             for step, (e_BE, z_BD) in enumerate(self.pairs(epoch, batches, matches, z_nD, codes.rows)):
@@ -270,7 +270,7 @@ class Imle(Sampler):
     @classmethod
     def steps(cls, config: SamplerConfig, rows: int) -> int:
         imle = cast(ImleKeys, config)
-        return imle.epochs * math.ceil(rows / imle.batch_size)
+        return imle.epochs * math.ceil(rows / imle.batch_of(rows))
 
     def _end_of_epoch(
         self, epoch: int, steps: int, total: int, loss: Tensor, matches: Matches, piggyback_K: Tensor

@@ -21,6 +21,7 @@ import torch
 from ...cluster.latent_rates import latent_lr, movement
 from ...cluster.placement import ranges
 from ...config.run import Config
+from ...config.samplers import ImleKeys
 from ...config.sections import ClusterConfig
 from ...datasets.fit import held_out_of, require_fit
 from ...datasets.index import Index
@@ -257,7 +258,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("workers", f"{_count(cluster)} x {device}; {engine.kind}, ZeRO {engine.zero}, {engine.precision}"),
         ("generator", f"{plan.generator.parameters / 1e6:.2f} M parameters ({config.generator.kind})"),
         *([("encoder", f"{plan.encoder.parameters / 1e6:.2f} M parameters")] if plan.encoder.parameters else []),
-        ("sampler", f"{plan.sampler_parameters / 1e6:.3f} M parameters ({config.sampler.kind})"),
+        ("sampler", f"{plan.sampler_parameters / 1e6:.3f} M parameters ({config.sampler.kind})" + _batch(plan)),
         (
             "per image",
             f"{_flops(plan.flops_per_image)}: generator {_flops(plan.generator.flops)}, "
@@ -282,6 +283,14 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         text = f"{device}: {share}, {cost_text} ({estimate.basis}){warning}"
         lines.append(("" if number else "time", text))
     return lines
+
+
+def _batch(plan: Plan) -> str:
+    """The batch of stage 2, where it is larger than configured."""
+    keys = plan.config.sampler
+    if not isinstance(keys, ImleKeys) or (batch := keys.batch_of(plan.rows.count)) == keys.batch_size:
+        return ""
+    return f", in batches of {batch:,} (sampler.max_steps_per_epoch={keys.max_steps_per_epoch})"
 
 
 def _evaluation(plan: Plan) -> str:

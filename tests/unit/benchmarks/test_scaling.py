@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -44,20 +45,21 @@ def recipe():
     return load("celebahq-1024", [])
 
 
-def mapping_config():
+def mapping_config(**keys):
     tree = {
         "name": "t",
         "data": {"url": "x", "resolution": 32},
         "generator": {"kind": "infogan", "latent_dim": DIM},
         "glo": {"epochs": 1},
-        "imle": {"noise_dim": NOISE, "batch_size": BATCH, "epochs": 2, "hidden_dim": 7},
+        "imle": {"noise_dim": NOISE, "batch_size": BATCH, "epochs": 2, "hidden_dim": 7} | keys,
     }
     return validate(tree, "test")
 
 
+@pytest.mark.parametrize("most_steps", [None, 3])
 @pytest.mark.parametrize("world", [2, 3, 16])
-def test_what_stage_2_sends_is_what_is_counted(scaling, world, monkeypatch):
-    config, blocks, reduced = mapping_config(), [], []
+def test_what_stage_2_sends_is_what_is_counted(scaling, world, most_steps, monkeypatch):
+    config, blocks, reduced = mapping_config(max_steps_per_epoch=most_steps), [], []
     torch.manual_seed(0)
     z_ND = torch.nn.functional.normalize(torch.randn(ROWS, DIM), dim=1)
 
@@ -90,9 +92,11 @@ def test_what_stage_2_sends_is_what_is_counted(scaling, world, monkeypatch):
         dim=DIM,
         noise_dim=NOISE,
         batch=BATCH,
+        most_steps=most_steps or math.inf,
         mapping_parameters=parameters,
     )
     counts = scaling.stage_two_counts(sizes, ROWS, world)
+    assert counts.steps == (most_steps or 5)
     assert len(blocks) == world * counts.messages["blocks"]
     assert len(reduced) == world * counts.messages["all-reduce"]
     candidates = round(sizes.candidates * ROWS)
@@ -136,6 +140,8 @@ def test_the_terms_scale_as_they_must(scaling, recipe):
     assert one["search"] == pytest.approx(8 * eight["search"])
     assert one["steps"] < eight["steps"]  # as many, each with more workers to wait for
     assert scaling.stage_two(sizes, rates, 2 * 10**6, 8)["search"] == pytest.approx(4 * one["search"])
+    steps = {rows: scaling.stage_two_counts(sizes, rows, 8).steps for rows in (30_000, 512_000, 10**6, 10**8)}
+    assert steps == {30_000: 235, 512_000: 4000, 10**6: 4000, 10**8: 4000}
     assert scaling.seconds({"a": 1.0, "b": 2.0, "c (overlaps)": 2.5}) == 3.0
     assert scaling.seconds({"a": 1.0, "b": 2.0, "c (overlaps)": 4.0}) == 4.0
     until = [scaling.exact_pays_until(sizes, rates, workers) for workers in scaling.WORKERS]

@@ -81,6 +81,27 @@ def test_the_evaluation_of_a_1024_px_run_is_planned():
     assert "92,000 images drawn or read" in console.file.getvalue()
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_the_steps_of_stage_2_are_bounded_for_larger_data_sets_only(name: str):
+    """On the images that a recipe is for, batches are those of sampler.batch_size."""
+    config = load(name)
+    bound = getattr(config.sampler, "max_steps_per_epoch", None)
+    assert bool(bound) == name.startswith("celebahq")
+    if bound:
+        assert config.sampler.batch_of(30_000) == 128
+
+
+def test_a_plan_says_how_large_the_batches_of_stage_2_are(monkeypatch):
+    monkeypatch.setitem(planning.ASSUMED_ROWS, "celebahq", 100_000_000)
+    plan = make_plan(load("celebahq-1024"))
+    assert plan.costs["imle"].steps == 50 * 4000
+    console = Console(width=200, file=io.StringIO())
+    console.print(plan)
+    assert "in batches of 25,000 (sampler.max_steps_per_epoch=4000)" in console.file.getvalue()
+    unbounded = make_plan(load("celebahq-1024", ["sampler.max_steps_per_epoch=null"]))
+    assert unbounded.costs["imle"].steps == 50 * 781_250
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_recipes_hold_the_papers_numbers(name: str):
     """Hoshen, Li & Malik, CVPR 2019, as docs and DESIGN state them; defaults count only as they resolve."""

@@ -133,6 +133,35 @@ def test_a_code_without_a_match_is_never_trained_on(monkeypatch):
         next(fitted(trainer, eight_clusters(41)[0]))
 
 
+def test_the_steps_of_an_epoch_are_bounded_by_larger_batches():
+    """Each row is visited once; what has fewer batches than the bound is trained as without it."""
+    torch.manual_seed(0)
+    z_ND, _ = eight_clusters(101)
+
+    def trained(**keys):
+        torch.manual_seed(1)
+        trainer, sizes = sampler(config(epochs=2, batch_size=10, **keys)), []
+        update = trainer.update
+        trainer.update = lambda e_BE, z_BD, rows, *rest: sizes.append(rows) or update(e_BE, z_BD, rows, *rest)
+        list(fitted(trainer, z_ND))
+        assert sum(sizes) == 2 * 101
+        assert trainer.steps(trainer.config, 101) == len(sizes)
+        return sizes, trainer.network.state_dict()
+
+    (plain, before), (unbounded, same), (bounded, other) = (
+        trained(),
+        trained(max_steps_per_epoch=11),
+        trained(max_steps_per_epoch=4),
+    )
+    assert plain == unbounded
+    assert len(plain) == 2 * 11
+    assert all(torch.equal(before[name], same[name]) for name in before)
+    assert bounded == 2 * [26, 25, 25, 25]
+    assert not torch.equal(before["fc1.weight"], other["fc1.weight"])
+    sizes = [config(max_steps_per_epoch=4000).sampler.batch_of(rows) for rows in (1, 200_000, 200_001, 10**8)]
+    assert sizes == [50, 50, 51, 25_000]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 40])
 def test_a_mapping_trains_in_small_batches_or_says_why_it_cannot(batch):
     """A lone row is zero after normalising by itself: T(e) = 0 for every e, at a squared distance of exactly 1."""
