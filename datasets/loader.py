@@ -21,6 +21,8 @@ from .reader import CorruptImage, ImageRows
 
 log = logging.getLogger(__name__)
 
+READS = 32  # requests to storage in flight, at most; at 60 ms a request 500 images/s
+
 
 class PlannedBatch(NamedTuple):
     """The rows of one step; rows of weight 0 are padding and are not read."""
@@ -80,9 +82,10 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield the batches of `plan` in order, with `prefetch` of them decoded in the background.
 
-    An image that cannot be read gets weight 0 and is counted by `max_bad`.  Errors of the decoding
-    threads are raised at the batch they belong to.  If the iterator is closed or dropped early, its
-    threads have ended before `close()` returns.
+    Images in object storage are read by threads of their own, so that up to `READS` requests are in flight however few
+    threads decode. An image that cannot be read gets weight 0 and is counted by `max_bad`.  Errors of the threads are
+    raised at the batch they belong to.  If the iterator is closed or dropped early, its threads have ended before
+    `close()` returns.
 
     Args:
         pinned: decode into page-locked memory, from which a GPU copies without help of the host.
@@ -90,39 +93,64 @@ def batches(
         UserError: more bad images than `max_bad` allows.
         EnvironmentFault: storage failed after all retries.
     """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="glann-decode")
+    pools = _Pools(images, threads)
     upcoming = iter(plan)
     try:
-        ahead = deque(_start(pool, images, planned, threads, pinned) for planned in islice(upcoming, prefetch))
+        ahead = deque(_start(pools, images, planned, threads, pinned) for planned in islice(upcoming, prefetch))
         while ahead:
             batch = _collect(*ahead.popleft(), max_bad)
-            ahead.extend(_start(pool, images, planned, threads, pinned) for planned in islice(upcoming, 1))
+            ahead.extend(_start(pools, images, planned, threads, pinned) for planned in islice(upcoming, 1))
             yield batch
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pools.close()
+
+
+class _Pools:
+    """Threads that decode, and others that read where a read waits for a request; each has a task in flight."""
+
+    def __init__(self, images: ImageRows, threads: int) -> None:
+        self.decoding = ThreadPoolExecutor(threads, thread_name_prefix="glann-decode")
+        waits = isinstance(images, ImageRows) and images.waits
+        self.reading = ThreadPoolExecutor(READS, thread_name_prefix="glann-read") if waits else None
+
+    def read(self, images: ImageRows, row: int) -> Future[bytes] | None:
+        """Start to read an image; None leaves that to the thread that decodes it, or it is decoded already."""
+        if self.reading is None or images.is_decoded(row):
+            return None
+        return self.reading.submit(images.read, row)
+
+    def close(self) -> None:
+        """Cancel what has not begun, and wait for the rest: first for the reads, which the decoding waits for."""
+        if self.reading is not None:
+            self.reading.shutdown(wait=True, cancel_futures=True)
+        self.decoding.shutdown(wait=True, cancel_futures=True)
 
 
 _Faults = list[CorruptImage]
+_Reads = dict[int, Future[bytes] | None]  # by place in the batch
 
 
 def _start(
-    pool: ThreadPoolExecutor, images: ImageRows, planned: PlannedBatch, threads: int, pinned: bool
+    pools: _Pools, images: ImageRows, planned: PlannedBatch, threads: int, pinned: bool
 ) -> tuple[PlannedBatch, Tensor, list[Future[_Faults]]]:
-    """Start to decode a batch, split evenly over the threads."""
+    """Start to read and decode a batch, whose decoding is split evenly over the threads."""
     index = images.index
     shape = (len(planned.rows_B), index.channels, index.resolution, index.resolution)
     img_BCHW = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
     places = np.flatnonzero(planned.weight_B)
-    parts = [part for part in np.array_split(places, threads) if len(part)]
-    return planned, img_BCHW, [pool.submit(_decode, images, planned.rows_B, img_BCHW.numpy(), part) for part in parts]
+    reads = {int(place): pools.read(images, int(planned.rows_B[place])) for place in places}
+    parts = [part.tolist() for part in np.array_split(places, threads) if len(part)]
+    submit, img = pools.decoding.submit, img_BCHW.numpy()
+    return planned, img_BCHW, [submit(_decode, images, planned.rows_B, img, part, reads) for part in parts]
 
 
-def _decode(images: ImageRows, rows_B: np.ndarray, img_BCHW: np.ndarray, places: np.ndarray) -> _Faults:
+def _decode(images: ImageRows, rows_B: np.ndarray, img_BCHW: np.ndarray, places: list[int], reads: _Reads) -> _Faults:
     """Decode the images at `places` of a batch; return the faults of unreadable rows."""
     faults = []
     for place in places:
+        read, row = reads.pop(place), int(rows_B[place])  # its bytes are let go as soon as it is decoded
         try:
-            img_BCHW[place] = images.decode(int(rows_B[place]))
+            img_BCHW[place] = images.decode(row) if read is None else images.decode(row, read.result())
         except CorruptImage as fault:
             faults.append(fault)
     return faults

@@ -84,6 +84,15 @@ class ImageRows:
         """The store of the data; None if they are in a folder."""
         return None if isinstance(self._store, LocalStore) else self._store
 
+    @property
+    def waits(self) -> bool:
+        """Whether a read waits for a request to storage, rather than for a disk."""
+        return self._cache is not None
+
+    def is_decoded(self, row: int) -> bool:
+        """Whether the pixels of `row` are in memory."""
+        return 0 <= row < len(self._decoded_N) and bool(self._decoded_N[row])
+
     def read(self, row: int) -> bytes:
         """Read the encoded image of `row`, verified against the index.
 
@@ -114,21 +123,22 @@ class ImageRows:
         shard = self.index.shards[self.index.shard_of(row)]
         return CorruptImage(row, f"{self._store.url}/{shard.file}: {self.index.key(row)}", reason)
 
-    def decode(self, row: int) -> np.ndarray:
+    def decode(self, row: int, data: bytes | None = None) -> np.ndarray:
         """Decode the image of `row` to uint8 [C, H, W]; must not be modified.
 
+        Args:
+            data: what `read` returned for it, if it was called before.
         Raises:
             CorruptImage: it differs from what was packed.
         """
-        in_memory = 0 <= row < len(self._decoded_N)
-        if in_memory and self._decoded_N[row]:
+        if self.is_decoded(row):
             return self._pixels_NCHW[row]
-        data = self.read(row)
+        data = self.read(row) if data is None else data
         try:
             img_CHW = decode_packed(data, self.index.resolution, self.index.channels, self.index.image_format)
         except BadImage as error:
             raise self._corrupt(row, str(error)) from error
-        if in_memory:
+        if 0 <= row < len(self._decoded_N):
             self._pixels_NCHW[row] = img_CHW
             self._decoded_N[row] = True  # last: other threads may read at any moment
         return img_CHW

@@ -7,10 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from glann.datasets import loader
+from glann.datasets.cache import ShardCache
 from glann.datasets.loader import BadRows, PlannedBatch, batches
 from glann.datasets.pack import pack
 from glann.datasets.reader import ImageRows
 from glann.errors import EnvironmentFault, UserError
+from glann.storage.local import LocalStore
 
 ROWS = 53
 
@@ -173,3 +176,86 @@ def test_the_plan_is_not_changed_by_a_corrupt_image(packed):
     planned = next(plan_of(range(8), 8))
     list(run(images, [planned], max_bad=BadRows(1.0, ROWS)))
     assert planned.weight_B.tolist() == [1] * 8
+
+
+class Slow(LocalStore):
+    """Plays object storage: a request ends when so many are in flight, or has failed when they never are."""
+
+    def __init__(self, root, at_once):
+        super().__init__(root)
+        self.barrier, self.requests, self.in_flight, self.most = threading.Barrier(at_once), 0, 0, 0
+        self.lock = threading.Lock()
+
+    def read_range(self, key, offset, length):
+        with self.lock:
+            self.requests, self.in_flight = self.requests + 1, self.in_flight + 1
+            self.most = max(self.most, self.in_flight)
+        try:
+            self.barrier.wait(timeout=20)
+            return super().read_range(key, offset, length)
+        finally:
+            with self.lock:
+                self.in_flight -= 1
+
+
+@pytest.fixture
+def remote(packed, tmp_path):
+    """The same data set in object storage, with a cache without room: every image is a request of its own."""
+    images, img_NCHW = packed
+
+    def behind(at_once, memory_mb=0):
+        store, read = Slow(images._store.root, at_once), ImageRows(str(images._store.root), memory_mb=memory_mb)
+        read._cache = ShardCache(store, tmp_path / "cache", 0)
+        return read, store
+
+    return behind, img_NCHW
+
+
+def test_requests_in_flight_are_not_bound_to_the_threads_that_decode(remote):
+    """One thread decodes; a request returns only when those of two whole batches wait."""
+    behind, img_NCHW = remote
+    images, store = behind(16)
+    rows = np.random.default_rng(1).permutation(ROWS)[:48]
+    for planned, got in zip(plan_of(rows, 8), run(images, plan_of(rows, 8), threads=1, prefetch=2), strict=True):
+        np.testing.assert_array_equal(got.img_BCHW.numpy(), img_NCHW[planned.rows_B])
+    assert store.requests == 48
+    assert store.most == 16
+
+
+def test_requests_in_flight_are_bounded(remote, monkeypatch):
+    monkeypatch.setattr(loader, "READS", 5)
+    images, store = remote[0](5)
+    assert len(list(run(images, plan_of(range(50), 10), threads=2, prefetch=4))) == 5
+    assert (store.requests, store.most) == (50, 5)
+
+
+def test_images_that_are_decoded_already_are_not_requested_again(remote):
+    behind, img_NCHW = remote
+    images, store = behind(1, memory_mb=256)
+    for _ in range(3):
+        seen = torch.cat([got.img_BCHW for got in run(images, plan_of(range(52), 4))])
+        np.testing.assert_array_equal(seen.numpy(), img_NCHW[:52])
+    assert store.requests == 52
+
+
+def test_a_bad_row_and_a_lost_server_are_met_where_they_belong_also_when_reading_ahead(remote):
+    images, _ = remote[0](1)
+    images.index.records  # noqa: B018 - read before the store fails
+    good = images.read
+
+    def read(row):
+        if row == 30:
+            raise EnvironmentFault("the server is gone")
+        if row == 5:
+            raise images._corrupt(row, "damaged")
+        return good(row)
+
+    images.read = read
+    bad = BadRows(0.1, ROWS)
+    stream = run(images, plan_of(range(40), 8), threads=2, prefetch=2, max_bad=bad)
+    first = next(stream)
+    assert first.weight_B.tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
+    assert [next(stream).step, next(stream).step] == [1, 2]
+    with pytest.raises(EnvironmentFault, match="the server is gone"):
+        next(stream)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("glann-decode", "glann-read"))]
