@@ -9,6 +9,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "glann": ("glo", "sampler"),
     "gan": ("networks",),
     "autoencoder": ("autoencoder", "sampler"),
+    "ae-ot-gan": ("autoencoder", "sampler", "networks"),
     "imle-pixels": ("pixels", "sampler"),
 }
 
@@ -34,10 +35,26 @@ def has_codes(method: str) -> bool:
     return trainer_of(method) != "networks"
 
 
+def has_critic_stage(method: str) -> bool:
+    """Whether a stage trains the generator against a critic, from scratch or from an autoencoder's decoder."""
+    return "networks" in METHODS.get(method, ())
+
+
+def refines(method: str) -> bool:
+    """Whether that stage refines a generator whose images have codes."""
+    return has_critic_stage(method) and has_codes(method)
+
+
+def batched_stages(method: str) -> tuple[Trainer, ...]:
+    """The stages of a method that read the images in batches; the keys of each are the section of its name."""
+    return tuple(cast(Trainer, stage) for stage in METHODS.get(method, ()) if stage in SECTIONS)
+
+
 def unused_sections(method: str) -> tuple[str, ...]:
     """Sections that a method has no stage for: they are not written, and may not be given."""
+    used = {section for stage in batched_stages(method) or (trainer_of(method),) for section in SECTIONS[stage]}
     every = dict.fromkeys(section for sections in SECTIONS.values() for section in sections)
-    return tuple(section for section in every if section not in SECTIONS[trainer_of(method)])
+    return tuple(section for section in every if section not in used)
 
 
 def with_unused(tree: dict[str, Any]) -> dict[str, Any]:
@@ -49,10 +66,11 @@ def with_unused(tree: dict[str, Any]) -> dict[str, Any]:
     method = tree.get("method", "glann")
     if method not in METHODS:
         return tree  # refused below
-    unused, own = unused_sections(method), trainer_of(method)
+    unused = unused_sections(method)
     for name in unused:
         if tree.get(name) is not None:
             raise ValueError(f"{name}.* are keys of another method than method={method}; leave them out")
-    if own not in NEUTRAL and tree.get(own) is None:
-        raise ValueError(f"missing key {own}.epochs: method={method} needs the section {own}")
+    for own in batched_stages(method):
+        if own not in NEUTRAL and tree.get(own) is None:
+            raise ValueError(f"missing key {own}.epochs: method={method} needs the section {own}")
     return tree | {name: NEUTRAL[name] for name in unused if name in NEUTRAL}

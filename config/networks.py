@@ -49,10 +49,13 @@ class ObjectiveConfig(Section):
 class CriticConfig(Section):
     """The critic: image -> score."""
 
-    kind: Annotated[Literal["infogan", "dcgan", "resnet", "autoencoder"], Trait.IN_REGISTRY] = Field(
-        "infogan", description="infogan: 28-64 px; dcgan; resnet: 32-1024 px; autoencoder (28-64 px): its error"
+    kind: Annotated[Literal["infogan", "dcgan", "resnet", "autoencoder", "mlp"], Trait.IN_REGISTRY] = Field(
+        "infogan",
+        description="infogan: 28-64 px; dcgan; resnet: 32-1024 px; autoencoder (28-64 px): its error; mlp",
     )
-    width: Annotated[int, Trait.IN_REGISTRY] = Field(64, ge=4, le=1024, description="base number of channels")
+    width: Annotated[int, Trait.IN_REGISTRY] = Field(
+        64, ge=4, le=1024, description="base number of channels, or of units of each hidden layer (mlp)"
+    )
     max_width: int = Field(1024, ge=4, le=4096, description="upper bound of channels (resnet)")
     code_dim: int = Field(64, ge=1, le=4096, description="size of the code (autoencoder)")
     batch_norm: bool = Field(False, description="BatchNorm, of real and generated images apart; not with a penalty")
@@ -81,7 +84,7 @@ class PenaltyConfig(Section):
 
 
 class NetworksConfig(Section):
-    """Training of the generator against a critic (method: gan)."""
+    """Training of the generator against a critic (method: gan), or its refinement (method: ae-ot-gan)."""
 
     epochs: Annotated[int, Trait.IN_REGISTRY] = Field(ge=1, description="passes over the data set, by the critic")
     batch_size: Annotated[int, Trait.IN_REGISTRY] = Field(
@@ -120,6 +123,19 @@ class NetworksConfig(Section):
         0.0, ge=0, description="weight of what an image says of its code's category and first numbers (InfoGAN: 1)"
     )
     continuous: int = Field(0, ge=0, description="first numbers of a code that networks.information is about")
+    generated: float = Field(
+        3.0, ge=0, description="ae-ot-gan: generated images to each reconstructed one, for both networks"
+    )
+    content: float = Field(
+        0.0,
+        ge=0,
+        description="ae-ot-gan: weight in G's loss of the reconstruction loss (loss.*) of its codes of images",
+    )
+    encoder_features: float = Field(
+        0.0,
+        ge=0,
+        description="ae-ot-gan: weight in G's loss of the mean squared distance of a code to that of its image",
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
 
@@ -173,8 +189,8 @@ class NetworksConfig(Section):
                 "networks.critic.kind=autoencoder has an error for a score; set networks.objective.kind to one of "
                 + ", ".join(OF_ERRORS)
             )
-        if critic.kind == "resnet" and critic.batch_norm:
-            return "networks.critic.kind=resnet has no BatchNorm; set networks.critic.batch_norm=false"
+        if critic.kind in ("resnet", "mlp") and critic.batch_norm:
+            return f"networks.critic.kind={critic.kind} has no BatchNorm; set networks.critic.batch_norm=false"
         if self.gate < 1 and kind not in OF_SIGNS:
             return (
                 f"networks.gate needs scores with a sign; set networks.objective.kind to one of {', '.join(OF_SIGNS)}"
@@ -209,6 +225,20 @@ class NetworksConfig(Section):
             )
         if self.continuous and not self.information:
             return "networks.continuous is not read without networks.information; set both or neither"
+        return None
+
+    def fault_of_refinement(self, refines: bool) -> str | None:
+        """What is wrong with the keys of codes that images have, or not."""
+        if not refines and (self.content or self.encoder_features):
+            return (
+                "networks.content and networks.encoder_features need an encoder and codes of images; set "
+                "method=ae-ot-gan, or leave them out"
+            )
+        if refines and (self.condition or self.information or self.critic.classes):
+            return (
+                "networks.condition, networks.information and networks.critic.classes are of method=gan, whose codes "
+                "say categories; leave them out"
+            )
         return None
 
     def fault_of_codes(self, sampler: SamplerConfig, generator: GeneratorConfig) -> str | None:

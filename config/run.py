@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_s
 from ..errors import UserError, redact
 from .address import LocalPath
 from .autoencoder import AutoencoderConfig
-from .methods import METHODS, Trainer, has_codes, trainer_of, unused_sections, with_unused
+from .methods import METHODS, Trainer, batched_stages, has_codes, refines, trainer_of, unused_sections, with_unused
 from .networks import NetworksConfig
 from .parse import explain, kind_of, plain_data, read_value, shown, suggest
 from .paths import absolute
@@ -113,12 +113,12 @@ class Config(Section):
         least, most = self.cluster.min_workers, self.cluster.max_workers
         if least > most:
             raise ValueError(f"cluster.workers has min={least} and max={most}; min must not be larger")
-        if self.batch_size < most * self.engine.accumulation:
-            raise ValueError(
-                f"{self.trainer}.batch_size={self.batch_size} leaves no row for some of {most} workers x "
-                f"engine.accumulation={self.engine.accumulation} micro-batches; use at least "
-                f"{most * self.engine.accumulation}"
-            )
+        for stage in batched_stages(self.method):
+            if (batch := getattr(self, stage).batch_size) < most * self.engine.accumulation:
+                raise ValueError(
+                    f"{stage}.batch_size={batch} leaves no row for some of {most} workers x engine.accumulation="
+                    f"{self.engine.accumulation} micro-batches; use at least {most * self.engine.accumulation}"
+                )
         if self.engine.kind == "torch" and (most > 1 or self.engine.zero):
             raise ValueError("engine.kind=torch is one process without ZeRO; set cluster.workers=1 and engine.zero=0")
         if self.checkpoint.use == "best" and self.evaluation.every_epochs is None:
@@ -133,17 +133,20 @@ class Config(Section):
             return "generator.reference is for method=gan; leave it out"
         if self.trainer != "glo" and self.loss.cache_features:
             return f"loss.cache_features is not read by method={self.method}; leave it out"
+        resolution, accumulation = self.data.resolution, self.engine.accumulation
         if self.trainer == "autoencoder":
-            return self.autoencoder.fault(self.sampler)
-        if self.trainer == "pixels":
+            fault = self.autoencoder.fault(self.sampler, resolution, accumulation)
+            if fault or not refines(self.method):
+                return fault
+        elif self.trainer == "pixels":
             return self.pixels.fault(self.sampler.kind)
-        if self.trainer == "glo":
+        elif self.trainer == "glo":
             return None
-        if self.sampler.kind != "prior":
+        elif self.sampler.kind != "prior":
             return f"method={self.method} draws its codes from a fixed distribution; set sampler.kind=prior"
-        if self.stage_one is not None:
+        elif self.stage_one is not None:
             return f"method={self.method} has no stage 1 to take over; leave out from"
-        fault = self.networks.fault(self.data.resolution, self.engine.accumulation)
+        fault = self.networks.fault(resolution, accumulation) or self.networks.fault_of_refinement(refines(self.method))
         return fault or self.networks.fault_of_codes(self.sampler, self.generator)
 
     @property

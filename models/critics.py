@@ -189,11 +189,30 @@ class AutoencoderCritic(Critic):
         return Judgement(error.abs().flatten(1).mean(1), code_BF, code_BF[:, :0])
 
 
+class MlpCritic(Critic):
+    """Two hidden layers of `width` units with LeakyReLU(0.2), of images of any size, or of codes as images of 1 px.
+
+    The critic of codes of Makhzani et al. 2016 (App. A.1: two hidden layers of 1000 ReLU units).
+    """
+
+    def __init__(self, config: CriticConfig, resolution: int, channels: int) -> None:
+        super().__init__(config.width, config)
+        self.fc1 = nn.Linear(channels * resolution**2, config.width)
+        self.fc2 = nn.Linear(config.width, config.width)
+        initialise(self)
+
+    def features(self, img_BCHW: Tensor, weight_B: Tensor | None) -> Tensor:
+        del weight_B  # no layer mixes rows
+        h = F.leaky_relu(self.fc1(img_BCHW.flatten(1)), 0.2)
+        return F.leaky_relu(self.fc2(h), 0.2)
+
+
 KINDS: dict[str, Callable[[CriticConfig, int, int], Critic]] = {
     "infogan": InfoGanCritic,
     "dcgan": DcganCritic,
     "resnet": ResNetCritic,
     "autoencoder": AutoencoderCritic,
+    "mlp": MlpCritic,
 }
 
 
@@ -223,6 +242,14 @@ def critic_of(config: Config) -> Critic:
     keys, channels = config.networks, config.data.channels + label_maps(config)
     code = cast(PriorConfig, config.sampler).categories + keys.continuous if keys.information else 0
     return build_critic(keys.critic, config.data.resolution, channels, code)
+
+
+def adversary_of(config: Config) -> Critic:
+    """Build the critic in the training of an autoencoder, with random weights; codes are images of 1 px to it."""
+    keys = config.autoencoder.adversary
+    if keys.judges == "codes":
+        return build_critic(keys.critic, 1, config.generator.latent_dim)
+    return build_critic(keys.critic, config.data.resolution, config.data.channels)
 
 
 def label_maps(config: Config) -> int:

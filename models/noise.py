@@ -36,6 +36,7 @@ class Stream(IntEnum):
     STATISTICS = 7  # noise that stands for all of a prior
     LABELLED = 8  # which labelled image accompanies a row
     POSTERIOR = 9  # codes that an encoder's distribution gives
+    PAIRED = 10  # which rows of a batch carry the codes of their images
 
 
 # The numbers that these kinds had before streams were named; changing them would change the images of every seed.

@@ -1,4 +1,4 @@
-"""The stage of generators that are trained against critics, by every objective.
+"""The stage of generators that are trained against critics, by every objective; from scratch, or from a decoder.
 
 Shapes: K numbers of a piggyback.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cluster.placement import Share
+from ..config.methods import refines
 from ..config.run import Config
 from ..datasets.reader import ImageRows
 from ..models.comm import rank, world_size
@@ -24,9 +25,10 @@ from .engine.step import Engine
 from .glo import GENERATOR, averaged_statistics
 from .labelled import HeldOut
 from .passes import Played, Turn, train_passes
-from .plan.costs import model_flops
+from .plan.costs import adversarial_flops
 from .previews import Pictures, Previews
 from .prior import prior_codes, referenced_generator
+from .refinement import Refinement, warm_start
 from .rounds import Game, Player, facts_of
 from .stage import Stage, StageContext, StageCost, StageInfo, StageStep, State
 
@@ -40,10 +42,14 @@ class Networks(Stage):
     def __init__(self, context: StageContext, networks: Mapping[str, State]) -> None:
         config, keys = context.config, context.config.networks
         self.context, self.preview_every = context, config.preview.every_epochs
-        torch.manual_seed(config.seed)
         optimizer = partial(OptimizerConfig, betas=keys.betas, kind=keys.optimizer, history=keys.history)
-        drawn = optimizer(keys.rate_of_generator, ema=keys.ema)
-        self.generator = self.engine(referenced_generator(config), drawn, networks.get(GENERATOR), config.engine.zero)
+        drawn, trained = optimizer(keys.rate_of_generator, ema=keys.ema), networks.get(GENERATOR)
+        torch.manual_seed(config.seed)
+        network = referenced_generator(config)
+        self.refinement = Refinement.of(context, networks) if refines(config.method) else None
+        if self.refinement is not None and CRITIC not in networks:
+            network, trained = warm_start(config, networks), None  # with an optimiser of its own
+        self.generator = self.engine(network, drawn, trained, config.engine.zero)
         torch.manual_seed(config.seed + 2)
         judging = optimizer(keys.critic.lr, clip=keys.critic.clip)
         state = networks.get(CRITIC)
@@ -55,23 +61,23 @@ class Networks(Stage):
     def engine(self, network: nn.Module, optimizer: OptimizerConfig, state: State | None, zero: int) -> Engine:
         config = self.context.config
         settings = config.engine.model_copy(update={"zero": zero})
-        return build_engine(network, optimizer, settings, config.batch_size, self.context.device, state)
+        return build_engine(network, optimizer, settings, config.networks.batch_size, self.context.device, state)
 
     @classmethod
     def info(cls, config: Config) -> StageInfo:
-        return StageInfo("networks", "GAN", config.networks.epochs)
+        return StageInfo("networks", "Refinement" if refines(config.method) else "GAN", config.networks.epochs)
 
     @classmethod
     def cost(cls, config: Config, rows: int) -> StageCost:
         keys = config.networks
         steps = keys.epochs * math.ceil(rows / keys.batch_size)
-        return StageCost(steps, float(model_flops(config)) * rows * keys.epochs)
+        return StageCost(steps, float(adversarial_flops(config)) * rows * keys.epochs)
 
     def steps(self, epoch: int, step: int, piggyback: Callable[[], Tensor]) -> Iterator[StageStep]:
         context = self.context
         context.enter("networks")
-        players = {CRITIC: self.critic}
-        steps = train_networks(context.config, context.images, self.generator, players, (epoch, step), piggyback)
+        game = Game.of(context.config, context.images, self.generator, self.refinement)
+        steps = train_networks(context.images, game, {CRITIC: self.critic}, (epoch, step), piggyback)
         critic = cast(Critic, self.critic.engine.network)
         yield from self.unseen.measured(steps, critic, context.device) if self.unseen else steps
 
@@ -81,22 +87,23 @@ class Networks(Stage):
     def state(self) -> dict[str, State]:
         config, generator = self.context.config, self.generator.state()
         if "ema" in generator and config.generator.normalises:
-            batch = Share(config.batch_size, rank(), world_size()).size
+            batch = Share(config.networks.batch_size, rank(), world_size()).size
             codes = prior_codes(config, min(len(self.context.images), STATISTICS_OF))
+            codes = codes if self.refinement is None else self.context.latents.codes()
             generator["ema"] |= averaged_statistics(config, generator, codes, batch, self.context.device)
         return {GENERATOR: generator, CRITIC: self.critic.saved(self.critic.engine.state())}
 
     def previews(self) -> Pictures:
-        return self.drawing.sampled(self.generator.weights(), {})  # every worker holds a part
+        sampler = {} if self.refinement is None else self.refinement.sampler.state_dict()
+        return self.drawing.sampled(self.generator.weights(), sampler)  # every worker holds a part
 
     def image_flops(self) -> int:
-        return model_flops(self.context.config)
+        return adversarial_flops(self.context.config)
 
 
 def train_networks(
-    config: Config,
     images: ImageRows,
-    generator: Engine,
+    game: Game,
     critics: Mapping[str, Player],
     start: tuple[int, int],
     piggyback: Callable[[], Tensor],
@@ -107,12 +114,13 @@ def train_networks(
     workers, and a position alone says where to resume.
 
     Args:
+        game: what all batches have in common, with the generator.
         start: (epoch, step) of the first step to take.
         piggyback: called once per step for numbers [K] whose sum over workers is returned with the step.
     Raises:
         UserError: `networks.max_bad_steps` steps in a row were not finite.
     """
-    keys, game = config.networks, Game.of(config, images, generator)
+    config, keys = game.config, game.config.networks
 
     def play(turn: Turn, carried_K: Tensor) -> Played:
         now = game.round(turn.epoch, turn.batch, turn.scale)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..cluster.placement import ranges
 from ..config.run import Config
+from ..config.samplers import PriorConfig
 from ..models.comm import rank, world_size
 from ..models.generators import Generator, generator_of
 from ..models.noise import Stream, noise
@@ -17,8 +18,9 @@ from ..samplers.prior import Prior
 
 
 def prior_of(config: Config) -> Prior:
-    """The distribution of codes, a function of normal noise."""
-    return cast(Prior, build_network(config.sampler, config.generator.latent_dim, config.constraint))
+    """The distribution of codes, a function of normal noise; N(0, I) where another sampler is fitted to codes."""
+    sampler = config.sampler if isinstance(config.sampler, PriorConfig) else PriorConfig()
+    return cast(Prior, build_network(sampler, config.generator.latent_dim, config.constraint))
 
 
 def prior_codes(config: Config, count: int) -> Tensor:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from ..datasets.loader import Batch
 from ..datasets.reader import ImageRows
 from ..models.critics import Judgement
 from ..models.labels import class_loss, information, with_category, with_maps
-from ..models.noise import Stream, noise
+from ..models.mapping import NoiseToCode
+from ..models.noise import Stream, noise, uniform
 from ..models.norm import frozen_statistics
 from ..models.objectives.base import Objective, Scores
 from ..models.objectives.named import objective_of
@@ -34,6 +35,7 @@ from ..samplers.prior import Prior
 from .engine.step import Engine, StepResult
 from .labelled import Labelled, labelled_of, labels_of
 from .prior import prior_of
+from .refinement import Refinement, facts_of_terms
 
 # Sums of a critic's step: rows, right decisions, scores of real and of generated images, rows with a label, rows that
 # are classified rightly, and the information of generated images about their codes.
@@ -67,7 +69,7 @@ class Player:
         if not all(map(math.isfinite, summed)) or not rows:
             return {}
         self.accuracy, real, fake = right / rows, real / rows, fake / rows
-        facts = {"real_score": real, "fake_score": fake}
+        facts = {"real_score": real, "fake_score": fake, "critic_gap": real - fake}
         if objective.rebalanced is not None:
             self.balance = objective.rebalanced(self.balance, real, fake)
             facts["balance"] = self.balance
@@ -93,20 +95,32 @@ class CriticStep:
 
 @dataclass(frozen=True, eq=False)
 class Game:
-    """What all batches have in common. prior: normal noise to codes. label_N: of every row, where they are seen."""
+    """What all batches have in common. prior: normal noise to codes. label_N: of every row, where they are seen.
+
+    refinement: of a generator whose images have codes.
+    """
 
     config: Config
     objective: Objective
-    prior: Prior
+    prior: NoiseToCode
     generator: Engine
-    label_N: np.ndarray | None
-    labelled: Labelled | None
+    label_N: np.ndarray | None = None
+    labelled: Labelled | None = None
+    refinement: Refinement | None = None
 
     @classmethod
-    def of(cls, config: Config, images: ImageRows, generator: Engine) -> Game:
+    def of(cls, config: Config, images: ImageRows, generator: Engine, refinement: Refinement | None = None) -> Game:
+        objective = objective_of(config.networks.objective)
+        if refinement is not None:
+            return cls(config, objective, refinement.sampler, generator, refinement=refinement)
         label_N, prior = labels_of(config, images), prior_of(config).to(generator.device)
         labelled = labelled_of(config, images, label_N, generator.device)
-        return cls(config, objective_of(config.networks.objective), prior, generator, label_N, labelled)
+        return cls(config, objective, prior, generator, label_N, labelled)
+
+    @property
+    def categories(self) -> int:
+        """Categories that a code says."""
+        return cast(Prior, self.prior).categories
 
     def round(self, epoch: int, batch: Batch, scale: float) -> Round:
         """The round of a batch as it was read; scale: factor of the learning rates."""
@@ -116,7 +130,8 @@ class Game:
         label_B = torch.full_like(rows_B, -1)
         if self.label_N is not None:
             label_B = torch.as_tensor(self.label_N[batch.rows_B.numpy()], device=device).long()
-        return Round(self, epoch, rows_B, real_BCHW, label_B, weight_B, scale)
+        own_BD = None if self.refinement is None else self.refinement.codes_of(batch.rows_B, batch.weight_B)
+        return Round(self, epoch, rows_B, real_BCHW, label_B, weight_B, scale, own_BD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +145,7 @@ class Round:
     label_B: Tensor
     weight_B: Tensor
     scale: float
+    own_BD: Tensor | None = None  # codes of the images, of a refinement
 
     @property
     def networks(self) -> NetworksConfig:
@@ -141,23 +157,38 @@ class Round:
         with torch.no_grad():
             device, seed = self.rows_B.device, self.game.config.seed
             code_BD = prior(noise(seed, number, self.rows_B, prior.noise_dim, device, Stream.PRIOR))
-        return with_category(code_BD, self.label_B, prior.categories) if self.networks.condition else code_BD
+        if self.own_BD is not None:
+            return torch.where(self.paired(draw)[:, None], self.own_BD, code_BD)
+        return with_category(code_BD, self.label_B, self.game.categories) if self.networks.condition else code_BD
+
+    def paired(self, draw: int) -> Tensor:
+        """Which rows carry the codes of their images in a draw, bool [B]: by chance, 1 in 1 + `networks.generated`."""
+        number = self.epoch * (1 + self.networks.generator_steps) + draw
+        e_B1 = noise(self.game.config.seed, number, self.rows_B, 1, self.rows_B.device, Stream.PAIRED)
+        return (uniform(e_B1[:, 0]) < 1 / (1 + self.networks.generated)) & (self.weight_B > 0)
 
     def seen(self, img_BCHW: Tensor, part: slice = slice(None)) -> Tensor:
         """Images as critics see them: with their labels, where these are a condition."""
         if not self.networks.condition:
             return img_BCHW
-        return with_maps(img_BCHW, self.label_B[part], self.game.prior.categories)
+        return with_maps(img_BCHW, self.label_B[part], self.game.categories)
 
     def information(self, judged_BQ: Tensor, code_BD: Tensor) -> Tensor:
         """What generated images say of their codes, per row."""
-        return information(judged_BQ.float(), code_BD, self.game.prior.categories, self.networks.continuous)
+        return information(judged_BQ.float(), code_BD, self.game.categories, self.networks.continuous)
 
     def critic_step(self, player: Player, piggyback_K: Tensor) -> CriticStep:
-        """Update a critic, unless it is too good already, and what depends on the scores of all workers."""
-        networks, critic, objective, seed = self.networks, player.engine, self.game.objective, self.game.config.seed
+        """Update a critic by fresh images."""
         code_BD = self.codes(0)
-        fake_BCHW = self.game.generator.draw(code_BD, self.weight_B)
+        return self.judge(player, self.game.generator.draw(code_BD, self.weight_B), piggyback_K, code_BD)
+
+    def judge(self, player: Player, fake_BCHW: Tensor, piggyback_K: Tensor, code_BD: Tensor) -> CriticStep:
+        """Update a critic, unless it is too good already, and what depends on the scores of all workers.
+
+        Args:
+            fake_BCHW: what it is to tell from the real images, made of `code_BD`.
+        """
+        networks, critic, objective, seed = self.networks, player.engine, self.game.objective, self.game.config.seed
         shown, class_B = [self.seen(fake_BCHW), self.seen(self.real_BCHW)], None
         if self.game.labelled is not None:
             known_BCHW, class_B = self.game.labelled.draw(seed, self.epoch, self.rows_B)
@@ -196,6 +227,9 @@ class Round:
     def generator_step(self, players: Sequence[Player], draw: int) -> StepResult:
         """Update the generator against all critics."""
         networks, objective, code_BD = self.networks, self.game.objective, self.codes(draw)
+        terms, refinement = None, self.game.refinement
+        if refinement is not None:
+            terms = refinement.terms(self.real_BCHW, code_BD, self.paired(draw), self.epoch, self.rows_B)
 
         def loss_of(fake_BCHW: Tensor, part: slice) -> Tensor:
             real_BCHW, weight_B = self.seen(self.real_BCHW[part], part), self.weight_B[part]
@@ -215,10 +249,13 @@ class Round:
                 if networks.information:
                     loss_B = loss_B - networks.information * self.information(fake.head_BQ, code_BD[part])
                 losses.append(loss_B)
+            if terms is not None:
+                losses.append(terms.loss(fake_BCHW, weight_B, part))
             return torch.stack(losses).sum(0)
 
+        lr, sums_K = networks.rate_of_generator * self.scale, None if terms is None else terms.sums_K
         with watching([player.engine.network for player in players]):
-            return self.game.generator.step(code_BD, self.weight_B, loss_of, networks.rate_of_generator * self.scale)
+            return self.game.generator.step(code_BD, self.weight_B, loss_of, lr, sums_K)
 
 
 @contextmanager
@@ -246,5 +283,7 @@ def facts_of(judged: Sequence[CriticStep], made: Sequence[StepResult]) -> dict[s
         for number, step in enumerate(judged, 1)
         for name, value in step.facts.items()
     }
+    for step in made:
+        facts |= facts_of_terms(step)
     losses = [step.loss for step in made if step.loss is not None]
     return facts | ({"generator_loss": math.fsum(losses) / len(losses)} if losses else {})

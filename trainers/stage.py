@@ -24,6 +24,7 @@ from ..datasets.reader import ImageRows
 from .previews import Pictures
 
 DONE = "done"  # the stage in the position of a finished run
+ENCODER = "encoder"  # network name, of the stages that have one
 State = dict[str, Any]  # of one network: groups of tensors by name (`weights`, Adam's moments), and `updates`
 
 

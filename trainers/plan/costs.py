@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...config.methods import has_critic_stage
 from ...config.run import Config
 from ...errors import UserError
 from ...models.cost import Cost, cost, training_bytes
-from ...models.critics import Critic, critic_of, label_maps
+from ...models.critics import Critic, adversary_of, critic_of, label_maps
 from ...models.encoders import encoder_of
 from ...models.generators import Generator, generator_of
 from ...models.losses import PerceptualLoss, build_loss
 from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
+
+CODES_OF_A_ROW = 3  # that G makes images of at once where a critic judges an autoencoder's (`trainers.adversary`)
 
 
 class Compared(nn.Module):
@@ -53,15 +57,23 @@ def encoder_cost(config: Config) -> Cost:
 def step_bytes(config: Config, batch: int) -> int:
     """Bytes of activations and their gradients that a step of stage 1 holds at most, for a batch, in float32.
 
-    An encoder has a step of its own, after that of the generator.
+    An encoder has a step of its own, after that of the generator, and so has a critic.
     """
-    step = Step(*build_networks(config, "meta"))
+    generator, loss = build_networks(config, "meta")
     image = (config.data.channels, config.data.resolution, config.data.resolution)
-    generating = training_bytes(step, batch, (config.generator.latent_dim,), image)
+    sizes = [training_bytes(Step(generator, loss), batch, (config.generator.latent_dim,), image)]
     if config.trainer != "autoencoder":
-        return generating
+        return sizes[0]
     with torch.device("meta"):
-        return max(generating, training_bytes(encoder_of(config), batch, image))
+        sizes.append(training_bytes(encoder_of(config), batch, image))
+        if config.autoencoder.adversary.judges == "images":
+            against = Step(generator, Compared(adversary_of(config), 0))
+            sizes.append(training_bytes(against, CODES_OF_A_ROW * batch, (config.generator.latent_dim,), image))
+        if has_critic_stage(config.method):
+            against = Step(generator, Compared(critic_of(config), label_maps(config)))
+            rows = math.ceil(batch * config.networks.batch_size / config.batch_size)
+            sizes.append(training_bytes(against, rows, (config.generator.latent_dim,), image))
+    return max(sizes)
 
 
 def step_flops(config: Config) -> int:
@@ -72,7 +84,8 @@ def step_flops(config: Config) -> int:
     if not config.has_codes:
         return model_flops(config)
     (generator, loss), encoder = training_costs(config), encoder_cost(config)
-    return generator.flops + loss.flops + encoder.flops + encoder.forward_flops
+    adversary = sum(adversary_flops(config)) if config.trainer == "autoencoder" else 0
+    return generator.flops + loss.flops + encoder.flops + encoder.forward_flops + adversary
 
 
 class Step(nn.Module):
@@ -121,13 +134,64 @@ def model_flops(config: Config) -> int:
     """
     engine = config.engine.model_copy(update={"activation_checkpointing": False})
     generator, loss = training_costs(config.model_copy(update={"engine": engine}))
-    if config.has_codes:
-        return generator.flops + loss.flops + encoder_cost(config).flops
-    keys = config.networks
-    critic = loss.flops // 2  # of one image
+    if not config.has_codes:
+        return adversarial_flops(config)
+    adversary = sum(adversary_flops(config)) if config.trainer == "autoencoder" else 0
+    return generator.flops + loss.flops + encoder_cost(config).flops + adversary
+
+
+def adversarial_flops(config: Config) -> int:
+    """Operations per image of a generator and its critic: of the stage `networks`, from scratch or a refinement."""
+    engine = config.engine.model_copy(update={"activation_checkpointing": False})
+    bare, keys = config.model_copy(update={"engine": engine}), config.networks
+    generator, critic = generator_cost(bare), critic_cost(config).flops // 2  # of one image
     slopes = {"none": 0, "r1-r2": 2}.get(keys.penalty.kind, 1)  # each is one more pass, differentiated twice
     judging = generator.forward_flops + (2 + 2 * slopes) * critic
-    return judging + keys.generator_steps * (generator.flops + critic) // keys.critic.steps
+    making = generator.flops + critic
+    if config.has_codes:
+        making += encoder_cost(config).flops + round(training_costs(bare)[1].flops / (1 + keys.generated))
+    return judging + keys.generator_steps * making // keys.critic.steps
+
+
+def adversary_flops(config: Config) -> tuple[int, int]:
+    """Operations per image that a critic adds to an autoencoder: of its own step, and of those of G and the encoder."""
+    judges = config.autoencoder.adversary.judges
+    if judges == "none":
+        return 0, 0
+    generator, critic = generator_cost(config), adversary_cost(config).flops // 2  # of one image or code
+    if judges == "codes":
+        return 2 * critic, critic
+    return 2 * generator.forward_flops + 4 * critic, 2 * generator.flops + 4 * critic
+
+
+def generator_cost(config: Config) -> Cost:
+    """Cost per image of the generator, forward and backward."""
+    keys = config.generator.model_copy(update={"reference": 0})  # comes once with every batch, not with every image
+    with torch.device("meta"):
+        generator = generator_of(config.model_copy(update={"generator": keys}))
+    return cost(generator, (config.generator.latent_dim,))
+
+
+def critic_cost(config: Config) -> Cost:
+    """Cost of the critic of a real and a generated image, forward and backward; nothing without that stage."""
+    if not has_critic_stage(config.method):
+        return Cost(0, 0, 0, 0)
+    with torch.device("meta"):
+        critic = Compared(critic_of(config), label_maps(config))
+    image = (config.data.channels, config.data.resolution, config.data.resolution)
+    return cost(critic, image, image)
+
+
+def adversary_cost(config: Config) -> Cost:
+    """Cost of the critic of an autoencoder, of two images or codes; nothing without one."""
+    if config.trainer != "autoencoder" or config.autoencoder.adversary.judges == "none":
+        return Cost(0, 0, 0, 0)
+    with torch.device("meta"):
+        critic = Compared(adversary_of(config), 0)
+    shape: tuple[int, ...] = (config.data.channels, config.data.resolution, config.data.resolution)
+    if config.autoencoder.adversary.judges == "codes":
+        shape = (config.generator.latent_dim, 1, 1)
+    return cost(critic, shape, shape)
 
 
 def build_networks(config: Config, device: str) -> tuple[Generator, nn.Module]:

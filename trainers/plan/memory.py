@@ -9,7 +9,7 @@ from ...config.run import Config
 from ...inference.model import DEFAULT_BATCH
 from ...models.cost import Cost
 from ..engine.deepspeed import bucket_size
-from .costs import cache_bytes, encoder_cost, require_cache_fits, step_bytes
+from .costs import adversary_cost, cache_bytes, critic_cost, encoder_cost, require_cache_fits, step_bytes
 from .evaluation import FLOAT, EvaluationCost
 
 PROCESS = 600 << 20  # of a training worker that has imported all, and joined its group: 580 MiB measured
@@ -96,14 +96,15 @@ def of_training(config: Config, generator: Cost, loss: Cost, workers: int) -> di
     }
     if config.has_codes and loss.frozen_parameters:
         memory["loss network"] = FLOAT * loss.frozen_parameters
-    if not config.has_codes:
-        memory["critic (weights, gradients, Adam)"] = 4 * FLOAT * loss.parameters  # at most: ZeRO cuts it, too
+    critic = critic_cost(config).parameters + adversary_cost(config).parameters
+    if critic:
+        memory["critic (weights, gradients, Adam)"] = 4 * FLOAT * critic  # at most: ZeRO cuts it, too
     encoder = encoder_cost(config).parameters
     if encoder:
         memory["encoder (weights, gradients, Adam)"] = 4 * FLOAT * encoder  # at most, as of a critic
     if stage >= 1:
         memory["ZeRO's own copy of its share"] = weights // workers
-        buckets = sum(map(bucket_size, (generator.parameters, loss.parameters, encoder)))
+        buckets = sum(map(bucket_size, (generator.parameters, critic, encoder)))
         memory["ZeRO's buckets of gradients"] = FLOAT * buckets
     if half:
         memory["bfloat16 copies"] = (weights + FLOAT * loss.frozen_parameters) // 2

@@ -1,7 +1,7 @@
 """Start of a run from the finished stage 1 of another run: `glann train RECIPE from=RUN`.
 
-The new run's first checkpoint is made of the other's newest one: its codes, its generator, and the position at the
-beginning of the second stage. From there on it is a run like any other.
+The new run's first checkpoint is made of the other's newest one: its codes, its generator and encoder, and the position
+at the beginning of the second stage. From there on it is a run like any other.
 
 Shapes: N rows.
 """
@@ -27,12 +27,14 @@ from ...reports.run_folder import read_config
 from ...storage.base import Store
 from ...storage.open import open_store
 from ..glo import GENERATOR
-from ..stage import stage_infos
+from ..stage import ENCODER, stage_infos
 from .folder import differences
 from .state import Position, Saved, load
 
-OF_STAGE_TWO = ("name", "seed", "stage_one", "sampler", "data.url")  # the data are compared by their fingerprint
-KEPT = ("weights", "ema", "updates")  # of the generator, which is not trained further
+# The data are compared by their fingerprint.
+OF_STAGE_TWO = ("name", "seed", "stage_one", "sampler", "data.url")
+UNREFINED = {"ae-ot-gan": "autoencoder"}  # method with the same stage 1 whose generator nothing trains afterwards
+KEPT = ("weights", "ema", "updates")  # of the networks, which stage 2 does not train
 
 
 def require_same_stage_one(config: Config) -> None:
@@ -50,7 +52,12 @@ def require_same_stage_one(config: Config) -> None:
 
 
 def stage_one_differences(there: Config, here: Config) -> list[str]:
-    """`key is A there and B here` for every key by which two configurations train another stage 1."""
+    """`key is A there and B here` for every key by which two configurations train another stage 1.
+
+    The generator of a refined run is no longer that of its stage 1, so none starts from there.
+    """
+    if method := UNREFINED.get(here.method):
+        here = here.model_copy(update={"method": method})
     return [
         line
         for line in differences(there, here)
@@ -77,8 +84,12 @@ def start_from(config: Config, index: Index, store: Store, fence: Callable[[], N
             f"from={config.stage_one} has not completed stage 1; resume it with its own `glann train` first"
         )
     codes = reader.load_rows(source, step, range(rows))
-    generator = {key: value for key, value in saved.networks[GENERATOR].items() if key in KEPT}
-    first = Saved(Position(list(stage_infos(config))[1]), {GENERATOR: generator})
+    networks = {
+        name: {key: value for key, value in saved.networks[name].items() if key in KEPT}
+        for name in (GENERATOR, ENCODER)
+        if name in saved.networks
+    }
+    first = Saved(Position(list(stage_infos(config))[1]), networks)
     table = {name: torch.from_numpy(array) for name, array in codes.items()}
     writer = CheckpointWriter(
         store, rank=0, world=1, keep=config.checkpoint.keep, timeout=config.checkpoint.timeout_s, fence=fence

@@ -198,8 +198,8 @@ def test_critics_side_by_side_each_learn_and_the_generator_follows_their_sum():
     one, two = stage(config(epochs=1)), stage(config(epochs=1))
     images = ToyImages(ROWS)
     players = {"first": one.critic, "second": Player(two.critic.engine)}
-    settings = one.context.config
-    done = list(train_networks(settings, images, one.generator, players, (0, 0), lambda: torch.zeros(3)))
+    game = Game.of(one.context.config, images, one.generator)
+    done = list(train_networks(images, game, players, (0, 0), lambda: torch.zeros(3)))
     assert {"real_score", "real_score_2"} <= done[-1].facts.keys()
     alone = stage(config(epochs=1))
     run(alone)
