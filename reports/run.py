@@ -12,6 +12,7 @@ from .. import __version__
 from ..config.run import redacted_config
 from .assets import used_assets
 from .charts import line_chart
+from .code_map import code_chart
 from .codes import code_rows
 from .copying import warning
 from .facts import RunFacts, series
@@ -68,6 +69,7 @@ def render(facts: RunFacts) -> str:
             verdict=verdict(facts.metrics),
             copying=warning(facts.metrics),
             charts=_charts(facts),
+            code_map=code_chart(facts.summary),
             pictures=[(*words, next(shown)) for _, *words in sections],
             films=[(*words, [next(shown) for _ in group]) for group, *words in films],
             drawn=drawn,
@@ -127,6 +129,8 @@ def _charts(facts: RunFacts) -> list[Markup]:
             ("loss", f"{stage.title}: loss", "loss", True),
             ("images_per_s", f"{stage.title}: throughput", "images/s", False),
             ("code_angle", f"{stage.title}: angle of the codes to their start", "degrees", False),
+            ("critic_gap", f"{stage.title}: gap of the critic's scores", "D(real) - D(generated)", False),
+            ("content", f"{stage.title}: content loss, of reconstructions", "loss", True),
         ):
             steps, values = series(stage.entries, key)
             if len(values) >= 2:

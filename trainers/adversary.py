@@ -1,12 +1,12 @@
 """A critic in the training of an autoencoder: of its images (VAE-GAN) or of its codes (adversarial autoencoder).
 
-Of images (Larsen et al. 2016): the critic learns to score images above reconstructions and above images of fresh codes.
-G is trained against it by both, and to reconstruct in the critic's features, which the encoder follows. The encoder has
-no part in the critic's objective, as published: G makes each reconstruction a second time, of a code that gets none of
-the gradient. Of codes (Makhzani et al. 2016): the critic learns to score codes of the prior above those of the encoder,
-which is trained against it.
+Of images (Larsen et al. 2016): the critic learns to score images above reconstructions and above images of fresh codes,
+of which each row shows one or the other. G is trained against it by both, and to reconstruct in the critic's features,
+which the encoder follows. The encoder has no part in the critic's objective, as published: G makes the images that are
+judged a second time, of codes that get none of the gradient. Of codes (Makhzani et al. 2016): the critic learns to
+score codes of the prior above those of the encoder, which is trained against it.
 
-Shapes: B rows of this worker's batch, R = 3 B codes for G, D latent dimension, C, H, W channels, height, width, F
+Shapes: B rows of this worker's batch, R = 2 B codes for G, D latent dimension, C, H, W channels, height, width, F
 features, K numbers of a piggyback.
 """
 
@@ -105,51 +105,50 @@ class Adversary:
         with torch.no_grad():
             return prior(e_BE)
 
+    def judged_codes(self, now: Round, code_BD: Tensor) -> Tensor:
+        """Codes of the images that are judged: of the encoder or the prior, each as likely, by (seed, epoch, row)."""
+        e_B1 = noise(self.config.seed, now.epoch, now.rows_B, 1, now.rows_B.device, Stream.PAIRED)
+        return torch.where(e_B1 < 0, code_BD, self.fresh_codes(now.epoch, now.rows_B))
+
     def judge(self, now: Round, code_BD: Tensor) -> tuple[CriticStep, Tensor]:
-        """Update the critic by the codes of the encoder; returns also what it was shown: codes of the prior.
+        """Update the critic.
 
         Args:
-            now: the batch, with its images.
+            now: the batch, with its images. code_BD: codes of the encoder.
+        Returns:
+            The step, and the other codes of it: of the images that were judged, or of the prior.
         """
-        fresh_BD = self.fresh_codes(now.epoch, now.rows_B)
         if self.judges == "codes":
+            fresh_BD = self.fresh_codes(now.epoch, now.rows_B)
             of_prior = replace(now, real_BCHW=as_images(fresh_BD))
             return of_prior.judge(self.player, as_images(code_BD), torch.zeros(0), code_BD), fresh_BD
-        twice_RD, weight_R = torch.cat([code_BD, fresh_BD]), now.weight_B.repeat(2)
-        fake_RCHW = self.game.generator.draw(twice_RD, weight_R)
-        doubled = replace(
-            now,
-            rows_B=now.rows_B.repeat(2),
-            real_BCHW=now.real_BCHW.repeat(2, 1, 1, 1),
-            label_B=now.label_B.repeat(2),
-            weight_B=weight_R,
-        )
-        return doubled.judge(self.player, fake_RCHW, torch.zeros(0), twice_RD), fresh_BD
+        judged_BD = self.judged_codes(now, code_BD)
+        fake_BCHW = self.game.generator.draw(judged_BD, now.weight_B)
+        return now.judge(self.player, fake_BCHW, torch.zeros(0), judged_BD), judged_BD
 
     def of_images(self, fake_RCHW: Tensor, now: Round, reconstruction: ReconstructionLoss) -> tuple[Tensor, Tensor]:
-        """G's loss [R] of images of codes of the encoder, the same again, and codes of the prior.
+        """G's loss [R] of the images of codes of the encoder, and of those that are judged.
 
-        Rows of the first third have the loss of reconstruction, those of the others the critic's objective, so scaled
-        that the mean over all is that of the first, and `weight` times that of the others, per image of the batch.
+        Rows of the first half have the loss of reconstruction, those of the second the critic's objective; twice each,
+        so that the mean over all is the sum of both means.
 
         Returns:
             The loss, and the distance [B] of images and reconstructions in the critic's features, if it is asked for.
         """
-        size, weight_B = len(now.rows_B), now.weight_B
-        rebuilt_BCHW, judged_RCHW = fake_RCHW[:size], fake_RCHW[size:]
-        rebuilt_B = reconstruction(rebuilt_BCHW)
-        scored = self.player.engine.local(judged_RCHW, weight_B.repeat(2))
-        real_R, apart_B = scored.score_B.detach().float(), weight_B.new_zeros(size)
+        rebuilt_BCHW, judged_BCHW = fake_RCHW.chunk(2)
+        rebuilt_B, local, weight_B = reconstruction(rebuilt_BCHW), self.player.engine.local, now.weight_B
+        fake_B = local(judged_BCHW, weight_B).score_B.float()
+        real_B, apart_B = fake_B.detach(), torch.zeros_like(weight_B)
         if self.game.objective.needs_real or self.keys.features:
             with torch.no_grad():
-                real = self.player.engine.local(now.real_BCHW, weight_B)
-            real_R = real.score_B.float().repeat(2)
+                real = local(now.real_BCHW, weight_B)
+            real_B = real.score_B.float()
         if self.keys.features:
-            rebuilt = self.player.engine.local(rebuilt_BCHW, weight_B)
-            apart_B = 0.5 * (rebuilt.features_BF.float() - real.features_BF.float()).square().sum(1)
+            rebuilt_BF = local(rebuilt_BCHW, weight_B).features_BF.float()
+            apart_B = 0.5 * (rebuilt_BF - real.features_BF.float()).square().sum(1)
             rebuilt_B = rebuilt_B + self.keys.features * apart_B
-        against_R = self.keys.weight * self.game.objective.generator(Scores(real_R, scored.score_B.float()))
-        return torch.cat([3 * rebuilt_B, 1.5 * against_R]), apart_B
+        against_B = self.keys.weight * self.game.objective.generator(Scores(real_B, fake_B))
+        return 2 * torch.cat([rebuilt_B, against_B]), apart_B
 
     def of_codes(self, code_BD: Tensor, fresh_BD: Tensor, weight_B: Tensor) -> Tensor:
         """The encoder's loss [B] of its codes; `fresh_BD` are of the prior."""

@@ -89,12 +89,12 @@ class Autoencoder(Stage):
         )
         before = Posterior.of(self.encoder.draw(rows.real_BCHW, rows.weight_B), config.generator.latent_dim)
         code_BD = before.draw(rows.e_BD)
-        judged, fresh_BD = None, None
+        judged, other_BD = None, None
         if adversary is not None:
-            judged, fresh_BD = adversary.judge(adversary.round(turn, rows), code_BD)
+            judged, other_BD = adversary.judge(adversary.round(turn, rows), code_BD)
 
-        made, grad_BD = self.generator_step(turn, rows, code_BD, fresh_BD, piggyback_K)
-        pulled = self.encoder_step(turn, rows, grad_BD, fresh_BD, hold=not made.applied)
+        made, grad_BD = self.generator_step(turn, rows, code_BD, other_BD, piggyback_K)
+        pulled = self.encoder_step(turn, rows, grad_BD, other_BD, hold=not made.applied)
 
         carried_K = made.piggyback_K[OF_IMAGES:]
         if made.loss is None:
@@ -117,7 +117,7 @@ class Autoencoder(Stage):
         return Played(loss, applied, carried_K, facts if judged is None else facts | judged.facts)
 
     def generator_step(
-        self, turn: Turn, rows: Rows, code_BD: Tensor, fresh_BD: Tensor | None, piggyback_K: Tensor
+        self, turn: Turn, rows: Rows, code_BD: Tensor, other_BD: Tensor | None, piggyback_K: Tensor
     ) -> tuple[StepResult, Tensor]:
         """Update the generator; returns also the gradient [B, D] of the loss of reconstruction to the codes.
 
@@ -142,12 +142,12 @@ class Autoencoder(Stage):
             sent_K[1] += torch.where(rows.weight_B > 0, apart_B.detach(), 0.0).sum()
             return loss_R
 
-        code_RD, weight_R = torch.cat([code_BD, code_BD, cast(Tensor, fresh_BD)]), rows.weight_B.repeat(3)
+        code_RD, weight_R = torch.cat([code_BD, cast(Tensor, other_BD)]), rows.weight_B.repeat(2)
         with watching([adversary.critic]):
             launched = self.generator.launch(code_RD, weight_R, loss_of, keys.lr * turn.scale, sent_K)
-        return launched.fetch()(), launched.grad_BD[: len(code_BD)] / 3
+        return launched.fetch()(), launched.grad_BD[: len(code_BD)] / 2
 
-    def encoder_step(self, turn: Turn, rows: Rows, grad_BD: Tensor, fresh_BD: Tensor | None, hold: bool) -> StepResult:
+    def encoder_step(self, turn: Turn, rows: Rows, grad_BD: Tensor, other_BD: Tensor | None, hold: bool) -> StepResult:
         """Update the encoder; carries the sums of the rows, of their divergence, and of what fools the critic."""
         config, adversary = self.context.config, self.adversary
         keys, dim = config.autoencoder, config.generator.latent_dim
@@ -158,7 +158,7 @@ class Autoencoder(Stage):
             code_BD, kl_B = posterior.draw(rows.e_BD[part]), posterior.divergence()
             fooling_B = torch.zeros_like(kl_B)
             if adversary is not None and adversary.judges == "codes":
-                fooling_B = adversary.of_codes(code_BD, cast(Tensor, fresh_BD)[part], rows.weight_B[part])
+                fooling_B = adversary.of_codes(code_BD, cast(Tensor, other_BD)[part], rows.weight_B[part])
             sums_B3 = torch.stack([torch.ones_like(kl_B), kl_B.detach(), fooling_B.detach()], 1)
             measured.add_(torch.where(real_B[:, None], sums_B3, 0.0).sum(0))
             return (code_BD * grad_BD[part]).sum(1) + keys.kl * kl_B + fooling_B

@@ -19,7 +19,7 @@ from ...models.generators import Generator, generator_of
 from ...models.losses import PerceptualLoss, build_loss
 from ...models.perceptual import FeatureNet, SqueezeNet, Vgg16
 
-CODES_OF_A_ROW = 3  # that G makes images of at once where a critic judges an autoencoder's (`trainers.adversary`)
+CODES_OF_A_ROW = 2  # that G makes images of at once where a critic judges an autoencoder's (`trainers.adversary`)
 
 
 class Compared(nn.Module):
@@ -161,7 +161,7 @@ def adversary_flops(config: Config) -> tuple[int, int]:
     generator, critic = generator_cost(config), adversary_cost(config).flops // 2  # of one image or code
     if judges == "codes":
         return 2 * critic, critic
-    return 2 * generator.forward_flops + 4 * critic, 2 * generator.flops + 4 * critic
+    return generator.forward_flops + 2 * critic, generator.flops + 2 * critic
 
 
 def generator_cost(config: Config) -> Cost:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from ...metrics.team import ALONE, Team, counting
 from ...models.comm import world_size
 from ...models.generators import generator_of
 from ...reports import pictures
+from ...reports.code_map import code_map, taken
 from ...reports.sheets import Sheet, Tile, tiles_of
 from ...samplers.base import build_network
 from ...samplers.gaussian import of_moments
@@ -49,7 +50,7 @@ class Evaluated:
     """Results and pictures of a trained run, and what its package needs of the codes.
 
     step: of the checkpoint. gaussian: state of the Gaussian over the codes, if there are any. seconds: duration.
-    hardware: the devices of the workers.
+    hardware: the devices of the workers. code_map: codes of images and of the sampler, as in `reports.code_map`.
     """
 
     step: int
@@ -58,6 +59,7 @@ class Evaluated:
     drawn: dict[str, Sheet]
     seconds: float
     hardware: str
+    code_map: dict[str, Any] | None = None
 
 
 def evaluate_trained(
@@ -84,14 +86,34 @@ def evaluate_trained(
     def codes(rows: range) -> Iterator[Tensor]:
         return stored_codes(config, rows, step)
 
-    gaussian = gaussian_of(codes, len(images), team) if config.has_codes else None
+    shown: list[Tensor] = []  # of this worker's part
+
+    def passed(rows: range) -> Iterator[Tensor]:
+        first = rows.start
+        for z_BD in codes(rows):
+            shown.append(taken(z_BD, first, len(images)))
+            first += len(z_BD)
+            yield z_BD
+
+    gaussian = gaussian_of(passed, len(images), team) if config.has_codes else None
     model = model_of(config, networks, gaussian, device)
     trained = Trained(model, len(images), codes if config.has_codes else None)
     results = measure(config, trained, ImageSets(images, held_out=held_out), team=team)
     drawn = draw_pictures(model, images, config.preview.images, team)
     devices = Counter(team.collected(name_of(device)))
     hardware = ", ".join(f"{number} x {name}" for name, number in devices.items())
-    return Evaluated(step, gaussian, results, drawn, monotonic() - began, hardware) if team.leads else None
+    on_map = joined(team.collected(shown))
+    if not team.leads:
+        return None
+    codes_shown = map_of(model, torch.cat(on_map)) if on_map else None
+    return Evaluated(step, gaussian, results, drawn, monotonic() - began, hardware, codes_shown)
+
+
+def map_of(model: SamplingModel, images_ND: Tensor) -> dict[str, Any] | None:
+    """Codes of images beside as many that the model draws; None of too few, or of one dimension."""
+    if min(images_ND.shape) < 2:
+        return None
+    return code_map(images_ND, model.codes(model.noise(torch.arange(len(images_ND)), 0)).cpu())
 
 
 def gaussian_of(codes: Codes, rows: int, team: Team) -> dict[str, Tensor]:

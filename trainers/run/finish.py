@@ -52,7 +52,7 @@ def finish(config: Config, index: Index, tracked: TrackedRun, timings: dict[str,
     last = package(config, index, rows, evaluated)
     timings = timings | {"train_s": timings["train_s"] - evaluated.seconds, "finish_s": evaluated.seconds}
     drawn, results, hardware = evaluated.drawn, evaluated.results, evaluated.hardware
-    conclude(config, tracked, drawn, results, timings, index, rows, hardware, last, evaluated.step)
+    conclude(config, tracked, drawn, results, timings, index, rows, hardware, last, evaluated.step, evaluated.code_map)
 
 
 def conclude(
@@ -66,12 +66,14 @@ def conclude(
     hardware: str,
     step: int,
     checkpoint: int | None = None,
+    code_map: dict[str, Any] | None = None,
 ) -> None:
     """Write and track pictures (by name), results, card and report of a packaged model.
 
     Args:
         hardware: the devices that trained or measured it. step: the last one of the run, over all stages.
         checkpoint: the step that the model was made of, if it was made of a checkpoint.
+        code_map: as in `reports.code_map`.
     """
     folder = config.run_dir / IMAGES
     folder.mkdir(exist_ok=True)
@@ -83,6 +85,7 @@ def conclude(
     summary: dict[str, Any] = {"metrics": metrics, "deviations": deviations(results), "timings": timings}
     summary |= {"rows": rows, "fingerprint": index.fingerprint, "asset": index.asset or ""}
     summary |= {"use": config.checkpoint.use, "checkpoint": checkpoint}
+    summary |= {} if code_map is None else {"code_map": code_map}
     made = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "host": socket.gethostname()}
     made |= {
         "hardware": hardware,
