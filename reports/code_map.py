@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 500  # codes of each kind, about
-KINDS = ("images", "drawn")
+KINDS, LABELS = ("images", "drawn"), ("training images", "new images")
 DIGITS = 4  # after the decimal point of a coordinate
 
 
@@ -58,12 +58,9 @@ def code_chart(summary: dict[str, Any]) -> tuple[Markup, str] | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for points, label, colour, marker in zip(
-            kinds, ("training images", "new images"), (INK, LINE), "o+", strict=True
-        ):
-            axes.scatter(
-                *zip(*points, strict=True), s=14, c=colour, marker=marker, alpha=0.5, linewidths=0.8, label=label
-            )
+        for points, label, colour, marker in zip(kinds, LABELS, (INK, LINE), "o+", strict=True):
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=14, c=colour, marker=marker, alpha=0.5, linewidths=0.8, label=label)
         axes.set_title("Codes on their first two principal axes", loc="left", fontsize=12)
         axes.legend(frameon=False)
         axes.set_aspect("equal", adjustable="datalim")
