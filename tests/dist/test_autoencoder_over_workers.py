@@ -1,7 +1,8 @@
 """An encoder and a generator on two workers end where one process without DeepSpeed ends, on every ZeRO stage.
 
-With BatchNorm in both, which goes over the rows of all workers; resumed half-way on top. Codes as well. And a generator
-that is trained by the nearest of its images, which the workers search together.
+With BatchNorm in both, which goes over the rows of all workers; resumed half-way on top. Codes as well. So do they with a
+critic of images or of codes, a decoder that is refined against one, and a generator that is trained by the nearest of its
+images, which the workers search together.
 """
 
 from __future__ import annotations
@@ -14,15 +15,34 @@ import torch
 from glann.cluster.latents import LatentTable
 from glann.cluster.placement import ranges
 from glann.config.run import validate
+from glann.config.methods import METHODS
 from glann.trainers.autoencoder import Autoencoder
+from glann.trainers.networks import Networks
 from glann.trainers.pixels import Pixels
+from glann.trainers.sampler import SamplerStage
 from glann.trainers.stage import StageContext
 
 ROWS, BATCH, D, STEPS, RESUMED_AT = 25, 10, 6, 6, 2  # three batches an epoch: of nine and eight rows
 LR = 1e-3
+# By name: the method, its keys, and the stage that is compared.
+CASES = {
+    "autoencoder": ("autoencoder", {}, Autoencoder),
+    "vae-gan": (
+        "autoencoder",
+        {"autoencoder": {"adversary": {"judges": "images", "features": 0.1, "critic": {"width": 4, "lr": LR}}}},
+        Autoencoder,
+    ),
+    "aae": (
+        "autoencoder",
+        {"autoencoder": {"kl": 0, "adversary": {"judges": "codes", "critic": {"kind": "mlp", "width": 8, "lr": LR}}}},
+        Autoencoder,
+    ),
+    "ae-ot-gan": ("ae-ot-gan", {"autoencoder": {"kl": 0}, "sampler": {"kind": "ot", "epochs": 1, "steps": 3}}, Networks),
+    "imle-pixels": ("imle-pixels", {}, Pixels),
+}
 
 
-def train(rank, world, kind, zero, resumed, method="autoencoder"):
+def train(rank, world, kind, zero, resumed, case):
     from types import SimpleNamespace
 
     class Images:
@@ -35,30 +55,20 @@ def train(rank, world, kind, zero, resumed, method="autoencoder"):
             return np.random.default_rng(row).integers(0, 256, (1, 28, 28), dtype=np.uint8)
 
     os.environ["LOCAL_RANK"] = str(rank)  # Ray Train sets it for its workers
-    settings = validate(
-        {
-            "name": "t",
-            "method": method,
-            "data": {"url": "x", "resolution": 28, "channels": 1, "threads": 1},
-            "generator": {"kind": "infogan", "latent_dim": D, "width": 4},
-            "loss": {"kind": "bernoulli"},
-            method.removeprefix("imle-"): {"epochs": 2, "batch_size": BATCH, "lr": LR},
-            "sampler": {"kind": "prior"},
-            "engine": {"kind": kind, "zero": zero},
-            "cluster": {"workers": world},
-        },
-        "test",
-    )
+    method, keys, compared = CASES[case]
+    settings = validate(tree_of(method, keys, kind, zero, world), "test")
     table = LatentTable.in_process(ranges(ROWS, world)[rank], D, 0, optimizer="none", constraint="none")
+    context, networks = StageContext(settings, Images(), table, torch.device("cpu")), {}
+    if compared is Networks:  # the stages before it, of one batch
+        for before, steps in ((Autoencoder, 1), (SamplerStage, None)):
+            made = before(context, networks)
+            list(islice(made.steps(0, 0, lambda: torch.ones(2)), steps))
+            networks |= made.state()
 
-    def stage(networks):
-        kind_of_stage = Autoencoder if method == "autoencoder" else Pixels
-        return kind_of_stage(StageContext(settings, Images(), table, torch.device("cpu")), networks)
-
-    made, losses = stage({}), []
+    made, losses = compared(context, networks), []
     for first, count in ((0, RESUMED_AT), (RESUMED_AT, STEPS - RESUMED_AT)):
         if resumed and first:
-            made = stage(made.state())
+            made = compared(context, networks | made.state())
         for step in islice(made.steps(first // 3, first % 3, lambda: torch.ones(2)), count):
             losses.append(step.loss)
             if not (step.applied and step.piggyback_K.tolist() == [world, world]):
@@ -73,19 +83,44 @@ def train(rank, world, kind, zero, resumed, method="autoencoder"):
     return losses, kept, [held["updates"] for held in state.values()], table.codes().numpy()
 
 
+def tree_of(method, keys, kind, zero, world):
+    """A run whose stages with batches all have two epochs of such batches."""
+    tree = {
+        "name": "t",
+        "method": method,
+        "data": {"url": "x", "resolution": 28, "channels": 1, "threads": 1},
+        "generator": {"kind": "infogan", "latent_dim": D, "width": 4},
+        "loss": {"kind": "bernoulli"},
+        "sampler": {"kind": "prior"},
+        "engine": {"kind": kind, "zero": zero},
+        "cluster": {"workers": world},
+    }
+    batches = {"epochs": 2, "batch_size": BATCH}
+    sections = {
+        "autoencoder": batches | {"lr": LR},
+        "networks": batches | {"generator_lr": LR, "content": 0.1, "critic": {"width": 4, "lr": LR}},
+        "pixels": batches | {"lr": LR},
+    }
+    for name in METHODS[method]:
+        if name in sections:
+            tree[name] = sections[name] | keys.get(name, {})
+    return tree | {name: value for name, value in keys.items() if name not in sections}
+
+
 def test_two_workers_end_where_one_ends(local_ray, gloo_group):
     cases = [("autoencoder", zero, resumed) for zero, resumed in ((0, False), (1, True), (2, False), (3, True))]
-    cases.append(("imle-pixels", 1, True))
-    alone = {method: train(0, 1, "torch", 0, False, method) for method in ("autoencoder", "imle-pixels")}
+    cases += [("vae-gan", 0, False), ("vae-gan", 2, True), ("aae", 0, False), ("aae", 3, True)]
+    cases += [("ae-ot-gan", 0, False), ("ae-ot-gan", 3, True), ("imle-pixels", 1, True)]
+    alone = {case: train(0, 1, "torch", 0, False, case) for case in CASES}
     with gloo_group(2) as members:
-        for method, zero, resumed in cases:
-            losses, kept, updates, codes = alone[method]
+        for case, zero, resumed in cases:
+            losses, kept, updates, codes = alone[case]
             ends = [
-                member.run.remote(train, rank, 2, "deepspeed", zero, resumed, method)
+                member.run.remote(train, rank, 2, "deepspeed", zero, resumed, case)
                 for rank, member in enumerate(members)
             ]
             answers = local_ray.get(ends, timeout=600)
-            print(f"{method} zero {zero} resumed {resumed}")
+            print(f"{case} zero {zero} resumed {resumed}")
             found = np.concatenate([answer[3] for answer in answers])
             np.testing.assert_allclose(found, codes, atol=2e-3 * np.abs(codes).max(), rtol=1e-2)
             for answer in answers:
