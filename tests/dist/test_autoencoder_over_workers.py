@@ -128,6 +128,12 @@ def test_two_workers_end_where_one_ends(local_ray, gloo_group):
                 np.testing.assert_allclose(answer[0], losses, rtol=1e-3, atol=1e-4)
                 assert answer[1].keys() == kept.keys()
                 for name, tensor in kept.items():
-                    # weights: a tenth of one of Adam's steps, which are as long where a gradient is rounding noise
-                    atol = 1e-3 * np.abs(tensor).max() if "exp_avg" in name else LR / 10
-                    np.testing.assert_allclose(answer[1][name], tensor, atol=atol, rtol=1e-3, err_msg=name)
+                    if "exp_avg" in name:
+                        atol = 1e-3 * np.abs(tensor).max()
+                        np.testing.assert_allclose(answer[1][name], tensor, atol=atol, rtol=1e-3, err_msg=name)
+                        continue
+                    # a tenth of one of Adam's steps, which are as long where a gradient is rounding noise: there whole
+                    # ones may differ, of a number in 100,000
+                    apart = np.abs(answer[1][name] - tensor)
+                    assert apart.max() < LR, name
+                    assert (apart > LR / 10 + 1e-3 * np.abs(tensor)).mean() < 1e-5, name
