@@ -134,6 +134,6 @@ def test_two_workers_end_where_one_ends(local_ray, gloo_group):
                         continue
                     # a tenth of one of Adam's steps, which are as long where a gradient is rounding noise: there whole
                     # ones may differ, of a number in 100,000
-                    apart = np.abs(answer[1][name] - tensor)
+                    apart = np.abs(answer[1][name] - tensor) - 1e-3 * np.abs(tensor)
                     assert apart.max() < LR, name
-                    assert (apart > LR / 10 + 1e-3 * np.abs(tensor)).mean() < 1e-5, name
+                    assert (apart > LR / 10).mean() < 1e-5, name

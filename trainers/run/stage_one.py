@@ -43,7 +43,13 @@ def require_same_stage_one(config: Config) -> None:
     Raises:
         UserError: naming the first keys that differ; or there is no such run.
     """
-    differing = stage_one_differences(read_config(Path(config.stage_one or "")), config)
+    there = read_config(Path(config.stage_one or ""))
+    if there.method in UNREFINED:
+        raise UserError(
+            f"from={config.stage_one} is a run of method={there.method}, which trains the generator of its stage 1 "
+            f"further; give one of method={UNREFINED[there.method]}"
+        )
+    differing = stage_one_differences(there, config)
     if differing:
         raise UserError(
             f"from={config.stage_one} has a stage 1 of another configuration: {', '.join(differing[:3])}; use its "

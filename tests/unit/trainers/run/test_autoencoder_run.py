@@ -12,6 +12,7 @@ import torch
 from glann.cluster.checkpoints import reader, retention
 from glann.config.run import Config
 from glann.datasets.index import Index
+from glann.errors import UserError
 from glann.inference.package import MANIFEST, load_model, read_manifest
 from glann.metrics.evaluate import evaluate
 from glann.reports.card import write_card
@@ -145,3 +146,45 @@ def test_another_sampler_is_fitted_to_the_same_codes(data, tmp_path):
     assert all(torch.equal(generators[0][name], generators[1][name]) for name in generators[0])
     codes = [reader.load_rows(store, end, range(ROWS))["z"] for store, end in zip(stores, ends, strict=True)]
     assert np.array_equal(*codes)
+
+
+def refined(data: Path, home: Path, name: str, **changes: Any) -> Config:
+    """A run of AE-OT-GAN with the stages of `configured` before the last."""
+    before = configured(data, home, name)
+    tree = before.model_dump(mode="json") | {"method": "ae-ot-gan", "loss": {"kind": "l2"}}
+    tree["autoencoder"]["kl"] = 0
+    tree["networks"] = {"epochs": 2, "batch_size": 20, "content": 1.0, "critic": {"width": 4}}
+    return Config.model_validate(tree | changes)
+
+
+def test_a_refined_run_ends_alike_when_it_is_cut_and_shows_curves_and_a_map(data, tmp_path):
+    straight, cut = refined(data, tmp_path, "straight"), refined(data, tmp_path, "cut")
+    whole = train(straight)
+    assert [event.stage for event in whole.of(EpochDone)] == ["autoencoder"] * 3 + ["ot"] * 2 + ["networks"] * 2
+    assert {"critic_gap", "content", "encoder_features"} <= whole.of(EpochDone)[-1].numbers.keys()
+    measured = [one.stage for one in whole.of(Measured)]
+    assert measured == ["autoencoder", "autoencoder", "ot", "networks"]
+    for more in (4, 2):  # within stage 2, and within the refinement
+        with pytest.raises(Stopped):
+            train(cut, stop_after=more)
+    again = train(cut)
+    models = [packaged(config, driver) for config, driver in ((straight, whole), (cut, again))]
+    files = [{path.name: path.read_bytes() for path in model.iterdir() if path.name != MANIFEST} for model in models]
+    assert files[0] == files[1]
+    [evaluated] = whole.of(Evaluated)
+    assert len(evaluated.code_map["images"]) == len(evaluated.code_map["drawn"]) == ROWS
+    assert "refined against a critic" in write_card(straight.run_dir).read_text()
+
+
+def test_a_refined_run_takes_over_the_autoencoder_of_another_and_none_starts_from_it(data, tmp_path):
+    tree = refined(data, tmp_path, "first").model_dump(mode="json") | {"method": "autoencoder"}
+    first = Config.model_validate({key: value for key, value in tree.items() if key != "networks"})
+    train(first)
+    second = refined(data, tmp_path, "second", stage_one=str(first.run_dir))
+    second.run_dir.mkdir(parents=True)
+    store = open_store(second.checkpoint_url, second.s3)
+    stage_one.start_from(second, Index.load(second.data.url, second.s3), store, lambda: None)
+    assert {event.stage for event in train(second).of(EpochDone)} == {"ot", "networks"}
+    third = refined(data, tmp_path, "third", stage_one=str(second.run_dir))
+    with pytest.raises(UserError, match="give one of method=autoencoder"):
+        stage_one.require_same_stage_one(third)
