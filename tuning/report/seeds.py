@@ -19,10 +19,9 @@ SEEDS = 5
 
 
 def seeds_comparison(study: StudyConfig, best: Trial) -> Comparison | None:
-    """The comparison; None where a study cannot be told as one.
+    """The comparison; None if the study shares a stage 1, has no recipe file here, or searched the data.
 
-    That is one of a shared stage 1, one that searched a section which all methods of a comparison share, and one whose
-    recipe is no file here.
+    All methods of a comparison have the same data, so trials with other data are none of its methods.
     """
     shared = [key for key in best.params if key.split(".")[0] in SHARED]
     if not isinstance(study.recipe, str) or shared:

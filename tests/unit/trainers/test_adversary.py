@@ -3,7 +3,6 @@ reference in float64, resumed runs end bit for bit, and bad combinations are ref
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from glann.models.generators import generator_of
 from glann.models.noise import Stream, noise
 from glann.trainers.autoencoder import Autoencoder
 from glann.trainers.stage import StageContext
+from stage_runs import run, tensors
 from torch.nn import functional as F
 from toy_images import ToyImages
 
@@ -46,20 +46,6 @@ def config(adversary: dict[str, Any], sampler: dict[str, Any] | None = None, eng
 def stage(settings, networks: dict[str, Any] | None = None) -> Autoencoder:
     table = LatentTable.in_process(range(ROWS), D, 0, optimizer="none", constraint="none")
     return Autoencoder(StageContext(settings, ToyImages(ROWS), table, torch.device("cpu")), networks or {})
-
-
-def run(made: Autoencoder, epoch: int = 0, step: int = 0, count: int | None = None):
-    return list(islice(made.steps(epoch, step, lambda: torch.tensor([1.0, 0.0, 2.0])), count))
-
-
-def tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        f"{network} {group} {name}": tensor.clone()
-        for network, groups in state.items()
-        for group, held in groups.items()
-        if isinstance(held, dict)
-        for name, tensor in held.items()
-    }
 
 
 def networks_of(settings) -> list[torch.nn.Module]:

@@ -3,7 +3,6 @@ encoder's codes, and a resumed run ends bit for bit."""
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from glann.models.generators import generator_of
 from glann.models.noise import Stream, noise
 from glann.trainers.autoencoder import Autoencoder
 from glann.trainers.stage import StageContext
+from stage_runs import run, tensors
 from torch import distributions
 from torch.nn import functional as F
 from toy_images import ToyImages
@@ -43,20 +43,6 @@ def stage(settings, networks: dict[str, Any] | None = None, images: Any = None) 
     table = LatentTable.in_process(range(ROWS), D, 0, optimizer="none", constraint="none")
     context = StageContext(settings, images or ToyImages(ROWS), table, torch.device("cpu"))
     return Autoencoder(context, networks or {})
-
-
-def run(made: Autoencoder, epoch: int = 0, step: int = 0, count: int | None = None):
-    return list(islice(made.steps(epoch, step, lambda: torch.tensor([1.0, 0.0, 2.0])), count))
-
-
-def tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        f"{network} {group} {name}": tensor.clone()
-        for network, groups in state.items()
-        for group, held in groups.items()
-        if isinstance(held, dict)
-        for name, tensor in held.items()
-    }
 
 
 def reference(settings, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:

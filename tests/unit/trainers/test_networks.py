@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from glann.models.objectives.named import BUILDERS
 from glann.trainers.networks import Networks, train_networks
 from glann.trainers.rounds import Game, Player
 from glann.trainers.stage import StageContext
+from stage_runs import run, tensors
 from toy_images import ToyImages
 
 ROWS, BATCH = 13, 6  # three steps an epoch
@@ -46,20 +46,6 @@ def config(objective: str = "non-saturating", epochs: int = 2, **keys: Any):
 def stage(settings, networks: dict[str, Any] | None = None) -> Networks:
     table = LatentTable.in_process(range(0), 1, 0)
     return Networks(StageContext(settings, ToyImages(ROWS), table, torch.device("cpu")), networks or {})
-
-
-def run(made: Networks, epoch: int = 0, step: int = 0, count: int | None = None):
-    return list(islice(made.steps(epoch, step, lambda: torch.tensor([1.0, 0.0, 2.0])), count))
-
-
-def tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        f"{network} {group} {name}": tensor.clone()
-        for network, groups in state.items()
-        for group, held in groups.items()
-        if isinstance(held, dict)
-        for name, tensor in held.items()
-    }
 
 
 @pytest.mark.parametrize(

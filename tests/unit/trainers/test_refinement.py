@@ -3,7 +3,6 @@ reference in float64, its rows carry their own codes as often as asked, and a re
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from glann.trainers.networks import Networks
 from glann.trainers.rounds import Game
 from glann.trainers.sampler import SamplerStage
 from glann.trainers.stage import StageContext
+from stage_runs import run, tensors
 from torch.nn import functional as F
 from toy_images import ToyImages
 
@@ -62,20 +62,6 @@ def earlier(settings) -> tuple[StageContext, dict[str, Any]]:
             pass
         networks |= made.state()
     return context, networks
-
-
-def run(made: Networks, epoch: int = 0, step: int = 0, count: int | None = None):
-    return list(islice(made.steps(epoch, step, lambda: torch.tensor([1.0, 0.0, 2.0])), count))
-
-
-def tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {
-        f"{network} {group} {name}": tensor.clone()
-        for network, groups in state.items()
-        for group, held in groups.items()
-        if isinstance(held, dict)
-        for name, tensor in held.items()
-    }
 
 
 def doubled(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
